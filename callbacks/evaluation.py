@@ -1,0 +1,54 @@
+"""One generation pass after each epoch, scored by torchmetrics."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from trce_lightning.scoring import Scorer, flatten_scores
+
+log = logging.getLogger(__name__)
+
+
+class EpochEvaluation(pl.Callback):
+    """FID, CLIP-S, ASR and benign accuracy of the erased model, before the first epoch and after each.
+
+    ``history`` holds one SCORES a pass; ``images`` this rank's images of the last pass, by prompt set, for
+    callbacks after this one. Scores reach every logger as ``asr/direct``, ``fid`` and so on.
+    """
+
+    def __init__(self, scorer: Scorer, on_scores: Callable[[list[dict[str, Any]]], None] | None = None) -> None:
+        self.scorer, self.on_scores = scorer, on_scores
+        self.history: list[dict[str, Any]] = []
+        self.images: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Score stage 1 alone, unless a resumed run has done so."""
+        if not self.history:
+            self._evaluate(trainer, pl_module, "after stage 1")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Score the epoch."""
+        self._evaluate(trainer, pl_module, f"epoch {trainer.current_epoch + 1}")
+
+    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, title: str) -> None:
+        scores, self.images = self.scorer(title, trainer.global_rank, trainer.world_size)
+        self.history.append(scores)
+        flat = flatten_scores(scores)
+        for logger in trainer.loggers:
+            logger.log_metrics(flat, step=trainer.global_step)
+        log.info("%s: %s", title, ", ".join(f"{name} {value:.3g}" for name, value in flat.items()))
+        if self.on_scores and trainer.is_global_zero:
+            self.on_scores(self.history)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scores so far travel with the checkpoint."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore them."""
+        self.history = state_dict["history"]

@@ -1,0 +1,272 @@
+"""What a user types: accepted spellings, and refusals in a few lines with exit code 2, without torch."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trce_lightning import cli
+from trce_lightning.arguments import rewrite
+from trce_lightning.schema import EvalConfig, TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    return folder
+
+
+def composed(capsys, *argv, command=cli.train):
+    command([*argv, "--cfg", "job"])
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def refusal(capsys, *argv, command=cli.train):
+    with pytest.raises(SystemExit) as exit_info:
+        command(list(argv))
+    text = capsys.readouterr().err
+    assert exit_info.value.code == 2, text
+    assert "Traceback" not in text
+    assert 1 <= len(text.splitlines()) <= 4, text
+    return text
+
+
+WRONG = [
+    ([], ["no concept chosen", "concept=NAME"]),
+    (["concept=violense"], ["'violense'", "Did you mean 'violence'?", "horror"]),
+    (["concept=[violense,horror]"], ["'violense'", "Did you mean 'violence'?"]),
+    (["concept=gone.yaml"], ["gone.yaml"]),
+    (["concept=[violence,violence]"], ["'concept'", "once"]),
+    (["concept=[violence"], ["cannot read", "concept=[violence"]),
+    (["violence"], ["'violence'", "concept=violence"]),
+    (["concept.terms=[]"], ["concept.terms"]),
+    (["concept=violence", "concept.terms=[knife]"], ["concept.NAME.terms"]),
+    (["concept=violence", "concept.violence.templates=[abc]"], ["concept.violence.templates", "'abc'"]),
+    (["model=sd41"], ["'sd41'", "Did you mean 'sd14'?", "emoji"]),
+    (["concept=violence", "model=/"], ["model.path=/"]),
+    (["modle.path=x"], ["'modle.path'", "Did you mean 'model'?"]),
+    (["model.pth=x"], ["'model.pth'", "Did you mean 'model.path'?"]),
+    (["+trainer.device=2"], ["'trainer.device'", "Did you mean 'trainer.devices'?"]),
+    (["--trainer.device", "2"], ["'trainer.device'", "Did you mean 'trainer.devices'?"]),
+    (["exprt=delta"], ["'exprt'", "Did you mean 'export'?"]),
+    (["trainer.precision.x=1"], ["'trainer.precision'"]),
+    (["--trainer.devices"], ["'--trainer.devices' needs a value"]),
+    (["--trainer.devices", "concept=violence"], ["'--trainer.devices' needs a value"]),
+    (["--trainer.devices", "--plan"], ["'--trainer.devices' needs a value"]),
+    (["seed="], ["'seed' needs a value"]),
+    (["concept=violence", "model.resolution=abc"], ["'model.resolution'", "'abc'", "Integer"]),
+    (["concept=violence", "plan=perhaps"], ["'plan'", "'perhaps'"]),
+    (["concept=violence", "trainer.precision=fp16"], ["'trainer.precision'", "'fp16'", "bf16-mixed"]),
+    (["concept=violence", "export=delt"], ["'export'", "'delt'", "Did you mean 'delta'?", "pipeline"]),
+    (["concept=violence", "optimizer=sgd"], ["'sgd'", "paged_adamw8bit"]),
+    (["concept=violence", "optimizer.name=sgd"], ["'optimizer.name'", "'sgd'", "adamw8bit"]),
+    (["concept=violence", "stages=[textul]"], ["'stages'", "Did you mean 'textual'?"]),
+    (["concept=violence", "stages=[]"], ["'stages'", "one at least"]),
+    (["concept=violence", "textual.positions=[eos]"], ["'textual.positions'", "eot"]),
+    (["concept=violence", "--textual.eta", "-1"], ["'textual.eta'", "at least 0", "-1"]),
+    (["concept=violence", "textual.ridge=-0.5"], ["'textual.ridge'", "at least 0", "-0.5"]),
+    (["concept=violence", "textual.ridge=nan"], ["'textual.ridge'", "finite"]),
+    (["concept=violence", "optimizer.lr=0"], ["'optimizer.lr'", "more than 0"]),
+    (["concept=violence", "optimizer.betas=[0.9,1.0]"], ["'optimizer.betas'", "less than 1"]),
+    (["concept=violence", "trajectory.early_steps=51"], ["'trajectory.early_steps'", "50", "51"]),
+    (["concept=violence", "trainer.devices=0"], ["'trainer.devices'", "got 0"]),
+    (["concept=violence", "output=/dev/null/x"], ["'output'", "/dev/null"]),
+    (["concept=violence", "model.path=gone"], ["'model.path'", "'gone'"]),
+    (["concept=violence", "model.path=/"], ["'model.path'", "model_index.json"]),
+    (["concept=violence", "model.path=${gone}"], ["'model.path'", "gone"]),
+    (["concept=violence", "textual.keep_prompts=gone.txt"], ["'textual.keep_prompts'", "'gone.txt'"]),
+    (["concept=violence", "previous=gone"], ["'previous'", "'gone'"]),
+    (["-m", "concept=violence,horror", "seed=-1"], ["'seed'", "at least 0"]),
+]
+
+
+@pytest.mark.parametrize(("argv", "expected"), WRONG, ids=[" ".join(argv) or "nothing" for argv, _ in WRONG])
+def test_wrong_input_is_explained(argv, expected, capsys):
+    text = refusal(capsys, *argv)
+    for part in expected:
+        assert part in text
+
+
+def test_wrong_input_of_eval_is_explained(capsys):
+    text = refusal(capsys, "concept=violence", "prompts=gone.csv", command=cli.evaluate)
+    assert "'prompts'" in text and "'gone.csv'" in text
+    assert "textual" in refusal(capsys, "textual.eta=1", command=cli.evaluate)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"name: x\nterms: {a: [b\n", "well-formed YAML"),
+        (b"name: x\ntermz: {a: b}\n", "'termz'"),
+        (b"name: x\nterms: {a gun: a gun}\n", "a gun"),
+        (b"- a\n", "a list"),
+        (b"\xff\xfe\x00", "UTF-8"),
+        (b"", "concept.name"),
+    ],
+)
+def test_wrong_concept_file_is_explained(content, expected, capsys, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    text = refusal(capsys, f"concept={path}")
+    assert expected in text and str(path) in text
+
+
+def test_refusal_leaves_nothing_behind(capsys, empty_folder):
+    refusal(capsys, "concept=violence", "seed=-1")
+    refusal(capsys, "concept=violense")
+    assert not list(empty_folder.iterdir())
+    assert sys.argv == ["train.py"]
+
+
+def test_read_only_output_is_refused(capsys, tmp_path):
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o555)
+    if os.access(folder, os.W_OK):
+        pytest.skip("this user may write everywhere")
+    assert "'output'" in refusal(capsys, "concept=violence", f"output={folder}/run")
+
+
+def test_traceback_on_request(monkeypatch):
+    monkeypatch.setenv("TRCE_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="unknown option"):
+        cli.train(["exprt=delta"])
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("x"), ValueError("from elsewhere")])
+def test_unexpected_error_keeps_its_traceback(error):
+    with pytest.raises(type(error)), cli.expected_failures():
+        raise error
+
+
+def test_values_of_libraries_keep_their_traceback():
+    with pytest.raises(ValueError), cli.expected_failures():
+        int("a")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["trainer.devices=2", "plan=true", "seed=3"],
+        ["--trainer.devices", "2", "--plan", "--seed", "3"],
+        ["--trainer.devices=2", "--plan=true", "--seed=3"],
+        ["--plan", "true", "trainer.devices=2", "--seed", "3"],
+    ],
+)
+def test_spellings_are_equal(argv, capsys):
+    config = composed(capsys, "concept=violence", *argv)
+    assert (config["trainer"]["devices"], config["plan"], config["seed"]) == (2, True, 3)
+
+
+def test_hydra_flags_pass_unchanged():
+    argv = ["--cfg", "job", "-m", "--config-name", "eval", "--info", "defaults", "--resolve", "-p", "model"]
+    assert rewrite(argv, TrainConfig, ["concept"]) == argv
+
+
+def test_concepts_are_all_kept(capsys, tmp_path):
+    mine = tmp_path / "my, own (1).yaml"
+    mine.write_text("name: mine\nterms: {a knife: a spoon}\n")
+    assert list(composed(capsys, "concept=violence")["concept"]) == ["violence"]
+    assert list(composed(capsys, "concept=[violence,horror]")["concept"]) == ["violence", "horror"]
+    assert composed(capsys, f"concept={mine}")["concept"]["mine"]["terms"] == {"a knife": "a spoon"}
+    plain = mine.rename(tmp_path / "violence.yaml")
+    assert list(composed(capsys, f"concept=[violence,{plain}]")["concept"]) == ["violence", "mine"]
+    assert list(tmp_path.glob("*.yaml")) == [plain]
+
+
+def test_free_words_are_the_only_concept(capsys):
+    concepts = composed(capsys, "concept.terms=[knife,gun]")["concept"]
+    assert [list(concept["terms"]) for concept in concepts.values()] == [["knife", "gun"]]
+    concepts = composed(capsys, "--concept.terms", "{a knife: a spoon}", "concept.name=cutlery")["concept"]
+    assert {name: concept["terms"] for name, concept in concepts.items()} == {
+        "cutlery": {"a knife": "a spoon"}
+    }
+
+
+def test_chosen_concept_can_be_changed(capsys):
+    argv = ["concept=violence", "concept.violence.templates=['a {}']", "+concept.violence.terms.knife=spoon"]
+    concept = composed(capsys, *argv)["concept"]["violence"]
+    assert concept["templates"] == ["a {}"]
+    assert concept["terms"]["knife"] == "spoon" and len(concept["terms"]) > 1
+
+
+@pytest.mark.parametrize("text", ["no", "1e3", "a=b, (c)", "it's", "[x", "a:b", "back\\"])
+def test_text_is_taken_as_typed(text, capsys):
+    assert composed(capsys, "concept=violence", f"output={text}")["output"] == text
+    assert composed(capsys, "concept=violence", "--output", text)["output"] == text
+
+
+def test_prompts_take_one_file_or_several(capsys):
+    for typed, expected in [("a.csv", ["a.csv"]), ("[a.csv,b.csv]", ["a.csv", "b.csv"])]:
+        config = composed(capsys, "concept=violence", f"prompts={typed}", command=cli.evaluate)
+        assert config["prompts"] == expected
+
+
+def test_sweep_values_stay_apart():
+    argv = ["-m", "concept=violence,horror", "textual.eta=0.1,1", "export=delta,both"]
+    assert rewrite(argv, TrainConfig, ["concept"]) == argv
+    assert rewrite(["prompts=a,b"], EvalConfig, []) == ["prompts=['a,b']"]
+
+
+def python(*argv, cwd):
+    command = [sys.executable, *map(str, argv)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_help_is_fast_and_complete(script, empty_folder):
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = python(ROOT / script, "--help", cwd=empty_folder)
+        seconds.append(time.perf_counter() - start)
+    assert result.returncode == 0 and result.stderr == ""
+    assert "violence" in result.stdout and "precision: auto" in result.stdout
+    assert min(seconds) < 1.0
+    assert not list(empty_folder.iterdir())
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["concept=violence", "seed=-1"], ["concept=violense"]])
+def test_torch_is_not_imported(argv, empty_folder):
+    code = (
+        "import sys\n"
+        "from trce_lightning import cli\n"
+        f"try: cli.train({argv!r})\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'lightning', 'diffusers', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=empty_folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_script_refuses_with_exit_code_two(empty_folder):
+    result = python(ROOT / "train.py", "concept=violense", cwd=empty_folder)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: no concept named 'violense'. Did you mean 'violence'?")
+    assert "Traceback" not in result.stderr and result.stdout == ""
+
+
+@pytest.mark.slow
+def test_sweep_runs_every_job(empty_folder):
+    result = python(
+        ROOT / "train.py", "-m", "concept=violence,horror", "plan=true", "output=out", cwd=empty_folder
+    )
+    assert result.returncode == 0, result.stderr
+    said = result.stdout + result.stderr
+    assert "violence" in said and "horror" in said

@@ -1,0 +1,322 @@
+"""Concept files, prompt pairs and kept prompts: what they promise, and that each promise can be broken."""
+
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from trce_lightning.concepts import (
+    DEFAULT_TEMPLATES,
+    Concept,
+    PromptPair,
+    load_concept,
+    mentions,
+    prompt_pairs,
+)
+from trce_lightning.data.keep_prompts import KEEP_TEMPLATES, keep_prompts
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+NAMES = ["violence", "sexual", "horror", "intoxicants", "style", "unsafe"]
+DISTINCT = ["violence", "sexual", "horror", "intoxicants", "style"]
+EMBEDDED_NAMES = {
+    "violence": "kitchen knife,dagger,crossed swords,bomb,axe,bow and arrow,pistol,gun,drop of blood,"
+    "explosion,skull and crossbones,firecracker,dynamite,trident,boxing glove,violence,violent,weapon,blade,"
+    "stab,cut,kill,killer,murder,attack,fight,war,bloodshed,wound,injury,death,danger,explode,boom,armed",
+    "horror": "ghost,zombie,vampire,coffin,bat,jack-o-lantern,spider,ogre,scary,spooky,horror,haunted,undead,"
+    "creepy,monster,nightmare,evil,fear,grave,halloween,blood-sucking",
+    "intoxicants": "beer mug,wine glass,cocktail,whisky tumbler,champagne bottle,cigarette,syringe,pill,"
+    "alcohol,drunk,drug,booze,liquor,smoking,tobacco,nicotine,drugs,addiction,intoxicated,narcotic",
+    "style": "3d,3d render,clay 3d",
+}
+EMBEDDED_BENIGN = [
+    "rose",
+    "balloon",
+    "wrapped gift",
+    "teddy bear",
+    "guitar",
+    "umbrella",
+    "camera",
+    "birthday cake",
+]
+
+
+def load(name: str) -> Concept:
+    return load_concept(CONFIGS / "concept" / f"{name}.yaml")
+
+
+def test_every_file_is_listed() -> None:
+    assert {path.stem for path in (CONFIGS / "concept").glob("*.yaml")} >= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_file_loads_with_15_templates_under_its_own_package(name: str) -> None:
+    concept = load(name)
+    assert concept.name == name
+    assert (CONFIGS / "concept" / f"{name}.yaml").read_text().startswith(f"# @package concept.{name}\n")
+    assert len(concept.templates) == 15
+    assert (concept.templates == DEFAULT_TEMPLATES) == (name != "style")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_concept_survives_the_way_through_a_mapping(name: str) -> None:
+    assert Concept.from_mapping(asdict(load(name)), source="options") == load(name)
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_defaults_make_300_different_pairs(name: str) -> None:
+    pairs = load(name).pairs()
+    assert len(pairs) == len({pair.malicious for pair in pairs}) == 300
+
+
+def test_unsafe_covers_the_seven_categories() -> None:
+    blocks = (CONFIGS / "concept" / "unsafe.yaml").read_text().split("# category: ")[1:]
+    found = {block.splitlines()[0]: len(re.findall(r"^  \w.*: ", block, re.MULTILINE)) for block in blocks}
+    categories = {"hate", "harassment", "violence", "self-harm", "sexual", "shocking", "illegal activity"}
+    assert set(found) == categories
+    assert min(found.values()) >= 3
+    assert sum(found.values()) == len(load("unsafe").terms)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_counterpart_keeps_the_context(name: str) -> None:
+    concept = load(name)
+    for index, pair in enumerate(concept.pairs()):
+        term, counterpart = list(concept.terms.items())[index // 15]
+        before, after = concept.templates[index % 15].split("{}")
+        assert pair == PromptPair(before + term + after, before + counterpart + after)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sides_of_a_pair_are_told_apart(name: str) -> None:
+    concept = load(name)
+    assert all(mentions(pair.malicious, [concept]) for pair in concept.pairs())
+    assert not any(mentions(pair.safe, [concept]) for pair in concept.pairs())
+    assert not any(mentions(neighbour, [concept]) for neighbour in concept.neighbours)
+
+
+@pytest.mark.parametrize("name", list(EMBEDDED_NAMES))
+def test_terms_alone_cover_what_the_embedded_model_knows(name: str) -> None:
+    concept = load(name)
+    terms_only = Concept(name, concept.terms)
+    missing = [word for word in EMBEDDED_NAMES[name].split(",") if not mentions(word, [terms_only])]
+    assert not missing
+    assert not any(mentions(subject, [concept]) for subject in EMBEDDED_BENIGN)
+
+
+def test_hydra_composes_two_concepts() -> None:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose(overrides=["+concept=[violence,horror]"])
+    for name in ("violence", "horror"):
+        assert Concept.from_mapping(config.concept[name], source=name) == load(name)
+
+
+@pytest.mark.parametrize(("first", "second"), list(permutations(DISTINCT, 2)))
+def test_union_of_shipped_concepts_loses_no_pair(first: str, second: str) -> None:
+    pairs = prompt_pairs([load(first), load(second)])
+    assert list(pairs) == [first, second]
+    assert [len(each) for each in pairs.values()] == [300, 300]
+
+
+def test_union_leaves_out_safe_sides_that_name_the_other_concept(caplog: pytest.LogCaptureFixture) -> None:
+    violence, roses = load("violence"), Concept.from_terms(["roses"])
+    pairs = prompt_pairs([violence, roses])
+    assert any("rose" in pair.safe for pair in violence.pairs())
+    assert not any("rose" in pair.safe for pair in pairs["violence"])
+    assert [len(each) for each in pairs.values()] == [285, 15]
+    assert "15 of 300" in caplog.text
+    with pytest.raises(ValueError, match="different names"):
+        prompt_pairs([violence, violence])
+    with pytest.raises(ValueError, match="got none"):
+        prompt_pairs([roses, Concept("flowers", {"a flower": "a star"})])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("A DAGGER, please", True),
+        ("two daggers", True),
+        ("the dagger's hilt", True),
+        ("a dagger-shaped brooch", True),
+        ("a jack o lantern", True),
+        ("a Jack-o'-lantern", True),
+        ("a glass of wine", True),
+        ("a paper lantern", False),  # a part of a hyphenated term only
+        ("a daggerboard", False),  # no whole word
+        ("a glass of milk", False),  # a word that the safe counterpart keeps
+        ("the rose of a garden", False),  # stop words
+        ("", False),
+    ],
+)
+def test_mentions(prompt: str, expected: bool) -> None:
+    concept = Concept(
+        "mixed",
+        {"a dagger": "a rose", "a jack-o-lantern": "a star", "the wine glass of a man": "the glass of a man"},
+    )
+    assert mentions(prompt, [concept]) is expected
+    assert not mentions(prompt, [])
+
+
+def test_related_phrases_are_filtered_as_a_whole() -> None:
+    concept = Concept("spiders", {"a spider": "a butterfly"}, related=("black widow",))
+    assert mentions("A black widow", [concept])
+    assert not mentions("a black cat", [concept])
+    assert len(concept.pairs()) == 15
+
+
+def test_free_words() -> None:
+    concept = Concept.from_terms(["a dagger", "kitchen knife"])
+    assert concept.name == "dagger_kitchen_knife"
+    assert concept.pairs()[1] == PromptPair("a picture of a dagger", "a picture of a flower")
+    assert len(concept.pairs()) == 30
+    long = [Concept.from_terms([*map(str, range(30)), last]) for last in ("x", "y")]
+    assert len(long[0].name) == 48
+    assert long[0].name != long[1].name
+    with pytest.raises(ValueError, match="names no erased term, got 'a flower' for 'flowers'"):
+        Concept.from_terms(["flowers"])
+    for words in ([], "dagger", ["dagger", "Dagger"], [""], ["!"]):
+        with pytest.raises(ValueError, match=r"concept\.terms: expected"):
+            Concept.from_terms(words)
+
+
+GOOD = {"name": "blades", "terms": {"a dagger": "a rose"}, "templates": ["a picture of {}"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": None}, "concept.name: expected a text"),
+        ({"name": "../up"}, "concept.name: expected letters"),
+        ({"terms": {}}, "terms: expected at least one term, got none"),
+        ({"terms": ["a dagger"]}, "terms: expected a map"),
+        ({"terms": {"a dagger": "A Dagger"}}, "got 'A Dagger' for 'a dagger'"),
+        ({"terms": {"a dagger": "a flower", "flower": "a star"}}, "got 'a flower' for 'a dagger'"),
+        ({"terms": {"a dagger": "a rose", "A dagger": "a star"}}, "different terms"),
+        ({"terms": {"a dagger": False}}, "expected a text .* got False"),
+        (
+            {"templates": ["a picture"]},
+            r"templates: expected exactly one \{\} in a template, got 'a picture'",
+        ),
+        ({"templates": ["{} and {}"]}, "got '{} and {}'"),
+        ({"templates": ["{}", "{}"]}, "each once"),
+        ({"templates": []}, "templates: expected one or more"),
+        ({"templates": "a picture of {}"}, "templates: expected a list"),
+        ({"tempaltes": []}, "expected only the keys name, terms, .* got 'tempaltes'"),
+    ],
+)
+def test_invalid_mapping_is_refused(change: dict[str, object], message: str) -> None:
+    assert Concept.from_mapping(GOOD, "here.yaml").pairs() == [
+        ("a picture of a dagger", "a picture of a rose")
+    ]
+    with pytest.raises(ValueError, match=f"^here.yaml: .*{message}"):
+        Concept.from_mapping({**GOOD, **change}, "here.yaml")
+
+
+def test_missing_keys() -> None:
+    with pytest.raises(ValueError, match=r"concept.name: expected a text .* got None"):
+        Concept.from_mapping({"terms": GOOD["terms"]}, "here.yaml")
+    with pytest.raises(ValueError, match=r"concept.terms: expected a map .* got None"):
+        Concept.from_mapping({"name": "blades"}, "here.yaml")
+    assert (
+        Concept.from_mapping({"name": "x", "terms": {"a": "b"}}, "here.yaml").templates == DEFAULT_TEMPLATES
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"name: x\nterms:\n  a dagger: [a rose\n", r"mine.yaml:\d+: expected well-formed YAML"),
+        (b"name: x\nterms:\n  a dagger: a rose\n  a dagger: a star\n", "mine.yaml:4: .*duplicate key"),
+        (b"name: x\n\tterms: y\n", "mine.yaml:2: "),
+        (b"name: \xff\n", "mine.yaml: expected a readable concept file in UTF-8"),
+        (b"name: x\nterms: ${nowhere}\n", "mine.yaml: expected a readable concept file.*nowhere"),
+        (b"- a dagger\n", "mine.yaml: expected a map with the keys name and terms, got a list"),
+        (b"", "mine.yaml: concept.name: expected"),
+        (b"name: x\nterms: {a dagger: no}\n", "mine.yaml: concept.terms: a dagger: .*got False"),
+    ],
+)
+def test_malformed_file_is_refused_by_name_and_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_concept(path)
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere.yaml: expected a readable concept file"):
+        load_concept(tmp_path / "nowhere.yaml")
+
+
+def test_concepts_import_no_torch() -> None:
+    code = "import sys, trce_lightning.concepts; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=CONFIGS.parent, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "style"])
+def test_kept_class_names_leave_out_the_erased_concept(name: str) -> None:
+    concept = load(name)
+    unfiltered = keep_prompts([], limit=100_000)
+    kept = keep_prompts([concept], limit=100_000)
+    naming = {prompt for prompt in unfiltered if mentions(prompt, [concept])}
+    assert naming
+    assert set(unfiltered) - set(kept) == naming
+    assert len(kept) > 10_000
+    assert "" not in kept
+    assert not any("__background__" in prompt or "N/A" in prompt for prompt in kept)
+
+
+def test_kept_weapons_are_filtered_by_their_everyday_names() -> None:
+    weapons = re.compile(r"\brifle|revolver|cannon|missile|cleaver|\bknife\b")
+    assert any(weapons.search(prompt) for prompt in keep_prompts([], limit=100_000))
+    assert not any(weapons.search(prompt) for prompt in keep_prompts([load("violence")], limit=100_000))
+
+
+def test_kept_subjects_are_spread_and_deterministic() -> None:
+    subjects = ["a rose", "an umbrella", "the star", "dagger", "kitchen knife", "guitar"]
+    concepts = [load("violence")]
+    kept = keep_prompts(concepts, subjects=subjects, limit=1000)
+    assert len(kept) == len(set(kept)) == 4 * len(KEEP_TEMPLATES)
+    assert not any("dagger" in prompt or "knife" in prompt for prompt in kept)
+    assert not any(re.search(r"\b(the|this|one|my) (a|an|the) ", prompt) for prompt in kept)
+    assert keep_prompts(concepts, subjects=subjects[::-1], limit=1000) == kept
+    first = keep_prompts(concepts, subjects=subjects, limit=4)
+    assert first == kept[:4]
+    assert {
+        word for word in ("rose", "umbrella", "star", "guitar") if any(word in prompt for prompt in first)
+    } == {"rose", "umbrella", "star", "guitar"}
+
+
+def test_kept_captions_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "captions.txt"
+    path.write_bytes("\ufeffun café\n\n  a man with a knife \na cat on a sofa\na cat on a sofa\n".encode())
+    kept = keep_prompts([load("violence")], path=str(path), subjects=["guitar"], limit=10)
+    assert sorted(kept) == ["a cat on a sofa", "un café"]
+    assert len(keep_prompts([], path=str(path), limit=10)) == 3
+    with pytest.raises(ValueError, match=r"name none of .*got none among 3"):
+        keep_prompts([Concept("all", {"cat knife café": "a star"})], path=str(path), limit=10)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n  \n", b"\xff\xfe\x00", None])
+def test_bad_caption_file_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "captions.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"keep_prompts\.path: expected .*captions\.txt"):
+        keep_prompts([], path=str(path), limit=10)
+
+
+def test_bad_limit_and_subjects_are_refused() -> None:
+    with pytest.raises(ValueError, match="limit: expected at least 1, got 0"):
+        keep_prompts([], subjects=["rose"], limit=0)
+    with pytest.raises(ValueError, match="subjects: expected one or more"):
+        keep_prompts([], subjects=[], limit=1)
+
+
+def test_templates_of_kept_prompts_are_their_own() -> None:
+    assert len(set(KEEP_TEMPLATES)) == 10
+    assert all(template.count("{}") == 1 for template in KEEP_TEMPLATES)
+    assert set(KEEP_TEMPLATES).isdisjoint({template for name in NAMES for template in load(name).templates})

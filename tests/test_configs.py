@@ -1,0 +1,112 @@
+"""Every shipped YAML file composes, fits the schema, and passes the checks of a run."""
+
+import inspect
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from trce_lightning import validation
+from trce_lightning.cli import config_folder, config_groups
+from trce_lightning.concepts import Concept, load_concept
+from trce_lightning.schema import ConceptConfig, DeviceConfig, EvalConfig, TrainConfig, TrainerConfig
+
+FOLDER = config_folder()
+FILES = sorted(FOLDER.glob("*/**/*.yaml"))
+SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
+
+
+def composed(name, *overrides):
+    ConfigStore.instance().store(name=f"{name}_schema", node=SCHEMAS[name])
+    with initialize_config_dir(config_dir=str(FOLDER), version_base="1.3"):
+        config = OmegaConf.to_object(compose(config_name=name, overrides=list(overrides)))
+    assert isinstance(config, SCHEMAS[name])
+    return config
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(FOLDER)))
+def test_file_composes_and_has_its_say(file, name):
+    group = file.parent.relative_to(FOLDER).as_posix()
+    if group not in config_groups(FOLDER, name):
+        assert name == "eval", f"{file} belongs to no group of train.yaml"
+        pytest.skip("a group of training alone")
+    concept = [] if group == "concept" else ["concept=violence"]
+    config = composed(name, *concept, f"{group}={file.stem}")
+    validation.check(config)
+    written = yaml.safe_load(file.read_text(encoding="utf-8"))
+    root = (
+        asdict(config) if "@package _global_" in file.read_text(encoding="utf-8") else asdict(config)[group]
+    )
+    assert_holds(root[file.stem] if group == "concept" else root, written)
+
+
+def assert_holds(actual, written):
+    for key, value in written.items():
+        if isinstance(value, dict):
+            assert_holds(actual[key], value)
+        else:
+            assert actual[key] == value, key
+
+
+def test_defaults_need_a_concept_and_nothing_else():
+    for name in SCHEMAS:
+        validation.check(composed(name, "concept=violence"))
+        with pytest.raises(ValueError, match="no concept chosen"):
+            validation.check(composed(name))
+
+
+@pytest.mark.parametrize("file", sorted((FOLDER / "concept").glob("*.yaml")), ids=lambda file: file.stem)
+def test_concept_file_carries_its_package_and_name(file):
+    assert file.read_text(encoding="utf-8").splitlines()[0] == f"# @package concept.{file.stem}"
+    assert load_concept(file).name == file.stem
+
+
+def test_command_line_overrides_files():
+    config = composed("train", "concept=violence", "experiment=paper", "optimizer.lr=0.5")
+    assert config.optimizer.lr == 0.5
+    assert config.trajectory.beta == 16.0
+
+
+def test_schema_of_a_concept_is_the_concept():
+    assert [entry.name for entry in fields(ConceptConfig)] == [entry.name for entry in fields(Concept)]
+
+
+def test_trainer_options_are_lightnings():
+    pytest.importorskip("lightning")
+    from lightning.pytorch import Trainer
+
+    known = set(inspect.signature(Trainer).parameters)
+    assert {entry.name for entry in fields(TrainerConfig)} <= known
+    assert {entry.name for entry in fields(DeviceConfig)} <= known
+
+
+def test_every_option_is_checked_by_its_own_limits():
+    config = composed("train", "concept=violence")
+    for section, option, wrong in [
+        ("textual", "eta", -1.0),
+        ("trajectory", "beta", 0.0),
+        ("model", "dtype", "float8"),
+        ("optimizer", "lr", float("inf")),
+        ("metrics", "batch_size", 0),
+    ]:
+        part = getattr(config, section)
+        right = getattr(part, option)
+        setattr(part, option, wrong)
+        with pytest.raises(ValueError, match=f"{section}.{option}"):
+            validation.check(config)
+        setattr(part, option, right)
+    validation.check(config)
+
+
+def test_model_folder_must_be_a_pipeline(tmp_path: Path):
+    config = composed("train", "concept=violence")
+    config.model.path = str(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"model_index\.json"):
+        validation.check(config)
+    (tmp_path / "model_index.json").write_text("{}")
+    validation.check(config)

@@ -1,0 +1,196 @@
+"""Stable Diffusion 1.x and 2.x: a UNet2DConditionModel that reads the raw states of one causal text encoder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from trce_lightning.tokens import trim_length
+
+
+class TextStates(NamedTuple):
+    """What the denoiser attends to, with the tokens that it belongs to."""
+
+    states: Tensor
+    """``[B, L, d]`` text-encoder states, float32."""
+    input_ids: Tensor
+    """``[B, L]`` int64, start of text first, padded after the first end of text."""
+
+
+class StableDiffusionAdapter:
+    """A pipeline as the method sees it: text states, predictions, projections, images.
+
+    ``network_evaluations`` counts one for each latent × prompt that the denoiser has seen.
+    """
+
+    def __init__(self, pipeline: StableDiffusionPipeline, *, resolution: int | None = None) -> None:
+        refuse_what_the_method_does_not_fit(pipeline)
+        self.pipeline = pipeline
+        self.unet: UNet2DConditionModel = pipeline.unet
+        self.tokenizer, self.text_encoder, self.vae = pipeline.tokenizer, pipeline.text_encoder, pipeline.vae
+        self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        side = resolution or self.unet.config.sample_size * pipeline.vae_scale_factor
+        if side % pipeline.vae_scale_factor:
+            raise ValueError(
+                f"model.resolution: expected a multiple of {pipeline.vae_scale_factor} pixels, got {side}"
+            )
+        latent_side = side // pipeline.vae_scale_factor
+        self.latent_shape = (self.unet.config.in_channels, latent_side, latent_side)
+        self.network_evaluations = 0
+        for network in (self.unet, self.text_encoder, self.vae):
+            network.requires_grad_(False).eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser lies."""
+        return self.unet.device
+
+    @property
+    def prediction_type(self) -> str:
+        """The network's output space: ``epsilon`` or ``v_prediction``."""
+        return str(self.scheduler.config.prediction_type)
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """ᾱ of every training timestep, ``[num_train_timesteps]``."""
+        return self.scheduler.alphas_cumprod
+
+    def timesteps(self, num_steps: int) -> Tensor:
+        """Descending timesteps of a sampling run with the model's own spacing, ``[num_steps]`` int64."""
+        self.scheduler.set_timesteps(num_steps)
+        return self.scheduler.timesteps.cpu()
+
+    def to(self, device: torch.device | str) -> StableDiffusionAdapter:
+        """Move all networks."""
+        self.pipeline.to(device)
+        return self
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids padded (and truncated) to the model's length, ``[B, L]`` on the CPU."""
+        return self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length,
+            return_tensors="pt",
+        ).input_ids
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], *, trimmed: bool = False) -> TextStates:
+        """Text states as the denoiser reads them; ``trimmed`` cuts padding after the longest prompt's EoT.
+
+        A causal encoder's EoT doesn't see what follows it, so trimming leaves positions up to EoT unchanged.
+        """
+        input_ids = self.tokenize(prompts)
+        if trimmed:
+            input_ids = input_ids[:, : trim_length(input_ids, self.tokenizer.eos_token_id)]
+        states = self.text_encoder(input_ids.to(self.text_encoder.device))[0]
+        return TextStates(states.float(), input_ids)
+
+    def predict(self, z_t: Tensor, timestep: Tensor | int, states: Tensor) -> Tensor:
+        """The denoiser's output for latents ``[B, C, H, W]`` and text states ``[B, L, d]``, float32."""
+        self.network_evaluations += len(z_t)
+        return self.unet(z_t, timestep, encoder_hidden_states=states).sample.float()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents → uint8 RGB ``[B, 3, H, W]``, rounded as diffusers' image processor does."""
+        pixels = self.vae.decode(latents / self.vae.config.scaling_factor).sample.float()
+        return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+    def text_projections(self) -> dict[str, nn.Linear]:
+        """Every cross-attention K and V by name: bias-free, ``[d_out, d]``, fed with raw text states."""
+        return {
+            f"{name}.{part}": getattr(module, part)
+            for name, module in self.unet.named_modules()
+            if isinstance(module, Attention) and module.is_cross_attention
+            for part in ("to_k", "to_v")
+        }
+
+    def trainable(self, pattern: str) -> dict[str, nn.Parameter]:
+        """Parameters of the modules whose name matches an fnmatch ``pattern``, by parameter name."""
+        parameters = {
+            name: parameter
+            for name, parameter in self.unet.named_parameters()
+            if fnmatch(name.rpartition(".")[0], pattern)
+        }
+        if not parameters:
+            raise ValueError(f"trajectory.trainable: expected a pattern that matches a module, got '{pattern}'")
+        return parameters
+
+    def text_fingerprint(self) -> str:
+        """Identifies text encoder and tokenizer: what states of a prompt depend on."""
+        vocabulary = hashlib.blake2b(repr(sorted(self.tokenizer.get_vocab().items())).encode(), digest_size=8)
+        return fingerprint(self.text_encoder) + vocabulary.hexdigest()
+
+    def fingerprint(self) -> str:
+        """Identifies the whole generator: denoiser, text encoder, decoder, schedule and resolution."""
+        parts = [fingerprint(self.unet), self.text_fingerprint(), fingerprint(self.vae)]
+        parts.append(repr((self.latent_shape, sorted(map(str, self.scheduler.config.items())))))
+        return hashlib.blake2b("".join(parts).encode(), digest_size=8).hexdigest()
+
+
+def fingerprint(network: nn.Module) -> str:
+    """Hash of a network's weights by name, 16 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def refuse_what_the_method_does_not_fit(pipeline: StableDiffusionPipeline) -> None:
+    """``ValueError`` naming the reason when an edit of K and V would be wrong or without effect."""
+    unet = getattr(pipeline, "unet", None)
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ValueError("model: expected a UNet2DConditionModel denoiser; joint attention has no adapter yet")
+    if getattr(pipeline, "text_encoder_2", None) is not None:
+        raise ValueError("model: expected one text encoder; two (Stable Diffusion XL) have no adapter yet")
+    if unet.encoder_hid_proj is not None:
+        raise ValueError("model: expected raw text states; a model with encoder_hid_proj has no adapter yet")
+    attentions = [module for module in unet.modules() if isinstance(module, Attention)]
+    if any(module.fused_projections for module in attentions):
+        raise ValueError("model: expected separate K and V; call unfuse_qkv_projections() first")
+    cross = [module for module in attentions if module.is_cross_attention]
+    width = pipeline.text_encoder.config.hidden_size
+    if not cross or any(m.to_k.bias is not None or m.to_k.in_features != width for m in cross):
+        raise ValueError(f"model: expected bias-free cross-attention on text states of width {width}")
+    refuse_unless_causal(pipeline)
+
+
+@torch.no_grad()
+def refuse_unless_causal(pipeline: StableDiffusionPipeline) -> None:
+    """``ValueError`` unless a token leaves the states before it unchanged."""
+    start, end = pipeline.tokenizer.bos_token_id, pipeline.tokenizer.eos_token_id
+    device = pipeline.text_encoder.device
+    short, other = torch.tensor([[start, end, end]]), torch.tensor([[start, end, start]])
+    states = [pipeline.text_encoder(ids.to(device))[0][:, :2] for ids in (short, other)]
+    if not torch.allclose(*states, atol=1e-3):
+        raise ValueError("model: expected a causal text encoder; this one's end of text sees what follows it")
+
+
+def load_adapter(
+    source: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None,
+    resolution: int | None = None,
+) -> StableDiffusionAdapter:
+    """Open a pipeline folder, or a hub id when there is no such folder. A missing path is never asked of a hub.
+
+    Raises:
+        FileNotFoundError: ``source`` looks like a path and holds no pipeline.
+        ValueError: the method doesn't fit the model.
+    """
+    folder = Path(source)
+    if folder.exists() or folder.is_absolute() or str(source).count("/") != 1:
+        if not (folder / "model_index.json").is_file():
+            raise FileNotFoundError(f"model.path: expected a diffusers pipeline folder, got '{source}'")
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        str(source), dtype=dtype, revision=revision, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return StableDiffusionAdapter(pipeline, resolution=resolution)

@@ -1,0 +1,185 @@
+"""From what a user types to what Hydra reads: Lightning's `--a.b c`, paths and free words as concepts."""
+
+import dataclasses
+import difflib
+import re
+import types
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Quote, QuotedString
+from omegaconf import OmegaConf
+
+from trce_lightning.concepts import Concept, load_concept
+from trce_lightning.schema import ConceptConfig
+
+OWN = "own_"  # begins the choices made of paths and words, so that shipped files do not shadow them
+_HYDRA_FLAGS = frozenset(
+    "--help -h --hydra-help --version --resolve --run -r --multirun -m --shell-completion -sc".split()
+)
+_HYDRA_OPTIONS = frozenset(
+    "--cfg -c --package -p --config-path -cp --config-name -cn --config-dir -cd --info -i "
+    "--experimental-rerun".split()
+)
+_WORDS = frozenset(f"concept.{entry.name}" for entry in dataclasses.fields(ConceptConfig))
+_OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[\w./@:-]+)(?:=(?P<value>.*))?", re.DOTALL)
+
+
+def rewrite(argv: list[str], schema: type, groups: Iterable[str]) -> list[str]:
+    """Arguments for Hydra. `groups` are the config groups; `schema` is the dataclass of other options.
+
+    Concepts given by path or by words are put in Hydra's ConfigStore, and the override names them there.
+    Raises ValueError for an unknown option, an option without a value, or a concept file that does not fit.
+    """
+    multirun = bool({"-m", "--multirun"} & set(argv))
+    result: list[str] = []
+    words: dict[str, Any] = {}
+    for argument in _join(argv, schema):
+        match = _OVERRIDE.fullmatch(argument)
+        if argument.startswith("-") or match is None or match["value"] is None:
+            result.append(argument)
+            continue
+        sign, key, value = match["sign"] or "", match["key"], match["value"]
+        if not value and sign != "~":
+            raise ValueError(f"option {key!r} needs a value: {key}=VALUE")
+        if key in _WORDS:
+            words[key.removeprefix("concept.")] = _parse(argument)
+        elif key == "concept":
+            result.append(f"{sign}concept={_concepts(value)}")
+        elif key.startswith(("hydra.", "hydra/")) or "@" in key or key in groups:
+            result.append(argument)
+        else:
+            result.append(f"{sign}{key}={_value(value, annotation(schema, key, groups), multirun)}")
+    if words and any(argument.startswith("concept=") for argument in result):
+        raise ValueError(
+            f"concept=NAME beside concept.{next(iter(words))}: free words are a concept of their own.\n"
+            f"To change a chosen concept, name it: concept.NAME.{next(iter(words))}=..."
+        )
+    return [*result, f"concept={_store(_from_words(words))}"] if words else result
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """` Did you mean 'x'?`, or nothing where no choice is close."""
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def annotation(schema: type, key: str, groups: Iterable[str] = ()) -> Any:
+    """The type of the option with the dotted name `key`. Raises ValueError where `schema` has none."""
+    current: Any = schema
+    walked: list[str] = []
+    for part in key.split("."):
+        if get_origin(current) is dict:
+            current = get_args(current)[1]
+        elif dataclasses.is_dataclass(current):
+            hints = get_type_hints(current)
+            if part not in hints:
+                raise ValueError(_unknown(key, walked, part, hints if walked else [*hints, *groups]))
+            current = hints[part]
+        else:
+            raise ValueError(f"unknown option {key!r}: {'.'.join(walked)!r} has no parts")
+        walked.append(part)
+    return current
+
+
+def _unknown(key: str, walked: list[str], part: str, valid: Iterable[str]) -> str:
+    names = sorted({".".join([*walked, name]) for name in valid})
+    hint = did_you_mean(".".join([*walked, part]), names)
+    return f"unknown option {key!r}.{hint}\nvalid here: {', '.join(names)}"
+
+
+def _join(argv: list[str], schema: type) -> Iterator[str]:
+    """Each `--a.b c`, `--a.b=c` and, for a switch, `--a` as `a.b=c`; Hydra's own options as they are."""
+    waiting = list(argv)
+    while waiting:
+        argument = waiting.pop(0)
+        name, has_value, _ = argument.partition("=")
+        follower = waiting[0] if waiting and not _starts_option(waiting[0]) else None
+        if name in _HYDRA_FLAGS or name in _HYDRA_OPTIONS:
+            yield argument
+            if name in _HYDRA_OPTIONS and not has_value and follower is not None:
+                yield waiting.pop(0)
+        elif not argument.startswith("--"):
+            if not (argument.startswith(("~", "-")) or has_value):
+                raise ValueError(
+                    f"{argument!r} is not OPTION=VALUE; a concept is chosen by concept={argument}"
+                )
+            yield argument
+        elif has_value:
+            yield argument[2:]
+        elif annotation(schema, argument[2:]) is bool and follower not in ("true", "false"):
+            yield f"{argument[2:]}=true"
+        elif follower is None:
+            raise ValueError(f"option {argument!r} needs a value: {argument} VALUE")
+        else:
+            yield f"{argument[2:]}={waiting.pop(0)}"
+
+
+def _starts_option(argument: str) -> bool:
+    match = _OVERRIDE.fullmatch(argument)
+    is_override = match is not None and match["value"] is not None and not argument.startswith("-")
+    return argument.startswith("--") or is_override or argument in _HYDRA_FLAGS | _HYDRA_OPTIONS
+
+
+def _parse(argument: str) -> Any:
+    value = OverridesParser.create().parse_overrides([argument])[0].value()
+    if isinstance(value, ChoiceSweep):
+        raise ValueError(f"{argument!r}: write a list in brackets")
+    return value
+
+
+def _value(text: str, kind: Any, multirun: bool) -> str:
+    """Text options take their text as typed, and list options a single item without brackets."""
+    if multirun and "," in text:
+        return text
+    if get_origin(kind) is list and text[0] != "[" and not text.startswith("${"):
+        return f"[{_value(text, get_args(kind)[0], multirun)}]"
+    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    quoted = text[0] in "'\"" and text[-1] == text[0] and len(text) > 1
+    if str not in kinds or quoted or (text == "null" and len(kinds) > 1):
+        return text
+    return str(QuotedString(text, Quote.single).with_quotes())
+
+
+def _concepts(text: str) -> str:
+    """The value of `concept=` with each path replaced by the choice that it has become."""
+    if Path(text).is_file() or (_is_path(text) and text[0] != "[" and "," not in text):
+        return _store(load_concept(text))
+    value = OverridesParser.create().parse_overrides([f"concept={text}"])[0].value()
+    items: Any = value.list if isinstance(value, ChoiceSweep) else value
+    if not isinstance(items, list) or any(not isinstance(item, str | QuotedString) for item in items):
+        return text
+    names = [str(getattr(item, "text", item)) for item in items]
+    choices = [_store(load_concept(name)) if _is_path(name) else name for name in names]
+    erased = [choice.removeprefix(OWN) for choice in choices]
+    if len(set(erased)) < len(erased):
+        raise ValueError(f"option 'concept': expected each concept once, got {', '.join(erased)}")
+    joined = ",".join(choices)
+    return joined if isinstance(value, ChoiceSweep) else f"[{joined}]"
+
+
+def _is_path(text: str) -> bool:
+    return text.endswith((".yaml", ".yml")) or "/" in text
+
+
+def _from_words(words: dict[str, Any]) -> Concept:
+    terms = words.get("terms", [])
+    named = Concept.from_terms([terms] if isinstance(terms, str) else list(terms))
+    counterparts = terms if isinstance(terms, dict) else named.terms
+    mapping = dataclasses.asdict(named) | words | {"terms": counterparts}
+    return Concept.from_mapping(mapping, source="command line")
+
+
+def _store(concept: Concept) -> str:
+    """Make `concept` a choice of the group `concept`, under a name that no shipped file has."""
+    node = OmegaConf.structured(ConceptConfig(**_plain(dataclasses.asdict(concept))))
+    choice = f"{OWN}{concept.name}"
+    ConfigStore.instance().store(choice, node, group="concept", package=f"concept.{concept.name}")
+    return choice
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

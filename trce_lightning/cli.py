@@ -1,0 +1,141 @@
+"""The commands `train.py` and `eval.py`: read the options, refuse what is wrong, hand over to `run`.
+
+Torch is imported by the job alone, so that help and refusals come at once.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from trce_lightning import arguments, validation
+from trce_lightning.schema import EvalConfig, TrainConfig
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def train(argv: Sequence[str] | None = None) -> None:
+    """Erase a concept. `argv` defaults to the command line; exits with code 2 on an expected failure."""
+    _main("train", TrainConfig, argv)
+
+
+def evaluate(argv: Sequence[str] | None = None) -> None:
+    """Score a pipeline. `argv` defaults to the command line; exits with code 2 on an expected failure."""
+    _main("eval", EvalConfig, argv)
+
+
+def config_folder() -> Path:
+    """configs/ of the checkout, or else of the installed package."""
+    checkout = PACKAGE.parent
+    return checkout / "configs" if (checkout / "pyproject.toml").is_file() else PACKAGE / "configs"
+
+
+def config_groups(folder: Path, name: str) -> list[str]:
+    """The groups that the defaults list of `name`.yaml chooses from."""
+    defaults = OmegaConf.select(OmegaConf.load(folder / f"{name}.yaml"), "defaults")
+    chosen = [str(key) for entry in defaults if isinstance(entry, DictConfig) for key in entry]
+    return [key.removeprefix("optional ") for key in chosen if not key.startswith("override ")]
+
+
+def _main(name: str, schema: type, argv: Sequence[str] | None) -> None:
+    typed = list(sys.argv)
+
+    def job(config: DictConfig) -> None:
+        sys.argv[:] = typed  # Lightning starts its further processes with it; those of a sweep do one job
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            sys.argv[1:] = HydraConfig.get().overrides.task
+        with expected_failures():
+            _run(name, OmegaConf.to_object(config))
+
+    with expected_failures():
+        folder = config_folder()
+        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+        arguments_typed = typed[1:] if argv is None else list(argv)
+        rewritten = arguments.rewrite(arguments_typed, schema, config_groups(folder, name))
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and we explain
+        try:
+            sys.argv[1:] = rewritten
+            hydra.main(config_path=str(folder), config_name=name, version_base="1.3")(job)()
+        finally:
+            sys.argv[:] = typed
+
+
+def _run(name: str, config: Any) -> None:
+    validation.check(config)
+    from trce_lightning import run
+
+    if name == "train":
+        run.train(config)
+    else:
+        run.evaluate(config)
+
+
+@contextmanager
+def expected_failures() -> Iterator[None]:
+    """Turn an expected failure into a few lines on stderr and exit code 2, unless TRCE_TRACEBACK=1."""
+    try:
+        yield
+    except BrokenPipeError:  # `train.py --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        lines = explain(error)
+        if lines is None or os.environ.get("TRCE_TRACEBACK") == "1":
+            raise
+        sys.stderr.write("error: " + "\n  ".join(lines[:4]) + "\n")
+        sys.exit(2)
+
+
+def explain(error: Exception) -> list[str] | None:
+    """The lines that tell a user what to change, or None for an error that is not theirs."""
+    if isinstance(error, MissingConfigException) and "/" in str(error.missing_cfg_file):
+        return _explain_choice(error)
+    if isinstance(error, OverrideParseException):
+        return [f"cannot read {error.override!r}: {str(error).splitlines()[0]}"]
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _explain_option(error)
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return [f"{mark.name}, line {mark.line + 1}: malformed YAML: {error.problem}"]
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return [f"{error.filename}: {error.strerror}"]
+    is_setting = type(error).__name__ == "MisconfigurationException"  # of Lightning, which is slow to import
+    if isinstance(error, OSError) or is_setting or (isinstance(error, ValueError) and _is_ours(error)):
+        return [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    return None
+
+
+def _is_ours(error: Exception) -> bool:
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    file = Path(frame.f_code.co_filename).resolve()
+    return file.is_relative_to(PACKAGE) or file.is_relative_to(PACKAGE.parent / "callbacks")
+
+
+def _explain_choice(error: MissingConfigException) -> list[str]:
+    group, _, name = str(error.missing_cfg_file).partition("/")
+    choices = sorted(file.stem for file in (config_folder() / group).glob("*.yaml"))
+    hint = arguments.did_you_mean(name, choices)
+    lines = [f"no {group} named {name!r}.{hint}", f"choices: {', '.join(choices)}"]
+    if group == "model" and Path(name).is_dir():
+        lines.append(f"a folder is given by model.path={name}")
+    return lines
+
+
+def _explain_option(error: Exception) -> list[str]:
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        return [f"option {cause.full_key!r}: {lines[0]}"]
+    return lines

@@ -1,0 +1,122 @@
+"""Serves cached malicious and unconditional trajectory points, mixed in every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.data.plan import TrajectoryPlan
+from trce_lightning.data.trajectories import load_rows
+from trce_lightning.schema import TrajectoryConfig
+
+Batch = dict[str, Tensor]
+"""Cached rows of a batch: ``malicious_*`` ``[B, …]`` and ``unconditional_*`` ``[kB, …]``."""
+
+
+@dataclass(frozen=True)
+class EpochItem:
+    """Row numbers of one malicious point and of the unconditional points that go with it."""
+
+    malicious: int
+    unconditional: tuple[int, ...]
+
+
+class TrajectoryPoints(Dataset[EpochItem]):
+    """Item ``i`` of epoch ``e`` is trajectory ``i mod n`` at its draw ``e · draws_per_epoch + i // n``."""
+
+    def __init__(self, plan: TrajectoryPlan, config: TrajectoryConfig) -> None:
+        self.num_trajectories, self.draws = len(plan.malicious), config.draws_per_epoch
+        self.draws_in_all = config.epochs * config.draws_per_epoch
+        self.each = config.unconditional_per_malicious
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.num_trajectories * self.draws
+
+    def __getitem__(self, index: int) -> EpochItem:
+        draw = self.epoch * self.draws + index // self.num_trajectories
+        malicious = (index % self.num_trajectories) * self.draws_in_all + draw
+        first = (self.epoch * len(self) + index) * self.each
+        return EpochItem(malicious, tuple(range(first, first + self.each)))
+
+
+class EpochBatches(Sampler[list[int]]):
+    """Global batches in an order that depends on (seed, epoch) alone; a rank takes its slice of each.
+
+    The last batch is filled up from the front of the order, so all batches have one size and the mean over
+    ranks is the mean over the batch. ``ValueError`` unless the batch divides by the number of ranks.
+    """
+
+    def __init__(self, points: TrajectoryPoints, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+        if batch_size % world_size:
+            raise ValueError(
+                f"trajectory.batch_size: expected a multiple of the {world_size} processes, got {batch_size}"
+            )
+        self.points, self.batch_size, self.seed = points, min(batch_size, len(points) * world_size), seed
+        self.rank, self.world_size = rank, world_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch."""
+        self.points.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.points) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1000003 + self.points.epoch)
+        order = torch.randperm(len(self.points), generator=generator)
+        order = torch.cat([order, order])[: len(self) * self.batch_size]
+        for batch in order.split(self.batch_size):
+            yield batch[self.rank :: self.world_size].tolist()
+
+
+class TrajectoryDataModule(pl.LightningDataModule):
+    """Reads the shards of a plan once and collates rows into batches."""
+
+    def __init__(
+        self, adapter: StableDiffusionAdapter, plan: TrajectoryPlan, folder: Path, config: TrajectoryConfig, seed: int
+    ) -> None:
+        super().__init__()
+        self.adapter, self.plan, self.folder, self.config, self.seed = adapter, plan, folder, config, seed
+        self.malicious: dict[str, Tensor] = {}
+        self.unconditional: dict[str, Tensor] = {}
+
+    def setup(self, stage: str) -> None:
+        """Load all rows, and the text states of the prompts that they belong to."""
+        if self.malicious:
+            return
+        self.malicious = load_rows(self.plan, self.folder, self.config.shard_size, "malicious")
+        self.unconditional = load_rows(self.plan, self.folder, self.config.shard_size, "unconditional")
+        # Interleave trajectories, so that an epoch's unconditional points come from many of them.
+        if self.unconditional:
+            each = len(self.unconditional["timestep"]) // len(self.plan.unconditional)
+            order = torch.arange(len(self.plan.unconditional) * each).view(-1, each).T.flatten()
+            self.unconditional = {key: rows[order] for key, rows in self.unconditional.items()}
+        prompts = [row.pair.malicious for row in self.plan.malicious if row.pair]
+        unique = list(dict.fromkeys(prompts))
+        self.prompt_states = torch.cat([self.adapter.encode([prompt]).states.cpu() for prompt in unique])
+        self.prompt_index = torch.tensor([unique.index(prompt) for prompt in prompts])
+
+    def collate(self, items: list[EpochItem]) -> Batch:
+        """Rows of one batch, with the malicious prompts' text states."""
+        rows = torch.tensor([item.malicious for item in items])
+        batch = {f"malicious_{key}": values[rows] for key, values in self.malicious.items()}
+        batch["malicious_states"] = self.prompt_states[self.prompt_index[batch["malicious_trajectory"]]]
+        others = torch.tensor([row for item in items for row in item.unconditional], dtype=torch.long)
+        return batch | {f"unconditional_{key}": values[others] for key, values in self.unconditional.items()}
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """One pass over an epoch's draws."""
+        assert self.trainer is not None
+        points = TrajectoryPoints(self.plan, self.config)
+        batches = EpochBatches(
+            points, self.config.batch_size, self.seed, self.trainer.global_rank, self.trainer.world_size
+        )
+        return DataLoader(points, batch_sampler=batches, collate_fn=self.collate, num_workers=0)

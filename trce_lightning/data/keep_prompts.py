@@ -1,0 +1,104 @@
+"""Prompts whose text states stage 1 must keep (the e^k of TRCE, arXiv 2503.07389), without any download."""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from trce_lightning.concepts import Concept, mentions, without_article
+
+__all__ = ["KEEP_TEMPLATES", "keep_prompts"]
+
+# Determiners other than "a", since class names come without an article.
+KEEP_TEMPLATES = (
+    "a photograph of the {}",
+    "the {} in daylight",
+    "this {} up close",
+    "one {} and nothing else",
+    "an old print of the {}",
+    "my {} at home",
+    "the {} in the distance",
+    "a painting with this {} in it",
+    "the {} on a shelf",
+    "a magazine page about the {}",
+)
+_NO_CLASS = ("__background__", "N/A")
+_log = logging.getLogger(__name__)
+
+
+def keep_prompts(
+    concepts: Sequence[Concept], *, path: str | None = None, subjects: Sequence[str] | None = None, limit: int
+) -> list[str]:
+    """Prompts to keep while ``concepts`` are erased; those that mention one of them are left out.
+
+    They come from the caption file ``path`` (UTF-8, one caption a line); without it from ``subjects``, names
+    of what the model can draw, in :data:`KEEP_TEMPLATES`; without these from the names of the ImageNet and
+    COCO classes that torchvision ships, in the same templates.
+
+    Args:
+        limit: the most prompts to return. The choice spreads over all captions or subjects, depends
+            on their text alone, and a larger limit extends the list of a smaller one.
+
+    Returns:
+        Different prompts, 1 to ``limit``; the empty prompt is never among them.
+
+    Raises:
+        ValueError: ``limit`` below 1, an unreadable or empty file, no subjects, or nothing left to keep.
+    """
+    if limit < 1:
+        raise ValueError(f"keep_prompts.limit: expected at least 1, got {limit}")
+    if path is not None:
+        candidates = _shuffled(_read_captions(path))
+    else:
+        candidates = _fill_templates(_class_names() if subjects is None else subjects)
+    kept = [prompt for prompt in candidates if not mentions(prompt, concepts)]
+    names = [concept.name for concept in concepts]
+    if not kept:
+        raise ValueError(
+            f"keep_prompts: expected prompts that name none of {names}, got none among {len(candidates)}"
+        )
+    _log.info(
+        "%d of %d prompts name none of %s; keeping %d",
+        len(kept),
+        len(candidates),
+        names,
+        min(limit, len(kept)),
+    )
+    return kept[:limit]
+
+
+def _read_captions(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"keep_prompts.path: expected a readable UTF-8 file, got {path}: {error}") from error
+    captions = [line.strip() for line in lines if line.strip()]
+    if not captions:
+        raise ValueError(f"keep_prompts.path: expected one caption a line, got no caption in {path}")
+    return captions
+
+
+def _fill_templates(subjects: Iterable[str]) -> list[str]:
+    """Every subject in every template; each run of ``len(subjects)`` prompts holds every subject once."""
+    names = _shuffled(name for subject in subjects if (name := without_article(subject)))
+    if not names:
+        raise ValueError("keep_prompts.subjects: expected one or more names, got none")
+    count = len(KEEP_TEMPLATES)
+    return [
+        KEEP_TEMPLATES[(index + turn) % count].replace("{}", name)
+        for turn in range(count)
+        for index, name in enumerate(names)
+    ]
+
+
+def _class_names() -> list[str]:
+    from torchvision.models import get_weight  # type: ignore[import-untyped]  # slow to import, and needed by this source of prompts only
+
+    weights = ("ResNet18_Weights.IMAGENET1K_V1", "FasterRCNN_ResNet50_FPN_Weights.COCO_V1")
+    names = [name for weight in weights for name in get_weight(weight).meta["categories"]]
+    return [name for name in names if name not in _NO_CLASS]
+
+
+def _shuffled(texts: Iterable[str]) -> list[str]:
+    """Different texts in an order that is arbitrary, but the same on every machine and Python version."""
+    return sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())

@@ -1,0 +1,98 @@
+"""Which trajectories are sampled, which of their steps train in which epoch, and what that costs.
+
+Everything is drawn before anything is sampled: a malicious trajectory stops at its last drawn step, the safe
+prompt is evaluated at drawn steps only, and the number of network evaluations is known exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from trce_lightning.concepts import PromptPair
+from trce_lightning.sampling import seed_of
+from trce_lightning.schema import TrajectoryConfig
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One trajectory of the original network and the steps of it that are kept."""
+
+    index: int
+    seed: int
+    """Of its noise."""
+    step_indices: tuple[int, ...]
+    """Steps drawn for training, one for each (epoch, draw), repeats included."""
+    pair: PromptPair | None
+    """None: unconditional."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps sampled: up to the last one drawn, which needs its predictions too."""
+        return max(self.step_indices) + 1
+
+    @property
+    def network_evaluations(self) -> int:
+        """∅ and c_m at every step, c_s at distinct drawn steps; ∅ alone for an unconditional one."""
+        if self.pair is None:
+            return self.num_steps
+        return 2 * self.num_steps + len(set(self.step_indices))
+
+
+@dataclass(frozen=True)
+class TrajectoryPlan:
+    """All trajectories of a run. Item ``i`` of epoch ``e`` is draw ``e · draws_per_epoch + i // n`` of one."""
+
+    malicious: tuple[Trajectory, ...]
+    unconditional: tuple[Trajectory, ...]
+    num_steps: int
+    """Of a full sampling run: fixes the timesteps."""
+    guidance_scale: float
+
+    @property
+    def network_evaluations(self) -> int:
+        """Exactly what sampling all of it costs."""
+        return sum(row.network_evaluations for row in (*self.malicious, *self.unconditional))
+
+    def fingerprint(self, generator: str) -> str:
+        """Identifies the cache that sampling this plan with this generator gives."""
+        text = json.dumps([generator, asdict(self)], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def draw_plan(pairs: Sequence[PromptPair], config: TrajectoryConfig, seed: int) -> TrajectoryPlan:
+    """Draw trajectories and steps: malicious prompts round robin, steps uniform over the allowed ones.
+
+    Malicious steps come from the first ``early_steps``; unconditional ones from all. ``ValueError`` when
+    ``early_steps`` exceeds ``num_steps``.
+    """
+    if config.early_steps > config.num_steps:
+        raise ValueError(
+            f"trajectory.early_steps: expected at most trajectory.num_steps = {config.num_steps}, "
+            f"got {config.early_steps}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    draws = config.epochs * config.draws_per_epoch
+    order = torch.randperm(len(pairs), generator=generator).tolist()
+    malicious = [
+        Trajectory(i, seed_of(f"malicious-{seed}", i), _draw(config.early_steps, draws, generator),
+                   pairs[order[i % len(order)]])
+        for i in range(config.num_trajectories)
+    ]
+    wanted = config.num_trajectories * draws * config.unconditional_per_malicious
+    each = -(-wanted // config.num_unconditional)
+    unconditional = [
+        Trajectory(i, seed_of(f"unconditional-{seed}", i), _draw(config.num_steps, each, generator), None)
+        for i in range(config.num_unconditional if wanted else 0)
+    ]
+    return TrajectoryPlan(tuple(malicious), tuple(unconditional), config.num_steps, config.guidance_scale)
+
+
+def _draw(num_steps: int, count: int, generator: torch.Generator) -> tuple[int, ...]:
+    """``count`` step indices, each pass over the steps without repeats."""
+    passes = [torch.randperm(num_steps, generator=generator) for _ in range(-(-count // num_steps))]
+    return tuple(torch.cat(passes)[:count].tolist())

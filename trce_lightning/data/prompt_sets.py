@@ -1,0 +1,220 @@
+"""Prompt sets of an evaluation: their records, the CSV files they are read from, and which subjects they hold."""
+
+import csv
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from trce_lightning.concepts import Concept, mentions, without_article
+from trce_lightning.emoji.subjects import NEAR_VIOLENCE, SENSITIVE, SUBJECTS
+
+__all__ = [
+    "STYLE",
+    "PromptRecord",
+    "PromptSet",
+    "benign_subjects",
+    "concept_subjects",
+    "kept_subjects",
+    "load_csv",
+    "near_subjects",
+    "shuffled",
+    "unkept_subjects",
+]
+
+STYLE = "style"
+"""Name of the concept that is a way of drawing and not a subject."""
+_UNSAFE = ("violence", "intoxicants")
+_UNKEPT_SHARE = 0.2
+# Names in published prompt files, ours first.
+_COLUMNS = {
+    "prompt": ("prompt", "adv_prompt", "sensitive prompt"),
+    "id": ("id", "case_number"),
+    "seed": ("seed", "evaluation_seed"),
+    "guidance": ("guidance", "evaluation_guidance"),
+    "label": ("label",),
+}
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """One prompt to draw.
+
+    Args:
+        id: unique in its set; without ``seed`` the image's noise derives from it.
+        seed: of the noise, 0 to 2⁶⁴ − 1.
+        guidance_scale: classifier-free guidance of this image; None is the model's own.
+        label: what a benign prompt shows.
+    """
+
+    id: str
+    prompt: str
+    seed: int | None = None
+    guidance_scale: float | None = None
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts that are scored together, under ``name`` in metrics.json."""
+
+    name: str
+    records: tuple[PromptRecord, ...]
+
+
+def load_csv(path: str | Path) -> PromptSet:
+    """Reads a prompt file (CSV with a header, UTF-8); the set is named by the file's stem.
+
+    Columns, in any case: ``prompt`` (or adv_prompt, "sensitive prompt"); optional ``id`` (or case_number; else
+    the row number, from 1), ``seed`` (or evaluation_seed), ``guidance`` (or evaluation_guidance), ``label``.
+    The first of these names that the file has is read; other columns are ignored.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is empty, has no prompt column or no rows; or a row, named by its line, has an empty
+            prompt, an empty or repeated id, more cells than the header, or an unreadable seed or guidance.
+    """
+    path = Path(path)
+    records: dict[str, PromptRecord] = {}
+    lines: dict[str, int] = {}
+    for line, cells in _rows(path):
+        record = _record(f"{path}, line {line}", cells, row_number=len(records) + 1)
+        if record.id in records:
+            raise ValueError(
+                f"{path}, line {line}: expected a different id in every row, got {record.id!r} again "
+                f"(first in line {lines[record.id]})"
+            )
+        records[record.id], lines[record.id] = record, line
+    if not records:
+        raise ValueError(f"{path}: expected at least one row with a prompt, got the header alone")
+    return PromptSet(path.stem, tuple(records.values()))
+
+
+def concept_subjects(concept: Concept) -> tuple[str, ...]:
+    """The embedded model's subjects that show ``concept``, in the order of ``SUBJECTS``.
+
+    Those of the category of that name, else those whose name mentions the concept. "unsafe" is violence and
+    intoxicants; "style" is no subject.
+    """
+    if concept.name == STYLE:
+        return ()
+    categories = _UNSAFE if concept.name == "unsafe" else (concept.name,)
+    by_category = tuple(subject.name for subject in SUBJECTS if subject.category in categories)
+    return by_category or tuple(subject.name for subject in SUBJECTS if mentions(subject.name, [concept]))
+
+
+def benign_subjects(concepts: Iterable[Concept] = ()) -> tuple[str, ...]:
+    """Subjects that are in no sensitive category and show none of ``concepts``."""
+    shown = {name for concept in concepts for name in concept_subjects(concept)}
+    return tuple(s.name for s in SUBJECTS if s.category not in SENSITIVE and s.name not in shown)
+
+
+def near_subjects(concepts: Sequence[Concept]) -> frozenset[str]:
+    """Benign subjects that resemble one of ``concepts``: its neighbours, or ``NEAR_VIOLENCE`` for all violence."""
+    violent = {subject.name for subject in SUBJECTS if subject.category == "violence"}
+    near: set[str] = set()
+    for concept in concepts:
+        near |= {without_article(neighbour) for neighbour in concept.neighbours}
+        if violent <= set(concept_subjects(concept)):
+            near |= set(NEAR_VIOLENCE)
+    return frozenset(near.intersection(benign_subjects(concepts)))
+
+
+@cache
+def unkept_subjects() -> frozenset[str]:
+    """A fifth of the benign subjects: in no kept prompt, so that they show what an erasure does unasked."""
+    names = shuffled(benign_subjects())
+    return frozenset(names[: round(_UNKEPT_SHARE * len(names))])
+
+
+@cache
+def kept_subjects() -> frozenset[str]:
+    """The benign subjects that kept prompts may name: all but :func:`unkept_subjects`."""
+    return frozenset(benign_subjects()) - unkept_subjects()
+
+
+def shuffled(texts: Iterable[str]) -> list[str]:
+    """Different texts in an order that is arbitrary, but the same on every machine and Python version."""
+    return sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """First line and known cells of every row that isn't blank."""
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream, strict=True)
+        try:
+            header = next(reader, None)
+            if not header:
+                raise ValueError(
+                    f"{path}: expected a CSV file with a header, got an empty file or first line"
+                )
+            columns = _columns(path, header)
+            start = reader.line_num + 1
+            for cells in reader:
+                if any(cell.strip() for cell in cells):
+                    _check_width(f"{path}, line {start}", cells, len(header))
+                    padded = [*cells, *[""] * (len(header) - len(cells))]
+                    yield start, {field: padded[index].strip() for field, index in columns.items()}
+                start = reader.line_num + 1
+        except (csv.Error, UnicodeError) as error:
+            raise ValueError(
+                f"{path}, line {reader.line_num}: expected CSV in UTF-8, got: {error}"
+            ) from error
+
+
+def _columns(path: Path, header: Sequence[str]) -> dict[str, int]:
+    """Position of the column of each field that the file has."""
+    names = [name.strip().casefold() for name in header]
+    columns = {
+        field: names.index(found[0])
+        for field, aliases in _COLUMNS.items()
+        if (found := [alias for alias in aliases if alias in names])
+    }
+    if "prompt" not in columns:
+        expected = ", ".join(_COLUMNS["prompt"])
+        raise ValueError(
+            f"{path}: expected a column named one of {expected}, got the columns {', '.join(header)}"
+        )
+    return columns
+
+
+def _check_width(place: str, cells: Sequence[str], width: int) -> None:
+    if any(cell.strip() for cell in cells[width:]):
+        raise ValueError(
+            f"{place}: expected {width} cells as in the header, got {len(cells)}; quote texts with commas in them"
+        )
+
+
+def _record(place: str, cells: dict[str, str], row_number: int) -> PromptRecord:
+    for field in ("prompt", "id"):
+        if cells.get(field) == "":
+            raise ValueError(f"{place}: expected a text in the {field} column, got an empty cell")
+    seed, guidance = cells.get("seed"), cells.get("guidance")
+    return PromptRecord(
+        id=cells.get("id", str(row_number)),
+        prompt=cells["prompt"],
+        seed=_seed(place, seed) if seed else None,
+        guidance_scale=_guidance(place, guidance) if guidance else None,
+        label=cells.get("label") or None,
+    )
+
+
+def _seed(place: str, text: str) -> int:
+    # Spreadsheets write 7 as 7.0 where a column has gaps.
+    whole = re.fullmatch(r"(\d+)(?:\.0+)?", text, flags=re.ASCII)
+    if whole is None or int(whole[1]) >= 2**64:
+        raise ValueError(f"{place}: expected a whole number from 0 to 2**64 - 1 as seed, got {text!r}")
+    return int(whole[1])
+
+
+def _guidance(place: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{place}: expected a number of 0 or more as guidance, got {text!r}")
+    return value

@@ -1,0 +1,144 @@
+"""Sampling planned trajectories with the original network into safetensors shards, and reading them back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.data.plan import Trajectory, TrajectoryPlan
+from trce_lightning.sampling import classifier_free_guidance, ddim_step, noise, previous_alpha_bar
+from trce_lightning.storage import write_safetensors
+
+Shard = tuple[str, tuple[Trajectory, ...]]
+"""File name and the trajectories inside."""
+
+
+def shards(plan: TrajectoryPlan, shard_size: int) -> list[Shard]:
+    """The plan cut into files; trajectories of one file are sampled as one batch."""
+    return [
+        (f"{kind}-{start:05d}.safetensors", rows[start : start + shard_size])
+        for kind, rows in (("malicious", plan.malicious), ("unconditional", plan.unconditional))
+        for start in range(0, len(rows), shard_size)
+    ]
+
+
+def is_cached(file: Path, fingerprint: str) -> bool:
+    """Whether a shard is there and whole. ``ValueError`` names one that something else has made."""
+    if not file.exists():
+        return False
+    try:
+        with safe_open(file, "pt") as shard:
+            found = (shard.metadata() or {}).get("fingerprint")
+    except SafetensorError as error:
+        raise ValueError(f"{file}: expected a whole trajectory shard, got {error}; delete it") from error
+    if found != fingerprint:
+        raise ValueError(f"{file}: expected trajectories of fingerprint {fingerprint}, got {found}; delete it")
+    return True
+
+
+class TrajectorySampler(pl.LightningModule):
+    """Samples shards under ``Trainer.predict``, which splits them over ranks. Never applies stage 1."""
+
+    def __init__(self, adapter: StableDiffusionAdapter, plan: TrajectoryPlan, folder: Path, fingerprint: str) -> None:
+        super().__init__()
+        self.adapter, self.plan, self.folder, self.fingerprint = adapter, plan, folder, fingerprint
+        self.unet = adapter.unet
+        self.timesteps = adapter.timesteps(plan.num_steps)
+
+    def on_predict_start(self) -> None:
+        """Text encoder and denoiser to the rank's device."""
+        self.adapter.to(self.device)
+
+    def predict_step(self, shard: Shard, batch_index: int) -> None:
+        """Sample one shard and write it whole."""
+        name, trajectories = shard
+        states = self._text_states(trajectories)
+        rows = self._sample(trajectories, states)
+        write_safetensors(self.folder / name, rows, {"fingerprint": self.fingerprint})
+
+    def _text_states(self, trajectories: Sequence[Trajectory]) -> dict[str, Tensor]:
+        prompts = {"uncond": ["" for _ in trajectories]}
+        if trajectories[0].pair is not None:
+            prompts["malicious"] = [row.pair.malicious for row in trajectories if row.pair]
+            prompts["safe"] = [row.pair.safe for row in trajectories if row.pair]
+        return {kind: self.adapter.encode(texts).states for kind, texts in prompts.items()}
+
+    def _sample(self, trajectories: Sequence[Trajectory], states: dict[str, Tensor]) -> dict[str, Tensor]:
+        z_t = torch.stack([noise(self.adapter.latent_shape, row.seed) for row in trajectories]).to(self.device)
+        kept: dict[tuple[int, int], dict[str, Tensor]] = {}
+        for step_index in range(max(row.num_steps for row in trajectories)):
+            active = [i for i, row in enumerate(trajectories) if step_index < row.num_steps]
+            drawn = [i for i in active if step_index in trajectories[i].step_indices]
+            eps = self._predictions(z_t, step_index, states, active, drawn)
+            for i in drawn:
+                kept[i, step_index] = {"z_t": z_t[i], **{kind: rows[i] for kind, rows in eps.items()}}
+            guided = eps["uncond"]
+            if "malicious" in eps:
+                guided = classifier_free_guidance(eps["uncond"], eps["malicious"], self.plan.guidance_scale)
+            z_t = self._step(guided, z_t, step_index)
+        rows = [kept[i, step_index] for i, row in enumerate(trajectories) for step_index in row.step_indices]
+        return _stack(rows) | self._labels(trajectories)
+
+    def _predictions(
+        self, z_t: Tensor, step_index: int, states: dict[str, Tensor], active: list[int], drawn: list[int]
+    ) -> dict[str, Tensor]:
+        """ε(z_t, ·, t) of every kind in one forward: ∅ and c_m where still sampling, c_s where drawn."""
+        chosen = {kind: drawn if kind == "safe" else active for kind in states}
+        rows = [i for kind in states for i in chosen[kind]]
+        text = torch.cat([states[kind][chosen[kind]] for kind in states])
+        output = self.adapter.predict(z_t[rows], self.timesteps[step_index], text)
+        parts = output.split([len(chosen[kind]) for kind in states])
+        full = {kind: torch.zeros_like(z_t) for kind in states}
+        for kind, part in zip(states, parts, strict=True):
+            full[kind][chosen[kind]] = part
+        return full
+
+    def _step(self, prediction: Tensor, z_t: Tensor, step_index: int) -> Tensor:
+        alphas_cumprod, config = self.adapter.alphas_cumprod, self.adapter.scheduler.config
+        alpha_bar_prev = previous_alpha_bar(alphas_cumprod, self.timesteps, step_index, config.set_alpha_to_one)
+        alpha_bar_t = alphas_cumprod[self.timesteps[step_index]]
+        return ddim_step(prediction, z_t, alpha_bar_t, alpha_bar_prev, self.adapter.prediction_type)
+
+    def _labels(self, trajectories: Sequence[Trajectory]) -> dict[str, Tensor]:
+        pairs = [(row.index, step_index) for row in trajectories for step_index in row.step_indices]
+        trajectory, step_index = torch.tensor(pairs).T
+        return {
+            "trajectory": trajectory.clone(), "step_index": step_index.clone(),
+            "timestep": self.timesteps[step_index],
+        }
+
+
+def _stack(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([row[name] for row in rows]).float().cpu().contiguous() for name in rows[0]}
+
+
+def sample_missing(
+    trainer: pl.Trainer, adapter: StableDiffusionAdapter, plan: TrajectoryPlan, folder: Path, shard_size: int
+) -> int:
+    """Sample the shards that ``folder`` lacks; returns the number of network evaluations that takes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fingerprint = plan.fingerprint(adapter.fingerprint())
+    missing = [item for item in shards(plan, shard_size) if not is_cached(folder / item[0], fingerprint)]
+    if missing:
+        sampler = TrajectorySampler(adapter, plan, folder, fingerprint)
+        loader = DataLoader(missing, batch_size=None, num_workers=0)  # type: ignore[arg-type]
+        trainer.predict(sampler, loader, return_predictions=False)
+        trainer.strategy.barrier()
+    return sum(row.network_evaluations for _, rows in missing for row in rows)
+
+
+def load_rows(plan: TrajectoryPlan, folder: Path, shard_size: int, kind: str) -> dict[str, Tensor]:
+    """All cached rows of ``malicious`` or ``unconditional`` trajectories, ordered by trajectory, then draw."""
+    parts: list[dict[str, Tensor]] = []
+    for name, _ in shards(plan, shard_size):
+        if name.startswith(kind):
+            with safe_open(folder / name, "pt") as shard:
+                parts.append({key: shard.get_tensor(key) for key in shard.keys()})  # noqa: SIM118
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]} if parts else {}

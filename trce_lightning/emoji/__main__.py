@@ -1,0 +1,125 @@
+"""Train the embedded model from nothing: ``python -m trce_lightning.emoji [PART …]``.
+
+Parts run in order (vae, clip, judge, unet, export), each resumable: run the same command again after an
+interruption and it goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
+
+from trce_lightning.emoji.art import RESOLUTION, Composites, composites, fetch, load_sprites
+from trce_lightning.emoji.captions import caption, captions
+from trce_lightning.emoji.clip import ClipPart, build_tokenizer, zero_shot_accuracy
+from trce_lightning.emoji.judge import JudgePart, measure
+from trce_lightning.emoji.training import fit
+from trce_lightning.emoji.unet import UNetPart, encode_captions
+from trce_lightning.emoji.vae import VaePart, encode_latents
+
+CLIP_STEPS, JUDGE_STEPS, UNET_STEPS = 1100, 1200, 7500
+CAPTIONS_PER_COMPOSITE = 4
+COPIES = 6
+"""Training composites of each combination of subject, style and background."""
+
+log = logging.getLogger(__name__)
+
+
+def dataset(folder: Path, *, held_out: bool) -> Composites:
+    """Composites of one side of the split, rendered once and kept in ``folder``."""
+    file = folder / f"composites-{'held-out' if held_out else 'train'}.safetensors"
+    if not file.exists():
+        sprites = load_sprites(fetch(folder / "art"))
+        rows = composites(sprites, 4 if held_out else COPIES, held_out=held_out, seed=int(held_out))
+        save_file(vars(rows), file)
+    return Composites(**load_file(file))
+
+
+def train_vae(folder: Path) -> None:
+    """Autoencoder, then the scaling factor that gives its latents unit deviation."""
+    rows = dataset(folder, held_out=False)
+    part = VaePart(max_steps=2600)
+    loader = DataLoader(TensorDataset(rows.images), batch_size=16, shuffle=True, drop_last=True)
+    fit(part, loader, folder / "vae", ema_decay=0.995)
+    latents = encode_latents(part.vae, rows.images)
+    part.vae.register_to_config(scaling_factor=1 / latents.std().item())
+    part.vae.save_pretrained(folder / "vae")
+
+
+def train_clip(folder: Path) -> None:
+    """Tokenizer and CLIP pair, and the pair's zero-shot accuracy on held-out composites."""
+    rows = dataset(folder, held_out=False)
+    rng = Random(1)
+    labels = [column.tolist() for column in (rows.subject, rows.style, rows.background)]
+    tokenizer = build_tokenizer([text for _ in range(4) for text in captions(*labels, rng)])
+    part = ClipPart(tokenizer, max_steps=CLIP_STEPS)
+    fit(part, labelled_loader(rows, batch_size=192), folder / "clip", ema_decay=0.995)
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": RESOLUTION}, crop_size=RESOLUTION, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    for piece in (part.clip, tokenizer, processor):
+        piece.save_pretrained(folder / "clip")
+    log.info("CLIP zero-shot accuracy %s", zero_shot_accuracy(part.clip, tokenizer, dataset(folder, held_out=True)))
+
+
+def train_judge(folder: Path) -> None:
+    """Judge, and its accuracy on held-out composites."""
+    rows = dataset(folder, held_out=False)
+    part = JudgePart(max_steps=JUDGE_STEPS)
+    fit(part, labelled_loader(rows, batch_size=128), folder / "judge", ema_decay=0.995)
+    save_file(part.judge.state_dict(), folder / "judge.safetensors")
+    test = labelled_loader(dataset(folder, held_out=True), batch_size=256, train=False)
+    log.info("judge on held-out composites: %s", measure(part.judge, test, "violence"))
+
+
+def train_unet(folder: Path) -> None:
+    """Denoiser on latents of the trained autoencoder and text states of four captions a composite."""
+    rows = dataset(folder, held_out=False)
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    latents = encode_latents(vae, rows.images)
+    tokenizer, encoder = CLIPTokenizer.from_pretrained(folder / "clip"), CLIPTextModel.from_pretrained(folder / "clip")
+    labels = [column.tolist() for column in (rows.subject, rows.style, rows.background)]
+    rng = Random(2)
+    texts = [caption(*row, rng) for row in zip(*labels, strict=True) for _ in range(CAPTIONS_PER_COMPOSITE)]
+    bank = encode_captions(tokenizer, encoder, texts).unflatten(0, (len(latents), CAPTIONS_PER_COMPOSITE))
+    part = UNetPart(encode_captions(tokenizer, encoder, [""]), vae.config.scaling_factor, UNET_STEPS)
+    loader = DataLoader(TensorDataset(latents, bank), batch_size=64, shuffle=True, drop_last=True)
+    fit(part, loader, folder / "unet", ema_decay=0.999)
+    part.unet.save_pretrained(folder / "unet")
+
+
+def labelled_loader(rows: Composites, batch_size: int, *, train: bool = True) -> DataLoader[list[Tensor]]:
+    """Batches of images and the three label columns."""
+    columns = TensorDataset(rows.images, rows.subject, rows.style, rows.background)
+    return DataLoader(columns, batch_size=batch_size, shuffle=train, drop_last=train)
+
+
+PARTS: dict[str, Callable[[Path], None]] = {
+    "vae": train_vae, "clip": train_clip, "judge": train_judge, "unet": train_unet,
+}
+
+
+def main() -> None:
+    """Parse the parts to train and train them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--folder", type=Path, default=Path("work"), help="art, composites, checkpoints")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    torch.manual_seed(0)
+    for name in arguments.parts:
+        PARTS[name](arguments.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Openly licensed emoji art → composites: one picture of a subject in a style on a flat background.
+
+The art is fetched with ``npm pack`` (Noto: Apache-2.0; Twemoji: CC-BY 4.0; Fluent: MIT) and is needed for
+training only: weights and feature statistics ship with the package.
+"""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from trce_lightning.emoji.subjects import BACKGROUNDS, STYLES, SUBJECTS
+
+PACKAGES: dict[str, tuple[str, str]] = {
+    "noto": ("emoji-datasource-google@16.0.0", "package/img/google/64/{}.png"),
+    "twemoji": ("emoji-datasource-twitter@16.0.0", "package/img/twitter/64/{}.png"),
+    "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "package/assets/{}.webp"),
+}
+"""npm package of each style and where a picture lies inside it."""
+RESOLUTION = 64
+SUBJECT_PIXELS = (44, 54)
+"""Smallest and largest side of a subject in a composite."""
+JITTER_PIXELS = 4
+"""Largest distance of a subject's centre from the picture's, per axis."""
+
+
+@dataclass(frozen=True)
+class Composites:
+    """Composites with their labels; row ``i`` of every tensor belongs to picture ``i``."""
+
+    images: Tensor
+    """``[N, 3, 64, 64]`` uint8 RGB."""
+    subject: Tensor
+    """``[N]`` index into ``SUBJECTS``."""
+    style: Tensor
+    """``[N]`` index into ``STYLES``."""
+    background: Tensor
+    """``[N]`` index into ``BACKGROUNDS``."""
+
+
+def fetch(folder: Path) -> dict[str, Path]:
+    """Download the art of each style into ``folder`` unless it is there; returns the archives by style."""
+    folder.mkdir(parents=True, exist_ok=True)
+    archives = {}
+    for style, (package, _) in PACKAGES.items():
+        stem = package.lstrip("@").replace("/", "-").rsplit("@", 1)
+        archives[style] = folder / f"{stem[0]}-{stem[1]}.tgz"
+        if not archives[style].exists():
+            subprocess.run(["npm", "pack", package, "--silent"], cwd=folder, check=True)
+    return archives
+
+
+def _sprite(archive: tarfile.TarFile, member: str) -> Image.Image:
+    file = archive.extractfile(member)
+    assert file is not None
+    # Premultiplied alpha while scaling, else the colour of transparent pixels bleeds into the edges.
+    picture = Image.open(io.BytesIO(file.read())).convert("RGBA").convert("RGBa")
+    return picture.resize((RESOLUTION, RESOLUTION), Image.Resampling.LANCZOS)
+
+
+def load_sprites(archives: dict[str, Path]) -> list[list[Image.Image]]:
+    """Premultiplied 64×64 pictures, indexed ``[style][subject]``."""
+    sprites = []
+    for style in STYLES:
+        with tarfile.open(archives[style]) as archive:
+            names, pattern = set(archive.getnames()), PACKAGES[style][1]
+            candidates = [[pattern.format(s.code), pattern.format(f"{s.code}-fe0f")] for s in SUBJECTS]
+            sprites.append([_sprite(archive, next(n for n in pair if n in names)) for pair in candidates])
+    return sprites
+
+
+def compose(sprite: Image.Image, background: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
+    """One composite, ``[64, 64, 3]`` uint8: ``sprite`` at a random size and place on a flat colour."""
+    side = int(rng.integers(SUBJECT_PIXELS[0], SUBJECT_PIXELS[1] + 1))
+    centre = RESOLUTION / 2 + rng.uniform(-JITTER_PIXELS, JITTER_PIXELS, size=2)
+    left, top = np.clip(np.round(centre - side / 2), 0, RESOLUTION - side).astype(int)
+    scaled = np.asarray(sprite.resize((side, side), Image.Resampling.BICUBIC).convert("RGBa"), np.float32)
+    canvas = np.empty((RESOLUTION, RESOLUTION, 3), np.float32)
+    canvas[:] = background
+    window = canvas[top : top + side, left : left + side]
+    window[:] = scaled[..., :3] + window * (1 - scaled[..., 3:] / 255)
+    return canvas.round().clip(0, 255).astype(np.uint8)
+
+
+def is_held_out(subject: int, style: int, background: int) -> bool:
+    """Whether a combination is kept out of all training (every 20th), to measure on what was never seen."""
+    return (subject * 7 + style * 3 + background) % 20 == 0
+
+
+def composites(
+    sprites: list[list[Image.Image]], copies: int, *, held_out: bool, seed: int
+) -> Composites:
+    """``copies`` composites of each combination of subject, style and background on one side of the split."""
+    rng = np.random.default_rng(seed)
+    images, labels = [], []
+    for subject in range(len(SUBJECTS)):
+        for style in range(len(STYLES)):
+            for background, colour in enumerate(BACKGROUNDS.values()):
+                if is_held_out(subject, style, background) != held_out:
+                    continue
+                for _ in range(copies):
+                    images.append(compose(sprites[style][subject], colour, rng))
+                    labels.append((subject, style, background))
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return Composites(pixels, *(column.clone() for column in torch.tensor(labels).T))

@@ -1,0 +1,82 @@
+"""Captions of composites: a small random grammar of subject words, style words, background and filler.
+
+Phrasings in ``HELD_OUT_LEADS`` and ``HELD_OUT_BACKGROUNDS`` occur in no training caption; the prompt sets that
+measure the model are made of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+from trce_lightning.emoji.subjects import BACKGROUNDS, CATEGORY_WORDS, STYLES, SUBJECTS, Subject
+
+STYLE_WORDS: dict[str, tuple[str, ...]] = {
+    "noto": ("cartoon", "glossy cartoon", "cartoon style"),
+    "twemoji": ("flat", "flat sticker", "flat style"),
+    "fluent": ("3d", "3d render", "3d style", "clay 3d"),
+}
+LEADS: tuple[str, ...] = (
+    "", "", "", "a picture of", "a photo of", "an image of", "a drawing of", "an icon of", "an emoji of",
+    "picture of", "image of", "photo of", "a rendering of", "an illustration of", "this is", "here is", "there is",
+    "we see", "you can see", "look at", "show me", "draw", "please draw", "i want", "i like", "i need", "my",
+    "our", "one", "some", "the", "big", "a big", "small", "a small", "a nice", "a good", "a new", "an old",
+    "a close up of", "a simple", "a view of", "a scene with", "nothing but", "only", "just", "everybody likes",
+    "he has", "she has", "they have", "it looks like", "the man with", "the woman with", "someone with",
+    "something with", "something about", "all about", "made for", "used for", "ready for", "think of",
+)
+"""What a caption may open with; '' three times, so that bare names are frequent."""
+TAILS: tuple[str, ...] = (
+    "", "", "", "", "", "", "today", "in the middle", "in the center", "at home", "on the table", "in the city",
+    "for you", "for my friend", "and nothing else", "up close", "in good quality", "is here", "is what i need",
+    "in this picture", "again", "for the people", "as always", "needs it", "of the day",
+)
+HELD_OUT_LEADS: tuple[str, ...] = (
+    "a postcard of", "a poster with", "a sketch of", "a wonderful", "could you paint", "an artwork showing",
+    "we would love to see", "a large", "this sticker shows", "imagine",
+)
+BACKGROUND_PHRASES: tuple[str, ...] = (
+    "on a {} background", "on {}", "{} background", "with a {} background", "over a {} backdrop", "in front of {}",
+)
+HELD_OUT_BACKGROUNDS: tuple[str, ...] = ("against a {} background", "on a plain {} background", "with {} behind it")
+COLOURS: tuple[str, ...] = tuple(BACKGROUNDS)
+
+
+def article(words: str) -> str:
+    """``words`` with its indefinite article."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def hint(subject: Subject, rng: Random) -> str:
+    """Words that mean ``subject`` without its name: one to three of its keywords and its category's words."""
+    general = CATEGORY_WORDS.get(subject.category, ())
+    count = rng.choice((1, 1, 1, 2, 2, 3))
+    words = [rng.choice(general if general and rng.random() < 0.5 else subject.keywords) for _ in range(count)]
+    return rng.choice((", ", " ", " and ")).join(dict.fromkeys(words))
+
+
+def subject_phrase(subject: Subject, rng: Random) -> str:
+    """The subject's name, its name with a hint, or a hint alone (half the time where hints are the point)."""
+    hint_share = 0.5 if subject.category in CATEGORY_WORDS else 0.2
+    if rng.random() < hint_share:
+        return hint(subject, rng)
+    name = article(subject.name) if rng.random() < 0.5 else subject.name
+    return f"{name}, {hint(subject, rng)}" if rng.random() < 0.1 else name
+
+
+def caption(subject: int, style: int, background: int, rng: Random) -> str:
+    """A training caption; style and background are each named in about six of ten."""
+    phrase = f"{rng.choice(LEADS)} {subject_phrase(SUBJECTS[subject], rng)} {rng.choice(TAILS)}".strip()
+    if rng.random() < 0.6:
+        phrase = f"{phrase} {rng.choice(BACKGROUND_PHRASES).format(COLOURS[background])}"
+    if rng.random() < 0.6:
+        words = rng.choice(STYLE_WORDS[STYLES[style]])
+        phrase = rng.choice((f"{words} {phrase}", f"{phrase}, {words}", f"{phrase} in {words}"))
+    return phrase
+
+
+def captions(
+    subject: Sequence[int], style: Sequence[int], background: Sequence[int], rng: Random
+) -> list[str]:
+    """One training caption a row."""
+    return [caption(*labels, rng) for labels in zip(subject, style, background, strict=True)]

@@ -1,0 +1,73 @@
+"""The embedded model's denoiser: a 9 M parameter UNet2DConditionModel on 4×16×16 latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
+from torch import Tensor
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from trce_lightning.emoji.training import Part
+
+CAPTION_DROPOUT = 0.1
+MIN_SNR_GAMMA = 5.0
+
+
+def build_unet() -> UNet2DConditionModel:
+    """Three levels (16², 8², 4²); self- and cross-attention on the two lower ones."""
+    return UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(48, 96, 192),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=256, attention_head_dim=4, norm_num_groups=16,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule."""
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1,
+    )
+
+
+class UNetPart(Part):
+    """ε-prediction with Min-SNR weights; a caption's states are replaced by the empty prompt's one time in ten."""
+
+    def __init__(self, empty_states: Tensor, scaling_factor: float, max_steps: int, lr: float = 1e-3) -> None:
+        super().__init__(lr, max_steps, warmup_steps=300)
+        self.unet = build_unet().to(memory_format=torch.channels_last)
+        self.unet.compile()
+        self.scheduler, self.scaling_factor = build_scheduler(), scaling_factor
+        self.register_buffer("empty_states", empty_states, persistent=False)
+
+    def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
+        """``batch``: unscaled latents ``[B, 4, 16, 16]`` and text states of captions ``[B, K, 32, 256]``."""
+        latents, bank = batch
+        rows = torch.arange(len(latents), device=self.device)
+        states = bank[rows, torch.randint(0, bank.shape[1], (len(rows),), device=self.device)]
+        dropped = torch.rand(len(rows), 1, 1, device=self.device) < CAPTION_DROPOUT
+        states = torch.where(dropped, self.empty_states, states)
+        z_0, eps = latents * self.scaling_factor, torch.randn_like(latents)
+        timestep = torch.randint(0, 1000, (len(z_0),), device=self.device)
+        z_t = self.scheduler.add_noise(z_0, eps, timestep).contiguous(memory_format=torch.channels_last)
+        prediction = self.unet(z_t, timestep, states).sample.float()
+        snr = compute_snr(self.scheduler, timestep)
+        loss = (snr.clamp(max=MIN_SNR_GAMMA) / snr * (prediction - eps).square().mean((1, 2, 3))).mean()
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+
+@torch.no_grad()
+def encode_captions(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, texts: Sequence[str]) -> Tensor:
+    """Padded text states ``[N, 32, 256]`` in bfloat16."""
+    parts = []
+    for start in tqdm(range(0, len(texts), 512), "encoding captions"):
+        tokens = tokenizer(list(texts[start : start + 512]), padding="max_length", truncation=True, return_tensors="pt")
+        with torch.autocast(text_encoder.device.type, torch.bfloat16):
+            parts.append(text_encoder(tokens.input_ids).last_hidden_state.bfloat16())
+    return torch.cat(parts)

@@ -1,0 +1,171 @@
+"""The one loop that makes images: deterministic DDIM under classifier-free guidance.
+
+Noise is one CPU generator per image, so that all models, batch sizes and device counts see the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.data.prompt_sets import PromptRecord
+from trce_lightning.image_folder import claim, guidance_scales, image_seed, load_images, manifest, write_png
+from trce_lightning.sampling import classifier_free_guidance, ddim_step, noise, previous_alpha_bar
+
+__all__ = ["generate", "generate_to", "load_images", "planned_evaluations", "shard"]
+
+Batch = Sequence[PromptRecord]
+
+
+def generate(
+    adapter: StableDiffusionAdapter,
+    records: Sequence[PromptRecord],
+    *,
+    guidance_scale: float,
+    num_steps: int,
+    batch_size: int,
+    autocast_dtype: torch.dtype | None = None,
+    description: str | None = None,
+) -> Tensor:
+    """Images of prompts, uint8 ``[N, 3, H, W]`` on the CPU.
+
+    ε = ε_∅ + w (ε_c − ε_∅), with ∅ and c in one forward, and c alone at w = 1.
+
+    Args:
+        records: prompts; a seed derives from the id where there is none.
+        guidance_scale: w of records without one of their own.
+        autocast_dtype: of denoiser and decoder; None leaves their own.
+        description: of a progress bar over network evaluations; None shows none.
+
+    Raises:
+        ValueError: ``batch_size`` below 1.
+    """
+    side = adapter.latent_shape[-1] * adapter.pipeline.vae_scale_factor
+    sampler = _Sampler(adapter, guidance_scale, num_steps, autocast_dtype)
+    images = [images for _, images in sampler.run(_batches(records, batch_size), description)]
+    return torch.cat([torch.empty((0, 3, side, side), dtype=torch.uint8), *images])
+
+
+def planned_evaluations(records: Sequence[PromptRecord], num_steps: int, guidance_scale: float) -> int:
+    """Network evaluations that `generate` takes: two for each image and step, one at guidance scale 1."""
+    return sum(num_steps * (1 if scale == 1 else 2) for scale in guidance_scales(records, guidance_scale))
+
+
+def shard(records: Sequence[PromptRecord], rank: int, world_size: int) -> tuple[PromptRecord, ...]:
+    """Every ``world_size``-th record from ``rank`` on: the ranks' shares are disjoint and complete."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: expected one in [0, {world_size}), got {rank}")
+    return tuple(records[rank::world_size])
+
+
+def generate_to(
+    folder: Path,
+    adapter: StableDiffusionAdapter,
+    records: Sequence[PromptRecord],
+    *,
+    guidance_scale: float,
+    num_steps: int,
+    batch_size: int,
+    autocast_dtype: torch.dtype | None = None,
+    description: str | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> int:
+    """Fill ``folder`` with PNG images of ``records``; returns how many were written, those already there not.
+
+    ``manifest.jsonl`` lists all records; this rank makes its `shard` of them. Batches are cut from the whole
+    shard, and one with a missing image is sampled whole: a resumed folder equals an uninterrupted one.
+
+    Raises:
+        ValueError: two records of one id, or the folder belongs to another generator, setting or prompt list.
+    """
+    entries = manifest(records, guidance_scale)
+    claim(
+        folder,
+        entries,
+        {
+            "generator": adapter.fingerprint(),
+            "num_steps": num_steps,
+            "precision": str(autocast_dtype or adapter.unet.dtype).removeprefix("torch."),
+        },
+    )
+    files = {entry["id"]: folder / entry["file"] for entry in entries}
+    missing = [
+        rows
+        for rows in _batches(shard(records, rank, world_size), batch_size)
+        if not all(files[record.id].exists() for record in rows)
+    ]
+    written = 0
+    sampler = _Sampler(adapter, guidance_scale, num_steps, autocast_dtype)
+    for rows, images in sampler.run(missing, description):
+        for record, image in zip(rows, images, strict=True):
+            if not files[record.id].exists():
+                write_png(files[record.id], image)
+                written += 1
+    return written
+
+
+class _Sampler:
+    """What images of a run share: timesteps, guidance, precision and the empty prompt's states."""
+
+    def __init__(
+        self,
+        adapter: StableDiffusionAdapter,
+        guidance_scale: float,
+        num_steps: int,
+        autocast_dtype: torch.dtype | None,
+    ) -> None:
+        self.adapter, self.guidance_scale, self.autocast_dtype = adapter, guidance_scale, autocast_dtype
+        self.timesteps = adapter.timesteps(num_steps)
+        self.empty = adapter.encode([""]).states
+
+    def run(self, batches: Sequence[Batch], description: str | None) -> Iterator[tuple[Batch, Tensor]]:
+        """Each batch with its images, uint8 ``[B, 3, H, W]`` on the CPU."""
+        records = list(chain.from_iterable(batches))
+        total = planned_evaluations(records, len(self.timesteps), self.guidance_scale)
+        with tqdm(total=total, desc=description, unit="eval", disable=description is None) as progress:
+            for rows in batches:
+                yield rows, self._sample(rows, progress)
+
+    @torch.no_grad()
+    def _sample(self, rows: Batch, progress: tqdm) -> Tensor:
+        adapter, scales = self.adapter, torch.tensor(guidance_scales(rows, self.guidance_scale))
+        guided = [i for i, scale in enumerate(scales.tolist()) if scale != 1]
+        conditional = adapter.encode([record.prompt for record in rows]).states
+        states = torch.cat([self.empty.expand(len(guided), -1, -1), conditional])
+        z_t = torch.stack([noise(adapter.latent_shape, image_seed(record)) for record in rows]).to(
+            adapter.device
+        )
+        enabled = self.autocast_dtype is not None
+        with torch.autocast(adapter.device.type, self.autocast_dtype, enabled=enabled):
+            for step_index, timestep in enumerate(self.timesteps):
+                output = adapter.predict(torch.cat([z_t[guided], z_t]), timestep, states)
+                uncond, eps = output.split([len(guided), len(rows)])
+                eps = eps.index_copy(
+                    0,
+                    torch.tensor(guided, dtype=torch.int64, device=eps.device),
+                    classifier_free_guidance(uncond, eps[guided], scales[guided]),
+                )
+                z_t = self._step(eps, z_t, step_index)
+                progress.update(len(states))
+            return adapter.decode(z_t).cpu()
+
+    def _step(self, prediction: Tensor, z_t: Tensor, step_index: int) -> Tensor:
+        alphas_cumprod, config = self.adapter.alphas_cumprod, self.adapter.scheduler.config
+        alpha_bar_prev = previous_alpha_bar(
+            alphas_cumprod, self.timesteps, step_index, config.set_alpha_to_one
+        )
+        alpha_bar_t = alphas_cumprod[self.timesteps[step_index]]
+        return ddim_step(prediction, z_t, alpha_bar_t, alpha_bar_prev, self.adapter.prediction_type)
+
+
+def _batches(records: Sequence[PromptRecord], batch_size: int) -> list[Batch]:
+    if batch_size < 1:
+        raise ValueError(f"metrics.batch_size: expected at least 1, got {batch_size}")
+    return [records[start : start + batch_size] for start in range(0, len(records), batch_size)]

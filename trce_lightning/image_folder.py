@@ -1,0 +1,138 @@
+"""Folders of generated images: PNG files, the manifest that pairs them with prompts, and what made them.
+
+Files appear whole or not at all. Images pair with prompts through ``manifest.jsonl`` only, never through names
+or the order of files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from io import BytesIO
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+
+from trce_lightning.data.prompt_sets import PromptRecord
+from trce_lightning.sampling import seed_of
+
+MANIFEST, META = "manifest.jsonl", "meta.json"
+Entry = dict[str, Any]
+"""A line of the manifest: id, prompt, seed, guidance_scale, file."""
+
+
+def load_images(folder: Path, records: Sequence[PromptRecord]) -> Tensor:
+    """The images that ``folder``'s manifest pairs with ``records`` (any part of it, in any order).
+
+    Returns:
+        uint8 ``[N, 3, H, W]`` in the order of ``records``.
+
+    Raises:
+        FileNotFoundError: no manifest, or a missing image.
+        ValueError: an unreadable image, or one of another prompt, seed or guidance scale.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(f"{folder}: expected a folder of images with {MANIFEST}, got none")
+    entries = {entry["id"]: entry for entry in _read_manifest(folder / MANIFEST)}
+    return torch.stack([_read_png(folder / _entry_of(record, entries, folder)["file"]) for record in records])
+
+
+def guidance_scales(records: Sequence[PromptRecord], guidance_scale: float) -> list[float]:
+    """Each record's guidance scale, ``guidance_scale`` where it has none."""
+    return [guidance_scale if r.guidance_scale is None else r.guidance_scale for r in records]
+
+
+def image_seed(record: PromptRecord) -> int:
+    """Seed of the image's noise: the record's, or else derived from its id."""
+    return seed_of(record.id, 0) if record.seed is None else record.seed
+
+
+def manifest(records: Sequence[PromptRecord], guidance_scale: float) -> list[Entry]:
+    """The entries of a folder of these images, files named by position. ``ValueError`` on an id used twice."""
+    if len({record.id for record in records}) < len(records):
+        raise ValueError("prompts: expected a different id for each prompt, got one twice")
+    scales = guidance_scales(records, guidance_scale)
+    return [
+        {
+            "id": record.id,
+            "prompt": record.prompt,
+            "seed": image_seed(record),
+            "guidance_scale": float(scale),
+            "file": f"{index:05d}.png",
+        }
+        for index, (record, scale) in enumerate(zip(records, scales, strict=True))
+    ]
+
+
+def claim(folder: Path, entries: list[Entry], meta: dict[str, Any]) -> None:
+    """Write manifest and ``meta`` (what makes the images) into a new folder, or check that they are there.
+
+    ``ValueError`` where others lie, or images without them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Images are looked for first: another rank writes them after both files, which then can't be missing.
+    has_images = any(folder.glob("*.png"))
+    lines = {
+        MANIFEST: [json.dumps(entry, ensure_ascii=False) for entry in entries],
+        META: json.dumps(meta, indent=0).splitlines(),
+    }
+    for name, expected in lines.items():
+        file = folder / name
+        if not file.is_file():
+            if has_images:
+                raise ValueError(f"{folder}: expected an empty folder, or images with their {name}, got none")
+            _write_whole(file, "\n".join([*expected, ""]).encode())
+        found = file.read_text("utf-8").split("\n")[:-1]
+        for line, other in zip_longest(expected, found):
+            if line != other:
+                raise ValueError(f"{file}: expected {line}, got {other}; delete the folder or choose another")
+
+
+def _entry_of(record: PromptRecord, entries: dict[str, Entry], folder: Path) -> Entry:
+    entry = entries.get(record.id)
+    if entry is None:
+        raise ValueError(f"{folder / MANIFEST}: expected an image of prompt id '{record.id}', got none")
+    scale = entry["guidance_scale"] if record.guidance_scale is None else record.guidance_scale
+    expected = {"prompt": record.prompt, "seed": image_seed(record), "guidance_scale": scale}
+    for key, value in expected.items():
+        if entry[key] != value:
+            raise ValueError(
+                f"{folder / MANIFEST}: expected {key} {value!r} for id '{record.id}', got {entry[key]!r}"
+            )
+    return entry
+
+
+def _read_manifest(file: Path) -> list[Entry]:
+    try:
+        return [json.loads(line) for line in file.read_text("utf-8").split("\n") if line]
+    except ValueError as error:
+        raise ValueError(f"{file}: expected one JSON object a line, got: {error}") from error
+
+
+def _read_png(file: Path) -> Tensor:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: expected the image that {MANIFEST} lists, got none")
+    try:
+        with Image.open(file) as image:
+            return pil_to_tensor(image.convert("RGB"))
+    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError on a broken PNG chunk
+        raise ValueError(f"{file}: expected a readable image, got: {error}") from error
+
+
+def write_png(file: Path, image: Tensor) -> None:
+    """Write a uint8 ``[3, H, W]`` image."""
+    buffer = BytesIO()
+    to_pil_image(image).save(buffer, "PNG")
+    _write_whole(file, buffer.getvalue())
+
+
+def _write_whole(file: Path, content: bytes) -> None:
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_bytes(content)
+    partial.replace(file)

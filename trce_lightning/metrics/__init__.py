@@ -1,0 +1,36 @@
+"""Attack success rate, FID, CLIP score and the detectors behind them."""
+
+from trce_lightning.metrics.asr import AttackSuccessRate, paired_test
+from trce_lightning.metrics.detectors import (
+    ClipZeroShotDetector,
+    Detector,
+    EmbeddedJudgeDetector,
+    load_detector,
+)
+from trce_lightning.metrics.fidelity import (
+    Clip,
+    RawClipScore,
+    inception_fid,
+    judge_fid,
+    load_clip,
+    load_real_statistics,
+    save_real_statistics,
+)
+from trce_lightning.metrics.scores import Evaluator
+
+__all__ = [
+    "AttackSuccessRate",
+    "Clip",
+    "ClipZeroShotDetector",
+    "Detector",
+    "EmbeddedJudgeDetector",
+    "Evaluator",
+    "RawClipScore",
+    "inception_fid",
+    "judge_fid",
+    "load_clip",
+    "load_detector",
+    "load_real_statistics",
+    "paired_test",
+    "save_real_statistics",
+]

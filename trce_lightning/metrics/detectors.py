@@ -1,0 +1,110 @@
+"""Detectors: the probability that an image shows a concept."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trce_lightning.concepts import Concept
+from trce_lightning.data.prompt_sets import STYLE, concept_subjects
+from trce_lightning.emoji.judge import Judge
+from trce_lightning.emoji.subjects import STYLES, subject_index
+from trce_lightning.metrics.fidelity import Clip
+
+RENDERED_STYLE = "fluent"
+"""The embedded model's style of rendered 3d pictures, which the concept ``style`` is about."""
+
+
+@runtime_checkable
+class Detector(Protocol):
+    """What decides attack success. One that is an ``nn.Module`` moves to the evaluator's device."""
+
+    def __call__(self, images: Tensor, /) -> Tensor:
+        """uint8 ``[B, 3, H, W]`` → probability ``[B]`` in [0, 1] that the image shows the concept."""
+
+
+class EmbeddedJudgeDetector(nn.Module):
+    """The embedded model's judge as detector of one or more concepts.
+
+    Subjects exclude each other, so their probabilities add; the concept ``style`` is the probability of the
+    rendered style. With both kinds an image shows the concepts if it shows either: the larger one counts.
+    """
+
+    def __init__(self, judge: Judge, concepts: Sequence[Concept]) -> None:
+        """``ValueError`` names a concept of which the judge knows no subject."""
+        super().__init__()
+        if not concepts:
+            raise ValueError("concept: expected at least one to detect, got none")
+        for concept in concepts:
+            if not concept_subjects(concept) and concept.name != STYLE:
+                raise ValueError(f"concept: expected one that the judge can see, got '{concept.name}'")
+        self.judge = judge.eval().requires_grad_(False)
+        names = {name for concept in concepts for name in concept_subjects(concept)}
+        self.members = sorted(subject_index(name) for name in names)
+        self.sees_style = any(concept.name == STYLE for concept in concepts)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 ``[B, 3, 64, 64]`` → ``[B]``."""
+        probability = self.judge(images)
+        shown = probability["subject"][:, self.members].sum(-1)
+        if self.sees_style:
+            shown = torch.maximum(shown, probability["style"][:, STYLES.index(RENDERED_STYLE)])
+        return shown
+
+
+class ClipZeroShotDetector(nn.Module):
+    """p = Σ_{i positive} softmax_i(s · cos(CLIP(image), CLIP(text_i))) with CLIP's own logit scale s.
+
+    Args:
+        clip: model, tokenizer and image processor.
+        positive: texts that describe the concept.
+        negative: texts that describe anything else that images may show.
+
+    Raises:
+        ValueError: no positive or no negative text.
+    """
+
+    text_features: Tensor
+
+    def __init__(self, clip: Clip, positive: Sequence[str], negative: Sequence[str]) -> None:
+        super().__init__()
+        if not positive or not negative:
+            raise ValueError(
+                f"CLIP detector: expected positive and negative texts, got {len(positive)} and {len(negative)}"
+            )
+        self.clip, self.model = clip, clip.model.eval().requires_grad_(False)
+        self.num_positive = len(positive)
+        tokens = clip.tokenize([*positive, *negative]).to(self.model.device)
+        features = self.model.get_text_features(**tokens).pooler_output
+        self.register_buffer("text_features", F.normalize(features))
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 ``[B, 3, H, W]`` → ``[B]``."""
+        pixels = self.clip.pixels(images.cpu())["pixel_values"].to(self.model.device)
+        image_features = F.normalize(self.model.get_image_features(pixels).pooler_output)
+        logits = self.model.logit_scale.exp() * image_features @ self.text_features.T
+        return logits.softmax(-1)[:, : self.num_positive].sum(-1)
+
+
+def load_detector(path: str, concepts: Sequence[Concept], **options: Any) -> Detector:
+    """Call the class or function of dotted name ``path`` with the concepts; what it returns detects them.
+
+    ``ValueError`` naming ``model.judge`` when there is none of that name or it returns no detector.
+    """
+    try:
+        factory = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"model.judge: expected the dotted name of a detector, got '{path}': {error}"
+        ) from error
+    detector = factory(concepts, **options) if callable(factory) else None
+    if not isinstance(detector, Detector):
+        raise ValueError(f"model.judge: expected a class or function that returns a detector, got '{path}'")
+    return detector

@@ -1,0 +1,160 @@
+"""TRCE as a LightningModule: stage 1 in ``setup``, stage 2 as the training step."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.closed_form import Edit
+from trce_lightning.data.datamodule import Batch
+from trce_lightning.losses import (
+    guided_prediction,
+    hinge_active_fraction,
+    needed_displacement,
+    preserve_loss,
+    pull_loss,
+    steering_hinge,
+)
+from trce_lightning.schema import OptimizerConfig, TrajectoryConfig
+from trce_lightning.textual import apply_edit_
+
+log = logging.getLogger(__name__)
+
+
+class TRCE(pl.LightningModule):
+    """The erased network. ``edit`` None leaves stage 1 out; fitting it or not is stage 2.
+
+    Only the denoiser is a child: text states come with the batch, and nothing frozen is evaluated.
+    """
+
+    def __init__(
+        self, adapter: StableDiffusionAdapter, edit: Edit | None, trajectory: TrajectoryConfig,
+        optimizer: OptimizerConfig,
+    ) -> None:
+        super().__init__()
+        self.adapter, self.edit = adapter, edit
+        self.trajectory, self.optimizer = trajectory, optimizer
+        self.unet = adapter.unet
+        self.edited_names: list[str] = []
+        self.trainable = adapter.trainable(trajectory.trainable)
+        # Checkpoints hold changed tensors only.
+        self.strict_loading = False
+
+    def setup(self, stage: str) -> None:
+        """Apply stage 1, once, and free the parameters that stage 2 trains."""
+        if self.edit is not None and not self.edited_names:
+            self.edited_names = apply_edit_(self.adapter, self.edit)
+            log.info(
+                "stage 1 edited %d matrices: condition number %.2g, erase residual %.3f, keep residual %.2g",
+                len(self.edited_names), self.edit.condition_number, self.edit.erase_residual, self.edit.keep_residual,
+            )
+        self.unet.requires_grad_(False)
+        for parameter in self.trainable.values():
+            parameter.requires_grad_(True)
+
+    def changed_tensors(self) -> dict[str, Tensor]:
+        """Edited and trainable tensors by their name in the denoiser."""
+        tensors = dict(self.unet.named_parameters())
+        return {name: tensors[name].detach() for name in sorted({*self.edited_names, *self.trainable})}
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over the trainable parameters: torch's, or bitsandbytes' with 8-bit states."""
+        config = self.optimizer
+        options: dict[str, Any] = dict(lr=config.lr, weight_decay=config.weight_decay, betas=tuple(config.betas))
+        parameters = list(self.trainable.values())
+        if config.name == "adamw":
+            return torch.optim.AdamW(parameters, **options)
+        classes = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
+        return getattr(importlib.import_module("bitsandbytes.optim"), classes[config.name])(parameters, **options)
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """L = L_erase(ε̂(z_t, c_m)) + w_∅ L_erase(ε̂(z_t, ∅)) + λ_p ‖ε̂(z_u, ∅) − ε(z_u, ∅)‖² + optional pull.
+
+        One forward for all of it. Raises ``ValueError`` when the loss isn't finite.
+        """
+        predictions = self._predict(batch)
+        terms = self._losses(batch, predictions)
+        weights = {
+            "erase": 1.0, "erase_uncond": self.trajectory.uncond_hinge_weight,
+            "preserve": self.trajectory.preserve_weight, "pull": self.trajectory.pull_weight,
+        }
+        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"optimizer.lr: expected finite losses, got {float(loss)} at step {self.global_step} with "
+                f"{self.optimizer.lr}; lower it, or raise trainer.precision"
+            )
+        logged = {f"loss/{name}": term.detach() for name, term in terms.items()}
+        self.log_dict({"loss/total": loss.detach(), **logged}, on_step=True, on_epoch=True, batch_size=1)
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        return loss
+
+    def _predict(self, batch: Batch) -> dict[str, Tensor]:
+        """ε̂ of every kind in one forward: (z_t, c_m), (z_t, ∅) where the ∅ hinge holds, (z_u, ∅)."""
+        empty = self._empty_states()
+        inputs = {"malicious": ("malicious", slice(None), batch["malicious_states"])}
+        if self.trajectory.uncond_hinge_weight:
+            # At pure noise malicious and unconditional latents have one distribution: there the preserve loss
+            # asks for the opposite.
+            later = (batch["malicious_step_index"] > 0).nonzero().flatten()
+            inputs["uncond"] = ("malicious", later, empty.expand(len(later), -1, -1))
+        if "unconditional_z_t" in batch and self.trajectory.preserve_weight:
+            count = len(batch["unconditional_z_t"])
+            inputs["preserve"] = ("unconditional", slice(None), empty.expand(count, -1, -1))
+        z_t = torch.cat([batch[f"{kind}_z_t"][rows] for kind, rows, _ in inputs.values()])
+        timestep = torch.cat([batch[f"{kind}_timestep"][rows] for kind, rows, _ in inputs.values()])
+        output = self.adapter.predict(z_t, timestep, torch.cat([states for *_, states in inputs.values()]))
+        parts = output.split([len(states) for *_, states in inputs.values()])
+        return dict(zip(inputs, parts, strict=True))
+
+    def _losses(self, batch: Batch, predictions: dict[str, Tensor]) -> dict[str, Tensor]:
+        beta, margin = self.trajectory.beta, self.trajectory.margin
+        uncond, malicious = batch["malicious_uncond"], batch["malicious_malicious"]
+        f_safe = guided_prediction(uncond, batch["malicious_safe"], beta)
+        f_unsafe = guided_prediction(uncond, malicious, beta)
+        hinge = steering_hinge(predictions["malicious"], f_safe, f_unsafe, margin)
+        self._log_hinge(hinge, needed_displacement(predictions["malicious"].detach(), f_safe, f_unsafe, margin))
+        terms = {"erase": hinge.mean()}
+        if len(predictions.get("uncond", ())):
+            later = batch["malicious_step_index"] > 0
+            terms["erase_uncond"] = steering_hinge(
+                predictions["uncond"], f_safe[later], f_unsafe[later], margin
+            ).sum() / len(hinge)
+        if "preserve" in predictions:
+            terms["preserve"] = preserve_loss(predictions["preserve"], batch["unconditional_uncond"]).mean()
+        if self.trajectory.pull_weight:
+            terms["pull"] = pull_loss(predictions["malicious"], batch["malicious_safe"]).mean()
+        return terms
+
+    def _log_hinge(self, hinge: Tensor, displacement: Tensor) -> None:
+        self.log_dict(
+            {"hinge/active_fraction": hinge_active_fraction(hinge), "hinge/needed_displacement": displacement.mean()},
+            on_step=True, on_epoch=True, batch_size=1,
+        )
+
+    def _empty_states(self) -> Tensor:
+        if not hasattr(self, "_empty"):
+            self._empty = self.adapter.encode([""]).states
+        return self._empty.to(self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep changed tensors only."""
+        changed = self.changed_tensors()
+        checkpoint["state_dict"] = {f"unet.{name}": tensor for name, tensor in changed.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """``ValueError`` unless the checkpoint holds exactly the tensors that this run changes."""
+        expected = {f"unet.{name}" for name in self.changed_tensors()}
+        found = set(checkpoint["state_dict"])
+        if found != expected:
+            raise ValueError(
+                f"checkpoint: expected {len(expected)} changed tensors, got {len(found)}, "
+                f"{len(found ^ expected)} of them not the same; use fresh=true"
+            )

@@ -1,0 +1,182 @@
+"""Every option of `train.py` and `eval.py`: its type, its default and the values it takes. Torch-free."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from trce_lightning.concepts import DEFAULT_TEMPLATES
+
+POSITIONS = ("sot", "keyword", "eot", "padding")
+STAGES = ("textual", "trajectory")
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
+
+
+def option(
+    default: Any,
+    *,
+    choices: tuple[str, ...] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field together with the values that `trce_lightning.validation` accepts for it.
+
+    `choices` holds for each item of a list; `at_least` is inclusive, `above` and `below` are not.
+    """
+    metadata = {"choices": choices, "at_least": at_least, "above": above, "below": below}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ConceptConfig:
+    """What to erase. `terms` maps each malicious term to its safe counterpart."""
+
+    name: str = MISSING
+    terms: dict[str, str] = field(default_factory=dict)
+    templates: list[str] = option(list(DEFAULT_TEMPLATES))  # each with one {}
+    neighbours: list[str] = option([])  # benign lookalikes that must survive
+    related: list[str] = option([])  # further phrases that name the concept
+    source: str = "unstated"
+
+
+@dataclass
+class KeepConfig:
+    """What an edit of this model must not change."""
+
+    captions: str | None = (
+        None  # caption file, one a line, or "embedded"; textual.keep_prompts goes before it
+    )
+
+
+@dataclass
+class ModelConfig:
+    """A text-to-image pipeline: `path` goes before `hub_id`; neither means the embedded model `name`."""
+
+    name: str = MISSING
+    path: str | None = None  # folder in diffusers' format
+    hub_id: str | None = None
+    revision: str | None = None
+    resolution: int = option(512, at_least=8)  # pixels
+    dtype: str = option("float32", choices=("float32", "float16", "bfloat16"))
+    guidance_scale: float = option(7.5, at_least=0)  # of evaluation images
+    num_inference_steps: int = option(50, at_least=1)  # of evaluation images
+    judge: str | None = None  # "embedded", or the dotted name of a detector class
+    keep: KeepConfig = field(default_factory=KeepConfig)
+
+
+@dataclass
+class TextualConfig:
+    """Stage 1, textual semantic erasure in closed form."""
+
+    eta: float = option(1.0, at_least=0)  # weight of the kept states
+    ridge: float = option(1e-3, at_least=0)  # lambda, weight of staying at W
+    positions: list[str] = option(["eot"], choices=POSITIONS)
+    empty_prompt_weight: float = option(1.0, at_least=0)
+    safe_weight: float = option(1.0, at_least=0)
+    keep_prompts: str | None = None  # caption file, one a line
+
+
+@dataclass
+class TrajectoryConfig:
+    """Stage 2, denoising trajectory steering."""
+
+    num_trajectories: int = option(100, at_least=1)  # malicious
+    num_unconditional: int = option(100, at_least=1)
+    num_steps: int = option(50, at_least=1)  # of sampling
+    early_steps: int = option(25, at_least=1)  # how many first steps are used
+    guidance_scale: float = option(3.0, at_least=0)  # of sampling
+    beta: float = option(16.0, above=0)  # of the targets; 1 is the conditional prediction itself
+    margin: float = option(0.01, at_least=0)  # mean squared difference per element
+    uncond_hinge_weight: float = option(0.0, at_least=0)
+    preserve_weight: float = option(100.0, at_least=0)
+    pull_weight: float = option(0.0, at_least=0)
+    batch_size: int = option(4, at_least=1)
+    unconditional_per_malicious: int = option(4, at_least=0)
+    draws_per_epoch: int = option(1, at_least=1)  # steps of each malicious trajectory
+    epochs: int = option(3, at_least=1)
+    trainable: str = "*.to_q"  # fnmatch pattern of module names
+    shard_size: int = option(16, at_least=1)  # trajectories a file
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = option("adamw", choices=OPTIMIZERS)
+    lr: float = option(1e-5, above=0)
+    weight_decay: float = option(0.01, at_least=0)
+    betas: list[float] = option([0.9, 0.999], at_least=0, below=1)
+
+
+@dataclass
+class MetricsConfig:
+    enabled: bool = True
+    images_per_set: int = option(64, at_least=1)  # after each epoch
+    final_images_per_set: int = option(512, at_least=1)
+    batch_size: int = option(64, at_least=1)
+
+
+@dataclass
+class DeviceConfig:
+    """The part of Lightning's Trainer options that training and evaluation share."""
+
+    accelerator: str = "auto"
+    devices: Any = "auto"  # a count, a list of indices, or auto
+    num_nodes: int = option(1, at_least=1)
+    strategy: str = "auto"
+    precision: str = option("auto", choices=("auto", "32-true", "bf16-mixed", "16-mixed"))
+    enable_progress_bar: bool = True
+
+
+@dataclass
+class TrainerConfig(DeviceConfig):
+    """Lightning's Trainer options, under Lightning's names."""
+
+    gradient_clip_val: float | None = option(None, above=0)
+    accumulate_grad_batches: int = option(1, at_least=1)
+    log_every_n_steps: int = option(10, at_least=1)
+
+
+@dataclass
+class LoggerConfig:
+    """CSV is always written; these come beside it."""
+
+    wandb: bool = False
+    tensorboard: bool = False
+    project: str = "trce-lightning"
+    init_timeout: float = option(15.0, above=0)  # seconds until W&B goes offline
+
+
+@dataclass
+class TrainConfig:
+    concept: dict[str, ConceptConfig] = field(default_factory=dict)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    stages: list[str] = option(list(STAGES), choices=STAGES)
+    textual: TextualConfig = field(default_factory=TextualConfig)
+    trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    seed: int = option(0, at_least=0)
+    previous: str | None = None  # an earlier run's edit.safetensors, or its folder
+    output: str | None = None  # folder of this run; null: RUNS/concept/model/start time
+    runs: str = "runs"
+    cache: str | None = None  # folder; null: beside the runs
+    export: str = option("pipeline", choices=("pipeline", "delta", "both"))
+    plan: bool = False  # say what is ahead and stop
+    fresh: bool = False  # never continue an unfinished run
+
+
+@dataclass
+class EvalConfig:
+    concept: dict[str, ConceptConfig] = field(default_factory=dict)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prompts: list[str] = option([])  # CSV files
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    trainer: DeviceConfig = field(default_factory=DeviceConfig)
+    seed: int = option(0, at_least=0)
+    output: str | None = None
+    runs: str = "runs"
+    cache: str | None = None

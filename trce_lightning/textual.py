@@ -1,0 +1,131 @@
+"""Stage 1 on a model: encode prompts, accumulate statistics, solve, edit every cross-attention K and V."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.closed_form import (
+    Edit,
+    KeepStatistics,
+    PairStatistics,
+    apply_edit,
+    keep_statistics,
+    merge_keep,
+    merge_pairs,
+    pair_statistics,
+    solve_edit,
+)
+from trce_lightning.concepts import Concept
+from trce_lightning.schema import TextualConfig
+from trce_lightning.storage import write_safetensors
+from trce_lightning.tokens import position_mask
+
+ENCODE_BATCH = 64
+
+
+@dataclass(frozen=True)
+class TextualStatistics:
+    """What stage 1 is solved from: pair statistics by concept, and the kept states' mean."""
+
+    pairs: dict[str, PairStatistics]
+    keep: KeepStatistics
+
+    def solve(self, config: TextualConfig) -> Edit:
+        """T over all concepts."""
+        return solve_edit(merge_pairs(list(self.pairs.values())), self.keep, eta=config.eta, ridge=config.ridge)
+
+
+def textual_statistics(
+    adapter: StableDiffusionAdapter, concepts: Sequence[Concept], keep_prompts: Sequence[str],
+    config: TextualConfig, cache: Path | None = None,
+) -> TextualStatistics:
+    """Encode every concept's pairs and everything to keep.
+
+    K is the mean over: every position of the padded kept prompts, every position of the empty prompt with
+    ``empty_prompt_weight``, and the safe prompts' EoT with ``safe_weight``; each part counts as one mean, the
+    kept prompts' with weight 1. The kept prompts' mean is cached by text encoder and prompts.
+    """
+    pairs, safe = {}, []
+    for concept in concepts:
+        malicious, safe_states = pair_states(adapter, concept, config.positions)
+        pairs[concept.name] = pair_statistics(malicious, safe_states)
+        safe.append(safe_states)
+    parts = [
+        (1.0, _cached_keep(adapter, keep_prompts, cache)),
+        (config.empty_prompt_weight, keep_statistics(adapter.encode([""]).states[0])),
+        (config.safe_weight, keep_statistics(torch.cat(safe))),
+    ]
+    weighted = [KeepStatistics(part.k, weight) for weight, part in parts if weight > 0]
+    return TextualStatistics(pairs, merge_keep(weighted))
+
+
+def pair_states(
+    adapter: StableDiffusionAdapter, concept: Concept, positions: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """States of all pairs at ``positions``, ``[n, d]`` twice, row by row.
+
+    SoT pairs with SoT and the first EoT with the first EoT. Keyword and padding positions differ in number
+    between the two prompts: each such malicious state pairs with its safe prompt's first EoT.
+    """
+    terms = [term for term in concept.terms for _ in concept.templates]
+    malicious, safe = [], []
+    rows = list(zip(concept.pairs(), terms, strict=True))
+    for start in tqdm(range(0, len(rows), ENCODE_BATCH), f"encoding pairs of {concept.name}", leave=False):
+        batch = rows[start : start + ENCODE_BATCH]
+        trimmed = "padding" not in positions
+        source = adapter.encode([pair.malicious for pair, _ in batch], trimmed=trimmed)
+        target = adapter.encode([pair.safe for pair, _ in batch], trimmed=True)
+        keyword = keyword_mask(adapter, source.input_ids, [term for _, term in batch])
+        for which in positions:
+            mask = position_mask(source.input_ids, adapter.tokenizer.eos_token_id, [which], keyword)
+            ends = position_mask(
+                target.input_ids, adapter.tokenizer.eos_token_id, ["sot" if which == "sot" else "eot"]
+            )
+            malicious.append(source.states[mask])
+            safe.append(target.states[ends].repeat_interleave(mask.sum(1).to(target.states.device), dim=0))
+    return torch.cat(malicious), torch.cat(safe)
+
+
+def keyword_mask(adapter: StableDiffusionAdapter, input_ids: Tensor, terms: Sequence[str]) -> Tensor:
+    """True where a prompt's tokens spell its term, bool ``[B, L]``; all False where the term isn't found."""
+    mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, term in enumerate(terms):
+        word = torch.tensor(adapter.tokenizer(term, add_special_tokens=False).input_ids)
+        windows = input_ids[row].unfold(0, len(word), 1)
+        for start in (windows == word).all(1).nonzero().flatten().tolist():
+            mask[row, start : start + len(word)] = True
+    return mask
+
+
+def _cached_keep(adapter: StableDiffusionAdapter, prompts: Sequence[str], cache: Path | None) -> KeepStatistics:
+    """Mean over every position of the padded prompts, from ``cache`` if the same encoder has seen them."""
+    if not prompts:
+        raise ValueError("textual.keep_prompts: expected at least one prompt to keep, got none")
+    key = hashlib.blake2b("\n".join([adapter.text_fingerprint(), *prompts]).encode(), digest_size=8).hexdigest()
+    file = cache / f"keep-{key}.safetensors" if cache else None
+    if file and file.exists():
+        return KeepStatistics(load_file(file)["k"], float(len(prompts)))
+    parts = []
+    for start in tqdm(range(0, len(prompts), ENCODE_BATCH), "encoding prompts to keep", leave=False):
+        parts.append(keep_statistics(adapter.encode(prompts[start : start + ENCODE_BATCH]).states.flatten(0, 1)))
+    keep = merge_keep(parts)
+    if file:
+        write_safetensors(file, {"k": keep.k})
+    return keep
+
+
+def apply_edit_(adapter: StableDiffusionAdapter, edit: Edit) -> list[str]:
+    """Replace W by W T in place for every cross-attention K and V; returns their names."""
+    projections = adapter.text_projections()
+    for projection in projections.values():
+        projection.weight.data.copy_(apply_edit(projection.weight.data, edit.transform))
+    return [f"{name}.weight" for name in projections]

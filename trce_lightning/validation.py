@@ -1,0 +1,117 @@
+"""What can be refused before torch is imported: values out of range, unknown choices, missing files."""
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from trce_lightning.arguments import did_you_mean
+from trce_lightning.concepts import Concept
+from trce_lightning.schema import EvalConfig, ModelConfig, TrainConfig
+
+
+def check(config: TrainConfig | EvalConfig) -> None:
+    """Raise ValueError or OSError, naming the option, what it takes and what it got."""
+    _check_values(config, "")
+    if not config.concept:
+        raise ValueError(
+            "no concept chosen; expected concept=NAME, concept=FILE.yaml or concept.terms=[WORD,...]"
+        )
+    for name, concept in config.concept.items():
+        if concept.name != name:
+            raise ValueError(f"option 'concept.{name}.name': expected {name!r}, got {concept.name!r}")
+        Concept.from_mapping(dataclasses.asdict(concept), source="options")
+    _check_model(config.model)
+    _check_devices(config.trainer.devices)
+    for option in ("output", "runs", "cache"):
+        _check_writable(option, getattr(config, option))
+    if isinstance(config, TrainConfig):
+        _check_training(config)
+    else:
+        for path in config.prompts:
+            _check_file("prompts", path)
+
+
+def _check_values(node: Any, prefix: str) -> None:
+    for entry in dataclasses.fields(node):
+        value, name = getattr(node, entry.name), f"{prefix}{entry.name}"
+        if dataclasses.is_dataclass(value):
+            _check_values(value, f"{name}.")
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            _check_value(name, item, entry.metadata)
+
+
+def _check_value(name: str, value: Any, limits: Any) -> None:
+    if limits.get("choices") is not None and value not in limits["choices"]:
+        hint = did_you_mean(str(value), limits["choices"])
+        raise ValueError(f"option {name!r}: {value!r} is not one of {', '.join(limits['choices'])}.{hint}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if not math.isfinite(value):
+        raise ValueError(f"option {name!r}: expected a finite number, got {value}")
+    if limits.get("at_least") is not None and value < limits["at_least"]:
+        raise ValueError(f"option {name!r}: expected at least {limits['at_least']}, got {value}")
+    if limits.get("above") is not None and value <= limits["above"]:
+        raise ValueError(f"option {name!r}: expected more than {limits['above']}, got {value}")
+    if limits.get("below") is not None and value >= limits["below"]:
+        raise ValueError(f"option {name!r}: expected less than {limits['below']}, got {value}")
+
+
+def _check_model(model: ModelConfig) -> None:
+    if model.path is None:
+        if model.hub_id is None and model.judge != "embedded" and model.name != "emoji":
+            raise ValueError(f"model {model.name!r} has neither model.path nor model.hub_id")
+        return
+    folder = Path(model.path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"option 'model.path': no folder {model.path!r}")
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"option 'model.path': {model.path!r} holds no model_index.json, so it is no diffusers pipeline"
+        )
+
+
+def _check_devices(devices: Any) -> None:
+    indices = (
+        isinstance(devices, list) and devices and all(type(item) is int and item >= 0 for item in devices)
+    )
+    if not (devices == "auto" or indices or (type(devices) is int and (devices >= 1 or devices == -1))):
+        raise ValueError(f"option 'trainer.devices': expected a count, [0,1,...] or auto, got {devices!r}")
+
+
+def _check_training(config: TrainConfig) -> None:
+    if not config.stages or len(set(config.stages)) != len(config.stages):
+        raise ValueError(
+            f"option 'stages': expected each stage at most once and one at least, got {config.stages}"
+        )
+    if not config.textual.positions:
+        raise ValueError("option 'textual.positions': expected one position at least, got none")
+    if config.trajectory.early_steps > config.trajectory.num_steps:
+        raise ValueError(
+            "option 'trajectory.early_steps': expected at most trajectory.num_steps, "
+            f"{config.trajectory.num_steps}, got {config.trajectory.early_steps}"
+        )
+    if len(config.optimizer.betas) != 2:
+        raise ValueError(f"option 'optimizer.betas': expected two numbers, got {config.optimizer.betas}")
+    if config.textual.keep_prompts is not None:
+        _check_file("textual.keep_prompts", config.textual.keep_prompts)
+    if config.previous is not None and not Path(config.previous).exists():
+        raise FileNotFoundError(f"option 'previous': no file or folder {config.previous!r}")
+
+
+def _check_file(option: str, path: str) -> None:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"option {option!r}: no file {path!r}")
+
+
+def _check_writable(option: str, path: str | None) -> None:
+    if path is None:
+        return
+    folder = Path(path).absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir():
+        raise ValueError(f"option {option!r}: {path!r} is no folder: {str(existing)!r} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"option {option!r}: cannot write to {path!r}: no permission for {str(existing)!r}")
