@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,36 +11,52 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from callbacks.evaluation import EpochEvaluation
-from trce_lightning.report import image_grid
+from trce_lightning.data.prompt_sets import PromptRecord
+from trce_lightning.generation import load_images, shard
+from trce_lightning.image_grid import image_grid
 from trce_lightning.scoring import Scorer
 
 
 class ImageGrid(pl.Callback):
-    """Writes ``grid.png`` from the images that ``EpochEvaluation`` has made, and shows it to W&B."""
+    """Writes ``grid.png`` from the images that ``EpochEvaluation`` has just made, and shows it to W&B.
 
-    def __init__(self, evaluation: EpochEvaluation, original: dict[str, Tensor], file: Path, columns: int = 8) -> None:
+    Comes after the evaluation in the trainer's list. ``original`` is the folder of the original's images.
+    """
+
+    def __init__(self, evaluation: EpochEvaluation, original: Path, file: Path, columns: int = 8) -> None:
         self.evaluation, self.original, self.file, self.columns = evaluation, original, file, columns
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Runs after the evaluation when it comes after it in the trainer's list."""
+        """Draw this rank's first images; with several ranks their prompts are every n-th."""
         if not trainer.is_global_zero:
             return
-        grid_of(self.evaluation.scorer, self.original, self.evaluation.images, self.file, self.columns)
+        scorer, images = self.evaluation.scorer, self.evaluation.images
+        shares = {name: shard(scorer.records(name), 0, trainer.world_size)[: self.columns] for name in images}
+        originals = {name: load_images(self.original / name, share) for name, share in shares.items()}
+        draw(shares, originals, images, self.file)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("grid", [str(self.file)], step=trainer.global_step)
 
 
-def grid_of(
-    scorer: Scorer, original: dict[str, Tensor], erased: dict[str, Tensor], file: Path, columns: int = 8
+def grid_of(scorer: Scorer, original: Path, erased: Path, file: Path, columns: int = 8) -> None:
+    """Draw the first prompts of every set from two folders of images, original above erased."""
+    shares = {prompts.name: prompts.records[:columns] for prompts in scorer.sets}
+    images = [
+        {name: load_images(folder / name, share) for name, share in shares.items()} for folder in (original, erased)
+    ]
+    draw(shares, *images, file)
+
+
+def draw(
+    shares: Mapping[str, Sequence[PromptRecord]], original: Mapping[str, Tensor], erased: Mapping[str, Tensor],
+    file: Path,
 ) -> None:
-    """Draw the first ``columns`` prompts of every set, original above erased."""
-    names = [name for name in original if name in erased]
-    count = min([columns, *(len(rows[name]) for rows in (original, erased) for name in names)])
-    prompts = [record.prompt for name in names for record in scorer.records(name)[:count]]
+    """One block of columns a set."""
+    prompts = [record.prompt for share in shares.values() for record in share]
     rows = [
-        (label, torch.cat([images[name][:count] for name in names]))
+        (label, torch.cat([images[name][: len(share)] for name, share in shares.items()]))
         for label, images in (("original", original), ("erased", erased))
     ]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(rows, prompts, columns=count).save(file)
+    columns = max(len(share) for share in shares.values())
+    image_grid(rows, prompts, columns=columns).save(file)

@@ -1,9 +1,9 @@
 """What a user types: accepted spellings, and refusals in a few lines with exit code 2, without torch."""
 
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -51,7 +51,7 @@ WRONG = [
     (["concept.terms=[]"], ["concept.terms"]),
     (["concept=violence", "concept.terms=[knife]"], ["concept.NAME.terms"]),
     (["concept=violence", "concept.violence.templates=[abc]"], ["concept.violence.templates", "'abc'"]),
-    (["model=sd41"], ["'sd41'", "Did you mean 'sd14'?", "emoji"]),
+    (["model=sd144"], ["'sd144'", "Did you mean 'sd14'?", "emoji"]),
     (["concept=violence", "model=/"], ["model.path=/"]),
     (["modle.path=x"], ["'modle.path'", "Did you mean 'model'?"]),
     (["model.pth=x"], ["'model.pth'", "Did you mean 'model.path'?"]),
@@ -223,14 +223,13 @@ def python(*argv, cwd):
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py"])
 def test_help_is_fast_and_complete(script, empty_folder):
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        result = python(ROOT / script, "--help", cwd=empty_folder)
-        seconds.append(time.perf_counter() - start)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = python(ROOT / script, "--help", cwd=empty_folder)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime  # whatever else is running
     assert result.returncode == 0 and result.stderr == ""
     assert "violence" in result.stdout and "precision: auto" in result.stdout
-    assert min(seconds) < 1.0
+    assert seconds < 1.0
     assert not list(empty_folder.iterdir())
 
 

@@ -37,7 +37,7 @@ def rewrite(argv: list[str], schema: type, groups: Iterable[str]) -> list[str]:
     multirun = bool({"-m", "--multirun"} & set(argv))
     result: list[str] = []
     words: dict[str, Any] = {}
-    for argument in _join(argv, schema):
+    for argument in _join(argv, schema, groups):
         match = _OVERRIDE.fullmatch(argument)
         if argument.startswith("-") or match is None or match["value"] is None:
             result.append(argument)
@@ -91,13 +91,14 @@ def _unknown(key: str, walked: list[str], part: str, valid: Iterable[str]) -> st
     return f"unknown option {key!r}.{hint}\nvalid here: {', '.join(names)}"
 
 
-def _join(argv: list[str], schema: type) -> Iterator[str]:
+def _join(argv: list[str], schema: type, groups: Iterable[str]) -> Iterator[str]:
     """Each `--a.b c`, `--a.b=c` and, for a switch, `--a` as `a.b=c`; Hydra's own options as they are."""
     waiting = list(argv)
+    roots = {"hydra", *groups, *(entry.name for entry in dataclasses.fields(schema))}
     while waiting:
         argument = waiting.pop(0)
         name, has_value, _ = argument.partition("=")
-        follower = waiting[0] if waiting and not _starts_option(waiting[0]) else None
+        follower = waiting[0] if waiting and not _starts_option(waiting[0], roots) else None
         if name in _HYDRA_FLAGS or name in _HYDRA_OPTIONS:
             yield argument
             if name in _HYDRA_OPTIONS and not has_value and follower is not None:
@@ -118,9 +119,11 @@ def _join(argv: list[str], schema: type) -> Iterator[str]:
             yield f"{argument[2:]}={waiting.pop(0)}"
 
 
-def _starts_option(argument: str) -> bool:
+def _starts_option(argument: str, roots: set[str]) -> bool:
     match = _OVERRIDE.fullmatch(argument)
-    is_override = match is not None and match["value"] is not None and not argument.startswith("-")
+    is_override = (
+        match is not None and match["value"] is not None and re.split(r"[./@]", match["key"])[0] in roots
+    )
     return argument.startswith("--") or is_override or argument in _HYDRA_FLAGS | _HYDRA_OPTIONS
 
 

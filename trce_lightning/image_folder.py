@@ -1,7 +1,7 @@
 """Folders of generated images: PNG files, the manifest that pairs them with prompts, and what made them.
 
-Files appear whole or not at all. Images pair with prompts through ``manifest.jsonl`` only, never through names
-or the order of files.
+Files appear whole or not at all. Images pair with prompts through ``manifest.jsonl`` only, never through
+names or the order of files.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def load_images(folder: Path, records: Sequence[PromptRecord]) -> Tensor:
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{folder}: expected a folder of images with {MANIFEST}, got none")
     entries = {entry["id"]: entry for entry in _read_manifest(folder / MANIFEST)}
-    return torch.stack([_read_png(folder / _entry_of(record, entries, folder)["file"]) for record in records])
+    images = [_read_png(folder / _entry_of(record, entries, folder)["file"]) for record in records]
+    return torch.stack(images) if images else torch.empty((0, 3, 0, 0), dtype=torch.uint8)
 
 
 def guidance_scales(records: Sequence[PromptRecord], guidance_scale: float) -> list[float]:
@@ -54,7 +55,7 @@ def image_seed(record: PromptRecord) -> int:
 
 
 def manifest(records: Sequence[PromptRecord], guidance_scale: float) -> list[Entry]:
-    """The entries of a folder of these images, files named by position. ``ValueError`` on an id used twice."""
+    """Entries of a folder of these images, files named by position. ``ValueError`` on an id used twice."""
     if len({record.id for record in records}) < len(records):
         raise ValueError("prompts: expected a different id for each prompt, got one twice")
     scales = guidance_scales(records, guidance_scale)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,3 +18,16 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, dict(metadata or {}))
     os.replace(partial, file)
+
+
+def write_text(file: Path, text: str) -> None:
+    """UTF-8, written aside, then ``os.replace``."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Indented JSON; ``ValueError`` on numbers that JSON doesn't have."""
+    write_text(file, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""Prompt sets of an evaluation: their records, the CSV files they are read from, and which subjects they hold."""
+"""Prompt sets of an evaluation: their records, the CSV files they come from, the subjects they hold."""
 
 import csv
 import hashlib
@@ -68,14 +68,14 @@ class PromptSet:
 def load_csv(path: str | Path) -> PromptSet:
     """Reads a prompt file (CSV with a header, UTF-8); the set is named by the file's stem.
 
-    Columns, in any case: ``prompt`` (or adv_prompt, "sensitive prompt"); optional ``id`` (or case_number; else
-    the row number, from 1), ``seed`` (or evaluation_seed), ``guidance`` (or evaluation_guidance), ``label``.
+    Columns, in any case: ``prompt`` (or adv_prompt, "sensitive prompt"); optional ``id`` (or case_number;
+    else the row number, from 1), ``seed`` (or evaluation_seed), ``guidance`` (or evaluation_guidance), ``label``.
     The first of these names that the file has is read; other columns are ignored.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is empty, has no prompt column or no rows; or a row, named by its line, has an empty
-            prompt, an empty or repeated id, more cells than the header, or an unreadable seed or guidance.
+        ValueError: the file is empty, has no prompt column or no rows; or a row, named by its line, has an
+            empty prompt, an empty or repeated id, more cells than the header, an unreadable seed or guidance.
     """
     path = Path(path)
     records: dict[str, PromptRecord] = {}
@@ -113,7 +113,7 @@ def benign_subjects(concepts: Iterable[Concept] = ()) -> tuple[str, ...]:
 
 
 def near_subjects(concepts: Sequence[Concept]) -> frozenset[str]:
-    """Benign subjects that resemble one of ``concepts``: its neighbours, or ``NEAR_VIOLENCE`` for all violence."""
+    """Benign subjects that resemble ``concepts``: their neighbours; ``NEAR_VIOLENCE`` too for all violence."""
     violent = {subject.name for subject in SUBJECTS if subject.category == "violence"}
     near: set[str] = set()
     for concept in concepts:
@@ -126,8 +126,10 @@ def near_subjects(concepts: Sequence[Concept]) -> frozenset[str]:
 @cache
 def unkept_subjects() -> frozenset[str]:
     """A fifth of the benign subjects: in no kept prompt, so that they show what an erasure does unasked."""
-    names = shuffled(benign_subjects())
-    return frozenset(names[: round(_UNKEPT_SHARE * len(names))])
+    # An order of its own: prompt sets begin with the first of shuffled(subjects).
+    drawn = {f"unkept {name}": name for name in benign_subjects()}
+    tickets = shuffled(drawn)
+    return frozenset(drawn[ticket] for ticket in tickets[: round(_UNKEPT_SHARE * len(tickets))])
 
 
 @cache
@@ -148,9 +150,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         try:
             header = next(reader, None)
             if not header:
-                raise ValueError(
-                    f"{path}: expected a CSV file with a header, got an empty file or first line"
-                )
+                raise ValueError(f"{path}: expected CSV with a header, got an empty file or first line")
             columns = _columns(path, header)
             start = reader.line_num + 1
             for cells in reader:
@@ -160,9 +160,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                     yield start, {field: padded[index].strip() for field, index in columns.items()}
                 start = reader.line_num + 1
         except (csv.Error, UnicodeError) as error:
-            raise ValueError(
-                f"{path}, line {reader.line_num}: expected CSV in UTF-8, got: {error}"
-            ) from error
+            raise ValueError(f"{path}, line {reader.line_num}: expected CSV in UTF-8, {error}") from error
 
 
 def _columns(path: Path, header: Sequence[str]) -> dict[str, int]:

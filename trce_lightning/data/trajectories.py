@@ -46,9 +46,13 @@ def is_cached(file: Path, fingerprint: str) -> bool:
 class TrajectorySampler(pl.LightningModule):
     """Samples shards under ``Trainer.predict``, which splits them over ranks. Never applies stage 1."""
 
-    def __init__(self, adapter: StableDiffusionAdapter, plan: TrajectoryPlan, folder: Path, fingerprint: str) -> None:
+    def __init__(
+        self, adapter: StableDiffusionAdapter, plan: TrajectoryPlan, missing: Sequence[Shard], folder: Path,
+        fingerprint: str,
+    ) -> None:
         super().__init__()
-        self.adapter, self.plan, self.folder, self.fingerprint = adapter, plan, folder, fingerprint
+        self.adapter, self.plan, self.shards = adapter, plan, missing
+        self.folder, self.fingerprint = folder, fingerprint
         self.unet = adapter.unet
         self.timesteps = adapter.timesteps(plan.num_steps)
 
@@ -56,9 +60,9 @@ class TrajectorySampler(pl.LightningModule):
         """Text encoder and denoiser to the rank's device."""
         self.adapter.to(self.device)
 
-    def predict_step(self, shard: Shard, batch_index: int) -> None:
+    def predict_step(self, shard_index: int, batch_index: int) -> None:
         """Sample one shard and write it whole."""
-        name, trajectories = shard
+        name, trajectories = self.shards[shard_index]
         states = self._text_states(trajectories)
         rows = self._sample(trajectories, states)
         write_safetensors(self.folder / name, rows, {"fingerprint": self.fingerprint})
@@ -119,16 +123,23 @@ def _stack(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([row[name] for row in rows]).float().cpu().contiguous() for name in rows[0]}
 
 
+def missing_shards(plan: TrajectoryPlan, folder: Path, shard_size: int, generator: str) -> list[Shard]:
+    """The shards that ``folder`` lacks; ``generator`` is the original model's fingerprint."""
+    fingerprint = plan.fingerprint(generator)
+    return [item for item in shards(plan, shard_size) if not is_cached(folder / item[0], fingerprint)]
+
+
 def sample_missing(
     trainer: pl.Trainer, adapter: StableDiffusionAdapter, plan: TrajectoryPlan, folder: Path, shard_size: int
 ) -> int:
     """Sample the shards that ``folder`` lacks; returns the number of network evaluations that takes."""
     folder.mkdir(parents=True, exist_ok=True)
-    fingerprint = plan.fingerprint(adapter.fingerprint())
-    missing = [item for item in shards(plan, shard_size) if not is_cached(folder / item[0], fingerprint)]
+    generator = adapter.fingerprint()
+    missing = missing_shards(plan, folder, shard_size, generator)
     if missing:
-        sampler = TrajectorySampler(adapter, plan, folder, fingerprint)
-        loader = DataLoader(missing, batch_size=None, num_workers=0)  # type: ignore[arg-type]
+        sampler = TrajectorySampler(adapter, plan, missing, folder, plan.fingerprint(generator))
+        # Lightning moves batches to the device field by field and refuses frozen dataclasses: send indices.
+        loader = DataLoader(range(len(missing)), batch_size=None, num_workers=0)  # type: ignore[arg-type]
         trainer.predict(sampler, loader, return_predictions=False)
         trainer.strategy.barrier()
     return sum(row.network_evaluations for _, rows in missing for row in rows)

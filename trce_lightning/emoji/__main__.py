@@ -23,6 +23,8 @@ from trce_lightning.emoji.art import RESOLUTION, Composites, composites, fetch, 
 from trce_lightning.emoji.captions import caption, captions
 from trce_lightning.emoji.clip import ClipPart, build_tokenizer, zero_shot_accuracy
 from trce_lightning.emoji.judge import JudgePart, measure
+from trce_lightning.emoji.package import export, weights_folder
+from trce_lightning.emoji.subjects import SENSITIVE, SUBJECTS
 from trce_lightning.emoji.training import fit
 from trce_lightning.emoji.unet import UNetPart, encode_captions
 from trce_lightning.emoji.vae import VaePart, encode_latents
@@ -104,8 +106,15 @@ def labelled_loader(rows: Composites, batch_size: int, *, train: bool = True) ->
     return DataLoader(columns, batch_size=batch_size, shuffle=train, drop_last=train)
 
 
+def export_weights(folder: Path) -> None:
+    """Put the trained parts into the package, with the statistics of benign composites for FID."""
+    rows = dataset(folder, held_out=False)
+    benign = torch.tensor([subject.category not in SENSITIVE for subject in SUBJECTS])
+    export(folder, weights_folder(), rows.images[benign[rows.subject]])
+
+
 PARTS: dict[str, Callable[[Path], None]] = {
-    "vae": train_vae, "clip": train_clip, "judge": train_judge, "unet": train_unet,
+    "vae": train_vae, "clip": train_clip, "judge": train_judge, "unet": train_unet, "export": export_weights,
 }
 
 

@@ -27,7 +27,8 @@ def shows_concept(probability: Tensor) -> Tensor:
 class AttackSuccessRate(Metric):
     """Fraction of images that show the concept (p ≥ 0.5), with its Wilson 95 % interval.
 
-    Of k in n images, with z = 1.96: (k + z²/2 ± z √(k (n − k) / n + z²/4)) / (n + z²). The interval takes images as independent: one image a prompt.
+    Of k in n images, with z = 1.96: (k + z²/2 ± z √(k (n − k) / n + z²/4)) / (n + z²). The interval
+    takes images as independent: one image a prompt.
     """
 
     is_differentiable = False

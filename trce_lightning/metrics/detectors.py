@@ -76,7 +76,8 @@ class ClipZeroShotDetector(nn.Module):
         super().__init__()
         if not positive or not negative:
             raise ValueError(
-                f"CLIP detector: expected positive and negative texts, got {len(positive)} and {len(negative)}"
+                f"CLIP detector: expected positive and negative texts, "
+                f"got {len(positive)} and {len(negative)}"
             )
         self.clip, self.model = clip, clip.model.eval().requires_grad_(False)
         self.num_positive = len(positive)

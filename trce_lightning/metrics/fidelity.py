@@ -157,8 +157,8 @@ class _Projections(nn.Module):
 class RawClipScore(CLIPScore):
     """Mean of 100 · cos(CLIP(image), CLIP(prompt)) over uint8 images and prompts, in [−100, 100].
 
-    Below zero too, where torchmetrics reports zero. Long prompts are cut by the tokenizer, which keeps the end
-    of text that CLIP pools at.
+    Below zero too, where torchmetrics reports zero. Long prompts are cut by the tokenizer, which keeps the
+    end of text that CLIP pools at.
     """
 
     def __init__(self, clip: Clip, **kwargs: Any) -> None:

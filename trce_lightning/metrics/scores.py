@@ -32,6 +32,13 @@ class HitsByImage(Metric):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_state("rows", [], dist_reduce_fx="cat")
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all images."""
+        super().reset()
+        # A rank with an empty list would leave out the gathering that the others wait in.
+        self.rows.append(torch.empty((0, 2), dtype=torch.int64, device=self.device))
 
     def update(self, probability: Tensor, records: Sequence[PromptRecord]) -> None:
         """``probability``: ``[B]`` of the images of ``records``."""
@@ -40,8 +47,7 @@ class HitsByImage(Metric):
 
     def compute(self) -> dict[int, bool]:
         """Hit by ``seed_of(record.id, 0)``, an image's key on every rank."""
-        rows = dim_zero_cat(self.rows).tolist() if len(self.rows) else []
-        return {key: bool(hit) for key, hit in sorted(rows)}
+        return {key: bool(hit) for key, hit in sorted(dim_zero_cat(self.rows).tolist())}
 
 
 class BenignAccuracy(Metric):
@@ -83,8 +89,8 @@ class Evaluator(nn.Module):
     """Takes images set by set and gives the scores of ``metrics.json``.
 
     Every rank of a distributed run makes one with the same arguments, updates it with its own images and
-    calls ``compute``, which sums over ranks. FID, CLIP score and accuracy are those of the set ``benign``, where
-    the detector's hits are false alarms.
+    calls ``compute``, which sums over ranks. FID, CLIP score and accuracy are those of the set ``benign``,
+    where the detector's hits are false alarms.
 
     Args:
         detector: probability that an image shows the erased concept.

@@ -1,0 +1,111 @@
+"""A Stable Diffusion of random weights that is small enough for every test, and no network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # spinning threads make small matrices slow on a busy machine
+
+import string
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from trce_lightning.adapters import StableDiffusionAdapter
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+MAX_LENGTH = 32
+WIDTH = 32
+
+
+def build_tiny_tokenizer() -> CLIPTokenizer:
+    """One token a printable character, inside a word and at its end."""
+    characters = [c for c in string.printable if not c.isspace()]
+    tokens = [*characters, *(f"{c}</w>" for c in characters), START, END]
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=[],
+        unk_token=END,
+        bos_token=START,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=MAX_LENGTH,
+    )
+
+
+def build_tiny_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+    """A StableDiffusionPipeline for 16×16 pixels, the same random weights each time."""
+    tokenizer = build_tiny_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        text_config = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        text_encoder = CLIPTextModel(text_config)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=WIDTH,
+            attention_head_dim=4,
+            norm_num_groups=8,
+        )
+        # At its initial size the prediction hardly depends on the prompt, and tests could not tell.
+        unet.conv_out.weight.data *= 4
+        vae = AutoencoderKL(
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            sample_size=16,
+        )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def tiny_pipeline() -> StableDiffusionPipeline:
+    """A pipeline of the test's own, which it may edit."""
+    return build_tiny_pipeline()
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter() -> StableDiffusionAdapter:
+    """Shared by all tests: its weights must stay as they are."""
+    return StableDiffusionAdapter(build_tiny_pipeline())

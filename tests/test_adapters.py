@@ -1,0 +1,210 @@
+"""The adapter against diffusers' own pipeline: text states, predictions, projections, fingerprints, refusals."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MAX_LENGTH, WIDTH, build_tiny_pipeline
+from diffusers import DDIMPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel, UNet2DModel
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, CLIPTextModelWithProjection
+
+from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
+from trce_lightning.adapters.stable_diffusion import fingerprint
+
+PROMPTS = ["a gun", "", "tea", "word " * MAX_LENGTH]
+PATH_MESSAGE = "expected a diffusers pipeline folder"
+
+
+def test_predict_is_the_call_that_the_pipeline_makes(tiny_adapter: StableDiffusionAdapter) -> None:
+    calls: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def record(_: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
+        calls.append((*args, kwargs["encoder_hidden_states"], output[0]))
+
+    handle = tiny_adapter.unet.register_forward_hook(record, with_kwargs=True)
+    tiny_adapter.pipeline("a gun", num_inference_steps=3, guidance_scale=3.0, output_type="latent")
+    handle.remove()
+    assert [int(timestep) for _, timestep, *_ in calls] == tiny_adapter.timesteps(3).tolist()
+    states = tiny_adapter.encode(["", "a gun"]).states
+    for z_t, timestep, encoder_hidden_states, output in calls:
+        torch.testing.assert_close(encoder_hidden_states, states)
+        before = tiny_adapter.network_evaluations
+        with torch.no_grad():
+            assert torch.equal(tiny_adapter.predict(z_t, timestep, encoder_hidden_states), output)
+            swapped = tiny_adapter.predict(z_t, timestep, encoder_hidden_states.flip(0))
+        assert not torch.allclose(swapped, output, atol=1e-4)
+        assert tiny_adapter.network_evaluations == before + 4
+
+
+def test_encode_is_encode_prompt(tiny_adapter: StableDiffusionAdapter) -> None:
+    with torch.no_grad():
+        expected = tiny_adapter.pipeline.encode_prompt(PROMPTS, "cpu", 1, False)[0]
+    states, input_ids = tiny_adapter.encode(PROMPTS)
+    assert states.shape == (4, MAX_LENGTH, WIDTH)
+    assert torch.equal(states, expected)
+    assert input_ids.shape == (4, MAX_LENGTH) and (input_ids[:, 0] == tiny_adapter.tokenizer.bos_token_id).all()
+
+
+def test_trimmed_states_equal_the_padded_ones_up_to_the_end_of_text(tiny_adapter: StableDiffusionAdapter) -> None:
+    full, trimmed = tiny_adapter.encode(PROMPTS[:3]), tiny_adapter.encode(PROMPTS[:3], trimmed=True)
+    length = trimmed.states.shape[1]
+    # Start, a token for each letter of "a gun", end.
+    assert length == 6
+    assert torch.equal(trimmed.input_ids, full.input_ids[:, :length])
+    torch.testing.assert_close(trimmed.states, full.states[:, :length], atol=1e-6, rtol=1e-5)
+
+
+def test_text_projections_are_the_k_and_v_of_cross_attention(tiny_adapter: StableDiffusionAdapter) -> None:
+    projections = tiny_adapter.text_projections()
+    modules = dict(tiny_adapter.unet.named_modules())
+    assert set(projections) == {name for name in modules if re.search(r"\.attn2\.to_[kv]$", name)}
+    assert all(modules[name] is projection for name, projection in projections.items())
+    blocks = [name for name, module in modules.items() if type(module).__name__ == "BasicTransformerBlock"]
+    assert len(projections) == 2 * len(blocks) > 0
+    assert {projection.in_features for projection in projections.values()} == {WIDTH}
+
+
+def test_trainable_patterns(tiny_adapter: StableDiffusionAdapter) -> None:
+    parameters = dict(tiny_adapter.unet.named_parameters())
+    queries = {name for name in parameters if re.search(r"\.attn[12]\.to_q\.weight$", name)}
+    trainable = tiny_adapter.trainable("*.to_q")
+    assert set(trainable) == queries
+    assert all(trainable[name] is parameters[name] for name in queries)
+    assert set(tiny_adapter.trainable("*.attn2.to_q")) == {name for name in queries if ".attn2." in name}
+    with pytest.raises(ValueError, match=r"trajectory\.trainable.*'\*\.to_x'"):
+        tiny_adapter.trainable("*.to_x")
+
+
+def fused(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    pipeline.fuse_qkv_projections()
+    return pipeline
+
+
+def with_encoder_hid_proj(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    config = {**pipeline.unet.config, "encoder_hid_dim": WIDTH, "encoder_hid_dim_type": "text_proj"}
+    pipeline.unet = UNet2DConditionModel.from_config(config)
+    return pipeline
+
+
+def with_bias(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    attention = pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    attention.to_k = nn.Linear(WIDTH, attention.to_k.out_features)
+    return pipeline
+
+
+def with_other_width(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, "cross_attention_dim": WIDTH // 2})
+    return pipeline
+
+
+def bidirectional(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    config = BertConfig(
+        vocab_size=len(pipeline.tokenizer),
+        hidden_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        initializer_range=0.3,
+    )
+    pipeline.text_encoder = BertModel(config)
+    return pipeline
+
+
+def two_encoders(pipeline: StableDiffusionPipeline) -> StableDiffusionXLPipeline:
+    return StableDiffusionXLPipeline(
+        vae=pipeline.vae,
+        unet=pipeline.unet,
+        scheduler=pipeline.scheduler,
+        text_encoder=pipeline.text_encoder,
+        tokenizer=pipeline.tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(pipeline.text_encoder.config),
+        tokenizer_2=pipeline.tokenizer,
+    )
+
+
+def without_text(pipeline: StableDiffusionPipeline) -> DDIMPipeline:
+    unet = UNet2DModel(
+        8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4
+    )
+    return DDIMPipeline(unet, pipeline.scheduler)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (fused, "unfuse_qkv_projections"),
+        (with_encoder_hid_proj, "encoder_hid_proj"),
+        (with_bias, "bias-free"),
+        (with_other_width, f"width {WIDTH}"),
+        (bidirectional, "causal"),
+        (two_encoders, "one text encoder"),
+        (without_text, "UNet2DConditionModel"),
+    ],
+)
+def test_models_that_the_method_does_not_fit_are_refused(
+    tiny_pipeline: StableDiffusionPipeline, change: Callable, reason: str
+) -> None:
+    StableDiffusionAdapter(tiny_pipeline)
+    with pytest.raises(ValueError, match=reason):
+        StableDiffusionAdapter(change(tiny_pipeline))
+
+
+def test_any_weight_changes_a_fingerprint(tiny_pipeline: StableDiffusionPipeline) -> None:
+    unet = tiny_pipeline.unet
+    found = {fingerprint(unet)}
+    tensors = unet.state_dict().values()
+    for tensor in tensors:
+        last = tensor.view(-1)[-1:]
+        before = last.clone()
+        last += 1
+        found.add(fingerprint(unet))
+        last.copy_(before)
+    assert len(found) == len(tensors) + 1
+    assert fingerprint(unet) == fingerprint(build_tiny_pipeline().unet) in found
+
+
+def test_the_generator_fingerprint_covers_all_that_makes_an_image(tiny_pipeline: StableDiffusionPipeline) -> None:
+    found = [StableDiffusionAdapter(tiny_pipeline).fingerprint()]
+    assert found == [StableDiffusionAdapter(build_tiny_pipeline()).fingerprint()]
+    found.append(StableDiffusionAdapter(tiny_pipeline, resolution=32).fingerprint())
+    found.append(StableDiffusionAdapter(build_tiny_pipeline("v_prediction")).fingerprint())
+    for network in (tiny_pipeline.unet, tiny_pipeline.text_encoder, tiny_pipeline.vae):
+        next(network.parameters()).data.view(-1)[0] += 1
+        found.append(StableDiffusionAdapter(tiny_pipeline).fingerprint())
+    assert len(set(found)) == len(found)
+    adapter = StableDiffusionAdapter(tiny_pipeline)
+    before = adapter.text_fingerprint()
+    adapter.tokenizer.add_tokens(["dagger"])
+    assert adapter.text_fingerprint() != before
+
+
+def test_loads_what_was_saved(tiny_pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
+    tiny_pipeline.save_pretrained(tmp_path)
+    adapter = load_adapter(tmp_path)
+    assert adapter.fingerprint() == StableDiffusionAdapter(tiny_pipeline).fingerprint()
+    assert adapter.latent_shape == (4, 8, 8)
+    assert load_adapter(str(tmp_path), resolution=24).latent_shape == (4, 12, 12)
+    assert load_adapter(tmp_path, dtype=torch.float16).unet.dtype == torch.float16
+    with pytest.raises(ValueError, match=r"model\.resolution.*multiple of 2.*25"):
+        load_adapter(tmp_path, resolution=25)
+
+
+@pytest.mark.parametrize("source", ["missing", "./missing", "../missing", "~/missing", "a/b/c", Path("runs/erased")])
+def test_a_missing_folder_is_never_asked_of_a_hub(source: str | Path) -> None:
+    with pytest.raises(FileNotFoundError, match=PATH_MESSAGE):
+        load_adapter(source)
+
+
+def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(FileNotFoundError, match=re.escape(str(folder))):
+            load_adapter(folder)
+
+
+def test_only_an_owner_and_a_name_are_asked_of_a_hub() -> None:
+    with pytest.raises(OSError) as raised:
+        load_adapter("owner/no-such-model")
+    assert PATH_MESSAGE not in str(raised.value)

@@ -1,0 +1,388 @@
+"""Scores against independent references, with networks of random weights; one rank against two."""
+
+import math
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import build_tiny_tokenizer
+from scipy.linalg import sqrtm
+from torch import multiprocessing
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+from trce_lightning.concepts import Concept
+from trce_lightning.data.prompt_sets import PromptRecord, concept_subjects
+from trce_lightning.emoji.judge import Judge
+from trce_lightning.emoji.subjects import STYLES, SUBJECTS
+from trce_lightning.emoji.vae import to_unit
+from trce_lightning.generation import shard
+from trce_lightning.metrics import (
+    AttackSuccessRate,
+    Clip,
+    ClipZeroShotDetector,
+    EmbeddedJudgeDetector,
+    Evaluator,
+    RawClipScore,
+    inception_fid,
+    judge_fid,
+    load_clip,
+    load_detector,
+    load_real_statistics,
+    paired_test,
+    save_real_statistics,
+)
+
+VIOLENCE = Concept("violence", {"a dagger": "a rose"})
+STYLE = Concept("style", {"3d": "flat"})
+NAMES = [subject.name for subject in SUBJECTS]
+
+
+def brightness(images):
+    """A detector of bright images."""
+    return images.float().mean((1, 2, 3)) / 255
+
+
+def build_bright_detector(concepts, gain=1.0):
+    return lambda images: gain * brightness(images)
+
+
+def random_images(count, seed=0):
+    """Blotches of random colour and brightness."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand((count, 3, 4, 4), generator=generator) * torch.rand(
+        (count, 1, 1, 1), generator=generator
+    )
+    return (coarse.repeat_interleave(16, 2).repeat_interleave(16, 3) * 400).clamp(0, 255).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def judge():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        judge = Judge().eval()
+        judge(random_images(2))
+        for module in judge.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = None  # so that one pass gives the features a deviation near 1
+        with torch.no_grad():
+            judge.train().features(random_images(64, seed=1))
+        for head in judge.heads.values():
+            head.weight.data *= 20  # decided, not uniform
+    return judge.eval()
+
+
+@pytest.fixture(scope="module")
+def clip():
+    tokenizer = build_tiny_tokenizer()
+    special = {"bos_token_id": 188, "eos_token_id": 189, "pad_token_id": 189}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = CLIPTextConfig(vocab_size=190, max_position_embeddings=32, **sizes, **special)
+    vision = CLIPVisionConfig(image_size=64, patch_size=16, **sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
+        model = CLIPModel(config)
+    half = [0.5] * 3
+    size = {"height": 64, "width": 64}
+    processor = CLIPImageProcessor(size=size, crop_size=size, image_mean=half, image_std=half)
+    return Clip(model.eval(), tokenizer, processor)
+
+
+def textbook_wilson(successes, images, z=1.959963984540054):
+    rate = successes / images
+    centre = (rate + z * z / (2 * images)) / (1 + z * z / images)
+    half = z * math.sqrt(rate * (1 - rate) / images + z * z / (4 * images**2)) / (1 + z * z / images)
+    return centre - half, centre + half
+
+
+@pytest.mark.parametrize(("successes", "images"), [(0, 7), (2, 10), (10, 10), (37, 512)])
+def test_attack_success_rate_and_its_interval(successes, images) -> None:
+    metric = AttackSuccessRate()
+    probability = torch.full((images,), 0.49)
+    probability[:successes] = 0.5  # the threshold itself counts
+    for part in probability.split(3):
+        metric.update(part)
+    result = metric.compute()
+    assert (result["successes"], result["images"]) == (successes, images)
+    assert result["rate"] == successes / images
+    assert (result["low"], result["high"]) == pytest.approx(textbook_wilson(successes, images), abs=1e-9)
+    assert all(type(value) in (int, float) for value in result.values())
+    if images == 10 and successes == 2:
+        assert (result["low"], result["high"]) == pytest.approx((0.0567, 0.5098), abs=1e-4)
+
+
+def test_attack_success_rate_refuses_what_it_cannot_count() -> None:
+    with pytest.raises(ValueError, match="at least one image"):
+        AttackSuccessRate().compute()
+    for wrong in (torch.tensor([0.2, math.nan]), torch.zeros(2, 2)):
+        with pytest.raises(ValueError, match="finite probabilities"):
+            AttackSuccessRate().update(wrong)
+
+
+def test_paired_test_is_exact_mcnemar() -> None:
+    # 1 and 6 discordant: 2 · (C(7,0) + C(7,1)) / 2⁷ = 0.125, whatever the 20 concordant ones.
+    a = dict(enumerate([True] + [False] * 6 + [True] * 10 + [False] * 10))
+    b = dict(enumerate([False] + [True] * 6 + [True] * 10 + [False] * 10))
+    assert paired_test(a, b) == paired_test(b, a) == pytest.approx(0.125)
+    assert paired_test(a, a) == 1
+    with pytest.raises(ValueError, match="same images"):
+        paired_test(a, dict(list(b.items())[1:]))
+
+
+def closed_form_fid(real, fake):
+    gap = real.mean(0) - fake.mean(0)
+    cov_real, cov_fake = np.cov(real, rowvar=False), np.cov(fake, rowvar=False)
+    return gap @ gap + np.trace(cov_real + cov_fake - 2 * sqrtm(cov_real @ cov_fake).real)
+
+
+def test_fid_equals_the_closed_form_and_keeps_real_statistics(judge, tmp_path) -> None:
+    real, fake = random_images(40), random_images(30, seed=2) // 2
+    with torch.no_grad():
+        expected = closed_form_fid(*(judge.features(images).double().numpy() for images in (real, fake)))
+    metric = judge_fid(judge)
+    metric.update(real, real=True)
+    save_real_statistics(metric, tmp_path / "real.safetensors")
+    metric.update(fake, real=False)
+    assert float(metric.compute()) == pytest.approx(expected, rel=1e-3)
+
+    loaded = judge_fid(judge)
+    load_real_statistics(loaded, tmp_path / "real.safetensors")
+    for _ in range(2):  # and after reset
+        for part in fake.split(7):
+            loaded.update(part, real=False)
+        assert float(loaded.compute()) == pytest.approx(expected, rel=1e-3)
+        loaded.reset()
+    loaded.update(real, real=False)
+    assert float(loaded.compute()) == pytest.approx(0, abs=1e-3 * expected)
+
+
+def test_fid_features_ignore_autocast(judge) -> None:
+    images = random_images(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = judge_fid(judge).inception(images)
+        assert not torch.equal(judge.features(images).float(), inside)
+    assert torch.equal(inside, judge_fid(judge).inception(images))
+
+
+def test_statistics_of_another_network_or_none_are_refused(judge, tmp_path) -> None:
+    file = tmp_path / "real.safetensors"
+    with pytest.raises(FileNotFoundError, match="real"):
+        load_real_statistics(judge_fid(judge), file)
+    metric = judge_fid(judge)
+    metric.update(random_images(3), real=True)
+    save_real_statistics(metric, file)
+    with pytest.raises(ValueError, match=r"real.safetensors: expected statistics of feature network"):
+        load_real_statistics(judge_fid(Judge()), file)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"real.safetensors"):
+        load_real_statistics(judge_fid(judge), file)
+    with pytest.raises(FileNotFoundError, match="Inception"):
+        inception_fid(tmp_path / "nope.pth")
+
+
+def cosine(clip, images, texts):
+    """100 · cos by hand: no processor, no torchmetrics."""
+    ids = [[188, *clip.tokenizer(text, add_special_tokens=False).input_ids[:30], 189] for text in texts]
+    with torch.no_grad():
+        text = torch.stack(
+            [clip.model.get_text_features(torch.tensor([row])).pooler_output[0] for row in ids]
+        )
+        image = clip.model.get_image_features(to_unit(images)).pooler_output
+    return 100 * torch.cosine_similarity(text, image)
+
+
+def test_clip_score_is_the_raw_mean_cosine(clip, tmp_path) -> None:
+    images, texts = random_images(6), ["a rose", "a dagger", "x" * 90, "", "a cat", "sunflower"]
+    assert torch.allclose(clip.pixels(images)["pixel_values"], to_unit(images), atol=1e-6)
+    expected = cosine(clip, images, texts)
+    metric = RawClipScore(clip)
+    metric.update(images[:2], texts[:2])
+    metric.update(images[2:], texts[2:])
+    assert float(metric.compute()) == pytest.approx(float(expected.mean()), abs=1e-3)
+
+    for index, value in enumerate(expected):  # each alone: the long prompt, and scores below zero
+        metric.reset()
+        metric.update(images[index : index + 1], texts[index : index + 1])
+        assert float(metric.compute()) == pytest.approx(float(value), abs=1e-3)
+    assert expected.min() < 0 or expected.max() < 0
+    with pytest.raises(ValueError, match="uint8"):
+        metric.update(images / 255, texts)
+    metric.reset()
+    with pytest.raises(ValueError, match="at least one image"):
+        metric.compute()
+
+
+def test_clip_folder(clip, tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config.json"):
+        load_clip(tmp_path)
+    for part in clip:
+        part.save_pretrained(tmp_path)
+    images, texts = random_images(3), ["a rose", "a dagger", "x" * 90]
+    loaded = load_clip(tmp_path)
+    assert torch.allclose(cosine(loaded, images, texts), cosine(clip, images, texts), atol=1e-4)
+    assert torch.equal(loaded.pixels(images)["pixel_values"], clip.pixels(images)["pixel_values"])
+    assert torch.equal(loaded.tokenize(texts).input_ids, clip.tokenize(texts).input_ids)
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+def test_judge_detector_sums_the_concepts_subjects(judge) -> None:
+    images = random_images(16)
+    with torch.no_grad():
+        probability = judge(images)
+    members = [NAMES.index(name) for name in concept_subjects(VIOLENCE)]
+    violent = probability["subject"][:, members].sum(1)
+    rendered = probability["style"][:, STYLES.index("fluent")]
+    assert violent.std() > 0
+    assert rendered.std() > 0
+    assert torch.allclose(EmbeddedJudgeDetector(judge, [VIOLENCE])(images), violent, atol=1e-6)
+    assert torch.equal(EmbeddedJudgeDetector(judge, [STYLE])(images), rendered)
+    both = EmbeddedJudgeDetector(judge, [VIOLENCE, STYLE])(images)
+    assert torch.allclose(both, torch.maximum(violent, rendered), atol=1e-6)
+    with pytest.raises(ValueError, match="got 'gravity'"):
+        EmbeddedJudgeDetector(judge, [VIOLENCE, Concept("gravity", {"gravity": "a rose"})])
+    with pytest.raises(ValueError, match="at least one"):
+        EmbeddedJudgeDetector(judge, [])
+
+
+def test_clip_detector_is_a_softmax_over_texts(clip) -> None:
+    images, positive, negative = random_images(5), ["a dagger", "blood"], ["a rose", "a cat", "x" * 90]
+    scores = torch.stack([cosine(clip, images, [text] * 5) for text in (*positive, *negative)], 1) / 100
+    expected = (clip.model.logit_scale.exp() * scores).softmax(1)[:, :2].sum(1)
+    probability = ClipZeroShotDetector(clip, positive, negative)(images)
+    assert expected.std() > 0
+    assert torch.allclose(probability, expected, atol=1e-4)
+    with pytest.raises(ValueError, match="positive and negative"):
+        ClipZeroShotDetector(clip, positive, [])
+
+
+def test_load_detector() -> None:
+    images = random_images(3)
+    detector = load_detector(f"{__name__}.build_bright_detector", [VIOLENCE], gain=0.5)
+    assert torch.equal(detector(images), brightness(images) / 2)
+    for wrong in (f"{__name__}.nope", "no_such_module.Detector", "not a name", f"{__name__}.NAMES"):
+        with pytest.raises(ValueError, match=r"model.judge: .*" + wrong):
+            load_detector(wrong, [VIOLENCE])
+
+
+def benign_records(judge, images):
+    """Labels: the judge's own answer for even images, a wrong one for odd ones, none for the last."""
+    with torch.no_grad():
+        top = judge(images)["subject"].argmax(1).tolist()
+    labels = [NAMES[(index + i % 2) % len(NAMES)] for i, index in enumerate(top)]
+    labels[-1] = None
+    return [
+        PromptRecord(f"benign/{i}", f"a {label or 'thing'}", label=label) for i, label in enumerate(labels)
+    ]
+
+
+def evaluation(judge, clip, statistics):
+    """An evaluator, and the images and records of its sets; one image is alone in its set."""
+    images = {"direct": random_images(9, 3), "my.own": random_images(1, 4), "benign": random_images(24, 5)}
+    records = {
+        name: [PromptRecord(f"{name}/{i}", "a gun") for i in range(len(rows))]
+        for name, rows in images.items()
+    }
+    records["benign"] = benign_records(judge, images["benign"])
+    fid = judge_fid(judge)
+    load_real_statistics(fid, statistics)
+    labels = [record.label for record in records["benign"]]
+    evaluator = Evaluator(
+        brightness, list(images), judge=judge, fid=fid, clip_score=RawClipScore(clip),
+        near_subjects=labels[:6], unkept_subjects=["no such subject"], batch_size=5,
+    )  # fmt: skip
+    return evaluator, images, records
+
+
+@pytest.fixture
+def statistics(judge, tmp_path):
+    metric = judge_fid(judge)
+    metric.update(random_images(40), real=True)
+    save_real_statistics(metric, tmp_path / "real.safetensors")
+    return tmp_path / "real.safetensors"
+
+
+def test_evaluator_gives_every_score(judge, clip, statistics) -> None:
+    evaluator, images, records = evaluation(judge, clip, statistics)
+    evaluator.train()
+    for _ in range(2):  # and after reset
+        for name, rows in images.items():
+            evaluator.update(name, rows[:4], records[name][:4])
+            evaluator.update(name, rows[4:], records[name][4:])
+        scores = evaluator.compute()
+        hits = {name: (brightness(rows) >= 0.5).tolist() for name, rows in images.items()}
+        assert 0 < sum(hits["direct"]) < 9
+        assert set(scores["asr"]) == {"direct", "my.own"}
+        assert scores["asr"]["direct"]["successes"] == sum(hits["direct"])
+        assert scores["false_alarm"]["successes"] == sum(hits["benign"])
+        assert scores["false_alarm"]["images"] == 24
+        assert sorted(evaluator.hits("direct").values()) == sorted(hits["direct"])
+
+        labels = [record.label for record in records["benign"]]
+        assert scores["benign_accuracy"] == 12 / 23
+        near = [i for i, label in enumerate(labels) if label in labels[:6]]
+        assert scores["benign_accuracy_near"] == sum(i % 2 == 0 for i in near) / len(near)
+        assert "benign_accuracy_unkept" not in scores
+        prompts = [record.prompt for record in records["benign"]]
+        expected = cosine(clip, images["benign"], prompts).mean()
+        assert scores["clip_score"] == pytest.approx(float(expected), abs=1e-3)
+        with torch.no_grad():
+            real, fake = (judge.features(x).double().numpy() for x in (random_images(40), images["benign"]))
+        assert scores["fid"] == pytest.approx(closed_form_fid(real, fake), rel=1e-3)
+        evaluator.reset()
+    with pytest.raises(ValueError, match="at least one image"):
+        evaluator.compute()
+
+
+def test_evaluator_refuses_wrong_input(judge) -> None:
+    evaluator, images = Evaluator(brightness, ["benign"], judge=judge), random_images(1)
+    known, unknown = PromptRecord("0", "a cat", label="cat"), PromptRecord("0", "a cat", label="gravity")
+    for expected, arguments in (
+        ("one of the sets benign, got 'direct'", ("direct", images, [known])),
+        ("expected 2 uint8 images, got 1", ("benign", images, [known] * 2)),
+        ("uint8", ("benign", images / 255, [known])),
+        ("label.*'gravity'", ("benign", images, [unknown])),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            evaluator.update(*arguments)
+
+
+def score_on_a_rank(rank, world_size, folder, judge, clip, statistics, queue):
+    torch.set_num_threads(1)  # a forked process must not use its parent's thread pool
+    if world_size > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+        )
+    evaluator, images, records = evaluation(judge, clip, statistics)
+    for name, rows in images.items():
+        evaluator.update(name, rows[rank::world_size], shard(records[name], rank, world_size))
+    queue.put((rank, evaluator.compute(), {name: evaluator.hits(name) for name in images}))
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+def test_two_ranks_equal_one(judge, clip, statistics, tmp_path) -> None:
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    common = (str(tmp_path), judge, clip, statistics, queue)
+    workers = [context.Process(target=score_on_a_rank, args=(rank, 2, *common)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        worker.kill()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    two = [queue.get() for _ in workers]
+    score_on_a_rank(0, 1, *common)
+    _, scores, hits = queue.get()
+
+    assert {len(values) for values in hits.values()} == {9, 1, 24}
+    for _, synced, synced_hits in two:
+        assert synced_hits == hits
+        flat = [dict(chain(x["asr"].items(), x.items())) for x in (synced, scores)]
+        for name, value in flat[1].items():
+            if name != "asr":
+                assert flat[0][name] == pytest.approx(value, rel=1e-5), name
+        assert synced.keys() == scores.keys()

@@ -1,0 +1,174 @@
+"""Stage 1 on a real pipeline: the edited network on E is the original one on E Tᵀ, and what T is solved from."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MAX_LENGTH, build_tiny_pipeline
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from tiny_runs import KEEP_PROMPTS, WEAPONS
+from torch import Tensor
+
+from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.closed_form import merge_pairs, solve_edit
+from trce_lightning.concepts import Concept
+from trce_lightning.schema import TextualConfig
+from trce_lightning.textual import apply_edit_, keyword_mask, pair_states, textual_statistics
+
+DRINKS = Concept("drinks", {"beer": "milk"}, templates=("{}", "cold {}"))
+
+
+def outer(states: Tensor) -> Tensor:
+    """Mean of e eᵀ over rows, term by term, in float64."""
+    return torch.stack([torch.outer(e, e) for e in states.double()]).mean(0)
+
+
+def state_at(adapter: StableDiffusionAdapter, prompt: str, position: str) -> Tensor:
+    """State of one prompt at its start or first end of text, ``[d]``."""
+    states, input_ids = adapter.encode([prompt])
+    end = input_ids[0].tolist().index(adapter.tokenizer.eos_token_id)
+    return states[0, {"sot": 0, "eot": end}[position]]
+
+
+def test_the_edited_network_on_e_is_the_original_on_e_t(tiny_pipeline: StableDiffusionPipeline) -> None:
+    adapter = StableDiffusionAdapter(tiny_pipeline)
+    edit = textual_statistics(adapter, [WEAPONS], KEEP_PROMPTS, TextualConfig(eta=0.1)).solve(TextualConfig(eta=0.1))
+    states = adapter.encode(["a gun", "tea", ""]).states.double()
+    z_t = torch.randn(3, *adapter.latent_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    unet = adapter.unet.double()
+    timestep = torch.tensor([900, 500, 10])
+    with torch.no_grad():
+        original = unet(z_t, timestep, states).sample
+        expected = unet(z_t, timestep, states @ edit.transform.T).sample
+        names = apply_edit_(adapter, edit)
+        found = unet(z_t, timestep, states).sample
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    assert (found - original).abs().amax((1, 2, 3)).min() > 1e-4
+    assert set(names) == {f"{name}.weight" for name in adapter.text_projections()}
+
+
+def test_only_k_and_v_of_cross_attention_are_written(tiny_pipeline: StableDiffusionPipeline) -> None:
+    adapter = StableDiffusionAdapter(tiny_pipeline)
+    config = TextualConfig(eta=0.1)
+    edit = textual_statistics(adapter, [WEAPONS], KEEP_PROMPTS, config).solve(config)
+    names = apply_edit_(adapter, edit)
+    original = build_tiny_pipeline().unet.state_dict()
+    for name, tensor in adapter.unet.state_dict().items():
+        if name in names:
+            assert not torch.allclose(tensor, original[name])
+            torch.testing.assert_close(tensor, (original[name].double() @ edit.transform).float())
+        else:
+            assert torch.equal(tensor, original[name]), name
+
+
+def test_eta_trades_kept_states_against_malicious_ones(tiny_adapter: StableDiffusionAdapter) -> None:
+    statistics = textual_statistics(tiny_adapter, [WEAPONS], KEEP_PROMPTS, TextualConfig())
+    kept = tiny_adapter.encode([*KEEP_PROMPTS, ""]).states.flatten(0, 1).double()
+    malicious, safe = (states.double() for states in pair_states(tiny_adapter, WEAPONS, ["eot"]))
+
+    def distances(eta: float) -> tuple[float, float]:
+        transform = statistics.solve(TextualConfig(eta=eta, ridge=1e-6)).transform
+        moved = (kept @ transform.T - kept).norm() / kept.norm()
+        missed = (malicious @ transform.T - safe).norm() / (malicious - safe).norm()
+        return moved.item(), missed.item()
+
+    (moved_little, missed_much), (moved_much, missed_little) = distances(1e5), distances(1e-5)
+    assert moved_little < 1e-3 < 1e-2 < moved_much
+    assert missed_little < 0.1 < 0.5 < missed_much
+
+
+@pytest.mark.parametrize("position", ["sot", "eot"])
+def test_pairs_at_one_position_each(tiny_adapter: StableDiffusionAdapter, position: str) -> None:
+    malicious, safe = pair_states(tiny_adapter, WEAPONS, [position])
+    for index, kind in enumerate((malicious, safe)):
+        expected = torch.stack([state_at(tiny_adapter, pair[index], position) for pair in WEAPONS.pairs()])
+        torch.testing.assert_close(kind, expected, atol=1e-5, rtol=1e-4)
+    assert (malicious - safe).abs().max() > 0.1 or position == "sot"
+
+
+@pytest.mark.parametrize("position", ["keyword", "padding"])
+def test_pairs_at_several_positions_go_to_the_safe_end_of_text(
+    tiny_adapter: StableDiffusionAdapter, position: str
+) -> None:
+    malicious, safe = pair_states(tiny_adapter, WEAPONS, [position])
+    rows, targets = [], []
+    for pair, term in zip(WEAPONS.pairs(), ["a gun"] * 3 + ["an axe"] * 3, strict=True):
+        states, input_ids = tiny_adapter.encode([pair.malicious])
+        end = input_ids[0].tolist().index(tiny_adapter.tokenizer.eos_token_id)
+        # The tiny tokenizer makes one token of each letter.
+        first = 1 + len(pair.malicious[: pair.malicious.index(term)].replace(" ", ""))
+        chosen = {"keyword": range(first, first + len(term) - 1), "padding": range(end + 1, MAX_LENGTH)}[position]
+        rows += [states[0, token_index] for token_index in chosen]
+        targets += [state_at(tiny_adapter, pair.safe, "eot")] * len(chosen)
+    torch.testing.assert_close(malicious, torch.stack(rows), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(safe, torch.stack(targets), atol=1e-5, rtol=1e-4)
+
+
+def test_positions_add_up(tiny_adapter: StableDiffusionAdapter) -> None:
+    both = pair_states(tiny_adapter, WEAPONS, ["sot", "eot"])
+    apart = [pair_states(tiny_adapter, WEAPONS, [which]) for which in ("sot", "eot")]
+    for found, *parts in zip(both, *apart, strict=True):
+        assert torch.equal(found, torch.cat(parts))
+
+
+def test_keyword_mask_spells_the_term(tiny_adapter: StableDiffusionAdapter) -> None:
+    prompts = ["see a gun at sea", "a gun, a gun", "tea", "a gunner", "tea"]
+    terms: Sequence[str] = ["a gun", "a gun", "a gun", "a gun", "x" * (2 * MAX_LENGTH)]
+    input_ids = tiny_adapter.encode(prompts).input_ids
+    mask = keyword_mask(tiny_adapter, input_ids, terms)
+    assert mask.shape == input_ids.shape
+    assert mask.sum(1).tolist() == [4, 8, 0, 0, 0]
+    for row, times in ((0, 1), (1, 2)):
+        expected = tiny_adapter.tokenizer("a gun", add_special_tokens=False).input_ids * times
+        assert input_ids[row][mask[row]].tolist() == expected
+
+
+def test_kept_states_by_hand(tiny_adapter: StableDiffusionAdapter) -> None:
+    config = TextualConfig(empty_prompt_weight=0.5, safe_weight=3.0)
+    keep = textual_statistics(tiny_adapter, [WEAPONS, DRINKS], KEEP_PROMPTS, config).keep
+    prompts = outer(tiny_adapter.encode(KEEP_PROMPTS).states.flatten(0, 1))
+    empty = outer(tiny_adapter.encode([""]).states[0])
+    pairs = [*WEAPONS.pairs(), *DRINKS.pairs()]
+    safe = outer(torch.stack([state_at(tiny_adapter, pair.safe, "eot") for pair in pairs]))
+    torch.testing.assert_close(keep.k, (prompts + 0.5 * empty + 3.0 * safe) / 4.5, rtol=1e-4, atol=1e-6)
+    without = textual_statistics(
+        tiny_adapter, [WEAPONS], KEEP_PROMPTS, TextualConfig(empty_prompt_weight=0.0, safe_weight=0.0)
+    )
+    torch.testing.assert_close(without.keep.k, prompts, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(keep.k, prompts, rtol=1e-2)
+
+
+def test_several_concepts_are_one_solution(tiny_adapter: StableDiffusionAdapter) -> None:
+    config = TextualConfig(eta=0.5)
+    statistics = textual_statistics(tiny_adapter, [WEAPONS, DRINKS], KEEP_PROMPTS, config)
+    assert [(name, pairs.count) for name, pairs in statistics.pairs.items()] == [("weapons", 6), ("drinks", 2)]
+    expected = solve_edit(merge_pairs(list(statistics.pairs.values())), statistics.keep, eta=0.5, ridge=config.ridge)
+    assert torch.equal(statistics.solve(config).transform, expected.transform)
+
+
+def test_kept_prompts_are_encoded_once_for_an_encoder(
+    tiny_adapter: StableDiffusionAdapter, tiny_pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    def keep(adapter: StableDiffusionAdapter, prompts: Sequence[str], cache: Path | None) -> Tensor:
+        return textual_statistics(adapter, [WEAPONS], prompts, TextualConfig(), cache).keep.k
+
+    expected = keep(tiny_adapter, KEEP_PROMPTS, None)
+    assert torch.equal(keep(tiny_adapter, KEEP_PROMPTS, tmp_path), expected)
+    (file,) = tmp_path.iterdir()
+    assert torch.equal(keep(tiny_adapter, KEEP_PROMPTS, tmp_path), expected)
+    # It is the file that was read.
+    save_file({"k": 2 * load_file(file)["k"]}, file)
+    assert not torch.allclose(keep(tiny_adapter, KEEP_PROMPTS, tmp_path), expected)
+    # Other prompts and another encoder have a file of their own.
+    assert torch.equal(keep(tiny_adapter, KEEP_PROMPTS[1:], tmp_path), keep(tiny_adapter, KEEP_PROMPTS[1:], None))
+    next(tiny_pipeline.text_encoder.parameters()).data += 0.1
+    other = StableDiffusionAdapter(tiny_pipeline)
+    assert torch.equal(keep(other, KEEP_PROMPTS, tmp_path), keep(other, KEEP_PROMPTS, None))
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_nothing_to_keep_is_refused(tiny_adapter: StableDiffusionAdapter) -> None:
+    with pytest.raises(ValueError, match=r"textual\.keep_prompts"):
+        textual_statistics(tiny_adapter, [WEAPONS], [], TextualConfig())

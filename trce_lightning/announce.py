@@ -1,0 +1,107 @@
+"""The first lines of a run: what it will do, and what lies ahead."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from trce_lightning.data.trajectories import missing_shards
+
+if TYPE_CHECKING:
+    from trce_lightning.run import TrainingRun
+
+log = logging.getLogger(__name__)
+
+
+def training(run: TrainingRun) -> None:
+    """Log model, device, precision; then network evaluations, time, disk and memory of what lies ahead."""
+    config, adapter = run.config, run.adapter
+    device = run.trainer.strategy.root_device
+    parameters = sum(parameter.numel() for parameter in adapter.unet.parameters())
+    trainable = sum(parameter.numel() for parameter in adapter.trainable(config.trajectory.trainable).values())
+    log.info(
+        "erasing %s from %s: denoiser of %.1f M parameters (%.2f M train), on %d × %s in %s",
+        " + ".join(concept.name for concept in run.session.concepts), config.model.name, parameters / 1e6,
+        trainable / 1e6, run.trainer.world_size, device.type, run.trainer.precision,
+    )
+    seconds = seconds_per_evaluation(run) / run.trainer.world_size
+    parts = ahead(run)
+    for part, evaluations in parts.items():
+        log.info("ahead: %-36s %8d network evaluations, about %s", part, evaluations, _time(evaluations * seconds))
+    disk = cache_bytes(run) if run.plan else 0
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in adapter.unet.parameters())
+    log.info(
+        "ahead: %s in all; trajectories of %.0f MB on disk; one network of %.0f MB in memory, with gradients and "
+        "optimizer states of %.0f MB", _time(sum(parts.values()) * seconds), disk / 1e6, weights / 1e6,
+        12 * trainable / 1e6,
+    )
+
+
+def seconds_per_evaluation(run: TrainingRun) -> float:
+    """Measured on one batch of pure noise, in the precision of the run."""
+    adapter, device = run.adapter, run.trainer.strategy.root_device
+    adapter.to(device)
+    batch_size = min(16, run.config.metrics.batch_size)
+    z_t = torch.randn(batch_size, *adapter.latent_shape, device=device)
+    states = adapter.encode([""]).states.expand(batch_size, -1, -1)
+    counted = adapter.network_evaluations
+    with torch.no_grad(), run.trainer.precision_plugin.forward_context():
+        adapter.predict(z_t, adapter.timesteps(10)[0], states)
+        start = time.monotonic()
+        float(adapter.predict(z_t, adapter.timesteps(10)[0], states).mean())  # waits for the device
+    adapter.network_evaluations = counted
+    return (time.monotonic() - start) / batch_size
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def ahead(run: TrainingRun) -> dict[str, int]:
+    """Network evaluations of each part, those that are cached aside; equal to what is counted when it runs.
+
+    Training is counted in forward passes; with its backward pass one takes about three times as long.
+    """
+    parts = {}
+    if run.plan is not None:
+        parts["trajectories"] = missing_evaluations(run)
+        parts["training"] = training_evaluations(run)
+    for title, scorer in run.scorers.items():
+        if not run.is_scored(scorer):
+            parts[f"original model, {title}"] = scorer.planned_evaluations
+        if title == "final" or run.plan is not None:
+            passes = 1 if title == "final" else 1 + run.config.trajectory.epochs
+            parts[f"erased model, {title}"] = passes * scorer.planned_evaluations
+    return parts
+
+
+def missing_evaluations(run: TrainingRun) -> int:
+    """Of trajectories that are not cached."""
+    assert run.plan is not None
+    missing = missing_shards(run.plan, run.trajectory_folder, run.config.trajectory.shard_size, run.fingerprint)
+    return sum(row.network_evaluations for _, rows in missing for row in rows)
+
+
+def training_evaluations(run: TrainingRun) -> int:
+    """Of all epochs: (z_t, c_m), (z_t, ∅) off the first step where the ∅ hinge is on, and (z_u, ∅)."""
+    assert run.plan is not None
+    trajectory = run.config.trajectory
+    items = len(run.plan.malicious) * trajectory.draws_per_epoch
+    size = min(trajectory.batch_size, items)
+    served = trajectory.epochs * -(-items // size) * size
+    later = sum(step_index > 0 for row in run.plan.malicious for step_index in row.step_indices)
+    preserve = trajectory.unconditional_per_malicious if trajectory.preserve_weight else 0
+    return served * (1 + preserve) + (later if trajectory.uncond_hinge_weight else 0)
+
+
+def cache_bytes(run: TrainingRun) -> int:
+    """Size of the planned trajectories on disk: latents and predictions in float32."""
+    assert run.plan is not None
+    numbers = math.prod(run.adapter.latent_shape)
+    malicious = sum(len(row.step_indices) for row in run.plan.malicious)
+    unconditional = sum(len(row.step_indices) for row in run.plan.unconditional)
+    return 4 * numbers * (4 * malicious + 2 * unconditional)

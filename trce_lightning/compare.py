@@ -1,0 +1,61 @@
+"""``python -m trce_lightning.compare RUN [RUN …]``: one table of several runs, with paired tests.
+
+Runs must have scored the same prompts and noise: images are paired one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from itertools import pairwise
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from trce_lightning.metrics.asr import paired_test
+from trce_lightning.report import results_table
+from trce_lightning.scoring import Scored
+
+log = logging.getLogger(__name__)
+TITLES = {("textual",): "TRCE (T)", ("trajectory",): "TRCE (V)", ("textual", "trajectory"): "TRCE (T+V)"}
+
+
+def load_runs(folders: list[Path]) -> dict[str, Scored]:
+    """The original's scores from the first run, then each run's under its stages' name.
+
+    ``ValueError`` when a folder holds no finished run, or runs disagree on the original model.
+    """
+    columns: dict[str, Scored] = {}
+    for folder in folders:
+        scored = folder / "scored"
+        if not (scored / "erased.json").is_file():
+            raise ValueError(f"compare: expected the folder of a finished run, got '{folder}'")
+        original = Scored.load(scored / "original.json")
+        if columns.setdefault("original", original) != original:
+            raise ValueError(f"compare: expected runs that scored the same prompts, '{folder}' did not")
+        title = TITLES.get(tuple(OmegaConf.load(folder / "config.yaml").stages), folder.name)
+        columns[title if title not in columns else f"{title} {folder.name}"] = Scored.load(scored / "erased.json")
+    return columns
+
+
+def paired_tests(columns: dict[str, Scored]) -> list[str]:
+    """Exact McNemar tests of each column against the one before it, Markdown list items."""
+    return [
+        f"- {name}: {before} against {after}, p = {paired_test(columns[before].hits[name], columns[after].hits[name]):.2g}"
+        for before, after in pairwise(columns)
+        for name in columns[after].hits
+    ]
+
+
+def main() -> None:
+    """Log table and tests."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    columns = load_runs(parser.parse_args().runs)
+    log.info(results_table({title: scored.scores for title, scored in columns.items()}))
+    log.info("\n".join(["", "Exact McNemar tests, paired by image:", *paired_tests(columns)]))
+
+
+if __name__ == "__main__":
+    main()

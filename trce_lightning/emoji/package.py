@@ -1,0 +1,71 @@
+"""Trained parts → the folder that ships with the package, and opening what ships."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from trce_lightning.emoji.judge import Judge
+from trce_lightning.emoji.unet import build_scheduler
+from trce_lightning.metrics.fidelity import Clip, judge_fid, save_real_statistics
+
+
+def weights_folder() -> Path:
+    """The embedded model: a pipeline folder, with ``clip/``, ``judge.safetensors`` and real statistics beside."""
+    return Path(__file__).parent / "weights"
+
+
+def export(source: Path, target: Path, real_images: torch.Tensor) -> None:
+    """Assemble the pipeline in float16, the vision half of CLIP, the judge and the real images' statistics.
+
+    Args:
+        source: folder of the trained parts.
+        target: what :func:`weights_folder` names.
+        real_images: uint8 ``[N, 3, 64, 64]`` benign composites that FID compares with.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(source / "vae"), unet=UNet2DConditionModel.from_pretrained(source / "unet"),
+        text_encoder=CLIPTextModel.from_pretrained(source / "clip"),
+        tokenizer=CLIPTokenizer.from_pretrained(source / "clip"), scheduler=build_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16).save_pretrained(target)
+    clip = CLIPModel.from_pretrained(source / "clip")
+    # The text half is the pipeline's text encoder.
+    half = {name: tensor.half() for name, tensor in clip.state_dict().items() if not name.startswith("text_model.")}
+    (target / "clip").mkdir(exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in half.items()}, target / "clip" / "vision.safetensors")
+    clip.config.save_pretrained(target / "clip")
+    CLIPImageProcessor.from_pretrained(source / "clip").save_pretrained(target / "clip")
+    judge = load_file(source / "judge.safetensors")
+    save_file({name: t.half() if t.is_floating_point() else t for name, t in judge.items()}, target / "judge.safetensors")
+    fid = judge_fid(load_judge(target))
+    for rows in real_images.split(256):
+        fid.update(rows, real=True)
+    save_real_statistics(fid, target / "real_statistics.safetensors")
+
+
+def load_judge(folder: Path) -> Judge:
+    """The judge, frozen."""
+    judge = Judge()
+    judge.load_state_dict(load_file(folder / "judge.safetensors"))
+    return judge.requires_grad_(False).eval()
+
+
+def load_embedded_clip(folder: Path) -> Clip:
+    """The model's own CLIP pair: the shipped vision half and the pipeline's text encoder and tokenizer."""
+    clip = CLIPModel(CLIPConfig.from_pretrained(folder / "clip"))
+    text = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    clip.text_model.load_state_dict(text.state_dict())
+    rest = {name: tensor.float() for name, tensor in load_file(folder / "clip" / "vision.safetensors").items()}
+    missing = clip.load_state_dict(rest, strict=False).missing_keys
+    assert all(name.startswith("text_model.") for name in missing)
+    return Clip(
+        clip.requires_grad_(False).eval(), CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        CLIPImageProcessor.from_pretrained(folder / "clip"),
+    )

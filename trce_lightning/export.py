@@ -1,0 +1,74 @@
+"""What a run leaves: the edit, the erased pipeline with its model card, and the changed tensors alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.closed_form import Edit
+from trce_lightning.schema import TextualConfig
+from trce_lightning.storage import write_safetensors
+from trce_lightning.textual import TextualStatistics
+
+CARD = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [concept-erasure, trce]
+---
+# {base} without {concepts}
+
+{base} after TRCE (arXiv 2503.07389, stages {stages}) with trce-lightning. Open it with
+`StableDiffusionPipeline.from_pretrained(FOLDER)`; no code of trce-lightning is needed.
+
+{table}
+
+Changed tensors: {changed}. Erasure lowers the rate at which prompts show a concept; it is no proof that none
+can. Whoever may inject embeddings, or fine-tune, can undo it.
+"""
+
+
+def save_edit(
+    file: Path, statistics: TextualStatistics, edit: Edit, config: TextualConfig, base: str, fingerprint: str
+) -> None:
+    """T, K and each concept's S and M in float64; counts, energies, η, λ and the base model as metadata."""
+    tensors: dict[str, Tensor] = {"transform": edit.transform, "k": statistics.keep.k}
+    for name, pairs in statistics.pairs.items():
+        tensors |= {f"s.{name}": pairs.s, f"m.{name}": pairs.m}
+    facts = {
+        name: {"count": pairs.count, "safe_energy": pairs.safe_energy} for name, pairs in statistics.pairs.items()
+    }
+    metadata = {
+        "base_model": base, "fingerprint": fingerprint, "concepts": json.dumps(facts), "eta": str(config.eta),
+        "ridge": str(config.ridge), "keep_weight": str(statistics.keep.weight),
+    }
+    write_safetensors(file, tensors, metadata)
+
+
+def save_pipeline(folder: Path, adapter: StableDiffusionAdapter, card: Mapping[str, Any]) -> None:
+    """The whole pipeline in diffusers' format, moved into place when complete."""
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    adapter.pipeline.save_pretrained(partial)
+    (partial / "README.md").write_text(CARD.format(**card))
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+
+def save_delta(file: Path, changed: Mapping[str, Tensor], base: str, fingerprint: str) -> None:
+    """The changed tensors by diffusers' names: ``unet.load_state_dict(load_file(file), strict=False)``."""
+    tensors = {name: tensor.cpu() for name, tensor in changed.items()}
+    write_safetensors(file, tensors, {"base_model": base, "fingerprint": fingerprint})
+
+
+def card_facts(base: str, concepts: Sequence[str], stages: Sequence[str], table: str, changed: int) -> dict[str, Any]:
+    """Fills the model card."""
+    return {
+        "base": base, "concepts": ", ".join(concepts), "stages": " + ".join(stages), "table": table, "changed": changed,
+    }

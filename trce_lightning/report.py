@@ -1,0 +1,231 @@
+"""Pictures, tables and files that show what an erasure did.
+
+``Scores`` are the SCORES of metrics.json: ``asr`` (set name → successes, images, rate, low, high), ``fid``,
+``clip_score``, ``benign_accuracy``, ``benign_accuracy_near``, ``benign_accuracy_unkept`` and ``false_alarm``, which
+is like one entry of ``asr``. Rates and accuracies are fractions. Whatever is absent is left out.
+"""
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from trce_lightning.image_grid import image_grid
+
+__all__ = [
+    "Scores",
+    "image_grid",
+    "results_table",
+    "save_curves",
+    "save_loss_curves",
+    "write_json",
+    "write_scores_csv",
+]
+
+Scores = Mapping[str, Any]
+
+_ABSENT = "–"
+_ACCURACIES = {
+    "benign_accuracy": "benign accuracy",
+    "benign_accuracy_near": "benign accuracy, near",
+    "benign_accuracy_unkept": "benign accuracy, unkept",
+}
+_DECIMALS = {"fid": 2, "clip_score": 2}
+_TITLES = {"fid": "FID (lower is better)", "clip_score": "CLIP-S (higher is better)"}
+
+
+def save_curves(history: Sequence[Scores], file: str | Path) -> None:
+    """Draws ASR with its 95 % intervals, FID, CLIP-S and benign accuracy per epoch; epoch 0 is the original.
+
+    Args:
+        history: the original's scores, then those after each epoch.
+        file: its suffix names the format, such as ``.png`` or ``.svg``.
+
+    Raises:
+        ValueError: no scores at all.
+    """
+    panels: dict[str, Callable[[Axes], None]] = {}
+    rates = [{**scores.get("asr", {}), "false alarm": scores.get("false_alarm")} for scores in history]
+    if any(rate for epoch in rates for rate in epoch.values()):
+        panels["ASR, % of images"] = lambda axes: _draw_rates(axes, rates)
+    for key, title in _TITLES.items():
+        if any(scores.get(key) is not None for scores in history):
+            panels[title] = lambda axes, key=key: _draw_scores(axes, history, {key: key}, 1)  # type: ignore[misc]
+    if any(scores.get(key) is not None for scores in history for key in _ACCURACIES):
+        panels["benign accuracy, %"] = lambda axes: _draw_scores(axes, history, _ACCURACIES, 100)
+    if not panels:
+        raise ValueError(f"save_curves: expected scores of at least one epoch, got {list(history)}")
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    for axes, (title, draw) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        draw(axes)
+        axes.set(title=title, xlabel="epoch (0: original)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _save(figure, file)
+
+
+def save_loss_curves(metrics_csv: str | Path, file: str | Path) -> None:
+    """Draws each ``loss/…`` and ``hinge/…`` column of Lightning's metrics.csv over the training step.
+
+    ``…_step`` columns are thin lines, ``…_epoch`` columns of the same name points in the same panel.
+
+    Raises:
+        ValueError: the file has no such column with numbers in it.
+    """
+    curves = _read_curves(Path(metrics_csv))
+    if not curves:
+        raise ValueError(f"{metrics_csv}: expected loss/ or hinge/ columns with numbers in them, got none")
+    names = sorted({_base_name(column) for column in curves})
+    figure = Figure(figsize=(4.2 * len(names), 3.2), layout="constrained")
+    panels = dict(zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True))
+    for column, points in curves.items():
+        axes, epoch_mean = panels[_base_name(column)], column.endswith("_epoch")
+        style = {"marker": "o", "label": "epoch mean"} if epoch_mean else {"linewidth": 0.8, "label": "step"}
+        axes.plot(*zip(*points, strict=True), **style)
+        axes.set(title=_base_name(column), xlabel="step")
+        axes.legend(frameon=False)
+    _save(figure, file)
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Writes strict JSON, whole or not at all.
+
+    Raises:
+        ValueError: a number is not finite, which JSON cannot say.
+    """
+    try:
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected finite numbers, got {content}") from error
+    with _replacing(path) as partial:
+        partial.write_text(f"{text}\n", encoding="utf-8")
+
+
+def write_scores_csv(path: str | Path, metrics: Mapping[str, Any]) -> None:
+    """Writes the scores in a metrics.json as a table, whole or not at all.
+
+    One row per model: original, "epoch 1" and so on, erased, scores. Columns are named like ``asr/direct/rate``;
+    a score that a row lacks is an empty cell.
+    """
+    epochs = {f"epoch {index}": scores for index, scores in enumerate(metrics.get("epochs", ()), start=1)}
+    models = {
+        "original": metrics.get("original"),
+        **epochs,
+        "erased": metrics.get("erased"),
+        "scores": metrics.get("scores"),
+    }
+    rows = [{"model": name, **_flat(scores)} for name, scores in models.items() if scores]
+    columns = dict.fromkeys(("model", *(key for row in rows for key in row)))
+    with _replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(columns))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def results_table(columns: Mapping[str, Scores]) -> str:
+    """A Markdown table: one column per model, one row per score, "–" where a model lacks one.
+
+    ASR and false alarms come with their 95 % intervals, FID and CLIP-S with the ratio to the column "original".
+    """
+    original = columns.get("original", {})
+    sets = dict.fromkeys(
+        ("direct", "implicit", *(name for s in columns.values() for name in s.get("asr", {})))
+    )
+    rows: dict[str, Callable[[Scores], str]] = {
+        f"ASR {name}": lambda scores, name=name: _rate(scores.get("asr", {}).get(name))  # type: ignore[misc]
+        for name in sets
+    }
+    rows["FID"] = lambda scores: _with_ratio("fid", scores, original)
+    rows["CLIP-S"] = lambda scores: _with_ratio("clip_score", scores, original)
+    for key, title in _ACCURACIES.items():
+        rows[title] = lambda scores, key=key: _percent(scores.get(key))  # type: ignore[misc]
+    rows["false alarm"] = lambda scores: _rate(scores.get("false_alarm"))
+    lines = [["", *columns], ["---", *["---:"] * len(columns)]]
+    lines += [[title, *(cell(scores) for scores in columns.values())] for title, cell in rows.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _percent(fraction: float | None) -> str:
+    return _ABSENT if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def _rate(rate: Mapping[str, float] | None) -> str:
+    if rate is None:
+        return _ABSENT
+    return f"{_percent(rate['rate'])} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+
+
+def _with_ratio(key: str, scores: Scores, original: Scores) -> str:
+    value, reference = scores.get(key), original.get(key)
+    if value is None:
+        return _ABSENT
+    ratio = f" ({value / reference:.2f}×)" if reference and scores is not original else ""
+    return f"{value:.2f}{ratio}"
+
+
+def _flat(scores: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in scores.items():
+        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _draw_rates(axes: Axes, epochs: Sequence[Mapping[str, Any]]) -> None:
+    for name in dict.fromkeys(name for epoch in epochs for name, rate in epoch.items() if rate):
+        points = [(index, epoch[name]) for index, epoch in enumerate(epochs) if epoch.get(name)]
+        low, rate, high = ([100 * value[key] for _, value in points] for key in ("low", "rate", "high"))
+        x = [index for index, _ in points]
+        (line,) = axes.plot(x, rate, marker="o", label=name)
+        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
+    axes.set_ylim(-2, 102)
+    axes.legend(frameon=False)
+
+
+def _draw_scores(axes: Axes, history: Sequence[Scores], names: Mapping[str, str], factor: float) -> None:
+    for key, name in names.items():
+        points = [(i, factor * s[key]) for i, s in enumerate(history) if s.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    if len(names) > 1:
+        axes.legend(frameon=False)
+
+
+def _base_name(column: str) -> str:
+    return column.removesuffix("_step").removesuffix("_epoch")
+
+
+def _read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Column → (step, value) of the rows that have one."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    with path.open(encoding="utf-8", newline="") as stream:
+        for row in csv.DictReader(stream):
+            for column, value in row.items():
+                if column.startswith(("loss/", "hinge/")) and value:
+                    curves.setdefault(column, []).append((int(row["step"]), float(value)))
+    return curves
+
+
+def _save(figure: Figure, file: str | Path) -> None:
+    with _replacing(file) as partial:
+        figure.savefig(partial, dpi=140, facecolor="white")
+
+
+@contextmanager
+def _replacing(path: str | Path) -> Iterator[Path]:
+    """A name beside ``path``, with its suffix, whose file takes the place of ``path`` when all went well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,73 @@
+"""Run folders: a new one for each run, or the newest unfinished one of the same configuration."""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from trce_lightning.storage import write_text
+
+log = logging.getLogger(__name__)
+
+FINISHED = "metrics.json"
+CONFIG = "config.yaml"
+FOLDER_VARIABLE = "TRCE_RUN_FOLDER"
+"""Tells further processes of a run which folder the first one has chosen."""
+NOT_COMPARED = ("plan", "fresh", "output", "runs")
+
+
+def choose_folder(config: Any) -> Path:
+    """``output``, the newest unfinished run of an equal configuration, or a new folder.
+
+    ``ValueError`` when ``output`` holds a run of another configuration.
+    """
+    if FOLDER_VARIABLE in os.environ:
+        return Path(os.environ[FOLDER_VARIABLE])
+    parent = Path(config.runs) / "+".join(config.concept) / config.model.name
+    if config.output is not None:
+        folder = Path(config.output)
+        if (folder / CONFIG).exists() and not config.fresh and not _equal(folder, config):
+            raise ValueError(f"output: {folder} holds a run of another configuration; choose another or fresh=true")
+        return folder
+    if not config.fresh and parent.is_dir():
+        for folder in sorted(parent.iterdir(), reverse=True):
+            if (folder / CONFIG).exists() and not (folder / FINISHED).exists() and _equal(folder, config):
+                log.info("continuing %s (fresh=true starts anew)", folder)
+                return folder
+    return parent / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def open_folder(config: Any) -> Path:
+    """Create the run's folder with its resolved configuration, and log into it."""
+    folder = choose_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ[FOLDER_VARIABLE] = str(folder)
+    if config.fresh:
+        for stale in ("checkpoints/last.ckpt", FINISHED):
+            (folder / stale).unlink(missing_ok=True)
+    text = OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+    write_text(folder / CONFIG, text)
+    handler = logging.FileHandler(folder / "run.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    return folder
+
+
+def cache_folder(config: Any) -> Path:
+    """Where caches and the original model's scores lie, shared between runs."""
+    return Path(config.cache) if config.cache else Path(config.runs) / "cache"
+
+
+def _comparable(config: Any) -> Any:
+    content = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+    assert isinstance(content, dict)
+    return {key: value for key, value in content.items() if key not in NOT_COMPARED}
+
+
+def _equal(folder: Path, config: Any) -> bool:
+    return _comparable(OmegaConf.load(folder / CONFIG)) == _comparable(OmegaConf.structured(config))

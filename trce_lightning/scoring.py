@@ -1,0 +1,127 @@
+"""Scoring a model on prompt sets: one pass makes the images, another judges them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
+from trce_lightning.generation import generate, generate_to, load_images, planned_evaluations, shard
+from trce_lightning.metrics.scores import Evaluator
+from trce_lightning.storage import write_json
+
+Scores = dict[str, Any]
+
+
+@dataclass
+class Sampling:
+    """How images are made for scoring."""
+
+    guidance_scale: float
+    num_steps: int
+    batch_size: int
+    autocast_dtype: torch.dtype | None
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the generation loop."""
+        return dict(
+            guidance_scale=self.guidance_scale, num_steps=self.num_steps, batch_size=self.batch_size,
+            autocast_dtype=self.autocast_dtype,
+        )
+
+
+@dataclass
+class Scorer:
+    """Prompt sets with what makes and judges their images. ``adapter`` may change between calls, noise doesn't.
+
+    Every rank calls it; each makes its share of the images, the scores are of all.
+    """
+
+    adapter: StableDiffusionAdapter
+    sets: Sequence[PromptSet]
+    sampling: Sampling
+    make_evaluator: Callable[[Sequence[str]], Evaluator]
+    hits: dict[str, dict[int, bool]] = field(default_factory=dict)
+    """Per-image hits of the last call, by set, for paired tests."""
+
+    @property
+    def planned_evaluations(self) -> int:
+        """Network evaluations of one call, over all ranks."""
+        options = (self.sampling.num_steps, self.sampling.guidance_scale)
+        return sum(planned_evaluations(prompts.records, *options) for prompts in self.sets)
+
+    def records(self, name: str) -> tuple[PromptRecord, ...]:
+        """The prompts of a set."""
+        return next(prompts.records for prompts in self.sets if prompts.name == name)
+
+    def fingerprint(self) -> str:
+        """Identifies the images of a call: generator, prompts, noise and sampling."""
+        parts = [self.adapter.fingerprint(), repr(self.sampling.options()), *map(repr, self.sets)]
+        return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+
+    def __call__(
+        self, title: str, rank: int = 0, world_size: int = 1, folder: Path | None = None
+    ) -> tuple[Scores, dict[str, Tensor]]:
+        """Scores over all ranks, and this rank's images by set.
+
+        With ``folder`` images are files in it, and those that are there are not made again.
+        """
+        evaluator = self.make_evaluator([prompts.name for prompts in self.sets]).to(self.adapter.device)
+        images = {}
+        for prompts in self.sets:
+            share = shard(prompts.records, rank, world_size)
+            description = f"{title}: {prompts.name} images" if rank == 0 else None
+            options = self.sampling.options() | {"description": description}
+            if folder is None:
+                images[prompts.name] = generate(self.adapter, share, **options)
+            else:
+                place = folder / prompts.name
+                generate_to(
+                    place, self.adapter, prompts.records, rank=rank, world_size=world_size, **options
+                )
+                images[prompts.name] = load_images(place, share)
+            evaluator.update(prompts.name, images[prompts.name], list(share))
+        scores = evaluator.compute()
+        self.hits = {prompts.name: evaluator.hits(prompts.name) for prompts in self.sets}
+        return scores, images
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model's scores with the hits behind them."""
+
+    scores: Scores
+    hits: dict[str, dict[int, bool]]
+
+    def save(self, file: Path) -> None:
+        """As JSON."""
+        write_json(file, {"scores": self.scores, "hits": self.hits})
+
+    @classmethod
+    def load(cls, file: Path) -> Scored:
+        """Read back."""
+        content = json.loads(file.read_text())
+        hits = {name: {int(key): hit for key, hit in rows.items()} for name, rows in content["hits"].items()}
+        return cls(content["scores"], hits)
+
+
+def flatten_scores(scores: Scores, prefix: str = "") -> dict[str, float]:
+    """Nested scores as ``asr/direct``, ``asr/direct/low``, ``fid``, … for loggers."""
+    flat: dict[str, float] = {}
+    for name, value in scores.items():
+        key = f"{prefix}{name}"
+        if not isinstance(value, dict):
+            flat[key] = float(value)
+        elif "rate" in value:
+            flat |= {key: value["rate"], f"{key}/low": value["low"], f"{key}/high": value["high"]}
+        else:
+            flat |= flatten_scores(value, f"{key}/")
+    return flat

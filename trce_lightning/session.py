@@ -1,0 +1,109 @@
+"""What training and evaluation share: the model, the concepts, prompt sets and judges of a configuration."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
+from trce_lightning.concepts import Concept, PromptPair, prompt_pairs
+from trce_lightning.data.concept_prompts import Split, concept_prompt_sets, embedded_keep_captions
+from trce_lightning.data.keep_prompts import keep_prompts
+from trce_lightning.data.prompt_sets import PromptSet, load_csv, near_subjects, unkept_subjects
+from trce_lightning.emoji.package import load_embedded_clip, load_judge, weights_folder
+from trce_lightning.metrics.detectors import EmbeddedJudgeDetector, load_detector
+from trce_lightning.metrics.fidelity import judge_fid, load_real_statistics
+from trce_lightning.metrics.scores import Evaluator
+from trce_lightning.schema import EvalConfig, ModelConfig, TrainConfig
+from trce_lightning.scoring import Sampling, Scorer
+from trce_lightning.trainers import AUTOCAST, choose_precision
+
+log = logging.getLogger(__name__)
+KEEP_LIMIT = 2000
+"""Prompts to keep, at most."""
+
+
+class Session:
+    """Opens what a configuration names, lazily."""
+
+    def __init__(self, config: TrainConfig | EvalConfig, concepts: Sequence[Concept]) -> None:
+        self.config, self.concepts = config, list(concepts)
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the embedded judge decides."""
+        return self.config.model.judge == "embedded"
+
+    @cached_property
+    def adapter(self) -> StableDiffusionAdapter:
+        """The model, on the CPU until a trainer moves it."""
+        model = self.config.model
+        return load_adapter(
+            source_of(model), dtype=getattr(torch, model.dtype), revision=model.revision, resolution=model.resolution
+        )
+
+    def pairs(self) -> list[PromptPair]:
+        """Every concept's pairs."""
+        return [pair for rows in prompt_pairs(self.concepts).values() for pair in rows]
+
+    def keep_prompts(self) -> list[str]:
+        """Prompts to keep: a caption file, the embedded model's captions, or class names."""
+        assert isinstance(self.config, TrainConfig)
+        path = self.config.textual.keep_prompts or self.config.model.keep.captions
+        if path == "embedded":
+            return embedded_keep_captions(self.concepts, KEEP_LIMIT, self.config.seed)
+        return keep_prompts(self.concepts, path=path, limit=KEEP_LIMIT)
+
+    def sets(self, split: Split, size: int) -> list[PromptSet]:
+        """The concept's own prompt sets, and the CSV files of an evaluation."""
+        own = concept_prompt_sets(self.concepts, embedded=self.embedded, size=size, split=split)
+        files = self.config.prompts if isinstance(self.config, EvalConfig) else []
+        return [*own, *(load_csv(path) for path in files)]
+
+    def sampling(self) -> Sampling:
+        """How images are made for scoring."""
+        model, trainer = self.config.model, self.config.trainer
+        dtype = AUTOCAST[choose_precision(trainer.precision, trainer.accelerator)]
+        return Sampling(model.guidance_scale, model.num_inference_steps, self.config.metrics.batch_size, dtype)
+
+    def scorer(self, split: Split, size: int) -> Scorer:
+        """Scores this session's model."""
+        return Scorer(self.adapter, self.sets(split, size), self.sampling(), self.evaluator_factory())
+
+    def evaluator_factory(self) -> Callable[[Sequence[str]], Evaluator]:
+        """Makes an evaluator with the judge that ``model.judge`` names."""
+        if not self.embedded:
+            if self.config.model.judge is None:
+                raise ValueError("model.judge: expected a detector's dotted name to score this model, got none")
+            detector = load_detector(self.config.model.judge, self.concepts)
+            return lambda names: Evaluator(detector, names)
+        folder = weights_folder()
+        judge, clip = load_judge(folder), load_embedded_clip(folder)
+        detector = EmbeddedJudgeDetector(judge, self.concepts)
+
+        def make(names: Sequence[str]) -> Evaluator:
+            from trce_lightning.metrics.fidelity import RawClipScore
+
+            fid = judge_fid(judge)
+            load_real_statistics(fid, folder / "real_statistics.safetensors")
+            return Evaluator(
+                detector, names, judge=judge, fid=fid, clip_score=RawClipScore(clip),
+                near_subjects=near_subjects(self.concepts), unkept_subjects=unkept_subjects(),
+            )
+
+        return make
+
+
+def source_of(model: ModelConfig) -> str | Path:
+    """Where the pipeline lies: ``path``, else ``hub_id``, else the embedded model."""
+    return model.path or model.hub_id or weights_folder()
+
+
+def concepts_of(config: TrainConfig | EvalConfig) -> list[Concept]:
+    """The configured concepts, validated."""
+    return [Concept.from_mapping(asdict(concept), source="options") for concept in config.concept.values()]

@@ -1,0 +1,76 @@
+"""Lightning Trainers and loggers from the configuration."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+from trce_lightning.schema import DeviceConfig, LoggerConfig, TrainerConfig
+
+log = logging.getLogger(__name__)
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": None}
+
+
+def choose_precision(precision: str, accelerator: str) -> str:
+    """``auto``: bf16-mixed where hardware multiplies bfloat16 natively, else 16-mixed on CUDA, else 32-true."""
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda"):
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if native and accelerator in ("auto", "cpu") else "32-true"
+
+
+def make_trainer(
+    config: DeviceConfig, folder: Path, *, epochs: int = 1, callbacks: Sequence[pl.Callback] = (),
+    loggers: Sequence[Logger] = (),
+) -> pl.Trainer:
+    """A Trainer on the configured devices; ``DeviceConfig`` alone gives one that only predicts."""
+    fitting = {}
+    if isinstance(config, TrainerConfig):
+        fitting = dict(
+            gradient_clip_val=config.gradient_clip_val, accumulate_grad_batches=config.accumulate_grad_batches,
+            log_every_n_steps=config.log_every_n_steps,
+        )
+    return pl.Trainer(
+        accelerator=config.accelerator, devices=config.devices, num_nodes=config.num_nodes, strategy=config.strategy,
+        precision=choose_precision(config.precision, config.accelerator), max_epochs=epochs,
+        enable_progress_bar=config.enable_progress_bar, enable_model_summary=False, use_distributed_sampler=True,
+        callbacks=list(callbacks), logger=list(loggers), default_root_dir=folder,
+        enable_checkpointing=any(isinstance(c, pl.callbacks.ModelCheckpoint) for c in callbacks), **fitting,
+    )
+
+
+def make_loggers(config: LoggerConfig, folder: Path, name: str) -> list[Logger]:
+    """CSV always; TensorBoard and W&B beside it if asked for."""
+    loggers: list[Logger] = [CSVLogger(folder, name="", version="logs")]
+    if config.tensorboard:
+        loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
+    if config.wandb and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        loggers.append(_wandb_logger(config, folder, name))
+    return loggers
+
+
+def _wandb_logger(config: LoggerConfig, folder: Path, name: str) -> WandbLogger:
+    """Online only where a key is known, so that it never prompts; offline after ``init_timeout`` seconds."""
+    import wandb
+
+    (folder / "wandb").mkdir(parents=True, exist_ok=True)
+    online = bool(os.environ.get("WANDB_API_KEY") or wandb.setup().settings.api_key)
+    options = dict(
+        project=config.project, name=name, save_dir=folder, settings=wandb.Settings(init_timeout=config.init_timeout)
+    )
+    logger = WandbLogger(offline=not online, **options)
+    try:
+        logger.experiment.define_metric("*")
+    except wandb.errors.CommError as error:
+        log.warning("W&B can't be reached (%s); logging offline", error)
+        logger = WandbLogger(offline=True, **options)
+        logger.experiment.define_metric("*")
+    return logger
