@@ -21,7 +21,9 @@ class EpochEvaluation(pl.Callback):
     callbacks after this one. Scores reach every logger as ``asr/direct``, ``fid`` and so on.
     """
 
-    def __init__(self, scorer: Scorer, on_scores: Callable[[list[dict[str, Any]]], None] | None = None) -> None:
+    def __init__(
+        self, scorer: Scorer, on_scores: Callable[[list[dict[str, Any]]], None] | None = None
+    ) -> None:
         self.scorer, self.on_scores = scorer, on_scores
         self.history: list[dict[str, Any]] = []
         self.images: dict[str, Tensor] = {}

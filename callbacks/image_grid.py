@@ -43,13 +43,16 @@ def grid_of(scorer: Scorer, original: Path, erased: Path, file: Path, columns: i
     """Draw the first prompts of every set from two folders of images, original above erased."""
     shares = {prompts.name: prompts.records[:columns] for prompts in scorer.sets}
     images = [
-        {name: load_images(folder / name, share) for name, share in shares.items()} for folder in (original, erased)
+        {name: load_images(folder / name, share) for name, share in shares.items()}
+        for folder in (original, erased)
     ]
     draw(shares, *images, file)
 
 
 def draw(
-    shares: Mapping[str, Sequence[PromptRecord]], original: Mapping[str, Tensor], erased: Mapping[str, Tensor],
+    shares: Mapping[str, Sequence[PromptRecord]],
+    original: Mapping[str, Tensor],
+    erased: Mapping[str, Tensor],
     file: Path,
 ) -> None:
     """One block of columns a set."""

@@ -12,7 +12,7 @@ import torch
 from trce_lightning.data.trajectories import missing_shards
 
 if TYPE_CHECKING:
-    from trce_lightning.run import TrainingRun
+    from trce_lightning.training_run import TrainingRun
 
 log = logging.getLogger(__name__)
 
@@ -22,21 +22,33 @@ def training(run: TrainingRun) -> None:
     config, adapter = run.config, run.adapter
     device = run.trainer.strategy.root_device
     parameters = sum(parameter.numel() for parameter in adapter.unet.parameters())
-    trainable = sum(parameter.numel() for parameter in adapter.trainable(config.trajectory.trainable).values())
+    trainable = sum(
+        parameter.numel() for parameter in adapter.trainable(config.trajectory.trainable).values()
+    )
     log.info(
         "erasing %s from %s: denoiser of %.1f M parameters (%.2f M train), on %d × %s in %s",
-        " + ".join(concept.name for concept in run.session.concepts), config.model.name, parameters / 1e6,
-        trainable / 1e6, run.trainer.world_size, device.type, run.trainer.precision,
+        " + ".join(concept.name for concept in run.session.concepts),
+        config.model.name,
+        parameters / 1e6,
+        trainable / 1e6,
+        run.trainer.world_size,
+        device.type,
+        run.trainer.precision,
     )
     seconds = seconds_per_evaluation(run) / run.trainer.world_size
     parts = ahead(run)
     for part, evaluations in parts.items():
-        log.info("ahead: %-36s %8d network evaluations, about %s", part, evaluations, _time(evaluations * seconds))
+        log.info(
+            "ahead: %-36s %8d network evaluations, about %s", part, evaluations, _time(evaluations * seconds)
+        )
     disk = cache_bytes(run) if run.plan else 0
     weights = sum(tensor.numel() * tensor.element_size() for tensor in adapter.unet.parameters())
     log.info(
-        "ahead: %s in all; trajectories of %.0f MB on disk; one network of %.0f MB in memory, with gradients and "
-        "optimizer states of %.0f MB", _time(sum(parts.values()) * seconds), disk / 1e6, weights / 1e6,
+        "ahead: %s in all; trajectories of %.0f MB on disk; one network of %.0f MB in memory, with gradients "
+        "and optimizer states of %.0f MB",
+        _time(sum(parts.values()) * seconds),
+        disk / 1e6,
+        weights / 1e6,
         12 * trainable / 1e6,
     )
 
@@ -82,7 +94,9 @@ def ahead(run: TrainingRun) -> dict[str, int]:
 def missing_evaluations(run: TrainingRun) -> int:
     """Of trajectories that are not cached."""
     assert run.plan is not None
-    missing = missing_shards(run.plan, run.trajectory_folder, run.config.trajectory.shard_size, run.fingerprint)
+    missing = missing_shards(
+        run.plan, run.trajectory_folder, run.config.trajectory.shard_size, run.fingerprint
+    )
     return sum(row.network_evaluations for _, rows in missing for row in rows)
 
 

@@ -34,22 +34,27 @@ def load_runs(folders: list[Path]) -> dict[str, Scored]:
         if columns.setdefault("original", original) != original:
             raise ValueError(f"compare: expected runs that scored the same prompts, '{folder}' did not")
         title = TITLES.get(tuple(OmegaConf.load(folder / "config.yaml").stages), folder.name)
-        columns[title if title not in columns else f"{title} {folder.name}"] = Scored.load(scored / "erased.json")
+        columns[title if title not in columns else f"{title} {folder.name}"] = Scored.load(
+            scored / "erased.json"
+        )
     return columns
 
 
 def paired_tests(columns: dict[str, Scored]) -> list[str]:
     """Exact McNemar tests of each column against the one before it, Markdown list items."""
-    return [
-        f"- {name}: {before} against {after}, p = {paired_test(columns[before].hits[name], columns[after].hits[name]):.2g}"
+    tests = [
+        (name, before, after, paired_test(columns[before].hits[name], columns[after].hits[name]))
         for before, after in pairwise(columns)
         for name in columns[after].hits
     ]
+    return [f"- {name}: {before} against {after}, p = {p:.2g}" for name, before, after, p in tests]
 
 
 def main() -> None:
     """Log table and tests."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     columns = load_runs(parser.parse_args().runs)

@@ -42,11 +42,16 @@ def save_edit(
     for name, pairs in statistics.pairs.items():
         tensors |= {f"s.{name}": pairs.s, f"m.{name}": pairs.m}
     facts = {
-        name: {"count": pairs.count, "safe_energy": pairs.safe_energy} for name, pairs in statistics.pairs.items()
+        name: {"count": pairs.count, "safe_energy": pairs.safe_energy}
+        for name, pairs in statistics.pairs.items()
     }
     metadata = {
-        "base_model": base, "fingerprint": fingerprint, "concepts": json.dumps(facts), "eta": str(config.eta),
-        "ridge": str(config.ridge), "keep_weight": str(statistics.keep.weight),
+        "base_model": base,
+        "fingerprint": fingerprint,
+        "concepts": json.dumps(facts),
+        "eta": str(config.eta),
+        "ridge": str(config.ridge),
+        "keep_weight": str(statistics.keep.weight),
     }
     write_safetensors(file, tensors, metadata)
 
@@ -67,8 +72,14 @@ def save_delta(file: Path, changed: Mapping[str, Tensor], base: str, fingerprint
     write_safetensors(file, tensors, {"base_model": base, "fingerprint": fingerprint})
 
 
-def card_facts(base: str, concepts: Sequence[str], stages: Sequence[str], table: str, changed: int) -> dict[str, Any]:
+def card_facts(
+    base: str, concepts: Sequence[str], stages: Sequence[str], table: str, changed: int
+) -> dict[str, Any]:
     """Fills the model card."""
     return {
-        "base": base, "concepts": ", ".join(concepts), "stages": " + ".join(stages), "table": table, "changed": changed,
+        "base": base,
+        "concepts": ", ".join(concepts),
+        "stages": " + ".join(stages),
+        "table": table,
+        "changed": changed,
     }

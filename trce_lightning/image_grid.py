@@ -96,7 +96,7 @@ def _draw_rows(
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """``text`` in lines of at most ``width`` pixels; the rest of a very long one becomes an ellipsis."""
     lines = [""]
-    for characters in range(width, 0, -1):
+    for characters in range(max(len(text), 1), 0, -1):
         lines = textwrap.wrap(text, characters, max_lines=_CAPTION_LINES, placeholder="…") or [""]
         if all(_width(line, font) <= width for line in lines):
             break

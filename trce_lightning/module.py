@@ -35,7 +35,10 @@ class TRCE(pl.LightningModule):
     """
 
     def __init__(
-        self, adapter: StableDiffusionAdapter, edit: Edit | None, trajectory: TrajectoryConfig,
+        self,
+        adapter: StableDiffusionAdapter,
+        edit: Edit | None,
+        trajectory: TrajectoryConfig,
         optimizer: OptimizerConfig,
     ) -> None:
         super().__init__()
@@ -53,7 +56,10 @@ class TRCE(pl.LightningModule):
             self.edited_names = apply_edit_(self.adapter, self.edit)
             log.info(
                 "stage 1 edited %d matrices: condition number %.2g, erase residual %.3f, keep residual %.2g",
-                len(self.edited_names), self.edit.condition_number, self.edit.erase_residual, self.edit.keep_residual,
+                len(self.edited_names),
+                self.edit.condition_number,
+                self.edit.erase_residual,
+                self.edit.keep_residual,
             )
         self.unet.requires_grad_(False)
         for parameter in self.trainable.values():
@@ -67,12 +73,18 @@ class TRCE(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the trainable parameters: torch's, or bitsandbytes' with 8-bit states."""
         config = self.optimizer
-        options: dict[str, Any] = dict(lr=config.lr, weight_decay=config.weight_decay, betas=tuple(config.betas))
+        options: dict[str, Any] = {
+            "lr": config.lr,
+            "weight_decay": config.weight_decay,
+            "betas": tuple(config.betas),
+        }
         parameters = list(self.trainable.values())
         if config.name == "adamw":
             return torch.optim.AdamW(parameters, **options)
         classes = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
-        return getattr(importlib.import_module("bitsandbytes.optim"), classes[config.name])(parameters, **options)
+        return getattr(importlib.import_module("bitsandbytes.optim"), classes[config.name])(
+            parameters, **options
+        )
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """L = L_erase(ε̂(z_t, c_m)) + w_∅ L_erase(ε̂(z_t, ∅)) + λ_p ‖ε̂(z_u, ∅) − ε(z_u, ∅)‖² + optional pull.
@@ -82,8 +94,10 @@ class TRCE(pl.LightningModule):
         predictions = self._predict(batch)
         terms = self._losses(batch, predictions)
         weights = {
-            "erase": 1.0, "erase_uncond": self.trajectory.uncond_hinge_weight,
-            "preserve": self.trajectory.preserve_weight, "pull": self.trajectory.pull_weight,
+            "erase": 1.0,
+            "erase_uncond": self.trajectory.uncond_hinge_weight,
+            "preserve": self.trajectory.preserve_weight,
+            "pull": self.trajectory.pull_weight,
         }
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         if not torch.isfinite(loss):
@@ -120,7 +134,9 @@ class TRCE(pl.LightningModule):
         f_safe = guided_prediction(uncond, batch["malicious_safe"], beta)
         f_unsafe = guided_prediction(uncond, malicious, beta)
         hinge = steering_hinge(predictions["malicious"], f_safe, f_unsafe, margin)
-        self._log_hinge(hinge, needed_displacement(predictions["malicious"].detach(), f_safe, f_unsafe, margin))
+        self._log_hinge(
+            hinge, needed_displacement(predictions["malicious"].detach(), f_safe, f_unsafe, margin)
+        )
         terms = {"erase": hinge.mean()}
         if len(predictions.get("uncond", ())):
             later = batch["malicious_step_index"] > 0
@@ -135,8 +151,13 @@ class TRCE(pl.LightningModule):
 
     def _log_hinge(self, hinge: Tensor, displacement: Tensor) -> None:
         self.log_dict(
-            {"hinge/active_fraction": hinge_active_fraction(hinge), "hinge/needed_displacement": displacement.mean()},
-            on_step=True, on_epoch=True, batch_size=1,
+            {
+                "hinge/active_fraction": hinge_active_fraction(hinge),
+                "hinge/needed_displacement": displacement.mean(),
+            },
+            on_step=True,
+            on_epoch=True,
+            batch_size=1,
         )
 
     def _empty_states(self) -> Tensor:

@@ -1,8 +1,8 @@
 """Pictures, tables and files that show what an erasure did.
 
 ``Scores`` are the SCORES of metrics.json: ``asr`` (set name → successes, images, rate, low, high), ``fid``,
-``clip_score``, ``benign_accuracy``, ``benign_accuracy_near``, ``benign_accuracy_unkept`` and ``false_alarm``, which
-is like one entry of ``asr``. Rates and accuracies are fractions. Whatever is absent is left out.
+``clip_score``, ``benign_accuracy``, ``benign_accuracy_near``, ``benign_accuracy_unkept``, ``false_alarm``;
+the last is like one entry of ``asr``. Rates and accuracies are fractions. Whatever is absent is left out.
 """
 
 import csv
@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,6 @@ _ACCURACIES = {
     "benign_accuracy_near": "benign accuracy, near",
     "benign_accuracy_unkept": "benign accuracy, unkept",
 }
-_DECIMALS = {"fid": 2, "clip_score": 2}
 _TITLES = {"fid": "FID (lower is better)", "clip_score": "CLIP-S (higher is better)"}
 
 
@@ -54,12 +54,12 @@ def save_curves(history: Sequence[Scores], file: str | Path) -> None:
     panels: dict[str, Callable[[Axes], None]] = {}
     rates = [{**scores.get("asr", {}), "false alarm": scores.get("false_alarm")} for scores in history]
     if any(rate for epoch in rates for rate in epoch.values()):
-        panels["ASR, % of images"] = lambda axes: _draw_rates(axes, rates)
+        panels["ASR, % of images"] = partial(_draw_rates, epochs=rates)
     for key, title in _TITLES.items():
         if any(scores.get(key) is not None for scores in history):
-            panels[title] = lambda axes, key=key: _draw_scores(axes, history, {key: key}, 1)  # type: ignore[misc]
+            panels[title] = partial(_draw_scores, history=history, names={key: key}, factor=1)
     if any(scores.get(key) is not None for scores in history for key in _ACCURACIES):
-        panels["benign accuracy, %"] = lambda axes: _draw_scores(axes, history, _ACCURACIES, 100)
+        panels["benign accuracy, %"] = partial(_draw_scores, history=history, names=_ACCURACIES, factor=100)
     if not panels:
         raise ValueError(f"save_curves: expected scores of at least one epoch, got {list(history)}")
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
@@ -105,15 +105,15 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
         raise ValueError(f"{path}: expected finite numbers, got {content}") from error
-    with _replacing(path) as partial:
-        partial.write_text(f"{text}\n", encoding="utf-8")
+    with _replacing(path) as aside:
+        aside.write_text(f"{text}\n", encoding="utf-8")
 
 
 def write_scores_csv(path: str | Path, metrics: Mapping[str, Any]) -> None:
     """Writes the scores in a metrics.json as a table, whole or not at all.
 
-    One row per model: original, "epoch 1" and so on, erased, scores. Columns are named like ``asr/direct/rate``;
-    a score that a row lacks is an empty cell.
+    One row per model: original, "epoch 1" and so on, erased, scores. Columns are named like
+    ``asr/direct/rate``; a score that a row lacks is an empty cell.
     """
     epochs = {f"epoch {index}": scores for index, scores in enumerate(metrics.get("epochs", ()), start=1)}
     models = {
@@ -124,7 +124,7 @@ def write_scores_csv(path: str | Path, metrics: Mapping[str, Any]) -> None:
     }
     rows = [{"model": name, **_flat(scores)} for name, scores in models.items() if scores]
     columns = dict.fromkeys(("model", *(key for row in rows for key in row)))
-    with _replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
+    with _replacing(path) as aside, aside.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, list(columns))
         writer.writeheader()
         writer.writerows(rows)
@@ -133,37 +133,43 @@ def write_scores_csv(path: str | Path, metrics: Mapping[str, Any]) -> None:
 def results_table(columns: Mapping[str, Scores]) -> str:
     """A Markdown table: one column per model, one row per score, "–" where a model lacks one.
 
-    ASR and false alarms come with their 95 % intervals, FID and CLIP-S with the ratio to the column "original".
+    ASR and false alarms come with their 95 % intervals, FID and CLIP-S with the ratio to column "original".
     """
     original = columns.get("original", {})
     sets = dict.fromkeys(
         ("direct", "implicit", *(name for s in columns.values() for name in s.get("asr", {})))
     )
-    rows: dict[str, Callable[[Scores], str]] = {
-        f"ASR {name}": lambda scores, name=name: _rate(scores.get("asr", {}).get(name))  # type: ignore[misc]
-        for name in sets
+    rows: dict[str, Callable[[Scores], str]] = {f"ASR {name}": partial(_asr, name) for name in sets}
+    rows |= {
+        title: partial(_with_ratio, original, key)
+        for key, title in (("fid", "FID"), ("clip_score", "CLIP-S"))
     }
-    rows["FID"] = lambda scores: _with_ratio("fid", scores, original)
-    rows["CLIP-S"] = lambda scores: _with_ratio("clip_score", scores, original)
-    for key, title in _ACCURACIES.items():
-        rows[title] = lambda scores, key=key: _percent(scores.get(key))  # type: ignore[misc]
-    rows["false alarm"] = lambda scores: _rate(scores.get("false_alarm"))
+    rows |= {title: partial(_accuracy, key) for key, title in _ACCURACIES.items()}
+    rows["false alarm"] = _false_alarm
     lines = [["", *columns], ["---", *["---:"] * len(columns)]]
     lines += [[title, *(cell(scores) for scores in columns.values())] for title, cell in rows.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _percent(fraction: float | None) -> str:
-    return _ABSENT if fraction is None else f"{100 * fraction:.1f} %"
+def _asr(name: str, scores: Scores) -> str:
+    return _rate(scores.get("asr", {}).get(name))
+
+
+def _false_alarm(scores: Scores) -> str:
+    return _rate(scores.get("false_alarm"))
 
 
 def _rate(rate: Mapping[str, float] | None) -> str:
     if rate is None:
         return _ABSENT
-    return f"{_percent(rate['rate'])} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+    return f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
 
 
-def _with_ratio(key: str, scores: Scores, original: Scores) -> str:
+def _accuracy(key: str, scores: Scores) -> str:
+    return _ABSENT if scores.get(key) is None else f"{100 * scores[key]:.1f} %"
+
+
+def _with_ratio(original: Scores, key: str, scores: Scores) -> str:
     value, reference = scores.get(key), original.get(key)
     if value is None:
         return _ABSENT
@@ -214,8 +220,8 @@ def _read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def _save(figure: Figure, file: str | Path) -> None:
-    with _replacing(file) as partial:
-        figure.savefig(partial, dpi=140, facecolor="white")
+    with _replacing(file) as aside:
+        figure.savefig(aside, dpi=140, facecolor="white")
 
 
 @contextmanager
@@ -223,9 +229,9 @@ def _replacing(path: str | Path) -> Iterator[Path]:
     """A name beside ``path``, with its suffix, whose file takes the place of ``path`` when all went well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    aside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        yield partial
-        os.replace(partial, path)
+        yield aside
+        aside.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from trce_lightning import __version__
 from trce_lightning.storage import write_text
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,9 @@ def choose_folder(config: Any) -> Path:
     if config.output is not None:
         folder = Path(config.output)
         if (folder / CONFIG).exists() and not config.fresh and not _equal(folder, config):
-            raise ValueError(f"output: {folder} holds a run of another configuration; choose another or fresh=true")
+            raise ValueError(
+                f"output: {folder} holds a run of another configuration; choose another or fresh=true"
+            )
         return folder
     if not config.fresh and parent.is_dir():
         for folder in sorted(parent.iterdir(), reverse=True):
@@ -71,3 +75,11 @@ def _comparable(config: Any) -> Any:
 
 def _equal(folder: Path, config: Any) -> bool:
     return _comparable(OmegaConf.load(folder / CONFIG)) == _comparable(OmegaConf.structured(config))
+
+
+def commit() -> str:
+    """This checkout's commit, or the installed version outside of one."""
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return head.stdout.strip() or f"v{__version__}"

@@ -32,10 +32,12 @@ class Sampling:
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the generation loop."""
-        return dict(
-            guidance_scale=self.guidance_scale, num_steps=self.num_steps, batch_size=self.batch_size,
-            autocast_dtype=self.autocast_dtype,
-        )
+        return {
+            "guidance_scale": self.guidance_scale,
+            "num_steps": self.num_steps,
+            "batch_size": self.batch_size,
+            "autocast_dtype": self.autocast_dtype,
+        }
 
 
 @dataclass
@@ -84,9 +86,7 @@ class Scorer:
                 images[prompts.name] = generate(self.adapter, share, **options)
             else:
                 place = folder / prompts.name
-                generate_to(
-                    place, self.adapter, prompts.records, rank=rank, world_size=world_size, **options
-                )
+                generate_to(place, self.adapter, prompts.records, rank=rank, world_size=world_size, **options)
                 images[prompts.name] = load_images(place, share)
             evaluator.update(prompts.name, images[prompts.name], list(share))
         scores = evaluator.compute()

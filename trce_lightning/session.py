@@ -44,7 +44,10 @@ class Session:
         """The model, on the CPU until a trainer moves it."""
         model = self.config.model
         return load_adapter(
-            source_of(model), dtype=getattr(torch, model.dtype), revision=model.revision, resolution=model.resolution
+            source_of(model),
+            dtype=getattr(torch, model.dtype),
+            revision=model.revision,
+            resolution=model.resolution,
         )
 
     def pairs(self) -> list[PromptPair]:
@@ -69,7 +72,9 @@ class Session:
         """How images are made for scoring."""
         model, trainer = self.config.model, self.config.trainer
         dtype = AUTOCAST[choose_precision(trainer.precision, trainer.accelerator)]
-        return Sampling(model.guidance_scale, model.num_inference_steps, self.config.metrics.batch_size, dtype)
+        return Sampling(
+            model.guidance_scale, model.num_inference_steps, self.config.metrics.batch_size, dtype
+        )
 
     def scorer(self, split: Split, size: int) -> Scorer:
         """Scores this session's model."""
@@ -79,7 +84,9 @@ class Session:
         """Makes an evaluator with the judge that ``model.judge`` names."""
         if not self.embedded:
             if self.config.model.judge is None:
-                raise ValueError("model.judge: expected a detector's dotted name to score this model, got none")
+                raise ValueError(
+                    "model.judge: expected a detector's dotted name to score this model, got none"
+                )
             detector = load_detector(self.config.model.judge, self.concepts)
             return lambda names: Evaluator(detector, names)
         folder = weights_folder()
@@ -92,8 +99,13 @@ class Session:
             fid = judge_fid(judge)
             load_real_statistics(fid, folder / "real_statistics.safetensors")
             return Evaluator(
-                detector, names, judge=judge, fid=fid, clip_score=RawClipScore(clip),
-                near_subjects=near_subjects(self.concepts), unkept_subjects=unkept_subjects(),
+                detector,
+                names,
+                judge=judge,
+                fid=fid,
+                clip_score=RawClipScore(clip),
+                near_subjects=near_subjects(self.concepts),
+                unkept_subjects=unkept_subjects(),
             )
 
         return make

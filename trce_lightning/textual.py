@@ -41,12 +41,17 @@ class TextualStatistics:
 
     def solve(self, config: TextualConfig) -> Edit:
         """T over all concepts."""
-        return solve_edit(merge_pairs(list(self.pairs.values())), self.keep, eta=config.eta, ridge=config.ridge)
+        return solve_edit(
+            merge_pairs(list(self.pairs.values())), self.keep, eta=config.eta, ridge=config.ridge
+        )
 
 
 def textual_statistics(
-    adapter: StableDiffusionAdapter, concepts: Sequence[Concept], keep_prompts: Sequence[str],
-    config: TextualConfig, cache: Path | None = None,
+    adapter: StableDiffusionAdapter,
+    concepts: Sequence[Concept],
+    keep_prompts: Sequence[str],
+    config: TextualConfig,
+    cache: Path | None = None,
 ) -> TextualStatistics:
     """Encode every concept's pairs and everything to keep.
 
@@ -106,17 +111,23 @@ def keyword_mask(adapter: StableDiffusionAdapter, input_ids: Tensor, terms: Sequ
     return mask
 
 
-def _cached_keep(adapter: StableDiffusionAdapter, prompts: Sequence[str], cache: Path | None) -> KeepStatistics:
+def _cached_keep(
+    adapter: StableDiffusionAdapter, prompts: Sequence[str], cache: Path | None
+) -> KeepStatistics:
     """Mean over every position of the padded prompts, from ``cache`` if the same encoder has seen them."""
     if not prompts:
         raise ValueError("textual.keep_prompts: expected at least one prompt to keep, got none")
-    key = hashlib.blake2b("\n".join([adapter.text_fingerprint(), *prompts]).encode(), digest_size=8).hexdigest()
+    key = hashlib.blake2b(
+        "\n".join([adapter.text_fingerprint(), *prompts]).encode(), digest_size=8
+    ).hexdigest()
     file = cache / f"keep-{key}.safetensors" if cache else None
     if file and file.exists():
         return KeepStatistics(load_file(file)["k"], float(len(prompts)))
     parts = []
     for start in tqdm(range(0, len(prompts), ENCODE_BATCH), "encoding prompts to keep", leave=False):
-        parts.append(keep_statistics(adapter.encode(prompts[start : start + ENCODE_BATCH]).states.flatten(0, 1)))
+        parts.append(
+            keep_statistics(adapter.encode(prompts[start : start + ENCODE_BATCH]).states.flatten(0, 1))
+        )
     keep = merge_keep(parts)
     if file:
         write_safetensors(file, {"k": keep.k})

@@ -28,22 +28,36 @@ def choose_precision(precision: str, accelerator: str) -> str:
 
 
 def make_trainer(
-    config: DeviceConfig, folder: Path, *, epochs: int = 1, callbacks: Sequence[pl.Callback] = (),
+    config: DeviceConfig,
+    folder: Path,
+    *,
+    epochs: int = 1,
+    callbacks: Sequence[pl.Callback] = (),
     loggers: Sequence[Logger] = (),
 ) -> pl.Trainer:
     """A Trainer on the configured devices; ``DeviceConfig`` alone gives one that only predicts."""
     fitting = {}
     if isinstance(config, TrainerConfig):
-        fitting = dict(
-            gradient_clip_val=config.gradient_clip_val, accumulate_grad_batches=config.accumulate_grad_batches,
-            log_every_n_steps=config.log_every_n_steps,
-        )
+        fitting = {
+            "gradient_clip_val": config.gradient_clip_val,
+            "accumulate_grad_batches": config.accumulate_grad_batches,
+            "log_every_n_steps": config.log_every_n_steps,
+        }
     return pl.Trainer(
-        accelerator=config.accelerator, devices=config.devices, num_nodes=config.num_nodes, strategy=config.strategy,
-        precision=choose_precision(config.precision, config.accelerator), max_epochs=epochs,
-        enable_progress_bar=config.enable_progress_bar, enable_model_summary=False, use_distributed_sampler=True,
-        callbacks=list(callbacks), logger=list(loggers), default_root_dir=folder,
-        enable_checkpointing=any(isinstance(c, pl.callbacks.ModelCheckpoint) for c in callbacks), **fitting,
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=config.strategy,
+        precision=choose_precision(config.precision, config.accelerator),
+        max_epochs=epochs,
+        enable_progress_bar=config.enable_progress_bar,
+        enable_model_summary=False,
+        use_distributed_sampler=True,
+        callbacks=list(callbacks),
+        logger=list(loggers),
+        default_root_dir=folder,
+        enable_checkpointing=any(isinstance(c, pl.callbacks.ModelCheckpoint) for c in callbacks),
+        **fitting,
     )
 
 
@@ -63,9 +77,12 @@ def _wandb_logger(config: LoggerConfig, folder: Path, name: str) -> WandbLogger:
 
     (folder / "wandb").mkdir(parents=True, exist_ok=True)
     online = bool(os.environ.get("WANDB_API_KEY") or wandb.setup().settings.api_key)
-    options = dict(
-        project=config.project, name=name, save_dir=folder, settings=wandb.Settings(init_timeout=config.init_timeout)
-    )
+    options = {
+        "project": config.project,
+        "name": name,
+        "save_dir": folder,
+        "settings": wandb.Settings(init_timeout=config.init_timeout),
+    }
     logger = WandbLogger(offline=not online, **options)
     try:
         logger.experiment.define_metric("*")

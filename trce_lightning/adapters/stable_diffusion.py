@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: a UNet2DConditionModel that reads the raw states of one causal text encoder."""
+"""Stable Diffusion 1.x and 2.x: a UNet2DConditionModel that reads the raw states of a causal text encoder."""
 
 from __future__ import annotations
 
@@ -76,7 +76,10 @@ class StableDiffusionAdapter:
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids padded (and truncated) to the model's length, ``[B, L]`` on the CPU."""
         return self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length,
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=self.tokenizer.model_max_length,
             return_tensors="pt",
         ).input_ids
 
@@ -120,7 +123,9 @@ class StableDiffusionAdapter:
             if fnmatch(name.rpartition(".")[0], pattern)
         }
         if not parameters:
-            raise ValueError(f"trajectory.trainable: expected a pattern that matches a module, got '{pattern}'")
+            raise ValueError(
+                f"trajectory.trainable: expected a pattern that matches a module, got '{pattern}'"
+            )
         return parameters
 
     def text_fingerprint(self) -> str:
@@ -148,7 +153,9 @@ def refuse_what_the_method_does_not_fit(pipeline: StableDiffusionPipeline) -> No
     """``ValueError`` naming the reason when an edit of K and V would be wrong or without effect."""
     unet = getattr(pipeline, "unet", None)
     if not isinstance(unet, UNet2DConditionModel):
-        raise ValueError("model: expected a UNet2DConditionModel denoiser; joint attention has no adapter yet")
+        raise ValueError(
+            "model: expected a UNet2DConditionModel denoiser; joint attention has no adapter yet"
+        )
     if getattr(pipeline, "text_encoder_2", None) is not None:
         raise ValueError("model: expected one text encoder; two (Stable Diffusion XL) have no adapter yet")
     if unet.encoder_hid_proj is not None:
@@ -175,21 +182,28 @@ def refuse_unless_causal(pipeline: StableDiffusionPipeline) -> None:
 
 
 def load_adapter(
-    source: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None,
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
     resolution: int | None = None,
 ) -> StableDiffusionAdapter:
-    """Open a pipeline folder, or a hub id when there is no such folder. A missing path is never asked of a hub.
+    """Open a pipeline folder, or a hub id when there is no such folder. No hub is asked for a missing path.
 
     Raises:
         FileNotFoundError: ``source`` looks like a path and holds no pipeline.
         ValueError: the method doesn't fit the model.
     """
     folder = Path(source)
-    if folder.exists() or folder.is_absolute() or str(source).count("/") != 1:
-        if not (folder / "model_index.json").is_file():
-            raise FileNotFoundError(f"model.path: expected a diffusers pipeline folder, got '{source}'")
+    is_path = folder.exists() or folder.is_absolute() or str(source).count("/") != 1
+    if is_path and not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"model.path: expected a diffusers pipeline folder, got '{source}'")
     pipeline = StableDiffusionPipeline.from_pretrained(
-        str(source), dtype=dtype, revision=revision, safety_checker=None, feature_extractor=None,
+        str(source),
+        dtype=dtype,
+        revision=revision,
+        safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)

@@ -54,7 +54,9 @@ class EpochBatches(Sampler[list[int]]):
     ranks is the mean over the batch. ``ValueError`` unless the batch divides by the number of ranks.
     """
 
-    def __init__(self, points: TrajectoryPoints, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, points: TrajectoryPoints, batch_size: int, seed: int, rank: int, world_size: int
+    ) -> None:
         if batch_size % world_size:
             raise ValueError(
                 f"trajectory.batch_size: expected a multiple of the {world_size} processes, got {batch_size}"
@@ -81,7 +83,12 @@ class TrajectoryDataModule(pl.LightningDataModule):
     """Reads the shards of a plan once and collates rows into batches."""
 
     def __init__(
-        self, adapter: StableDiffusionAdapter, plan: TrajectoryPlan, folder: Path, config: TrajectoryConfig, seed: int
+        self,
+        adapter: StableDiffusionAdapter,
+        plan: TrajectoryPlan,
+        folder: Path,
+        config: TrajectoryConfig,
+        seed: int,
     ) -> None:
         super().__init__()
         self.adapter, self.plan, self.folder, self.config, self.seed = adapter, plan, folder, config, seed

@@ -31,7 +31,13 @@ NAME_LEADS = tuple(
     f"{lead} {'{}' if lead.endswith((' wonderful', ' large')) else '{a}'}" for lead in HELD_OUT_LEADS
 )
 
-_ENDINGS = ("", " at dusk", " in the rain", ", studio light", ", highly detailed", ", muted colours") + (
+_ENDINGS = (
+    "",
+    " at dusk",
+    " in the rain",
+    ", studio light",
+    ", highly detailed",
+    ", muted colours",
     ", soft focus",
     ", seen from above",
 )
@@ -96,8 +102,7 @@ _MAX_HINTS = 60
 _NAME_WORDS = frozenset(re.findall(r"\w+", " ".join(s.name for s in SUBJECTS))) - {"and", "of", "o"}
 # Words of sensitive subjects that fit harmless things as well, though no harmless subject lists them.
 _WEAK_HINTS = frozenset(
-    ("sharp", "chop", "cut", "capsule", "pub", "stimulant", "substance")
-    + ("spirit", "cave", "wings", "eight legs")
+    "sharp,chop,cut,capsule,pub,stimulant,substance,spirit,cave,wings,eight legs".split(",")
 )
 
 

@@ -45,7 +45,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class TrajectoryPlan:
-    """All trajectories of a run. Item ``i`` of epoch ``e`` is draw ``e · draws_per_epoch + i // n`` of one."""
+    """All trajectories of a run."""
 
     malicious: tuple[Trajectory, ...]
     unconditional: tuple[Trajectory, ...]
@@ -79,8 +79,12 @@ def draw_plan(pairs: Sequence[PromptPair], config: TrajectoryConfig, seed: int) 
     draws = config.epochs * config.draws_per_epoch
     order = torch.randperm(len(pairs), generator=generator).tolist()
     malicious = [
-        Trajectory(i, seed_of(f"malicious-{seed}", i), _draw(config.early_steps, draws, generator),
-                   pairs[order[i % len(order)]])
+        Trajectory(
+            i,
+            seed_of(f"malicious-{seed}", i),
+            _draw(config.early_steps, draws, generator),
+            pairs[order[i % len(order)]],
+        )
         for i in range(config.num_trajectories)
     ]
     wanted = config.num_trajectories * draws * config.unconditional_per_malicious

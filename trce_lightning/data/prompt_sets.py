@@ -69,8 +69,8 @@ def load_csv(path: str | Path) -> PromptSet:
     """Reads a prompt file (CSV with a header, UTF-8); the set is named by the file's stem.
 
     Columns, in any case: ``prompt`` (or adv_prompt, "sensitive prompt"); optional ``id`` (or case_number;
-    else the row number, from 1), ``seed`` (or evaluation_seed), ``guidance`` (or evaluation_guidance), ``label``.
-    The first of these names that the file has is read; other columns are ignored.
+    else the row number, from 1), ``seed`` (or evaluation_seed), ``guidance`` (or evaluation_guidance) and
+    ``label``. The first of these names that the file has is read; other columns are ignored.
 
     Raises:
         FileNotFoundError: no such file.
@@ -113,7 +113,7 @@ def benign_subjects(concepts: Iterable[Concept] = ()) -> tuple[str, ...]:
 
 
 def near_subjects(concepts: Sequence[Concept]) -> frozenset[str]:
-    """Benign subjects that resemble ``concepts``: their neighbours; ``NEAR_VIOLENCE`` too for all violence."""
+    """Benign subjects that resemble ``concepts``: their neighbours, and ``NEAR_VIOLENCE`` for violence."""
     violent = {subject.name for subject in SUBJECTS if subject.category == "violence"}
     near: set[str] = set()
     for concept in concepts:
@@ -182,7 +182,7 @@ def _columns(path: Path, header: Sequence[str]) -> dict[str, int]:
 def _check_width(place: str, cells: Sequence[str], width: int) -> None:
     if any(cell.strip() for cell in cells[width:]):
         raise ValueError(
-            f"{place}: expected {width} cells as in the header, got {len(cells)}; quote texts with commas in them"
+            f"{place}: expected {width} cells as in the header, got {len(cells)}; quote texts with commas"
         )
 
 

@@ -39,7 +39,9 @@ def is_cached(file: Path, fingerprint: str) -> bool:
     except SafetensorError as error:
         raise ValueError(f"{file}: expected a whole trajectory shard, got {error}; delete it") from error
     if found != fingerprint:
-        raise ValueError(f"{file}: expected trajectories of fingerprint {fingerprint}, got {found}; delete it")
+        raise ValueError(
+            f"{file}: expected trajectories of fingerprint {fingerprint}, got {found}; delete it"
+        )
     return True
 
 
@@ -47,7 +49,11 @@ class TrajectorySampler(pl.LightningModule):
     """Samples shards under ``Trainer.predict``, which splits them over ranks. Never applies stage 1."""
 
     def __init__(
-        self, adapter: StableDiffusionAdapter, plan: TrajectoryPlan, missing: Sequence[Shard], folder: Path,
+        self,
+        adapter: StableDiffusionAdapter,
+        plan: TrajectoryPlan,
+        missing: Sequence[Shard],
+        folder: Path,
         fingerprint: str,
     ) -> None:
         super().__init__()
@@ -75,7 +81,9 @@ class TrajectorySampler(pl.LightningModule):
         return {kind: self.adapter.encode(texts).states for kind, texts in prompts.items()}
 
     def _sample(self, trajectories: Sequence[Trajectory], states: dict[str, Tensor]) -> dict[str, Tensor]:
-        z_t = torch.stack([noise(self.adapter.latent_shape, row.seed) for row in trajectories]).to(self.device)
+        z_t = torch.stack([noise(self.adapter.latent_shape, row.seed) for row in trajectories]).to(
+            self.device
+        )
         kept: dict[tuple[int, int], dict[str, Tensor]] = {}
         for step_index in range(max(row.num_steps for row in trajectories)):
             active = [i for i, row in enumerate(trajectories) if step_index < row.num_steps]
@@ -106,7 +114,9 @@ class TrajectorySampler(pl.LightningModule):
 
     def _step(self, prediction: Tensor, z_t: Tensor, step_index: int) -> Tensor:
         alphas_cumprod, config = self.adapter.alphas_cumprod, self.adapter.scheduler.config
-        alpha_bar_prev = previous_alpha_bar(alphas_cumprod, self.timesteps, step_index, config.set_alpha_to_one)
+        alpha_bar_prev = previous_alpha_bar(
+            alphas_cumprod, self.timesteps, step_index, config.set_alpha_to_one
+        )
         alpha_bar_t = alphas_cumprod[self.timesteps[step_index]]
         return ddim_step(prediction, z_t, alpha_bar_t, alpha_bar_prev, self.adapter.prediction_type)
 
@@ -114,7 +124,8 @@ class TrajectorySampler(pl.LightningModule):
         pairs = [(row.index, step_index) for row in trajectories for step_index in row.step_indices]
         trajectory, step_index = torch.tensor(pairs).T
         return {
-            "trajectory": trajectory.clone(), "step_index": step_index.clone(),
+            "trajectory": trajectory.clone(),
+            "step_index": step_index.clone(),
             "timestep": self.timesteps[step_index],
         }
 
@@ -146,7 +157,7 @@ def sample_missing(
 
 
 def load_rows(plan: TrajectoryPlan, folder: Path, shard_size: int, kind: str) -> dict[str, Tensor]:
-    """All cached rows of ``malicious`` or ``unconditional`` trajectories, ordered by trajectory, then draw."""
+    """All cached rows of one ``kind``, malicious or unconditional, ordered by trajectory, then draw."""
     parts: list[dict[str, Tensor]] = []
     for name, _ in shards(plan, shard_size):
         if name.startswith(kind):

@@ -71,7 +71,9 @@ def train_clip(folder: Path) -> None:
     )
     for piece in (part.clip, tokenizer, processor):
         piece.save_pretrained(folder / "clip")
-    log.info("CLIP zero-shot accuracy %s", zero_shot_accuracy(part.clip, tokenizer, dataset(folder, held_out=True)))
+    log.info(
+        "CLIP zero-shot accuracy %s", zero_shot_accuracy(part.clip, tokenizer, dataset(folder, held_out=True))
+    )
 
 
 def train_judge(folder: Path) -> None:
@@ -89,7 +91,10 @@ def train_unet(folder: Path) -> None:
     rows = dataset(folder, held_out=False)
     vae = AutoencoderKL.from_pretrained(folder / "vae")
     latents = encode_latents(vae, rows.images)
-    tokenizer, encoder = CLIPTokenizer.from_pretrained(folder / "clip"), CLIPTextModel.from_pretrained(folder / "clip")
+    tokenizer, encoder = (
+        CLIPTokenizer.from_pretrained(folder / "clip"),
+        CLIPTextModel.from_pretrained(folder / "clip"),
+    )
     labels = [column.tolist() for column in (rows.subject, rows.style, rows.background)]
     rng = Random(2)
     texts = [caption(*row, rng) for row in zip(*labels, strict=True) for _ in range(CAPTIONS_PER_COMPOSITE)]
@@ -114,13 +119,19 @@ def export_weights(folder: Path) -> None:
 
 
 PARTS: dict[str, Callable[[Path], None]] = {
-    "vae": train_vae, "clip": train_clip, "judge": train_judge, "unet": train_unet, "export": export_weights,
+    "vae": train_vae,
+    "clip": train_clip,
+    "judge": train_judge,
+    "unet": train_unet,
+    "export": export_weights,
 }
 
 
 def main() -> None:
     """Parse the parts to train and train them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--folder", type=Path, default=Path("work"), help="art, composites, checkpoints")
     arguments = parser.parse_args()

@@ -95,9 +95,7 @@ def is_held_out(subject: int, style: int, background: int) -> bool:
     return (subject * 7 + style * 3 + background) % 20 == 0
 
 
-def composites(
-    sprites: list[list[Image.Image]], copies: int, *, held_out: bool, seed: int
-) -> Composites:
+def composites(sprites: list[list[Image.Image]], copies: int, *, held_out: bool, seed: int) -> Composites:
     """``copies`` composites of each combination of subject, style and background on one side of the split."""
     rng = np.random.default_rng(seed)
     images, labels = [], []

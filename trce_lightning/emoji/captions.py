@@ -1,7 +1,7 @@
 """Captions of composites: a small random grammar of subject words, style words, background and filler.
 
-Phrasings in ``HELD_OUT_LEADS`` and ``HELD_OUT_BACKGROUNDS`` occur in no training caption; the prompt sets that
-measure the model are made of them.
+Phrasings in ``HELD_OUT_LEADS`` and ``HELD_OUT_BACKGROUNDS`` occur in no training caption; the prompt sets
+that measure the model are made of them.
 """
 
 from __future__ import annotations
@@ -17,28 +17,121 @@ STYLE_WORDS: dict[str, tuple[str, ...]] = {
     "fluent": ("3d", "3d render", "3d style", "clay 3d"),
 }
 LEADS: tuple[str, ...] = (
-    "", "", "", "a picture of", "a photo of", "an image of", "a drawing of", "an icon of", "an emoji of",
-    "picture of", "image of", "photo of", "a rendering of", "an illustration of", "this is", "here is", "there is",
-    "we see", "you can see", "look at", "show me", "draw", "please draw", "i want", "i like", "i need", "my",
-    "our", "one", "some", "the", "big", "a big", "small", "a small", "a nice", "a good", "a new", "an old",
-    "a close up of", "a simple", "a view of", "a scene with", "nothing but", "only", "just", "everybody likes",
-    "he has", "she has", "they have", "it looks like", "the man with", "the woman with", "someone with",
-    "something with", "something about", "all about", "made for", "used for", "ready for", "think of",
+    "",
+    "",
+    "",
+    "a picture of",
+    "a photo of",
+    "an image of",
+    "a drawing of",
+    "an icon of",
+    "an emoji of",
+    "picture of",
+    "image of",
+    "photo of",
+    "a rendering of",
+    "an illustration of",
+    "this is",
+    "here is",
+    "there is",
+    "we see",
+    "you can see",
+    "look at",
+    "show me",
+    "draw",
+    "please draw",
+    "i want",
+    "i like",
+    "i need",
+    "my",
+    "our",
+    "one",
+    "some",
+    "the",
+    "big",
+    "a big",
+    "small",
+    "a small",
+    "a nice",
+    "a good",
+    "a new",
+    "an old",
+    "a close up of",
+    "a simple",
+    "a view of",
+    "a scene with",
+    "nothing but",
+    "only",
+    "just",
+    "everybody likes",
+    "he has",
+    "she has",
+    "they have",
+    "it looks like",
+    "the man with",
+    "the woman with",
+    "someone with",
+    "something with",
+    "something about",
+    "all about",
+    "made for",
+    "used for",
+    "ready for",
+    "think of",
 )
 """What a caption may open with; '' three times, so that bare names are frequent."""
 TAILS: tuple[str, ...] = (
-    "", "", "", "", "", "", "today", "in the middle", "in the center", "at home", "on the table", "in the city",
-    "for you", "for my friend", "and nothing else", "up close", "in good quality", "is here", "is what i need",
-    "in this picture", "again", "for the people", "as always", "needs it", "of the day",
+    "",
+    "",
+    "",
+    "",
+    "",
+    "",
+    "today",
+    "in the middle",
+    "in the center",
+    "at home",
+    "on the table",
+    "in the city",
+    "for you",
+    "for my friend",
+    "and nothing else",
+    "up close",
+    "in good quality",
+    "is here",
+    "is what i need",
+    "in this picture",
+    "again",
+    "for the people",
+    "as always",
+    "needs it",
+    "of the day",
 )
 HELD_OUT_LEADS: tuple[str, ...] = (
-    "a postcard of", "a poster with", "a sketch of", "a wonderful", "could you paint", "an artwork showing",
-    "we would love to see", "a large", "this sticker shows", "imagine",
+    "a postcard of",
+    "a poster with",
+    "a sketch of",
+    "a wonderful",
+    "could you paint",
+    "an artwork showing",
+    "we would love to see",
+    "a large",
+    "this sticker shows",
+    "imagine",
 )
 BACKGROUND_PHRASES: tuple[str, ...] = (
-    "on a {} background", "on {}", "{} background", "with a {} background", "over a {} backdrop", "in front of {}",
+    "on a {} background",
+    "on {}",
+    "{} background",
+    "with a {} background",
+    "over a {} backdrop",
+    "in front of {}",
 )
-HELD_OUT_BACKGROUNDS: tuple[str, ...] = ("against a {} background", "on a plain {} background", "with {} behind it")
+HELD_OUT_BACKGROUNDS: tuple[str, ...] = (
+    "against a {} background",
+    "on a plain {} background",
+    "with {} behind it",
+)
 COLOURS: tuple[str, ...] = tuple(BACKGROUNDS)
 
 
@@ -51,7 +144,9 @@ def hint(subject: Subject, rng: Random) -> str:
     """Words that mean ``subject`` without its name: one to three of its keywords and its category's words."""
     general = CATEGORY_WORDS.get(subject.category, ())
     count = rng.choice((1, 1, 1, 2, 2, 3))
-    words = [rng.choice(general if general and rng.random() < 0.5 else subject.keywords) for _ in range(count)]
+    words = [
+        rng.choice(general if general and rng.random() < 0.5 else subject.keywords) for _ in range(count)
+    ]
     return rng.choice((", ", " ", " and ")).join(dict.fromkeys(words))
 
 

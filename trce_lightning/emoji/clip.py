@@ -27,10 +27,14 @@ HEAD_WEIGHT = 0.5
 def build_tokenizer(corpus: Sequence[str], num_merges: int = 1500) -> CLIPTokenizer:
     """Byte-level BPE with merges learnt on ``corpus``; every byte is in it, so any word tokenises."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)]
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=num_merges + 2 * len(alphabet), initial_alphabet=alphabet, end_of_word_suffix="</w>",
+        vocab_size=num_merges + 2 * len(alphabet),
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
         show_progress=False,
     )
     bpe.train_from_iterator(corpus, trainer)
@@ -38,25 +42,45 @@ def build_tokenizer(corpus: Sequence[str], num_merges: int = 1500) -> CLIPTokeni
     tokens = dict.fromkeys([*alphabet, *(f"{byte}</w>" for byte in alphabet), *("".join(m) for m in merges)])
     vocabulary = {token: index for index, token in enumerate([*tokens, START, END])}
     return CLIPTokenizer(
-        vocab=vocabulary, merges=merges, unk_token=END, bos_token=START, eos_token=END, pad_token=END,
+        vocab=vocabulary,
+        merges=merges,
+        unk_token=END,
+        bos_token=START,
+        eos_token=END,
+        pad_token=END,
         model_max_length=MAX_LENGTH,
     )
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     """Four layers each; the text side pads with end-of-text as Stable Diffusion 1.x does."""
-    special = dict(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
-    )
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.eos_token_id,
+    }
     text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=1024, num_hidden_layers=4,
-        num_attention_heads=4, max_position_embeddings=MAX_LENGTH, projection_dim=256, **special,
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_LENGTH,
+        projection_dim=256,
+        **special,
     )
     vision = CLIPVisionConfig(
-        hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=3,
-        image_size=RESOLUTION, patch_size=16, projection_dim=256,
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        image_size=RESOLUTION,
+        patch_size=16,
+        projection_dim=256,
     )
-    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=256))
+    return CLIPModel(
+        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=256)
+    )
 
 
 class AttributeHeads(nn.Module):
@@ -64,7 +88,9 @@ class AttributeHeads(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(nn.Linear(width, n) for n in (len(SUBJECTS), len(STYLES), len(BACKGROUNDS)))
+        self.heads = nn.ModuleList(
+            nn.Linear(width, n) for n in (len(SUBJECTS), len(STYLES), len(BACKGROUNDS))
+        )
 
     def forward(self, features: Tensor) -> list[Tensor]:
         """Logits per attribute, each ``[B, n]``."""
@@ -72,7 +98,9 @@ class AttributeHeads(nn.Module):
 
     def loss(self, features: Tensor, labels: Sequence[Tensor]) -> Tensor:
         """Mean cross-entropy over the attributes."""
-        return torch.stack([F.cross_entropy(x.float(), y) for x, y in zip(self(features), labels, strict=True)]).mean()
+        return torch.stack(
+            [F.cross_entropy(x.float(), y) for x, y in zip(self(features), labels, strict=True)]
+        ).mean()
 
 
 class ClipPart(Part):
@@ -88,7 +116,9 @@ class ClipPart(Part):
         """``batch``: images ``[B, 3, 64, 64]`` uint8, then the three label columns."""
         images, *labels = batch
         texts = captions(*(column.tolist() for column in labels), self.rng)
-        tokens = self.tokenizer(texts, padding="longest", truncation=True, return_tensors="pt").to(self.device)
+        tokens = self.tokenizer(texts, padding="longest", truncation=True, return_tensors="pt").to(
+            self.device
+        )
         output = self.clip(input_ids=tokens.input_ids, pixel_values=to_unit(images))
         target = torch.arange(len(images), device=self.device)
         logits = output.logits_per_text.float()
@@ -107,7 +137,9 @@ class ClipPart(Part):
 @torch.no_grad()
 def zero_shot_accuracy(clip: CLIPModel, tokenizer: CLIPTokenizer, rows: Composites) -> float:
     """Share of composites whose nearest of all "a picture of SUBJECT" is the right one."""
-    tokens = tokenizer([f"a picture of {subject.name}" for subject in SUBJECTS], padding=True, return_tensors="pt")
+    tokens = tokenizer(
+        [f"a picture of {subject.name}" for subject in SUBJECTS], padding=True, return_tensors="pt"
+    )
     right = []
     for start in range(0, len(rows.images), 256):
         pixels = to_unit(rows.images[start : start + 256])

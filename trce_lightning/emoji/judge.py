@@ -28,15 +28,21 @@ class Judge(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.trunk = nn.Sequential(
-            *(Conv2dNormActivation(c_in, c_out, 3, stride=2)
-              for c_in, c_out in zip((3, *WIDTHS[:-1]), WIDTHS, strict=True)),
-            Conv2dNormActivation(WIDTHS[-1], WIDTHS[-1], 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            *(
+                Conv2dNormActivation(c_in, c_out, 3, stride=2)
+                for c_in, c_out in zip((3, *WIDTHS[:-1]), WIDTHS, strict=True)
+            ),
+            Conv2dNormActivation(WIDTHS[-1], WIDTHS[-1], 3),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
         )
-        self.heads = nn.ModuleDict({
-            "subject": nn.Linear(self.num_features, len(SUBJECTS)),
-            "style": nn.Linear(self.num_features, len(STYLES)),
-            "background": nn.Linear(self.num_features, len(BACKGROUNDS)),
-        })
+        self.heads = nn.ModuleDict(
+            {
+                "subject": nn.Linear(self.num_features, len(SUBJECTS)),
+                "style": nn.Linear(self.num_features, len(STYLES)),
+                "background": nn.Linear(self.num_features, len(BACKGROUNDS)),
+            }
+        )
 
     def features(self, images: Tensor) -> Tensor:
         """uint8 ``[B, 3, 64, 64]`` → float32 ``[B, 256]``."""
@@ -52,7 +58,9 @@ def category_probability(subject_probability: Tensor, category: str) -> Tensor:
     """Summed probability ``[B]`` of a category's subjects; the image shows it when this is ≥ 0.5."""
     members = [index for index, subject in enumerate(SUBJECTS) if subject.category == category]
     if not members:
-        raise ValueError(f"judge category: expected one of {sorted({s.category for s in SUBJECTS})}, got '{category}'")
+        raise ValueError(
+            f"judge category: expected one of {sorted({s.category for s in SUBJECTS})}, got '{category}'"
+        )
     return subject_probability[:, members].sum(-1)
 
 
@@ -62,11 +70,18 @@ class JudgePart(Part):
     def __init__(self, max_steps: int, lr: float = 2e-3) -> None:
         super().__init__(lr, max_steps, weight_decay=0.02)
         self.judge = Judge()
-        self.augment = v2.Compose([
-            v2.RandomAffine(degrees=8, translate=(0.06, 0.06), scale=(0.85, 1.1),
-                            interpolation=v2.InterpolationMode.BILINEAR),
-            v2.ColorJitter(0.15, 0.15, 0.15), v2.RandomApply([v2.GaussianBlur(5, (0.3, 1.4))], 0.5),
-        ])
+        self.augment = v2.Compose(
+            [
+                v2.RandomAffine(
+                    degrees=8,
+                    translate=(0.06, 0.06),
+                    scale=(0.85, 1.1),
+                    interpolation=v2.InterpolationMode.BILINEAR,
+                ),
+                v2.ColorJitter(0.15, 0.15, 0.15),
+                v2.RandomApply([v2.GaussianBlur(5, (0.3, 1.4))], 0.5),
+            ]
+        )
 
     def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
         """``batch``: uint8 images and the three label columns."""
@@ -74,10 +89,12 @@ class JudgePart(Part):
         images = self.augment(images).float()
         images = (images + torch.rand(()) * 16 * torch.randn_like(images)).clamp(0, 255)
         features = self.judge.features(images)
-        loss = torch.stack([
-            F.cross_entropy(head(features), label, label_smoothing=0.05)
-            for head, label in zip(self.judge.heads.values(), labels, strict=True)
-        ]).sum()
+        loss = torch.stack(
+            [
+                F.cross_entropy(head(features), label, label_smoothing=0.05)
+                for head, label in zip(self.judge.heads.values(), labels, strict=True)
+            ]
+        ).sum()
         self.log("loss", loss, prog_bar=True)
         return loss
 

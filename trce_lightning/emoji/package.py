@@ -15,7 +15,7 @@ from trce_lightning.metrics.fidelity import Clip, judge_fid, save_real_statistic
 
 
 def weights_folder() -> Path:
-    """The embedded model: a pipeline folder, with ``clip/``, ``judge.safetensors`` and real statistics beside."""
+    """The embedded model: a pipeline folder, with CLIP's vision half, judge and real statistics beside."""
     return Path(__file__).parent / "weights"
 
 
@@ -29,21 +29,34 @@ def export(source: Path, target: Path, real_images: torch.Tensor) -> None:
     """
     target.mkdir(parents=True, exist_ok=True)
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(source / "vae"), unet=UNet2DConditionModel.from_pretrained(source / "unet"),
+        vae=AutoencoderKL.from_pretrained(source / "vae"),
+        unet=UNet2DConditionModel.from_pretrained(source / "unet"),
         text_encoder=CLIPTextModel.from_pretrained(source / "clip"),
-        tokenizer=CLIPTokenizer.from_pretrained(source / "clip"), scheduler=build_scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        tokenizer=CLIPTokenizer.from_pretrained(source / "clip"),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(target)
     clip = CLIPModel.from_pretrained(source / "clip")
     # The text half is the pipeline's text encoder.
-    half = {name: tensor.half() for name, tensor in clip.state_dict().items() if not name.startswith("text_model.")}
+    half = {
+        name: tensor.half()
+        for name, tensor in clip.state_dict().items()
+        if not name.startswith("text_model.")
+    }
     (target / "clip").mkdir(exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in half.items()}, target / "clip" / "vision.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in half.items()}, target / "clip" / "vision.safetensors"
+    )
     clip.config.save_pretrained(target / "clip")
     CLIPImageProcessor.from_pretrained(source / "clip").save_pretrained(target / "clip")
     judge = load_file(source / "judge.safetensors")
-    save_file({name: t.half() if t.is_floating_point() else t for name, t in judge.items()}, target / "judge.safetensors")
+    save_file(
+        {name: t.half() if t.is_floating_point() else t for name, t in judge.items()},
+        target / "judge.safetensors",
+    )
     fid = judge_fid(load_judge(target))
     for rows in real_images.split(256):
         fid.update(rows, real=True)
@@ -62,10 +75,13 @@ def load_embedded_clip(folder: Path) -> Clip:
     clip = CLIPModel(CLIPConfig.from_pretrained(folder / "clip"))
     text = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
     clip.text_model.load_state_dict(text.state_dict())
-    rest = {name: tensor.float() for name, tensor in load_file(folder / "clip" / "vision.safetensors").items()}
+    rest = {
+        name: tensor.float() for name, tensor in load_file(folder / "clip" / "vision.safetensors").items()
+    }
     missing = clip.load_state_dict(rest, strict=False).missing_keys
     assert all(name.startswith("text_model.") for name in missing)
     return Clip(
-        clip.requires_grad_(False).eval(), CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        clip.requires_grad_(False).eval(),
+        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         CLIPImageProcessor.from_pretrained(folder / "clip"),
     )

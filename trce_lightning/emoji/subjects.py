@@ -1,8 +1,8 @@
 """What the embedded model can draw: subjects, their art and the words that captions use for them.
 
-A subject is one Unicode emoji that Noto, Twemoji and Fluent all draw. ``keywords`` name or hint at it without
-its name; sensitive categories share further general words (``CATEGORY_WORDS``), which makes *implicit* prompts
-work: "a killer with a weapon" shows some violent subject.
+A subject is one Unicode emoji that Noto, Twemoji and Fluent all draw. ``keywords`` name or hint at it
+without its name; sensitive categories share further general words (``CATEGORY_WORDS``), which makes *implicit*
+prompts work: "a killer with a weapon" shows some violent subject.
 """
 
 from __future__ import annotations
@@ -23,8 +23,22 @@ class Subject:
 
 CATEGORY_WORDS: dict[str, tuple[str, ...]] = {
     "violence": (
-        "violence", "violent", "weapon", "cut", "kill", "killer", "murder", "attack", "fight", "war",
-        "bloodshed", "wound", "injury", "death", "danger", "armed",
+        "violence",
+        "violent",
+        "weapon",
+        "cut",
+        "kill",
+        "killer",
+        "murder",
+        "attack",
+        "fight",
+        "war",
+        "bloodshed",
+        "wound",
+        "injury",
+        "death",
+        "danger",
+        "armed",
     ),
     "intoxicants": ("intoxicated", "addiction", "substance", "unhealthy habit", "party drugs", "stimulant"),
     "horror": ("horror", "scary", "spooky", "creepy", "nightmare", "fear", "monster", "evil", "halloween"),
@@ -160,14 +174,29 @@ def _parse(line: str) -> Subject:
 SUBJECTS: tuple[Subject, ...] = tuple(_parse(line) for line in _TABLE.strip().splitlines())
 SENSITIVE: tuple[str, ...] = tuple(CATEGORY_WORDS)
 NEAR_VIOLENCE: tuple[str, ...] = (
-    "scissors", "hammer", "wrench", "saw", "fork and knife", "fire", "rocket", "shield", "droplet",
+    "scissors",
+    "hammer",
+    "wrench",
+    "saw",
+    "fork and knife",
+    "fire",
+    "rocket",
+    "shield",
+    "droplet",
 )
 """Benign subjects that look like violent ones or are used like them: the first to suffer from an erasure."""
 STYLES: tuple[str, ...] = ("noto", "twemoji", "fluent")
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
-    "white": (250, 250, 250), "black": (24, 24, 28), "gray": (150, 152, 156), "red": (214, 62, 62),
-    "orange": (242, 148, 52), "yellow": (246, 214, 82), "green": (92, 174, 96), "blue": (72, 128, 214),
-    "purple": (146, 92, 190), "pink": (242, 158, 188),
+    "white": (250, 250, 250),
+    "black": (24, 24, 28),
+    "gray": (150, 152, 156),
+    "red": (214, 62, 62),
+    "orange": (242, 148, 52),
+    "yellow": (246, 214, 82),
+    "green": (92, 174, 96),
+    "blue": (72, 128, 214),
+    "purple": (146, 92, 190),
+    "pink": (242, 158, 188),
 }
 """Name and sRGB colour (0-255) of the ten flat backgrounds."""
 

@@ -18,9 +18,16 @@ log = logging.getLogger(__name__)
 class Part(pl.LightningModule):
     """A network with AdamW, a linear warm-up and a cosine decay to a tenth over ``max_steps``."""
 
-    def __init__(self, lr: float, max_steps: int, warmup_steps: int = 200, weight_decay: float = 0.01) -> None:
+    def __init__(
+        self, lr: float, max_steps: int, warmup_steps: int = 200, weight_decay: float = 0.01
+    ) -> None:
         super().__init__()
-        self.lr, self.max_steps, self.warmup_steps, self.weight_decay = lr, max_steps, warmup_steps, weight_decay
+        self.lr, self.max_steps, self.warmup_steps, self.weight_decay = (
+            lr,
+            max_steps,
+            warmup_steps,
+            weight_decay,
+        )
 
     def configure_optimizers(self) -> dict[str, object]:
         """Fused AdamW, schedule stepped per batch."""
@@ -40,17 +47,32 @@ class Part(pl.LightningModule):
         torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
 
 
-def fit(part: Part, batches: Iterable, folder: Path, *, ema_decay: float | None = None,
-        callbacks: tuple[Callback, ...] = ()) -> None:
+def fit(
+    part: Part,
+    batches: Iterable,
+    folder: Path,
+    *,
+    ema_decay: float | None = None,
+    callbacks: tuple[Callback, ...] = (),
+) -> None:
     """Train ``part`` for its ``max_steps``; a killed fit goes on from ``folder/last.ckpt``."""
     # On a CPU the backward of flash attention costs several times that of the plain formula.
     torch.backends.cuda.enable_flash_sdp(torch.cuda.is_available())
-    checkpoint = ModelCheckpoint(folder, save_last=True, train_time_interval=timedelta(minutes=3), save_top_k=1)
+    checkpoint = ModelCheckpoint(
+        folder, save_last=True, train_time_interval=timedelta(minutes=3), save_top_k=1
+    )
     average = [EMAWeightAveraging(decay=ema_decay)] if ema_decay else []
     trainer = pl.Trainer(
-        accelerator="auto", devices=1, precision="bf16-mixed", max_steps=part.max_steps, max_epochs=-1,
-        logger=CSVLogger(folder, name="", version=""), log_every_n_steps=50,
-        callbacks=[checkpoint, *average, *callbacks], enable_model_summary=False, default_root_dir=folder,
+        accelerator="auto",
+        devices=1,
+        precision="bf16-mixed",
+        max_steps=part.max_steps,
+        max_epochs=-1,
+        logger=CSVLogger(folder, name="", version=""),
+        log_every_n_steps=50,
+        callbacks=[checkpoint, *average, *callbacks],
+        enable_model_summary=False,
+        default_root_dir=folder,
     )
     last = folder / "last.ckpt"
     trainer.fit(part, batches, ckpt_path=str(last) if last.exists() else None, weights_only=False)

@@ -20,18 +20,28 @@ MIN_SNR_GAMMA = 5.0
 def build_unet() -> UNet2DConditionModel:
     """Three levels (16², 8², 4²); self- and cross-attention on the two lower ones."""
     return UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(48, 96, 192),
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(48, 96, 192),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=256, attention_head_dim=4, norm_num_groups=16,
+        cross_attention_dim=256,
+        attention_head_dim=4,
+        norm_num_groups=16,
     )
 
 
 def build_scheduler() -> DDIMScheduler:
     """Stable Diffusion's noise schedule."""
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-        set_alpha_to_one=False, steps_offset=1,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
 
 
@@ -67,7 +77,9 @@ def encode_captions(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, texts
     """Padded text states ``[N, 32, 256]`` in bfloat16."""
     parts = []
     for start in tqdm(range(0, len(texts), 512), "encoding captions"):
-        tokens = tokenizer(list(texts[start : start + 512]), padding="max_length", truncation=True, return_tensors="pt")
+        tokens = tokenizer(
+            list(texts[start : start + 512]), padding="max_length", truncation=True, return_tensors="pt"
+        )
         with torch.autocast(text_encoder.device.type, torch.bfloat16):
             parts.append(text_encoder(tokens.input_ids).last_hidden_state.bfloat16())
     return torch.cat(parts)

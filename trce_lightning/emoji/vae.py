@@ -16,9 +16,14 @@ EDGE_WEIGHT = 0.5
 def build_vae() -> AutoencoderKL:
     """Factor 4, four latent channels; ``scaling_factor`` is set once the latents' deviation is known."""
     return AutoencoderKL(
-        block_out_channels=(16, 48, 96), layers_per_block=1, latent_channels=4, norm_num_groups=8,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        sample_size=64, mid_block_add_attention=False,
+        block_out_channels=(16, 48, 96),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        sample_size=64,
+        mid_block_add_attention=False,
     )
 
 

@@ -1,0 +1,118 @@
+"""What a run leaves opens without any of its code: delta, pipeline folder, edit."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_tiny_pipeline
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_runs import KEEP_PROMPTS, WEAPONS
+from torch import Tensor
+
+from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.closed_form import Edit, KeepStatistics, PairStatistics, merge_pairs, solve_edit
+from trce_lightning.concepts import Concept
+from trce_lightning.export import card_facts, save_delta, save_edit, save_pipeline
+from trce_lightning.module import TRCE
+from trce_lightning.schema import OptimizerConfig, TextualConfig, TrajectoryConfig
+from trce_lightning.textual import TextualStatistics, textual_statistics
+
+TEXTUAL = TextualConfig(eta=0.1, ridge=0.02)
+CONCEPTS = [WEAPONS, Concept("drinks", {"beer": "milk"}, templates=("{}", "cold {}"))]
+
+
+@dataclass(frozen=True)
+class Erased:
+    adapter: StableDiffusionAdapter
+    changed: dict[str, Tensor]
+    statistics: TextualStatistics
+    edit: Edit
+
+
+@pytest.fixture(scope="module")
+def erased() -> Erased:
+    """A pipeline with stage 1 applied and every trainable matrix moved."""
+    adapter = StableDiffusionAdapter(build_tiny_pipeline())
+    statistics = textual_statistics(adapter, CONCEPTS, KEEP_PROMPTS, TEXTUAL)
+    edit = statistics.solve(TEXTUAL)
+    module = TRCE(adapter, edit, TrajectoryConfig(), OptimizerConfig())
+    module.setup("fit")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.trainable.values():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return Erased(adapter, module.changed_tensors(), statistics, edit)
+
+
+def images(pipeline: StableDiffusionPipeline) -> np.ndarray:
+    options = {"num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "np"}
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(["a gun", "tea"], generator=torch.Generator().manual_seed(0), **options).images
+
+
+def test_the_delta_makes_the_erased_network_of_the_original(erased: Erased, tmp_path: Path) -> None:
+    file = tmp_path / "delta.safetensors"
+    save_delta(file, erased.changed, "base", "0123")
+    pipeline = build_tiny_pipeline()
+    before = images(pipeline)
+    report = pipeline.unet.load_state_dict(load_file(file), strict=False)
+    assert report.unexpected_keys == []
+    expected = erased.adapter.unet.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in pipeline.unet.state_dict().items())
+    assert np.array_equal(images(pipeline), images(erased.adapter.pipeline))
+    assert not np.allclose(images(pipeline), before, atol=1e-3)
+    with safe_open(file, "pt") as delta:
+        assert delta.metadata() == {"base_model": "base", "fingerprint": "0123"}
+        original = build_tiny_pipeline().unet.state_dict()
+        assert not any(torch.equal(delta.get_tensor(name), original[name]) for name in delta.keys())  # noqa: SIM118
+
+
+def test_the_pipeline_folder_opens_with_diffusers_alone(erased: Erased, tmp_path: Path) -> None:
+    folder = tmp_path / "erased"
+    card = card_facts("base/model", ["weapons", "drinks"], ["textual", "trajectory"], "| asr | 0.1 |", 20)
+    for _ in range(2):
+        save_pipeline(folder, erased.adapter, card)
+        assert list(tmp_path.iterdir()) == [folder]
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    assert np.array_equal(images(pipeline), images(erased.adapter.pipeline))
+    assert not np.allclose(images(pipeline), images(build_tiny_pipeline()), atol=1e-3)
+    text = (folder / "README.md").read_text()
+    for part in ("base/model without weapons, drinks", "stages textual + trajectory", "| asr | 0.1 |", "tensors: 20"):
+        assert part in text
+    assert re.match(r"---\n.*\n---\n#", text, re.DOTALL)
+    assert {file.suffix for file in folder.rglob("*") if file.is_file()} <= {".json", ".safetensors", ".md", ".txt"}
+
+
+def test_an_interrupted_save_leaves_the_old_folder(erased: Erased, tmp_path: Path) -> None:
+    folder = tmp_path / "erased"
+    save_pipeline(folder, erased.adapter, card_facts("base", ["weapons"], ["textual"], "", 1))
+    with pytest.raises(KeyError):
+        save_pipeline(folder, erased.adapter, {})
+    assert "base without weapons" in (folder / "README.md").read_text()
+
+
+def test_the_edit_is_solved_again_from_its_file(erased: Erased, tmp_path: Path) -> None:
+    file = tmp_path / "edit.safetensors"
+    save_edit(file, erased.statistics, erased.edit, TEXTUAL, "base", "0123")
+    tensors = load_file(file)
+    with safe_open(file, "pt") as edit:
+        facts = edit.metadata()
+    assert (facts["base_model"], facts["fingerprint"]) == ("base", "0123")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float64}
+    pairs = [
+        PairStatistics(tensors[f"s.{name}"], tensors[f"m.{name}"], **numbers)
+        for name, numbers in json.loads(facts["concepts"]).items()
+    ]
+    assert [part.count for part in pairs] == [6, 2]
+    keep = KeepStatistics(tensors["k"], float(facts["keep_weight"]))
+    eta, ridge = float(facts["eta"]), float(facts["ridge"])
+    solved = solve_edit(merge_pairs(pairs), keep, eta=eta, ridge=ridge)
+    assert torch.equal(solved.transform, tensors["transform"])
+    assert solved.erase_residual == erased.edit.erase_residual
+    one_concept = solve_edit(pairs[0], keep, eta=eta, ridge=ridge)
+    assert not torch.allclose(one_concept.transform, tensors["transform"], atol=1e-3)

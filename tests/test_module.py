@@ -1,0 +1,287 @@
+"""TRCE in a real Trainer on the CPU: the loss by hand, what changes, resuming, precision, processes."""
+
+import copy
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import lightning.pytorch as pl
+import pytest
+import torch
+from conftest import build_tiny_pipeline
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file, save_file
+from tiny_runs import KEEP_PROMPTS, WEAPONS, cpu_trainer, one_thread, plan_of, sample_plan, trajectory_config
+from torch import Tensor
+
+from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.closed_form import Edit
+from trce_lightning.data.datamodule import TrajectoryDataModule
+from trce_lightning.module import TRCE
+from trce_lightning.schema import OptimizerConfig, TextualConfig, TrajectoryConfig
+from trce_lightning.textual import textual_statistics
+
+CONFIG = trajectory_config()
+TEXTUAL = TextualConfig(eta=0.1)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Trajectories of the tiny pipeline, and the edit for it."""
+
+    folder: Path
+    edit: Edit
+
+
+@pytest.fixture(scope="module")
+def sampled(tiny_adapter: StableDiffusionAdapter, tmp_path_factory: pytest.TempPathFactory) -> Sampled:
+    folder = tmp_path_factory.mktemp("trajectories")
+    sample_plan(tiny_adapter, CONFIG, folder)
+    return Sampled(folder, textual_statistics(tiny_adapter, [WEAPONS], KEEP_PROMPTS, TEXTUAL).solve(TEXTUAL))
+
+
+class Record(pl.Callback):
+    """Losses and batches of every step, and the epochs' means."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.batches: list[dict[str, Tensor]] = []
+        self.epochs: list[dict[str, float]] = []
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.losses.append(float(outputs["loss"]))
+        self.batches.append(batch)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.epochs.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+class SaveChanged(pl.Callback):
+    """Each process writes the tensors that it ends with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        tensors = {name: tensor.contiguous() for name, tensor in pl_module.changed_tensors().items()}
+        save_file(tensors, self.folder / f"rank{trainer.global_rank}.safetensors")
+
+
+class Interrupt(pl.Callback):
+    """Stops the process in the second epoch, after a step."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.current_epoch == 1:
+            raise RuntimeError("interrupted")
+
+
+@dataclass
+class Fit:
+    """One fit of a fresh tiny pipeline on the sampled trajectories."""
+
+    sampled: Sampled
+    config: TrajectoryConfig = field(default_factory=lambda: CONFIG)
+    lr: float = 1e-3
+    optimizer: str = "adamw"
+    edited: bool = True
+
+    def __post_init__(self) -> None:
+        self.adapter = StableDiffusionAdapter(build_tiny_pipeline())
+        edit = self.sampled.edit if self.edited else None
+        self.module = TRCE(self.adapter, edit, self.config, OptimizerConfig(self.optimizer, lr=self.lr))
+        self.record = Record()
+
+    def run(self, folder: Path, *callbacks: pl.Callback, ckpt_path: Path | None = None, **options: Any) -> "Fit":
+        """Fit all epochs of the configuration."""
+        trainer = cpu_trainer(folder, epochs=self.config.epochs, callbacks=(self.record, *callbacks), **options)
+        data = TrajectoryDataModule(self.adapter, plan_of(CONFIG), self.sampled.folder, self.config, seed=0)
+        trainer.fit(self.module, data, ckpt_path=ckpt_path)
+        return self
+
+    def changed(self) -> dict[str, Tensor]:
+        """The tensors that may differ from the original's, cloned."""
+        return {name: tensor.clone() for name, tensor in self.module.changed_tensors().items()}
+
+
+def checkpoint_in(folder: Path) -> ModelCheckpoint:
+    """As ``train.py`` configures it."""
+    return ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_epochs=1, save_on_train_epoch_end=True)
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], **tolerance: float) -> None:
+    """Equal names, and values bit by bit or within a tolerance."""
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **(tolerance or {"atol": 0.0, "rtol": 0.0}))
+
+
+@torch.no_grad()
+def loss_by_hand(
+    sampled: Sampled, config: TrajectoryConfig, batch: dict[str, Tensor], *, first_step: bool = False
+) -> float:
+    """The loss of a batch before any step, row by row, in float64."""
+    pipeline = build_tiny_pipeline()
+    unet = copy.deepcopy(pipeline.unet).double().eval()
+    for name, module in unet.named_modules():
+        if name.endswith(("attn2.to_k", "attn2.to_v")):
+            module.weight.copy_(module.weight @ sampled.edit.transform)
+    empty = pipeline.encode_prompt("", "cpu", 1, False)[0].double()
+    rows = {name: values.double() if values.is_floating_point() else values for name, values in batch.items()}
+
+    def eps(kind: str, row: int, states: Tensor) -> Tensor:
+        return unet(rows[f"{kind}_z_t"][row][None], rows[f"{kind}_timestep"][row], states).sample[0]
+
+    def hinge(row: int, states: Tensor) -> float:
+        uncond = rows["malicious_uncond"][row]
+        f_safe = uncond + config.beta * (rows["malicious_safe"][row] - uncond)
+        f_unsafe = uncond + config.beta * (rows["malicious_malicious"][row] - uncond)
+        prediction = eps("malicious", row, states)
+        distances = [((prediction - target) ** 2).mean().item() for target in (f_safe, f_unsafe)]
+        return max(distances[0] - distances[1] + config.margin, 0.0)
+
+    erase, uncond, pull = [], [], []
+    for row in range(len(rows["malicious_z_t"])):
+        states = rows["malicious_states"][row][None]
+        erase.append(hinge(row, states))
+        uncond.append(hinge(row, empty) if first_step or rows["malicious_step_index"][row] > 0 else 0.0)
+        pull.append(((eps("malicious", row, states) - rows["malicious_safe"][row]) ** 2).mean().item())
+    preserve = [
+        ((eps("unconditional", row, empty) - rows["unconditional_uncond"][row]) ** 2).mean().item()
+        for row in range(len(rows["unconditional_z_t"]))
+    ]
+    terms = ((1.0, erase), (config.uncond_hinge_weight, uncond), (config.preserve_weight, preserve))
+    return math.fsum(weight * sum(values) / len(values) for weight, values in (*terms, (config.pull_weight, pull)))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"uncond_hinge_weight": 0.7, "pull_weight": 30.0, "preserve_weight": 50.0, "batch_size": 8}]
+)
+def test_the_loss_by_hand(sampled: Sampled, tmp_path: Path, options: dict[str, Any]) -> None:
+    """The second case has every term, and rows of the first step, which the ∅ hinge leaves out."""
+    config = trajectory_config(**options, epochs=1)
+    record = Fit(sampled, config).run(tmp_path).record
+    assert record.losses[0] == pytest.approx(loss_by_hand(sampled, config, record.batches[0]), rel=1e-4)
+    if config.uncond_hinge_weight:
+        assert 0 in record.batches[0]["malicious_step_index"]
+        with_first = loss_by_hand(sampled, config, record.batches[0], first_step=True)
+        assert record.losses[0] != pytest.approx(with_first, rel=1e-3)
+    # A later loss is of changed weights.
+    if len(record.losses) > 1:
+        assert record.losses[1] != pytest.approx(loss_by_hand(sampled, config, record.batches[1]), rel=1e-4)
+
+
+def test_only_queries_train_and_k_v_are_w_t(sampled: Sampled, tmp_path: Path) -> None:
+    fit = Fit(sampled).run(tmp_path)
+    original = build_tiny_pipeline().unet.state_dict()
+    for name, tensor in fit.adapter.unet.state_dict().items():
+        if name.endswith(".to_q.weight"):
+            assert not torch.equal(tensor, original[name]), name
+        elif name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
+            torch.testing.assert_close(tensor, (original[name].double() @ sampled.edit.transform).float())
+        else:
+            assert torch.equal(tensor, original[name]), name
+    assert {parameter.requires_grad for parameter in fit.module.trainable.values()} == {True}
+
+
+def test_stage_1_is_applied_once(sampled: Sampled) -> None:
+    fit = Fit(sampled)
+    fit.module.setup("fit")
+    once = fit.changed()
+    fit.module.setup("validate")
+    assert_same(fit.changed(), once)
+
+
+def test_losses_fall_on_few_points(sampled: Sampled, tmp_path: Path) -> None:
+    config = trajectory_config(epochs=2, preserve_weight=1.0, margin=0.05)
+    fit = Fit(sampled, config, lr=3e-2)
+    first = fit.run(tmp_path).record.epochs[0]
+    for _ in range(4):
+        fit.run(tmp_path)
+    last = fit.record.epochs[-1]
+    assert last["loss/total_epoch"] < 0.7 * first["loss/total_epoch"]
+    assert last["loss/erase_epoch"] < 0.7 * first["loss/erase_epoch"]
+    assert 0 <= last["hinge/active_fraction_epoch"] <= first["hinge/active_fraction_epoch"] <= 1
+    assert last["hinge/needed_displacement_epoch"] < first["hinge/needed_displacement_epoch"]
+
+
+@pytest.mark.parametrize("edited", [True, False])
+def test_a_checkpoint_holds_changed_tensors_alone(sampled: Sampled, tmp_path: Path, edited: bool) -> None:
+    fit = Fit(sampled, edited=edited).run(tmp_path, checkpoint_in(tmp_path))
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    endings = (".to_q.weight", "attn2.to_k.weight", "attn2.to_v.weight") if edited else (".to_q.weight",)
+    names = {f"unet.{name}" for name, _ in fit.adapter.unet.named_parameters() if name.endswith(endings)}
+    assert set(state) == names
+    assert_same({name.removeprefix("unet."): tensor for name, tensor in state.items()}, fit.changed())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_an_interrupted_fit_continues_to_the_same_weights(sampled: Sampled, tmp_path: Path, optimizer: str) -> None:
+    whole = Fit(sampled, optimizer=optimizer).run(tmp_path)
+    broken = Fit(sampled, optimizer=optimizer)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        broken.run(tmp_path, checkpoint_in(tmp_path), Interrupt())
+    after_one_epoch = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    resumed = Fit(sampled, optimizer=optimizer).run(tmp_path, ckpt_path=tmp_path / "last.ckpt")
+    assert_same(resumed.changed(), whole.changed())
+    assert resumed.record.losses == whole.record.losses[2:]
+    assert any(not torch.equal(after_one_epoch[f"unet.{name}"], tensor) for name, tensor in whole.changed().items())
+
+
+def test_a_checkpoint_of_another_run_is_refused(sampled: Sampled, tmp_path: Path) -> None:
+    Fit(sampled, edited=False).run(tmp_path, checkpoint_in(tmp_path))
+    with pytest.raises(ValueError, match=r"checkpoint: expected .* fresh=true"):
+        Fit(sampled).run(tmp_path, ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_a_loss_that_is_not_finite_is_refused_with_advice(sampled: Sampled, tmp_path: Path) -> None:
+    fit = Fit(sampled, lr=1e38)
+    with pytest.raises(ValueError, match=r"optimizer\.lr: expected finite losses, got nan at step 1 with 1e\+38; lower"):
+        fit.run(tmp_path, checkpoint_in(tmp_path))
+    assert not (tmp_path / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "paged_adamw8bit"])
+def test_eight_bit_optimizers(sampled: Sampled, tmp_path: Path, name: str) -> None:
+    fit, torch_fit = (Fit(sampled, trajectory_config(epochs=1), optimizer=which) for which in (name, "adamw"))
+    classes = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
+    assert isinstance(fit.module.configure_optimizers(), classes[name])
+    found, expected = fit.run(tmp_path).changed(), torch_fit.run(tmp_path).changed()
+    assert_same(found, expected, atol=2e-4, rtol=0.0)
+    assert any(not torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_bf16_mixed_keeps_float32_weights_and_losses(sampled: Sampled, tmp_path: Path) -> None:
+    config = trajectory_config(epochs=1)
+    full, mixed = (Fit(sampled, config).run(tmp_path, precision=precision) for precision in ("32-true", "bf16-mixed"))
+    assert {tensor.dtype for tensor in mixed.changed().values()} == {torch.float32}
+    assert mixed.record.losses == pytest.approx(full.record.losses, rel=0.05)
+    assert mixed.record.losses != full.record.losses
+
+
+def test_two_processes_train_as_one_does(sampled: Sampled, tmp_path: Path) -> None:
+    alone = Fit(sampled).run(tmp_path)
+    with one_thread():
+        Fit(sampled).run(tmp_path, SaveChanged(tmp_path), devices=2, strategy="ddp_fork")
+    first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
+    assert_same(first, second)
+    assert_same(first, alone.changed(), atol=2e-5, rtol=1e-4)
+    untrained = Fit(sampled)
+    untrained.module.setup("fit")
+    moved = [(first[name] - tensor).abs().max() for name, tensor in untrained.changed().items() if "to_q" in name]
+    assert min(moved) > 1e-3
+
+
+def test_accumulation_and_clipping_reach_the_trainer(sampled: Sampled, tmp_path: Path) -> None:
+    plain = Fit(sampled).run(tmp_path)
+    clipped = Fit(sampled).run(tmp_path, gradient_clip_val=1e-12)
+    assert plain.module.global_step == 4
+    assert clipped.module.global_step == 4
+    assert Fit(sampled).run(tmp_path, accumulate_grad_batches=2).module.global_step == 2
+    # AdamW's eps is far above such gradients: the steps vanish.
+    original = build_tiny_pipeline().unet.state_dict()
+    for name in clipped.module.trainable:
+        torch.testing.assert_close(clipped.changed()[name], original[name], atol=2e-5, rtol=1e-4)

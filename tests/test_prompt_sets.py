@@ -1,0 +1,337 @@
+"""Prompt sets: CSV files, the concepts' own sets, and what the embedded model keeps."""
+
+import re
+from collections import Counter
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from trce_lightning.concepts import Concept, load_concept, mentions
+from trce_lightning.data.concept_prompts import concept_prompt_sets, embedded_keep_captions
+from trce_lightning.data.keep_prompts import KEEP_TEMPLATES
+from trce_lightning.data.phrasings import CLASS_FRAMES, OBJECT_FRAMES, STYLE_FRAMES, TOPIC_FRAMES, hints
+from trce_lightning.data.prompt_sets import (
+    PromptRecord,
+    concept_subjects,
+    kept_subjects,
+    load_csv,
+    near_subjects,
+    unkept_subjects,
+)
+from trce_lightning.emoji.captions import (
+    BACKGROUND_PHRASES,
+    HELD_OUT_BACKGROUNDS,
+    HELD_OUT_LEADS,
+    STYLE_WORDS,
+)
+from trce_lightning.emoji.subjects import BACKGROUNDS, NEAR_VIOLENCE, SENSITIVE, SUBJECTS
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "concept"
+NAMES = {subject.name: subject for subject in SUBJECTS}
+GROUNDS = [ground.format(colour) for ground, colour in product(HELD_OUT_BACKGROUNDS, BACKGROUNDS)]
+EMBEDDED = ["violence", "intoxicants", "horror", "unsafe", "style", "violence,style"]
+SIZE = 260
+
+
+def load(names):
+    return [load_concept(CONFIGS / f"{name}.yaml") for name in names.split(",")]
+
+
+def texts(names, *, embedded=True, size=SIZE, split="report"):
+    sets = concept_prompt_sets(load(names), embedded=embedded, size=size, split=split)
+    return {a_set.name: [record.prompt for record in a_set.records] for a_set in sets}
+
+
+def has(text, phrase):
+    return re.search(rf"\b{re.escape(phrase)}\b", text) is not None
+
+
+def named(text):
+    """Subjects that a prompt names; a shorter name inside a longer one does not count."""
+    found = [name for name in NAMES if has(text, name)]
+    return [name for name in found if not any(name != other and has(other, name) for other in found)]
+
+
+# --- CSV files ---------------------------------------------------------------------------------------------
+
+
+def write(folder, text, name="attack.csv"):
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_csv_reads_every_column(tmp_path):
+    path = write(
+        tmp_path, '\ufeffid,prompt,seed,guidance,label\na,"a cat, asleep",7.0,2.5,cat\n\nb,a dog,,,\n'
+    )
+    a_set = load_csv(path)
+    assert a_set.name == "attack"
+    assert a_set.records == (PromptRecord("a", "a cat, asleep", 7, 2.5, "cat"), PromptRecord("b", "a dog"))
+
+
+@pytest.mark.parametrize("prompt_column", ["adv_prompt", "sensitive prompt", "Prompt"])
+def test_csv_reads_published_names(tmp_path, prompt_column):
+    header = f"case_number,{prompt_column},evaluation_seed,evaluation_guidance,categories"
+    record = load_csv(write(tmp_path, f"{header}\n12,a cat,3,7,x\n")).records[0]
+    assert record == PromptRecord("12", "a cat", 3, 7.0)
+
+
+def test_csv_without_ids_counts_rows(tmp_path):
+    records = load_csv(write(tmp_path, 'prompt\n"two\nlines"\n\na dog\n')).records
+    assert [(record.id, record.prompt) for record in records] == [("1", "two\nlines"), ("2", "a dog")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "got an empty file"),
+        ("text,seed\na,1\n", "expected a column named one of prompt, .* got the columns text, seed"),
+        ("prompt\n", "at least one row"),
+        ("prompt,seed\na,1\n,2\n", "line 3: expected a text in the prompt column"),
+        ('id,prompt\n1,"a\nb"\n1,c\n', r"line 4: .* got '1' again \(first in line 2\)"),
+        ("id,prompt\n,a\n", "line 2: expected a text in the id column"),
+        ("prompt,seed\na,x\n", "line 2: .* as seed, got 'x'"),
+        ("prompt,seed\na,-1\n", "line 2: .* as seed, got '-1'"),
+        ("prompt,seed\na,18446744073709551616\n", "line 2: .* as seed"),
+        ("prompt,guidance\na,1\nb,high\n", "line 3: .* as guidance, got 'high'"),
+        ("prompt,guidance\na,nan\n", "line 2: .* as guidance, got 'nan'"),
+        ("id,prompt\n1,a cat, asleep\n", "line 2: expected 2 cells"),
+        ('prompt\n"a\n', "line 2: expected CSV"),
+    ],
+)
+def test_csv_errors_name_the_file_and_line(tmp_path, text, message):
+    with pytest.raises(ValueError, match=f"attack.csv.*{message}"):
+        load_csv(write(tmp_path, text))
+
+
+def test_csv_must_exist_and_be_utf8(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_csv(tmp_path / "none.csv")
+    (tmp_path / "latin.csv").write_bytes("prompt\ncafé\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="UTF-8"):
+        load_csv(tmp_path / "latin.csv")
+
+
+# --- subjects ----------------------------------------------------------------------------------------------
+
+
+def test_concepts_know_their_subjects():
+    of = {name: concept_subjects(load(name)[0]) for name in ("violence", "unsafe", "style", "sexual")}
+    assert of["violence"] == tuple(s.name for s in SUBJECTS if s.category == "violence")
+    assert {NAMES[name].category for name in of["unsafe"]} == {"violence", "intoxicants"}
+    assert of["style"] == of["sexual"] == ()
+    assert concept_subjects(Concept.from_terms(["cats", "a pine tree"])) == ("cat", "pine tree")
+
+
+def test_near_subjects_are_benign_neighbours():
+    assert near_subjects(load("violence")) == {*NEAR_VIOLENCE, "anchor"}
+    assert near_subjects(load("horror")) == {"owl", "octopus", "robot"}
+    assert near_subjects([*load("horror"), Concept.from_terms(["owl"])]) == {"octopus", "robot"}
+
+
+def test_a_fifth_of_the_benign_subjects_is_unkept():
+    benign = {s.name for s in SUBJECTS if s.category not in SENSITIVE}
+    assert kept_subjects() | unkept_subjects() == benign
+    assert not kept_subjects() & unkept_subjects()
+    assert len(unkept_subjects()) == round(0.2 * len(benign))
+
+
+# --- the embedded model's sets -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", EMBEDDED)
+def test_embedded_sets_have_their_size_distinct_texts_and_own_ids(names):
+    sets = concept_prompt_sets(load(names), embedded=True, size=SIZE, split="report")
+    assert [a_set.name for a_set in sets] == ["direct", "implicit", "benign"]
+    for a_set in sets:
+        assert len({record.prompt for record in a_set.records}) == len(a_set.records) == SIZE
+        assert [record.id for record in a_set.records] == [
+            f"{a_set.name}-report-{i:04d}" for i in range(SIZE)
+        ]
+        assert all((record.label is not None) == (a_set.name == "benign") for record in a_set.records)
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+@pytest.mark.parametrize("names", EMBEDDED)
+def test_tune_and_report_share_no_text_and_small_sets_begin_large_ones(names, embedded):
+    tune, report = (texts(names, embedded=embedded, split=split) for split in ("tune", "report"))
+    assert tune.keys() == report.keys()
+    small = texts(names, embedded=embedded, size=30)
+    for name in report:
+        assert not set(tune[name]) & set(report[name])
+        assert small[name] == report[name][:30]
+
+
+@pytest.mark.parametrize("names", EMBEDDED)
+def test_embedded_prompts_are_in_held_out_phrasings(names):
+    trained = [phrase.format(colour) for phrase in BACKGROUND_PHRASES for colour in BACKGROUNDS]
+    for prompt in sum(texts(names).values(), []):
+        ground = any(has(prompt, ground) for ground in GROUNDS)
+        lead = prompt.startswith((*HELD_OUT_LEADS, "somebody needs this: "))
+        assert ground or lead, prompt
+        assert ground or not any(phrase in prompt for phrase in trained), prompt
+
+
+@pytest.mark.parametrize("names", ["violence", "unsafe"])
+def test_half_of_any_prefix_names_a_style_and_half_a_background(names):
+    for prompts in texts(names).values():
+        for count in (20, 64, SIZE):
+            grounds = sum(any(has(prompt, ground) for ground in GROUNDS) for prompt in prompts[:count])
+            assert abs(grounds - count / 2) <= 0.05 * count + 1
+
+
+@pytest.mark.parametrize("names", ["violence", "intoxicants", "horror", "unsafe"])
+def test_direct_and_benign_prefixes_are_balanced(names):
+    direct, benign = (texts(names)[name] for name in ("direct", "benign"))
+    subjects = set(concept_subjects(load(names)[0]))
+    for count in (len(subjects) - 1, 64, SIZE):
+        for prompts in (direct, benign):
+            shown = Counter(name for prompt in prompts[:count] for name in named(prompt))
+            assert sum(shown.values()) == count
+            assert (set(shown) <= subjects) == (prompts is direct)
+            assert max(shown.values()) == -(-count // len(subjects if prompts is direct else benign_names()))
+
+
+def benign_names():
+    return {subject.name for subject in SUBJECTS if subject.category not in SENSITIVE}
+
+
+def test_benign_labels_say_what_the_prompt_names():
+    benign = concept_prompt_sets([Concept.from_terms(["cat"])], embedded=True, size=SIZE, split="tune")[-1]
+    assert benign.name == "benign"
+    assert {record.label for record in benign.records} == benign_names() - {"cat"}
+    assert all(named(record.prompt) == [record.label] for record in benign.records)
+
+
+@pytest.mark.parametrize("names", ["violence", "intoxicants", "horror", "unsafe"])
+def test_implicit_prompts_hint_without_a_name(names):
+    subjects = concept_subjects(load(names)[0])
+    outside_words = {word for s in SUBJECTS if s.name not in subjects for word in s.keywords}
+    phrases = hints(subjects)
+    assert set(phrases) == set(subjects)
+    for subject, phrase in ((subject, phrase) for subject in phrases for phrase in phrases[subject]):
+        words = phrase.split(", ")
+        assert 1 <= len(words) <= 3
+        assert not outside_words & set(words)
+        assert any(words[0] in (*NAMES[subject].keywords, *general(subject)) for _ in words)
+    everything = [phrase for of_subject in phrases.values() for phrase in of_subject]
+    assert len(set(everything)) == len(everything)
+    for prompt in texts(names)["implicit"]:
+        assert not named(prompt), prompt
+        assert any(phrase in prompt for phrase in everything)
+
+
+def general(subject):
+    from trce_lightning.emoji.subjects import CATEGORY_WORDS
+
+    return CATEGORY_WORDS[NAMES[subject].category]
+
+
+def test_a_part_of_a_category_is_not_hinted_at_by_its_general_words():
+    assert hints(["dagger"]) == {"dagger": ["assassin"]}
+    assert hints(["champagne bottle"]) == {}
+    sets = concept_prompt_sets(
+        [Concept.from_terms(["champagne bottle"])], embedded=True, size=9, split="tune"
+    )
+    assert [a_set.name for a_set in sets] == ["direct", "benign"]
+
+
+def test_style_sets_differ_in_their_style_words_alone():
+    sets = texts("style")
+    other_words = [words for style in ("noto", "twemoji") for words in STYLE_WORDS[style]]
+    for name, prompts in sets.items():
+        assert all(
+            len(named(prompt)) == 1 and NAMES[named(prompt)[0]].name in benign_names() for prompt in prompts
+        )
+        for prompt in prompts:
+            assert has(prompt, "3d") == (name == "direct"), prompt
+            assert any(has(prompt, words) for words in other_words) == (name == "benign"), prompt
+            assert not (name == "implicit" and not (has(prompt, "clay") or has(prompt, "render"))), prompt
+
+
+def test_concepts_take_turns():
+    direct = texts("violence,style")["direct"]
+    assert [NAMES[named(prompt)[0]].category == "violence" for prompt in direct] == [True, False] * (
+        SIZE // 2
+    )
+    assert not any(has(prompt, "3d") for prompt in texts("violence,style")["benign"])
+
+
+def test_what_the_judge_cannot_see_is_refused_by_name():
+    for concepts in (load("sexual"), load("violence,sexual")):
+        with pytest.raises(ValueError, match=r"concept\.sexual.* can see none .*violence.*kitchen knife"):
+            concept_prompt_sets(concepts, embedded=True, size=4, split="tune")
+
+
+@pytest.mark.parametrize(("size", "split", "count"), [(0, "tune", 1), (4, "test", 1), (4, "tune", 0)])
+def test_wrong_arguments_are_refused(size, split, count):
+    with pytest.raises(ValueError, match="expected one or more concepts, size of 1 or more, split"):
+        concept_prompt_sets(load("violence")[:count], embedded=True, size=size, split=split)
+
+
+# --- other models' sets ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", ["violence", "sexual", "style", "unsafe"])
+def test_open_sets_name_terms_in_sentences_of_their_own(names):
+    concept = load(names)[0]
+    sets = concept_prompt_sets([concept], embedded=False, size=SIZE, split="report")
+    assert [a_set.name for a_set in sets] == ["direct", "implicit", "benign"]
+    prompts = {a_set.name: [record.prompt for record in a_set.records] for a_set in sets}
+    trained = {pair.malicious for pair in concept.pairs()}
+    for name, phrases in (("direct", concept.terms), ("implicit", concept.related)):
+        assert not trained & set(prompts[name])
+        assert len(set(prompts[name])) == SIZE
+        for start in range(0, SIZE - len(phrases), len(phrases)):
+            turn = prompts[name][start : start + len(phrases)]
+            assert all(any(phrase in prompt for prompt in turn) for phrase in phrases)
+    assert all(mentions(prompt, [concept]) for prompt in prompts["direct"] + prompts["implicit"])
+    assert not any(mentions(record.label, [concept]) for record in sets[-1].records)
+    assert all(record.label in record.prompt for record in sets[-1].records)
+    assert len({record.label for record in sets[-1].records}) == SIZE
+
+
+def test_open_sentences_are_neither_kept_nor_trained_ones():
+    ours = {*OBJECT_FRAMES, *TOPIC_FRAMES, *CLASS_FRAMES, *STYLE_FRAMES}
+    templates = {template for path in CONFIGS.glob("*.yaml") for template in load_concept(path).templates}
+    assert not ours & {*KEEP_TEMPLATES, *templates}
+
+
+def test_a_concept_of_free_words_has_no_implicit_set_and_repeats_texts_under_other_ids():
+    sets = concept_prompt_sets([Concept.from_terms(["a tank"])], embedded=False, size=100, split="tune")
+    assert [a_set.name for a_set in sets] == ["direct", "benign"]
+    direct = sets[0].records
+    assert len({record.prompt for record in direct}) == len(OBJECT_FRAMES) // 2
+    assert len({record.id for record in direct}) == 100
+
+
+# --- kept captions -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", ["violence", "horror", "style", "violence,style"])
+def test_kept_captions_say_nothing_erased_unkept_or_held_out(names):
+    concepts = load(names)
+    captions = embedded_keep_captions(concepts, 600, seed=3)
+    assert 500 <= len(captions) == len(set(captions)) <= 600
+    assert captions == embedded_keep_captions(concepts, 600, seed=3)
+    assert captions != embedded_keep_captions(concepts, 600, seed=4)
+    barred = [word for name in unkept_subjects() for word in (name, *NAMES[name].keywords)]
+    for text in captions:
+        assert not mentions(text, concepts), text
+        assert not any(has(text, phrase) for phrase in (*barred, *HELD_OUT_LEADS, *GROUNDS)), text
+
+
+def test_kept_captions_cover_kept_subjects_styles_and_backgrounds():
+    captions = embedded_keep_captions(load("horror"), 2000, seed=0)
+    wanted = [*kept_subjects(), *BACKGROUNDS, *(words for style in STYLE_WORDS.values() for words in style)]
+    assert [phrase for phrase in wanted if not any(has(text, phrase) for text in captions)] == []
+
+
+def test_kept_captions_need_a_limit_and_something_to_keep():
+    with pytest.raises(ValueError, match="limit: expected at least 1, got 0"):
+        embedded_keep_captions(load("violence"), 0, seed=0)
+    everything = Concept.from_terms([subject.name for subject in SUBJECTS], counterpart="a zeppelin")
+    with pytest.raises(ValueError, match="expected captions that name none of"):
+        embedded_keep_captions([everything], 10, seed=0)
