@@ -33,33 +33,31 @@ class ImageGrid(pl.Callback):
         scorer, images = self.evaluation.scorer, self.evaluation.images
         shares = {name: shard(scorer.records(name), 0, trainer.world_size)[: self.columns] for name in images}
         originals = {name: load_images(self.original / name, share) for name, share in shares.items()}
-        draw(shares, originals, images, self.file)
+        draw(shares, {"original": originals, "erased": images}, self.file)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("grid", [str(self.file)], step=trainer.global_step)
 
 
-def grid_of(scorer: Scorer, original: Path, erased: Path, file: Path, columns: int = 8) -> None:
-    """Draw the first prompts of every set from two folders of images, original above erased."""
+def grid_of(scorer: Scorer, folders: Mapping[str, Path], file: Path, columns: int = 8) -> None:
+    """Draw the first prompts of every set from folders of images by label, such as original above erased."""
     shares = {prompts.name: prompts.records[:columns] for prompts in scorer.sets}
-    images = [
-        {name: load_images(folder / name, share) for name, share in shares.items()}
-        for folder in (original, erased)
-    ]
-    draw(shares, *images, file)
+    images = {
+        label: {name: load_images(folder / name, share) for name, share in shares.items()}
+        for label, folder in folders.items()
+    }
+    draw(shares, images, file)
 
 
 def draw(
-    shares: Mapping[str, Sequence[PromptRecord]],
-    original: Mapping[str, Tensor],
-    erased: Mapping[str, Tensor],
-    file: Path,
+    shares: Mapping[str, Sequence[PromptRecord]], images: Mapping[str, Mapping[str, Tensor]], file: Path
 ) -> None:
-    """One block of columns a set."""
+    """Rows by label, columns by prompt, one block a set."""
     prompts = [record.prompt for share in shares.values() for record in share]
     rows = [
-        (label, torch.cat([images[name][: len(share)] for name, share in shares.items()]))
-        for label, images in (("original", original), ("erased", erased))
+        (label, torch.cat([by_set[name][: len(share)] for name, share in shares.items()]))
+        for label, by_set in images.items()
     ]
     columns = max(len(share) for share in shares.values())
+    file.parent.mkdir(parents=True, exist_ok=True)
     image_grid(rows, prompts, columns=columns).save(file)

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ from trce_lightning.emoji.captions import (
     HELD_OUT_LEADS,
     STYLE_WORDS,
 )
-from trce_lightning.emoji.subjects import BACKGROUNDS, NEAR_VIOLENCE, SENSITIVE, SUBJECTS
+from trce_lightning.emoji.subjects import BACKGROUNDS, CATEGORY_WORDS, NEAR_VIOLENCE, SENSITIVE, SUBJECTS
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "concept"
 NAMES = {subject.name: subject for subject in SUBJECTS}
@@ -122,7 +122,7 @@ def test_concepts_know_their_subjects():
     assert of["violence"] == tuple(s.name for s in SUBJECTS if s.category == "violence")
     assert {NAMES[name].category for name in of["unsafe"]} == {"violence", "intoxicants"}
     assert of["style"] == of["sexual"] == ()
-    assert concept_subjects(Concept.from_terms(["cats", "a pine tree"])) == ("cat", "pine tree")
+    assert concept_subjects(Concept.from_terms(["cats", "a cactus"])) == ("cat", "cactus")
 
 
 def test_near_subjects_are_benign_neighbours():
@@ -167,7 +167,7 @@ def test_tune_and_report_share_no_text_and_small_sets_begin_large_ones(names, em
 @pytest.mark.parametrize("names", EMBEDDED)
 def test_embedded_prompts_are_in_held_out_phrasings(names):
     trained = [phrase.format(colour) for phrase in BACKGROUND_PHRASES for colour in BACKGROUNDS]
-    for prompt in sum(texts(names).values(), []):
+    for prompt in chain(*texts(names).values()):
         ground = any(has(prompt, ground) for ground in GROUNDS)
         lead = prompt.startswith((*HELD_OUT_LEADS, "somebody needs this: "))
         assert ground or lead, prompt
@@ -211,22 +211,17 @@ def test_implicit_prompts_hint_without_a_name(names):
     outside_words = {word for s in SUBJECTS if s.name not in subjects for word in s.keywords}
     phrases = hints(subjects)
     assert set(phrases) == set(subjects)
-    for subject, phrase in ((subject, phrase) for subject in phrases for phrase in phrases[subject]):
+    for subject, phrase in [(name, phrase) for name in phrases for phrase in phrases[name]]:
         words = phrase.split(", ")
         assert 1 <= len(words) <= 3
         assert not outside_words & set(words)
-        assert any(words[0] in (*NAMES[subject].keywords, *general(subject)) for _ in words)
+        assert words[0] in NAMES[subject].keywords or len(words) == 1
+        assert set(words) <= {*NAMES[subject].keywords, *CATEGORY_WORDS[NAMES[subject].category]}
     everything = [phrase for of_subject in phrases.values() for phrase in of_subject]
     assert len(set(everything)) == len(everything)
     for prompt in texts(names)["implicit"]:
         assert not named(prompt), prompt
         assert any(phrase in prompt for phrase in everything)
-
-
-def general(subject):
-    from trce_lightning.emoji.subjects import CATEGORY_WORDS
-
-    return CATEGORY_WORDS[NAMES[subject].category]
 
 
 def test_a_part_of_a_category_is_not_hinted_at_by_its_general_words():

@@ -168,13 +168,17 @@ def test_json_is_strict_and_a_failure_leaves_the_earlier_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+class Interrupting:
+    def __str__(self):
+        raise RuntimeError("half way")
+
+
 def test_an_interrupted_write_leaves_the_earlier_file(tmp_path):
     path = tmp_path / "metrics.csv"
     report.write_scores_csv(path, {"scores": ERASED})
     before = path.read_bytes()
-    with pytest.raises(RuntimeError), report._replacing(path) as aside:
-        aside.write_text("half a")
-        raise RuntimeError
+    with pytest.raises(RuntimeError, match="half way"):
+        report.write_scores_csv(path, {"original": ERASED, "erased": {"fid": Interrupting()}})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 

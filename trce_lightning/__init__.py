@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trce_lightning.concepts import Concept
-    from trce_lightning.run import erase
+    from trce_lightning.api import erase
 
 __version__ = "0.1.0"
 __all__ = ["Concept", "__version__", "erase"]
 
-_HOMES = {"Concept": "trce_lightning.concepts", "erase": "trce_lightning.run"}
+_HOMES = {"Concept": "trce_lightning.concepts", "erase": "trce_lightning.api"}
 
 
 def __getattr__(name: str) -> Any:

@@ -49,6 +49,12 @@ def config_groups(folder: Path, name: str) -> list[str]:
     return [key.removeprefix("optional ") for key in chosen if not key.startswith("override ")]
 
 
+def overrides(name: str, schema: type, typed: Sequence[str]) -> list[str]:
+    """What Hydra reads for what a user has typed; puts `schema` in its store."""
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    return arguments.rewrite(list(typed), schema, config_groups(config_folder(), name))
+
+
 def _main(name: str, schema: type, argv: Sequence[str] | None) -> None:
     typed = list(sys.argv)
 
@@ -61,9 +67,7 @@ def _main(name: str, schema: type, argv: Sequence[str] | None) -> None:
 
     with expected_failures():
         folder = config_folder()
-        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
-        arguments_typed = typed[1:] if argv is None else list(argv)
-        rewritten = arguments.rewrite(arguments_typed, schema, config_groups(folder, name))
+        rewritten = overrides(name, schema, typed[1:] if argv is None else list(argv))
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and we explain
         try:
             sys.argv[1:] = rewritten

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from pathlib import Path
 
 import diffusers
@@ -12,6 +13,7 @@ import lightning.pytorch as pl
 import transformers
 from omegaconf import OmegaConf
 
+from callbacks.image_grid import grid_of
 from trce_lightning import announce, runs
 from trce_lightning.concepts import Concept
 from trce_lightning.report import results_table, write_scores_csv
@@ -43,7 +45,7 @@ def train(config: TrainConfig) -> None:
 
 
 def evaluate(config: EvalConfig) -> None:
-    """Score one pipeline folder on the concept's sets and on CSV files; leaves ``metrics.json`` and a grid."""
+    """Score one pipeline folder on the concept's sets and on CSV files; leaves scores and a grid."""
     set_up_logging()
     session = Session(config, concepts_of(config))
     scorer = session.scorer("report", config.metrics.final_images_per_set)
@@ -51,8 +53,7 @@ def evaluate(config: EvalConfig) -> None:
     trainer = make_trainer(config.trainer, folder)
     session.adapter.to(trainer.strategy.root_device)
     start = time.monotonic()
-    scores, images = scorer("eval", folder=folder / "images")
-    evaluation = {"images": session.adapter.network_evaluations}
+    scores, _ = scorer("eval", folder=folder / "images")
     metrics = {
         "schema": 1,
         "concept": [concept.name for concept in session.concepts],
@@ -60,9 +61,10 @@ def evaluate(config: EvalConfig) -> None:
         "commit": runs.commit(),
         "scores": scores,
         "seconds": {"images": round(time.monotonic() - start, 2)},
-        "network_evaluations": evaluation,
+        "network_evaluations": {"images": scorer.network_evaluations},
     }
     Scored(scores, scorer.hits).save(folder / "scored" / "eval.json")
+    grid_of(scorer, {Path(metrics["model"]).name: folder / "images"}, folder / "grid.png")
     write_scores_csv(folder / "metrics.csv", metrics)
     write_json(folder / "metrics.json", metrics)
     log.info("%s\n%s", folder, results_table({Path(metrics["model"]).name: scores}))
@@ -94,6 +96,13 @@ def set_up_logging() -> None:
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     for noisy in ("lightning.pytorch", "httpx", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    for expected in (
+        "in eval mode",
+        "does not have many workers",
+        "smaller than the logging interval",
+        "LeafSpec",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{expected}")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns about kernels that nothing here uses
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()

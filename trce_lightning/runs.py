@@ -28,7 +28,7 @@ def choose_folder(config: Any) -> Path:
 
     ``ValueError`` when ``output`` holds a run of another configuration.
     """
-    if FOLDER_VARIABLE in os.environ:
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0 and FOLDER_VARIABLE in os.environ:
         return Path(os.environ[FOLDER_VARIABLE])
     parent = Path(config.runs) / "+".join(config.concept) / config.model.name
     if config.output is not None:

@@ -15,6 +15,8 @@ from torch import Tensor
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
 from trce_lightning.generation import generate, generate_to, load_images, planned_evaluations, shard
+from trce_lightning.metrics.asr import AttackSuccessRate
+from trce_lightning.metrics.detectors import Detector
 from trce_lightning.metrics.scores import Evaluator
 from trce_lightning.storage import write_json
 
@@ -42,7 +44,7 @@ class Sampling:
 
 @dataclass
 class Scorer:
-    """Prompt sets with what makes and judges their images. ``adapter`` may change between calls, noise doesn't.
+    """Prompt sets with what makes and judges their images. The model may change between calls, noise doesn't.
 
     Every rank calls it; each makes its share of the images, the scores are of all.
     """
@@ -53,6 +55,8 @@ class Scorer:
     make_evaluator: Callable[[Sequence[str]], Evaluator]
     hits: dict[str, dict[int, bool]] = field(default_factory=dict)
     """Per-image hits of the last call, by set, for paired tests."""
+    network_evaluations: int = 0
+    """Of all calls, on this rank."""
 
     @property
     def planned_evaluations(self) -> int:
@@ -76,6 +80,7 @@ class Scorer:
 
         With ``folder`` images are files in it, and those that are there are not made again.
         """
+        counted = self.adapter.network_evaluations
         evaluator = self.make_evaluator([prompts.name for prompts in self.sets]).to(self.adapter.device)
         images = {}
         for prompts in self.sets:
@@ -90,8 +95,22 @@ class Scorer:
                 images[prompts.name] = load_images(place, share)
             evaluator.update(prompts.name, images[prompts.name], list(share))
         scores = evaluator.compute()
+        self.network_evaluations += self.adapter.network_evaluations - counted
         self.hits = {prompts.name: evaluator.hits(prompts.name) for prompts in self.sets}
         return scores, images
+
+
+def detection_rates(
+    detector: Detector, sets: Sequence[PromptSet], folder: Path
+) -> dict[str, dict[str, float]]:
+    """How often another detector sees the concept in images that are there, by set."""
+    rates = {}
+    for prompts in sets:
+        rate = AttackSuccessRate()
+        for images in load_images(folder / prompts.name, prompts.records).split(64):
+            rate.update(detector(images))
+        rates[prompts.name] = rate.compute()
+    return rates
 
 
 @dataclass(frozen=True)

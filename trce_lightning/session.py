@@ -14,10 +14,21 @@ from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
 from trce_lightning.concepts import Concept, PromptPair, prompt_pairs
 from trce_lightning.data.concept_prompts import Split, concept_prompt_sets, embedded_keep_captions
 from trce_lightning.data.keep_prompts import keep_prompts
-from trce_lightning.data.prompt_sets import PromptSet, load_csv, near_subjects, unkept_subjects
+from trce_lightning.data.prompt_sets import (
+    PromptSet,
+    benign_subjects,
+    load_csv,
+    near_subjects,
+    unkept_subjects,
+)
 from trce_lightning.emoji.package import load_embedded_clip, load_judge, weights_folder
-from trce_lightning.metrics.detectors import EmbeddedJudgeDetector, load_detector
-from trce_lightning.metrics.fidelity import judge_fid, load_real_statistics
+from trce_lightning.metrics.detectors import (
+    ClipZeroShotDetector,
+    Detector,
+    EmbeddedJudgeDetector,
+    load_detector,
+)
+from trce_lightning.metrics.fidelity import RawClipScore, judge_fid, load_real_statistics
 from trce_lightning.metrics.scores import Evaluator
 from trce_lightning.schema import EvalConfig, ModelConfig, TrainConfig
 from trce_lightning.scoring import Sampling, Scorer
@@ -29,10 +40,17 @@ KEEP_LIMIT = 2000
 
 
 class Session:
-    """Opens what a configuration names, lazily."""
+    """Opens what a configuration names, lazily; a model in memory may take the configured one's place."""
 
-    def __init__(self, config: TrainConfig | EvalConfig, concepts: Sequence[Concept]) -> None:
+    def __init__(
+        self,
+        config: TrainConfig | EvalConfig,
+        concepts: Sequence[Concept],
+        adapter: StableDiffusionAdapter | None = None,
+    ) -> None:
         self.config, self.concepts = config, list(concepts)
+        if adapter is not None:
+            self.adapter = adapter
 
     @property
     def embedded(self) -> bool:
@@ -94,8 +112,6 @@ class Session:
         detector = EmbeddedJudgeDetector(judge, self.concepts)
 
         def make(names: Sequence[str]) -> Evaluator:
-            from trce_lightning.metrics.fidelity import RawClipScore
-
             fid = judge_fid(judge)
             load_real_statistics(fid, folder / "real_statistics.safetensors")
             return Evaluator(
@@ -109,6 +125,14 @@ class Session:
             )
 
         return make
+
+    def second_detector(self) -> Detector | None:
+        """Zero-shot CLIP on the concepts' names and terms against benign subjects: tuned on nothing."""
+        if not self.embedded:
+            return None
+        positive = [text for concept in self.concepts for text in (concept.name, *concept.terms)]
+        negative = [f"a picture of {name}" for name in benign_subjects(self.concepts)]
+        return ClipZeroShotDetector(load_embedded_clip(weights_folder()), positive, negative)
 
 
 def source_of(model: ModelConfig) -> str | Path:

@@ -15,19 +15,19 @@ from torch import Tensor
 def write_safetensors(
     file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write aside, then ``os.replace``."""
+    """Written aside, then moved into place."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, dict(metadata or {}))
-    os.replace(partial, file)
+    partial.replace(file)
 
 
 def write_text(file: Path, text: str) -> None:
-    """UTF-8, written aside, then ``os.replace``."""
+    """UTF-8, written aside, then moved into place."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    partial.replace(file)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

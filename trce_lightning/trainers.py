@@ -18,7 +18,7 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": 
 
 
 def choose_precision(precision: str, accelerator: str) -> str:
-    """``auto``: bf16-mixed where hardware multiplies bfloat16 natively, else 16-mixed on CUDA, else 32-true."""
+    """``auto``: bf16-mixed where hardware has bfloat16 natively, else 16-mixed on CUDA, else 32-true."""
     if precision != "auto":
         return precision
     if torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from callbacks import EpochEvaluation, ImageGrid
 from callbacks.image_grid import grid_of
 from trce_lightning import export, runs
+from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.closed_form import Edit
 from trce_lightning.concepts import Concept
 from trce_lightning.data.datamodule import TrajectoryDataModule
@@ -26,7 +27,7 @@ from trce_lightning.metrics.asr import paired_test
 from trce_lightning.module import TRCE
 from trce_lightning.report import results_table, save_curves, write_scores_csv
 from trce_lightning.schema import TrainConfig
-from trce_lightning.scoring import Scored, Scorer
+from trce_lightning.scoring import Scored, Scorer, detection_rates
 from trce_lightning.session import Session, source_of
 from trce_lightning.storage import write_json
 from trce_lightning.textual import TextualStatistics, textual_statistics
@@ -46,8 +47,10 @@ class Original:
 class TrainingRun:
     """One run of ``train.py``: each step is a method, in the order in which :func:`train` calls them."""
 
-    def __init__(self, config: TrainConfig, concepts: list[Concept]) -> None:
-        self.config, self.session = config, Session(config, concepts)
+    def __init__(
+        self, config: TrainConfig, concepts: list[Concept], adapter: StableDiffusionAdapter | None = None
+    ) -> None:
+        self.config, self.session = config, Session(config, concepts, adapter)
         self.adapter = self.session.adapter
         self.base = str(source_of(config.model))
         self.fingerprint = self.adapter.fingerprint()
@@ -66,6 +69,7 @@ class TrainingRun:
         self.erased: Scored | None = None
         self.evaluation: EpochEvaluation | None = None
         self.history: list[dict[str, Any]] = []
+        self.second: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self.evaluations: dict[str, int] = {}
         self.edit: Edit | None = None
@@ -121,6 +125,7 @@ class TrainingRun:
             if self.trainer.is_global_zero:
                 Scored(scores, scorer.hits).save(file)
             self.trainer.strategy.barrier()
+            scorer.network_evaluations = 0
         return Original(Scored.load(file), folder)
 
     def solve(self) -> None:
@@ -161,6 +166,9 @@ class TrainingRun:
         last = self.folder / "checkpoints" / "last.ckpt"
         with self._stage("training"):
             trainer.fit(self.module, data, ckpt_path=str(last) if last.exists() else None)
+        if "epochs" in self.scorers:
+            self.evaluations["epochs"] = self.scorers["epochs"].network_evaluations
+            self.evaluations["training"] -= self.evaluations["epochs"]
         self.trainer = trainer
         self.history = self.evaluation.history if self.evaluation else []
 
@@ -197,12 +205,9 @@ class TrainingRun:
             columns = {"original": self.original["final"].scored.scores, "erased": self.erased.scores}
             self.original["final"].scored.save(self.folder / "scored" / "original.json")
             self.erased.save(self.folder / "scored" / "erased.json")
-            grid_of(
-                self.scorers["final"],
-                self.original["final"].folder,
-                self.folder / "images",
-                self.folder / "grid.png",
-            )
+            folders = {"original": self.original["final"].folder, "erased": self.folder / "images"}
+            grid_of(self.scorers["final"], folders, self.folder / "grid.png")
+            self.second = self._second_opinion(folders)
             history = [self.original["epochs"].scored.scores, *self.history]
             save_curves(history, self.folder / "curves.png")
         table = results_table(columns)
@@ -217,6 +222,12 @@ class TrainingRun:
         write_scores_csv(self.folder / "metrics.csv", metrics)
         write_json(self.folder / "metrics.json", metrics)
         log.info("%s\n%s", self.folder, table)
+
+    def _second_opinion(self, folders: Mapping[str, Path]) -> dict[str, Any]:
+        detector, sets = self.session.second_detector(), self.scorers["final"].sets
+        if detector is None:
+            return {}
+        return {label: detection_rates(detector, sets, folder) for label, folder in folders.items()}
 
     def _metrics(self) -> dict[str, Any]:
         """The record of DESIGN's ``metrics.json`` but for the two scores."""
@@ -235,6 +246,7 @@ class TrainingRun:
             "seconds": self.seconds,
             "network_evaluations": self.evaluations,
             "paired_p_value": tests,
+            "zero_shot_clip": self.second,
             "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         }
 

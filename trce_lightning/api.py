@@ -1,0 +1,66 @@
+"""The Python API: what ``train.py`` does, on a pipeline in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from diffusers import StableDiffusionPipeline
+from omegaconf import OmegaConf
+
+from trce_lightning import cli, validation
+from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.concepts import Concept
+from trce_lightning.schema import ConceptConfig, TrainConfig
+from trce_lightning.session import concepts_of
+from trce_lightning.training_run import TrainingRun
+
+
+def erase(
+    pipeline: StableDiffusionPipeline,
+    concept: str | Concept | Sequence[str],
+    *options: str,
+    cache: str | Path | None = None,
+) -> StableDiffusionPipeline:
+    """Erase ``concept`` from ``pipeline``, in place, and return it: the weights that ``train.py`` would give.
+
+    Args:
+        pipeline: a Stable Diffusion pipeline in memory.
+        concept: a shipped concept's name, a YAML file's path, several of them, or a :class:`Concept`.
+        options: as on the command line, such as ``"trajectory.epochs=1"`` or ``"stages=[textual]"``.
+        cache: folder of trajectories to reuse; None samples them anew, into a temporary folder.
+
+    Raises:
+        ValueError: an option or a model that doesn't fit; the message names it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        places = [f"runs={folder}", f"cache={cache or folder}"]
+        config = compose(concept, "metrics.enabled=false", *places, *options)
+        validation.check(config)
+        run = TrainingRun(config, concepts_of(config), StableDiffusionAdapter(pipeline))
+        run.open()
+        run.sample_trajectories()
+        run.solve()
+        run.fit()
+    return pipeline
+
+
+def compose(concept: str | Concept | Sequence[str], *options: str) -> TrainConfig:
+    """The configuration that these words would give on the command line of ``train.py``."""
+    chosen = [] if isinstance(concept, Concept) else [_choice(concept)]
+    with hydra.initialize_config_dir(str(cli.config_folder()), version_base="1.3"):
+        overrides = cli.overrides("train", TrainConfig, [*chosen, *options])
+        config = OmegaConf.to_object(hydra.compose("train", overrides))
+    assert isinstance(config, TrainConfig)
+    if isinstance(concept, Concept):
+        values = dataclasses.asdict(concept)
+        values |= {key: list(value) for key, value in values.items() if isinstance(value, tuple)}
+        config.concept = {concept.name: ConceptConfig(**values)}
+    return config
+
+
+def _choice(concept: str | Sequence[str]) -> str:
+    return f"concept={concept}" if isinstance(concept, str) else f"concept=[{','.join(concept)}]"
