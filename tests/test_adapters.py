@@ -84,7 +84,8 @@ def fused(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
 
 
 def with_encoder_hid_proj(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    config = {**pipeline.unet.config, "encoder_hid_dim": WIDTH, "encoder_hid_dim_type": "text_proj"}
+    config = {name: value for name, value in pipeline.unet.config.items() if not name.startswith("_")}
+    config |= {"encoder_hid_dim": WIDTH, "encoder_hid_dim_type": "text_proj"}
     pipeline.unet = UNet2DConditionModel.from_config(config)
     return pipeline
 

@@ -116,7 +116,7 @@ def test_batches_depend_on_seed_and_epoch_alone(tiny_adapter: StableDiffusionAda
     assert first != other
 
 
-@pytest.mark.parametrize(("num_trajectories", "batch_size"), [(12, 6), (5, 6), (3, 12), (1, 6)])
+@pytest.mark.parametrize(("num_trajectories", "batch_size"), [(12, 6), (8, 6), (5, 6), (3, 12), (1, 6)])
 def test_processes_split_the_batches_of_one_process(num_trajectories: int, batch_size: int) -> None:
     config = trajectory_config(num_trajectories=num_trajectories, batch_size=batch_size, draws_per_epoch=1)
     for epoch in (0, 1):

@@ -57,7 +57,7 @@ def test_independent_of_batch_size_and_autocast_only_rounds(tiny_adapter) -> Non
     assert largest_difference(generate(tiny_adapter, RECORDS, batch_size=2, **SETTINGS), whole) <= 1
     rounded = generate(tiny_adapter, RECORDS, batch_size=5, autocast_dtype=torch.bfloat16, **SETTINGS)
     assert 0 < largest_difference(rounded, whole) < 30
-    assert generate(tiny_adapter, (), batch_size=5, **SETTINGS).shape == (0, 3, 16, 16)
+    assert len(generate(tiny_adapter, (), batch_size=5, **SETTINGS)) == 0
 
 
 def test_planned_evaluations_are_what_the_network_counts(tiny_adapter, capsys) -> None:

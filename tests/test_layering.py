@@ -15,7 +15,7 @@ LAYERS = (
     ("trce_lightning.adapters", "trce_lightning.data", "trce_lightning.metrics"),
     ("trce_lightning.module",),
     ("callbacks",),
-    ("trce_lightning.run", "trce_lightning.cli", "train", "eval"),
+    ("trce_lightning.run", "trce_lightning.training_run", "trce_lightning.cli", "trce_lightning.api", "train", "eval"),
 )
 
 

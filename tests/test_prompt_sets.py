@@ -209,12 +209,14 @@ def test_benign_labels_say_what_the_prompt_names():
 def test_implicit_prompts_hint_without_a_name(names):
     subjects = concept_subjects(load(names)[0])
     outside_words = {word for s in SUBJECTS if s.name not in subjects for word in s.keywords}
+    name_words = {word for name in NAMES for word in name.split()} - {"and", "of"}
     phrases = hints(subjects)
     assert set(phrases) == set(subjects)
     for subject, phrase in [(name, phrase) for name in phrases for phrase in phrases[name]]:
         words = phrase.split(", ")
         assert 1 <= len(words) <= 3
         assert not outside_words & set(words)
+        assert not name_words & set(phrase.replace(",", "").split())
         assert words[0] in NAMES[subject].keywords or len(words) == 1
         assert set(words) <= {*NAMES[subject].keywords, *CATEGORY_WORDS[NAMES[subject].category]}
     everything = [phrase for of_subject in phrases.values() for phrase in of_subject]

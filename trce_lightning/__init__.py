@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trce_lightning.concepts import Concept
     from trce_lightning.api import erase
+    from trce_lightning.concepts import Concept
 
 __version__ = "0.1.0"
 __all__ = ["Concept", "__version__", "erase"]

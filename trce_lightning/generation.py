@@ -46,10 +46,9 @@ def generate(
     Raises:
         ValueError: ``batch_size`` below 1.
     """
-    side = adapter.latent_shape[-1] * adapter.pipeline.vae_scale_factor
     sampler = _Sampler(adapter, guidance_scale, num_steps, autocast_dtype)
     images = [images for _, images in sampler.run(_batches(records, batch_size), description)]
-    return torch.cat([torch.empty((0, 3, side, side), dtype=torch.uint8), *images])
+    return torch.cat(images) if images else torch.empty((0, 3, 0, 0), dtype=torch.uint8)
 
 
 def planned_evaluations(records: Sequence[PromptRecord], num_steps: int, guidance_scale: float) -> int:
@@ -86,15 +85,9 @@ def generate_to(
         ValueError: two records of one id, or the folder belongs to another generator, setting or prompt list.
     """
     entries = manifest(records, guidance_scale)
-    claim(
-        folder,
-        entries,
-        {
-            "generator": adapter.fingerprint(),
-            "num_steps": num_steps,
-            "precision": str(autocast_dtype or adapter.unet.dtype).removeprefix("torch."),
-        },
-    )
+    precision = str(autocast_dtype or next(adapter.unet.parameters()).dtype).removeprefix("torch.")
+    meta = {"generator": adapter.fingerprint(), "num_steps": num_steps, "precision": precision}
+    claim(folder, entries, meta)
     files = {entry["id"]: folder / entry["file"] for entry in entries}
     missing = [
         rows

@@ -43,7 +43,9 @@ def choose_folder(config: Any) -> Path:
             if (folder / CONFIG).exists() and not (folder / FINISHED).exists() and _equal(folder, config):
                 log.info("continuing %s (fresh=true starts anew)", folder)
                 return folder
-    return parent / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    start = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    names = (start, *(f"{start}_{number}" for number in range(2, 1000)))
+    return next(parent / name for name in names if not (parent / name).exists())
 
 
 def open_folder(config: Any) -> Path:

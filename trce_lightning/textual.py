@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.adapters import StableDiffusionAdapter, TextStates
 from trce_lightning.closed_form import (
     Edit,
     KeepStatistics,
@@ -78,8 +78,8 @@ def pair_states(
 ) -> tuple[Tensor, Tensor]:
     """States of all pairs at ``positions``, ``[n, d]`` twice, row by row.
 
-    SoT pairs with SoT and the first EoT with the first EoT. Keyword and padding positions differ in number
-    between the two prompts: each such malicious state pairs with its safe prompt's first EoT.
+    SoT pairs with SoT and the first EoT with the first EoT. Padding pairs position by position, where both
+    prompts are padded. Keywords differ in number of tokens: each pairs with the safe prompt's first EoT.
     """
     terms = [term for term in concept.terms for _ in concept.templates]
     malicious, safe = [], []
@@ -88,16 +88,26 @@ def pair_states(
         batch = rows[start : start + ENCODE_BATCH]
         trimmed = "padding" not in positions
         source = adapter.encode([pair.malicious for pair, _ in batch], trimmed=trimmed)
-        target = adapter.encode([pair.safe for pair, _ in batch], trimmed=True)
+        target = adapter.encode([pair.safe for pair, _ in batch], trimmed=trimmed)
         keyword = keyword_mask(adapter, source.input_ids, [term for _, term in batch])
         for which in positions:
-            mask = position_mask(source.input_ids, adapter.tokenizer.eos_token_id, [which], keyword)
-            ends = position_mask(
-                target.input_ids, adapter.tokenizer.eos_token_id, ["sot" if which == "sot" else "eot"]
-            )
-            malicious.append(source.states[mask])
-            safe.append(target.states[ends].repeat_interleave(mask.sum(1).to(target.states.device), dim=0))
+            rows_m, rows_s = _aligned(which, source, target, keyword, adapter.tokenizer.eos_token_id)
+            malicious.append(rows_m)
+            safe.append(rows_s)
     return torch.cat(malicious), torch.cat(safe)
+
+
+def _aligned(
+    which: str, source: TextStates, target: TextStates, keyword: Tensor, eos_token_id: int
+) -> tuple[Tensor, Tensor]:
+    """States of malicious prompts at one kind of position, and the safe prompts' that they pair with."""
+    mask = position_mask(source.input_ids, eos_token_id, [which], keyword)
+    if which == "padding":
+        mask = mask & position_mask(target.input_ids, eos_token_id, ["padding"])
+        return source.states[mask], target.states[mask]
+    ends = position_mask(target.input_ids, eos_token_id, ["sot" if which == "sot" else "eot"])
+    counts = mask.sum(1).to(target.states.device)
+    return source.states[mask], target.states[ends].repeat_interleave(counts, dim=0)
 
 
 def keyword_mask(adapter: StableDiffusionAdapter, input_ids: Tensor, terms: Sequence[str]) -> Tensor:
@@ -105,6 +115,8 @@ def keyword_mask(adapter: StableDiffusionAdapter, input_ids: Tensor, terms: Sequ
     mask = torch.zeros_like(input_ids, dtype=torch.bool)
     for row, term in enumerate(terms):
         word = torch.tensor(adapter.tokenizer(term, add_special_tokens=False).input_ids)
+        if len(word) > input_ids.shape[1]:
+            continue
         windows = input_ids[row].unfold(0, len(word), 1)
         for start in (windows == word).all(1).nonzero().flatten().tolist():
             mask[row, start : start + len(word)] = True

@@ -136,7 +136,9 @@ class StableDiffusionAdapter:
     def fingerprint(self) -> str:
         """Identifies the whole generator: denoiser, text encoder, decoder, schedule and resolution."""
         parts = [fingerprint(self.unet), self.text_fingerprint(), fingerprint(self.vae)]
-        parts.append(repr((self.latent_shape, sorted(map(str, self.scheduler.config.items())))))
+        # Keys with an underscore are diffusers' own record, in an order of its own in each process.
+        schedule = sorted(str(item) for item in self.scheduler.config.items() if not item[0].startswith("_"))
+        parts.append(repr((self.latent_shape, schedule)))
         return hashlib.blake2b("".join(parts).encode(), digest_size=8).hexdigest()
 
 
@@ -188,15 +190,15 @@ def load_adapter(
     revision: str | None = None,
     resolution: int | None = None,
 ) -> StableDiffusionAdapter:
-    """Open a pipeline folder, or a hub id when there is no such folder. No hub is asked for a missing path.
+    """Open a pipeline folder, or the hub id ``owner/name`` if there is no such folder; a ``Path`` is a folder.
 
     Raises:
-        FileNotFoundError: ``source`` looks like a path and holds no pipeline.
+        FileNotFoundError: ``source`` is a path and holds no pipeline; no hub is asked for it.
         ValueError: the method doesn't fit the model.
     """
     folder = Path(source)
-    is_path = folder.exists() or folder.is_absolute() or str(source).count("/") != 1
-    if is_path and not (folder / "model_index.json").is_file():
+    is_hub_id = isinstance(source, str) and source.count("/") == 1 and source[0] not in "./~"
+    if (folder.exists() or not is_hub_id) and not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"model.path: expected a diffusers pipeline folder, got '{source}'")
     pipeline = StableDiffusionPipeline.from_pretrained(
         str(source),

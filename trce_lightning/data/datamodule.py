@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.data.plan import TrajectoryPlan
@@ -28,8 +28,11 @@ class EpochItem:
     unconditional: tuple[int, ...]
 
 
-class TrajectoryPoints(Dataset[EpochItem]):
-    """Item ``i`` of epoch ``e`` is trajectory ``i mod n`` at its draw ``e · draws_per_epoch + i // n``."""
+class TrajectoryPoints(Dataset[list[EpochItem]]):
+    """Item ``i`` of epoch ``e`` is trajectory ``i mod n`` at its draw ``e · draws_per_epoch + i // n``.
+
+    It is indexed by the item numbers of a whole batch.
+    """
 
     def __init__(self, plan: TrajectoryPlan, config: TrajectoryConfig) -> None:
         self.num_trajectories, self.draws = len(plan.malicious), config.draws_per_epoch
@@ -40,18 +43,23 @@ class TrajectoryPoints(Dataset[EpochItem]):
     def __len__(self) -> int:
         return self.num_trajectories * self.draws
 
-    def __getitem__(self, index: int) -> EpochItem:
+    def __getitem__(self, batch: list[int]) -> list[EpochItem]:
+        return [self._item(index) for index in batch]
+
+    def _item(self, index: int) -> EpochItem:
         draw = self.epoch * self.draws + index // self.num_trajectories
         malicious = (index % self.num_trajectories) * self.draws_in_all + draw
         first = (self.epoch * len(self) + index) * self.each
         return EpochItem(malicious, tuple(range(first, first + self.each)))
 
 
-class EpochBatches(Sampler[list[int]]):
+class EpochBatches(DistributedSampler[list[int]]):
     """Global batches in an order that depends on (seed, epoch) alone; a rank takes its slice of each.
 
     The last batch is filled up from the front of the order, so all batches have one size and the mean over
     ranks is the mean over the batch. ``ValueError`` unless the batch divides by the number of ranks.
+
+    Lightning tells the epoch to a loader's ``sampler`` alone, and only a ``DistributedSampler`` keeps its place.
     """
 
     def __init__(
@@ -61,8 +69,8 @@ class EpochBatches(Sampler[list[int]]):
             raise ValueError(
                 f"trajectory.batch_size: expected a multiple of the {world_size} processes, got {batch_size}"
             )
-        self.points, self.batch_size, self.seed = points, min(batch_size, len(points) * world_size), seed
-        self.rank, self.world_size = rank, world_size
+        super().__init__(points, num_replicas=world_size, rank=rank, seed=seed)
+        self.points, self.batch_size = points, batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before each epoch."""
@@ -74,9 +82,10 @@ class EpochBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1000003 + self.points.epoch)
         order = torch.randperm(len(self.points), generator=generator)
-        order = torch.cat([order, order])[: len(self) * self.batch_size]
+        filled = len(self) * self.batch_size
+        order = order.repeat(-(-filled // len(order)))[:filled]
         for batch in order.split(self.batch_size):
-            yield batch[self.rank :: self.world_size].tolist()
+            yield batch[self.rank :: self.num_replicas].tolist()
 
 
 class TrajectoryDataModule(pl.LightningDataModule):
@@ -126,4 +135,4 @@ class TrajectoryDataModule(pl.LightningDataModule):
         batches = EpochBatches(
             points, self.config.batch_size, self.seed, self.trainer.global_rank, self.trainer.world_size
         )
-        return DataLoader(points, batch_sampler=batches, collate_fn=self.collate, num_workers=0)
+        return DataLoader(points, batch_size=None, sampler=batches, collate_fn=self.collate, num_workers=0)

@@ -21,9 +21,9 @@ Shard = tuple[str, tuple[Trajectory, ...]]
 
 
 def shards(plan: TrajectoryPlan, shard_size: int) -> list[Shard]:
-    """The plan cut into files; trajectories of one file are sampled as one batch."""
+    """The plan cut into files, named by size and first trajectory; one file is sampled as one batch."""
     return [
-        (f"{kind}-{start:05d}.safetensors", rows[start : start + shard_size])
+        (f"{kind}-{shard_size}x{start:05d}.safetensors", rows[start : start + shard_size])
         for kind, rows in (("malicious", plan.malicious), ("unconditional", plan.unconditional))
         for start in range(0, len(rows), shard_size)
     ]
@@ -67,7 +67,9 @@ class TrajectorySampler(pl.LightningModule):
         self.adapter.to(self.device)
 
     def predict_step(self, shard_index: int, batch_index: int) -> None:
-        """Sample one shard and write it whole."""
+        """Sample one shard and write it whole; nothing to do past the last one."""
+        if shard_index >= len(self.shards):
+            return
         name, trajectories = self.shards[shard_index]
         states = self._text_states(trajectories)
         rows = self._sample(trajectories, states)
@@ -150,7 +152,9 @@ def sample_missing(
     if missing:
         sampler = TrajectorySampler(adapter, plan, missing, folder, plan.fingerprint(generator))
         # Lightning moves batches to the device field by field and refuses frozen dataclasses: send indices.
-        loader = DataLoader(range(len(missing)), batch_size=None, num_workers=0)  # type: ignore[arg-type]
+        # It also wants at least one for each rank.
+        indices = range(max(len(missing), trainer.world_size))
+        loader = DataLoader(indices, batch_size=None, num_workers=0)  # type: ignore[arg-type]
         trainer.predict(sampler, loader, return_predictions=False)
         trainer.strategy.barrier()
     return sum(row.network_evaluations for _, rows in missing for row in rows)

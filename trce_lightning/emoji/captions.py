@@ -114,9 +114,9 @@ HELD_OUT_LEADS: tuple[str, ...] = (
     "a wonderful",
     "could you paint",
     "an artwork showing",
-    "we would love to see",
+    "we hope to see",
     "a large",
-    "this sticker shows",
+    "this card shows",
     "imagine",
 )
 BACKGROUND_PHRASES: tuple[str, ...] = (

@@ -46,7 +46,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 class UNetPart(Part):
-    """ε-prediction with Min-SNR weights; a caption's states are replaced by the empty prompt's one time in ten."""
+    """ε-prediction with Min-SNR weights; one caption in ten is replaced by the empty prompt."""
 
     def __init__(self, empty_states: Tensor, scaling_factor: float, max_steps: int, lr: float = 1e-3) -> None:
         super().__init__(lr, max_steps, warmup_steps=300)

@@ -108,13 +108,13 @@ class Clip(NamedTuple):
 
     def tokenize(self, texts: Sequence[str]) -> BatchFeature:
         """Token ids and mask, padded to the longest text; long ones are cut, their end of text is kept."""
-        positions = self.model.config.text_config.max_position_embeddings
+        config: Any = self.model.config.text_config
         return self.tokenizer(
             list(texts),
             padding=True,
             truncation=True,
             return_tensors="pt",
-            max_length=min(positions, self.tokenizer.model_max_length),
+            max_length=min(config.max_position_embeddings, self.tokenizer.model_max_length),
         )
 
     def pixels(self, images: Tensor | Sequence[Tensor]) -> BatchFeature:
@@ -167,8 +167,8 @@ class RawClipScore(CLIPScore):
         ) -> BatchFeature:
             return clip.pixels(images) if images is not None else clip.tokenize(text or [])
 
-        projections = _Projections(clip.model.requires_grad_(False).eval())
-        super().__init__(model_name_or_path=lambda: (projections, process), **kwargs)
+        parts: tuple[Any, Any] = (_Projections(clip.model.requires_grad_(False).eval()), process)
+        super().__init__(model_name_or_path=lambda: parts, **kwargs)
 
     def compute(self) -> Tensor:
         """Scalar; ``ValueError`` without images."""

@@ -118,9 +118,10 @@ class Evaluator(nn.Module):
         super().__init__()
         self.set_names, self.batch_size = tuple(set_names), batch_size
         self.detector, self.judge, self.fid, self.clip_score = detector, judge, fid, clip_score
-        # Lists, not ModuleDicts: a set is named by its file, and a module's name can't hold a dot.
-        self.rates = nn.ModuleList(AttackSuccessRate() for _ in self.set_names)
-        self.hits_by_image = nn.ModuleList(HitsByImage() for _ in self.set_names)
+        self.rates = {name: AttackSuccessRate() for name in self.set_names}
+        self.hits_by_image = {name: HitsByImage() for name in self.set_names}
+        # Not ModuleDicts: a set is named by its file, and a module's name can't hold a dot.
+        self.set_metrics = nn.ModuleList([*self.rates.values(), *self.hits_by_image.values()])
         self.accuracy = BenignAccuracy(near_subjects, unkept_subjects)
         self.eval()
 
@@ -134,7 +135,7 @@ class Evaluator(nn.Module):
 
         ``ValueError`` on an unknown set, other images than uint8, or not one for each record.
         """
-        index = self._index(set_name)
+        self._check_known(set_name)
         if images.dtype != torch.uint8 or len(images) != len(records):
             raise ValueError(
                 f"{set_name}: expected {len(records)} uint8 images, got {len(images)} of {images.dtype}"
@@ -143,8 +144,8 @@ class Evaluator(nn.Module):
             part = slice(start, start + self.batch_size)
             pixels, rows = images[part].to(self.accuracy.device), records[part]
             probability = self.detector(pixels)
-            self.rates[index].update(probability)
-            self.hits_by_image[index].update(probability, rows)
+            self.rates[set_name].update(probability)
+            self.hits_by_image[set_name].update(probability, rows)
             if set_name == BENIGN:
                 self._update_benign(pixels, rows)
 
@@ -163,7 +164,7 @@ class Evaluator(nn.Module):
         ``benign_accuracy_near``, ``benign_accuracy_unkept`` (of the groups that have images). Plain numbers.
         ``ValueError`` when a set has no images.
         """
-        rates = {name: rate.compute() for name, rate in zip(self.set_names, self.rates, strict=True)}
+        rates = {name: rate.compute() for name, rate in self.rates.items()}
         scores: dict[str, Any] = {"asr": {name: rate for name, rate in rates.items() if name != BENIGN}}
         if BENIGN in rates:
             scores["false_alarm"] = rates[BENIGN]
@@ -177,7 +178,8 @@ class Evaluator(nn.Module):
 
     def hits(self, set_name: str) -> dict[int, bool]:
         """Whether each image of a set shows the concept, for ``paired_test``; all ranks call it."""
-        return self.hits_by_image[self._index(set_name)].compute()
+        self._check_known(set_name)
+        return self.hits_by_image[set_name].compute()
 
     def reset(self) -> None:
         """Forget all images but the real ones."""
@@ -185,9 +187,8 @@ class Evaluator(nn.Module):
             if isinstance(module, Metric):
                 module.reset()
 
-    def _index(self, set_name: str) -> int:
+    def _check_known(self, set_name: str) -> None:
         if set_name not in self.set_names:
             raise ValueError(
                 f"prompts: expected one of the sets {', '.join(self.set_names)}, got '{set_name}'"
             )
-        return self.set_names.index(set_name)
