@@ -1,4 +1,4 @@
-"""The adapter against diffusers' own pipeline: text states, predictions, projections, fingerprints, refusals."""
+"""The adapter against diffusers' own pipeline: states, predictions, projections, fingerprints, refusals."""
 
 import re
 from collections.abc import Callable
@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MAX_LENGTH, WIDTH, build_tiny_pipeline
-from diffusers import DDIMPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, CLIPTextModelWithProjection
 
@@ -45,10 +51,14 @@ def test_encode_is_encode_prompt(tiny_adapter: StableDiffusionAdapter) -> None:
     states, input_ids = tiny_adapter.encode(PROMPTS)
     assert states.shape == (4, MAX_LENGTH, WIDTH)
     assert torch.equal(states, expected)
-    assert input_ids.shape == (4, MAX_LENGTH) and (input_ids[:, 0] == tiny_adapter.tokenizer.bos_token_id).all()
+    assert (
+        input_ids.shape == (4, MAX_LENGTH) and (input_ids[:, 0] == tiny_adapter.tokenizer.bos_token_id).all()
+    )
 
 
-def test_trimmed_states_equal_the_padded_ones_up_to_the_end_of_text(tiny_adapter: StableDiffusionAdapter) -> None:
+def test_trimmed_states_equal_the_padded_ones_up_to_the_end_of_text(
+    tiny_adapter: StableDiffusionAdapter,
+) -> None:
     full, trimmed = tiny_adapter.encode(PROMPTS[:3]), tiny_adapter.encode(PROMPTS[:3], trimmed=True)
     length = trimmed.states.shape[1]
     # Start, a token for each letter of "a gun", end.
@@ -97,7 +107,9 @@ def with_bias(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
 
 
 def with_other_width(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, "cross_attention_dim": WIDTH // 2})
+    pipeline.unet = UNet2DConditionModel.from_config(
+        {**pipeline.unet.config, "cross_attention_dim": WIDTH // 2}
+    )
     return pipeline
 
 
@@ -128,7 +140,11 @@ def two_encoders(pipeline: StableDiffusionPipeline) -> StableDiffusionXLPipeline
 
 def without_text(pipeline: StableDiffusionPipeline) -> DDIMPipeline:
     unet = UNet2DModel(
-        8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4
+        8,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
     )
     return DDIMPipeline(unet, pipeline.scheduler)
 
@@ -167,7 +183,9 @@ def test_any_weight_changes_a_fingerprint(tiny_pipeline: StableDiffusionPipeline
     assert fingerprint(unet) == fingerprint(build_tiny_pipeline().unet) in found
 
 
-def test_the_generator_fingerprint_covers_all_that_makes_an_image(tiny_pipeline: StableDiffusionPipeline) -> None:
+def test_the_generator_fingerprint_covers_all_that_makes_an_image(
+    tiny_pipeline: StableDiffusionPipeline,
+) -> None:
     found = [StableDiffusionAdapter(tiny_pipeline).fingerprint()]
     assert found == [StableDiffusionAdapter(build_tiny_pipeline()).fingerprint()]
     found.append(StableDiffusionAdapter(tiny_pipeline, resolution=32).fingerprint())
@@ -193,7 +211,9 @@ def test_loads_what_was_saved(tiny_pipeline: StableDiffusionPipeline, tmp_path: 
         load_adapter(tmp_path, resolution=25)
 
 
-@pytest.mark.parametrize("source", ["missing", "./missing", "../missing", "~/missing", "a/b/c", Path("runs/erased")])
+@pytest.mark.parametrize(
+    "source", ["missing", "./missing", "../missing", "~/missing", "a/b/c", Path("runs/erased")]
+)
 def test_a_missing_folder_is_never_asked_of_a_hub(source: str | Path) -> None:
     with pytest.raises(FileNotFoundError, match=PATH_MESSAGE):
         load_adapter(source)

@@ -1,6 +1,7 @@
 """Batches: each draw once an epoch, unconditional rows with it, the same for any number of processes."""
 
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -50,16 +51,20 @@ def served(
     return recorder.epochs
 
 
-def global_batches(config: TrajectoryConfig, world_size: int, seed: int = 0, epoch: int = 0) -> list[list[int]]:
+def global_batches(
+    config: TrajectoryConfig, world_size: int, seed: int = 0, epoch: int = 0
+) -> list[list[int]]:
     """Items of each batch over all ranks."""
     by_rank = []
     for rank in range(world_size):
-        batches = EpochBatches(TrajectoryPoints(plan_of(config), config), config.batch_size, seed, rank, world_size)
+        batches = EpochBatches(
+            TrajectoryPoints(plan_of(config), config), config.batch_size, seed, rank, world_size
+        )
         batches.set_epoch(epoch)
         assert len(list(batches)) == len(batches)
         by_rank.append(list(batches))
     assert len({len(rows) for shares in zip(*by_rank, strict=True) for rows in shares}) == 1
-    return [sorted(sum(shares, [])) for shares in zip(*by_rank, strict=True)]
+    return [sorted(chain.from_iterable(shares)) for shares in zip(*by_rank, strict=True)]
 
 
 def test_an_epoch_serves_each_of_its_draws_once(tiny_adapter: StableDiffusionAdapter, cache: Path) -> None:
@@ -69,10 +74,14 @@ def test_an_epoch_serves_each_of_its_draws_once(tiny_adapter: StableDiffusionAda
         found = [
             point
             for batch in batches
-            for point in zip(batch["malicious_trajectory"].tolist(), batch["malicious_step_index"].tolist(), strict=True)
+            for point in zip(
+                batch["malicious_trajectory"].tolist(), batch["malicious_step_index"].tolist(), strict=True
+            )
         ]
         draws = range(epoch * CONFIG.draws_per_epoch, (epoch + 1) * CONFIG.draws_per_epoch)
-        assert Counter(found) == Counter((row.index, row.step_indices[draw]) for row in plan.malicious for draw in draws)
+        assert Counter(found) == Counter(
+            (row.index, row.step_indices[draw]) for row in plan.malicious for draw in draws
+        )
 
 
 def test_unconditional_rows_come_with_every_batch(tiny_adapter: StableDiffusionAdapter, cache: Path) -> None:
@@ -89,7 +98,7 @@ def test_unconditional_rows_come_with_every_batch(tiny_adapter: StableDiffusionA
 
 
 def test_rows_of_a_batch_belong_together(tiny_adapter: StableDiffusionAdapter, cache: Path) -> None:
-    """Latents and predictions are those cached for the trajectory and step; states are those of its prompt."""
+    """Latents and predictions are those cached for the trajectory and step; states those of its prompt."""
     plan = plan_of(CONFIG)
     for kind, prefix in (("malicious", "malicious_"), ("unconditional", "unconditional_")):
         cached = load_rows(plan, cache, CONFIG.shard_size, kind)
@@ -123,9 +132,9 @@ def test_processes_split_the_batches_of_one_process(num_trajectories: int, batch
         alone = global_batches(config, 1, epoch=epoch)
         assert [len(batch) for batch in alone] == [batch_size] * len(alone)
         assert global_batches(config, 2, epoch=epoch) == global_batches(config, 3, epoch=epoch) == alone
-        assert set(sum(alone, [])) == set(range(num_trajectories))
+        assert set(chain.from_iterable(alone)) == set(range(num_trajectories))
         # What fills the last batch up is spread evenly.
-        counts = Counter(sum(alone, [])).values()
+        counts = Counter(chain.from_iterable(alone)).values()
         assert max(counts) - min(counts) <= 1
 
 
@@ -134,7 +143,9 @@ def test_a_batch_that_ranks_cannot_share_is_refused() -> None:
         EpochBatches(TrajectoryPoints(plan_of(CONFIG), CONFIG), 4, 0, 0, 3)
 
 
-def test_no_unconditional_rows_if_none_are_asked_for(tiny_adapter: StableDiffusionAdapter, tmp_path: Path) -> None:
+def test_no_unconditional_rows_if_none_are_asked_for(
+    tiny_adapter: StableDiffusionAdapter, tmp_path: Path
+) -> None:
     config = trajectory_config(unconditional_per_malicious=0, num_trajectories=2, epochs=1)
     plan = sample_plan(tiny_adapter, config, tmp_path)
     recorder = Recorder()

@@ -82,10 +82,20 @@ def test_the_pipeline_folder_opens_with_diffusers_alone(erased: Erased, tmp_path
     assert np.array_equal(images(pipeline), images(erased.adapter.pipeline))
     assert not np.allclose(images(pipeline), images(build_tiny_pipeline()), atol=1e-3)
     text = (folder / "README.md").read_text()
-    for part in ("base/model without weapons, drinks", "stages textual + trajectory", "| asr | 0.1 |", "tensors: 20"):
+    for part in (
+        "base/model without weapons, drinks",
+        "stages textual + trajectory",
+        "| asr | 0.1 |",
+        "tensors: 20",
+    ):
         assert part in text
     assert re.match(r"---\n.*\n---\n#", text, re.DOTALL)
-    assert {file.suffix for file in folder.rglob("*") if file.is_file()} <= {".json", ".safetensors", ".md", ".txt"}
+    assert {file.suffix for file in folder.rglob("*") if file.is_file()} <= {
+        ".json",
+        ".safetensors",
+        ".md",
+        ".txt",
+    }
 
 
 def test_an_interrupted_save_leaves_the_old_folder(erased: Erased, tmp_path: Path) -> None:

@@ -11,19 +11,33 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MATHS = ("closed_form", "losses", "tokens", "sampling")
 LAYERS = (
-    ("trce_lightning.closed_form", "trce_lightning.losses", "trce_lightning.tokens", "trce_lightning.sampling"),
+    (
+        "trce_lightning.closed_form",
+        "trce_lightning.losses",
+        "trce_lightning.tokens",
+        "trce_lightning.sampling",
+    ),
     ("trce_lightning.adapters", "trce_lightning.data", "trce_lightning.metrics"),
     ("trce_lightning.module",),
     ("callbacks",),
-    ("trce_lightning.run", "trce_lightning.training_run", "trce_lightning.cli", "trce_lightning.api", "train", "eval"),
+    (
+        "trce_lightning.run",
+        "trce_lightning.training_run",
+        "trce_lightning.cli",
+        "trce_lightning.api",
+        "train",
+        "eval",
+    ),
 )
 
 
 def files() -> dict[str, Path]:
     """Every module of the project by its name; a package goes by its own."""
     paths = [
-        *sorted((ROOT / "trce_lightning").rglob("*.py")), *sorted((ROOT / "callbacks").rglob("*.py")),
-        ROOT / "train.py", ROOT / "eval.py",
+        *sorted((ROOT / "trce_lightning").rglob("*.py")),
+        *sorted((ROOT / "callbacks").rglob("*.py")),
+        ROOT / "train.py",
+        ROOT / "eval.py",
     ]
     names = (path.relative_to(ROOT).with_suffix("").parts for path in paths)
     return {".".join(parts).removesuffix(".__init__"): path for parts, path in zip(names, paths, strict=True)}
@@ -51,19 +65,29 @@ def within(name: str, module: str) -> bool:
 
 def layer(name: str) -> int | None:
     """The layer of a module, None where any may import it that doesn't make a cycle."""
-    return next((i for i, modules in enumerate(LAYERS) if any(within(name, module) for module in modules)), None)
+    return next(
+        (i for i, modules in enumerate(LAYERS) if any(within(name, module) for module in modules)), None
+    )
 
 
 def upward(name: str, source: str) -> list[str]:
     """Imports of a module from layers above its own."""
     own = layer(name)
-    above = (found for found in imports(source) if (other := layer(found)) is not None and own is not None and other > own)
+    above = (
+        found
+        for found in imports(source)
+        if (other := layer(found)) is not None and own is not None and other > own
+    )
     return sorted(above)
 
 
 def test_the_check_sees_wrong_imports() -> None:
     source = "import callbacks\ndef f():\n    from trce_lightning.module import TRCE\nfrom trce_lightning import run\n"
-    assert upward("trce_lightning.adapters.x", source) == ["callbacks", "trce_lightning.module.TRCE", "trce_lightning.run"]
+    assert upward("trce_lightning.adapters.x", source) == [
+        "callbacks",
+        "trce_lightning.module.TRCE",
+        "trce_lightning.run",
+    ]
     assert upward("callbacks.grid", source) == ["trce_lightning.run"]
     assert upward("trce_lightning.cli", source) == []
     assert upward("callbacks.grid", "if TYPE_CHECKING:\n    import trce_lightning.run") == []
@@ -91,14 +115,21 @@ def test_only_adapters_name_the_denoisers_modules() -> None:
     names = ("to_q", "to_k", "to_v", "attn1", "attn2", "encoder_hid_proj")
     for module, path in files().items():
         if not any(within(module, other) for other in exempt):
-            words = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+            words = {
+                node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
+            }
             assert words.isdisjoint(names), module
 
 
 def test_no_module_imports_itself_through_others() -> None:
     modules = files()
     graph = {
-        name: {other for found in imports(path.read_text()) for other in (found, found.rpartition(".")[0]) if other in modules}
+        name: {
+            other
+            for found in imports(path.read_text())
+            for other in (found, found.rpartition(".")[0])
+            if other in modules
+        }
         - {name}
         for name, path in modules.items()
     }

@@ -95,9 +95,13 @@ class Fit:
         self.module = TRCE(self.adapter, edit, self.config, OptimizerConfig(self.optimizer, lr=self.lr))
         self.record = Record()
 
-    def run(self, folder: Path, *callbacks: pl.Callback, ckpt_path: Path | None = None, **options: Any) -> "Fit":
+    def run(
+        self, folder: Path, *callbacks: pl.Callback, ckpt_path: Path | None = None, **options: Any
+    ) -> "Fit":
         """Fit all epochs of the configuration."""
-        trainer = cpu_trainer(folder, epochs=self.config.epochs, callbacks=(self.record, *callbacks), **options)
+        trainer = cpu_trainer(
+            folder, epochs=self.config.epochs, callbacks=(self.record, *callbacks), **options
+        )
         data = TrajectoryDataModule(self.adapter, plan_of(CONFIG), self.sampled.folder, self.config, seed=0)
         trainer.fit(self.module, data, ckpt_path=ckpt_path)
         return self
@@ -109,7 +113,9 @@ class Fit:
 
 def checkpoint_in(folder: Path) -> ModelCheckpoint:
     """As ``train.py`` configures it."""
-    return ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_epochs=1, save_on_train_epoch_end=True)
+    return ModelCheckpoint(
+        folder, save_last=True, save_top_k=0, every_n_epochs=1, save_on_train_epoch_end=True
+    )
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], **tolerance: float) -> None:
@@ -154,11 +160,14 @@ def loss_by_hand(
         for row in range(len(rows["unconditional_z_t"]))
     ]
     terms = ((1.0, erase), (config.uncond_hinge_weight, uncond), (config.preserve_weight, preserve))
-    return math.fsum(weight * sum(values) / len(values) for weight, values in (*terms, (config.pull_weight, pull)))
+    return math.fsum(
+        weight * sum(values) / len(values) for weight, values in (*terms, (config.pull_weight, pull))
+    )
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"uncond_hinge_weight": 0.7, "pull_weight": 30.0, "preserve_weight": 50.0, "batch_size": 8}]
+    "options",
+    [{}, {"uncond_hinge_weight": 0.7, "pull_weight": 30.0, "preserve_weight": 50.0, "batch_size": 8}],
 )
 def test_the_loss_by_hand(sampled: Sampled, tmp_path: Path, options: dict[str, Any]) -> None:
     """The second case has every term, and rows of the first step, which the ∅ hinge leaves out."""
@@ -219,7 +228,9 @@ def test_a_checkpoint_holds_changed_tensors_alone(sampled: Sampled, tmp_path: Pa
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
-def test_an_interrupted_fit_continues_to_the_same_weights(sampled: Sampled, tmp_path: Path, optimizer: str) -> None:
+def test_an_interrupted_fit_continues_to_the_same_weights(
+    sampled: Sampled, tmp_path: Path, optimizer: str
+) -> None:
     whole = Fit(sampled, optimizer=optimizer).run(tmp_path)
     broken = Fit(sampled, optimizer=optimizer)
     with pytest.raises(RuntimeError, match="interrupted"):
@@ -228,7 +239,9 @@ def test_an_interrupted_fit_continues_to_the_same_weights(sampled: Sampled, tmp_
     resumed = Fit(sampled, optimizer=optimizer).run(tmp_path, ckpt_path=tmp_path / "last.ckpt")
     assert_same(resumed.changed(), whole.changed())
     assert resumed.record.losses == whole.record.losses[2:]
-    assert any(not torch.equal(after_one_epoch[f"unet.{name}"], tensor) for name, tensor in whole.changed().items())
+    assert any(
+        not torch.equal(after_one_epoch[f"unet.{name}"], tensor) for name, tensor in whole.changed().items()
+    )
 
 
 def test_a_checkpoint_of_another_run_is_refused(sampled: Sampled, tmp_path: Path) -> None:
@@ -239,7 +252,9 @@ def test_a_checkpoint_of_another_run_is_refused(sampled: Sampled, tmp_path: Path
 
 def test_a_loss_that_is_not_finite_is_refused_with_advice(sampled: Sampled, tmp_path: Path) -> None:
     fit = Fit(sampled, lr=1e38)
-    with pytest.raises(ValueError, match=r"optimizer\.lr: expected finite losses, got nan at step 1 with 1e\+38; lower"):
+    with pytest.raises(
+        ValueError, match=r"optimizer\.lr: expected finite losses, got nan at step 1 with 1e\+38; lower"
+    ):
         fit.run(tmp_path, checkpoint_in(tmp_path))
     assert not (tmp_path / "last.ckpt").exists()
 
@@ -247,7 +262,10 @@ def test_a_loss_that_is_not_finite_is_refused_with_advice(sampled: Sampled, tmp_
 @pytest.mark.parametrize("name", ["adamw8bit", "paged_adamw8bit"])
 def test_eight_bit_optimizers(sampled: Sampled, tmp_path: Path, name: str) -> None:
     fit, torch_fit = (Fit(sampled, trajectory_config(epochs=1), optimizer=which) for which in (name, "adamw"))
-    classes = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
+    classes = {
+        "adamw8bit": bitsandbytes.optim.AdamW8bit,
+        "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit,
+    }
     assert isinstance(fit.module.configure_optimizers(), classes[name])
     found, expected = fit.run(tmp_path).changed(), torch_fit.run(tmp_path).changed()
     assert_same(found, expected, atol=2e-4, rtol=0.0)
@@ -256,7 +274,9 @@ def test_eight_bit_optimizers(sampled: Sampled, tmp_path: Path, name: str) -> No
 
 def test_bf16_mixed_keeps_float32_weights_and_losses(sampled: Sampled, tmp_path: Path) -> None:
     config = trajectory_config(epochs=1)
-    full, mixed = (Fit(sampled, config).run(tmp_path, precision=precision) for precision in ("32-true", "bf16-mixed"))
+    full, mixed = (
+        Fit(sampled, config).run(tmp_path, precision=precision) for precision in ("32-true", "bf16-mixed")
+    )
     assert {tensor.dtype for tensor in mixed.changed().values()} == {torch.float32}
     assert mixed.record.losses == pytest.approx(full.record.losses, rel=0.05)
     assert mixed.record.losses != full.record.losses
@@ -271,7 +291,9 @@ def test_two_processes_train_as_one_does(sampled: Sampled, tmp_path: Path) -> No
     assert_same(first, alone.changed(), atol=2e-5, rtol=1e-4)
     untrained = Fit(sampled)
     untrained.module.setup("fit")
-    moved = [(first[name] - tensor).abs().max() for name, tensor in untrained.changed().items() if "to_q" in name]
+    moved = [
+        (first[name] - tensor).abs().max() for name, tensor in untrained.changed().items() if "to_q" in name
+    ]
     assert min(moved) > 1e-3
 
 

@@ -22,7 +22,9 @@ def test_cost_by_hand() -> None:
     assert Trajectory(0, seed=1, step_indices=(3,), pair=None).network_evaluations == 4
 
 
-@pytest.mark.parametrize("options", [{}, {"shard_size": 3, "draws_per_epoch": 5}, {"unconditional_per_malicious": 0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"shard_size": 3, "draws_per_epoch": 5}, {"unconditional_per_malicious": 0}]
+)
 def test_sampling_takes_the_planned_evaluations(options: dict[str, int], tmp_path: Path) -> None:
     adapter = StableDiffusionAdapter(build_tiny_pipeline())
     config = trajectory_config(**options)
@@ -64,7 +66,9 @@ def test_steps_are_uniform_and_prompts_take_turns() -> None:
 
 def test_enough_unconditional_rows_for_every_epoch() -> None:
     config = trajectory_config(num_unconditional=7)
-    wanted = config.num_trajectories * config.draws_per_epoch * config.epochs * config.unconditional_per_malicious
+    wanted = (
+        config.num_trajectories * config.draws_per_epoch * config.epochs * config.unconditional_per_malicious
+    )
     plan = plan_of(config)
     assert 0 <= sum(len(row.step_indices) for row in plan.unconditional) - wanted < 7
     assert plan_of(trajectory_config(unconditional_per_malicious=0)).unconditional == ()
@@ -86,7 +90,11 @@ def test_the_fingerprint_covers_model_and_plan() -> None:
     ]
     prompts = [("a gun", "a kite"), ("a gun", "a hat")]
     others += [draw_plan([PromptPair(*pair)], trajectory_config(), 0) for pair in prompts]
-    found = {plan.fingerprint("model"), plan.fingerprint("other"), *(other.fingerprint("model") for other in others)}
+    found = {
+        plan.fingerprint("model"),
+        plan.fingerprint("other"),
+        *(other.fingerprint("model") for other in others),
+    }
     assert len(found) == 2 + len(others)
 
 

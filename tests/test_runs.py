@@ -88,7 +88,9 @@ def test_a_chosen_output_is_continued_or_refused(tmp_path: Path) -> None:
     assert not any(file.exists() for file in left)
 
 
-def test_further_processes_use_the_folder_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_further_processes_use_the_folder_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = runs.open_folder(config_of(tmp_path))
     assert os.environ[runs.FOLDER_VARIABLE] == str(folder)
     (folder / "metrics.json").write_text("{}")

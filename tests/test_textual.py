@@ -1,4 +1,4 @@
-"""Stage 1 on a real pipeline: the edited network on E is the original one on E Tᵀ, and what T is solved from."""
+"""Stage 1 on a real pipeline: the edited network on E is the original on E Tᵀ, and what T is solved from."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,9 +34,13 @@ def state_at(adapter: StableDiffusionAdapter, prompt: str, position: str) -> Ten
 
 def test_the_edited_network_on_e_is_the_original_on_e_t(tiny_pipeline: StableDiffusionPipeline) -> None:
     adapter = StableDiffusionAdapter(tiny_pipeline)
-    edit = textual_statistics(adapter, [WEAPONS], KEEP_PROMPTS, TextualConfig(eta=0.1)).solve(TextualConfig(eta=0.1))
+    edit = textual_statistics(adapter, [WEAPONS], KEEP_PROMPTS, TextualConfig(eta=0.1)).solve(
+        TextualConfig(eta=0.1)
+    )
     states = adapter.encode(["a gun", "tea", ""]).states.double()
-    z_t = torch.randn(3, *adapter.latent_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z_t = torch.randn(
+        3, *adapter.latent_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     unet = adapter.unet.double()
     timestep = torch.tensor([900, 500, 10])
     with torch.no_grad():
@@ -99,7 +103,9 @@ def test_pairs_at_several_positions_go_to_the_safe_end_of_text(
         end = input_ids[0].tolist().index(tiny_adapter.tokenizer.eos_token_id)
         # The tiny tokenizer makes one token of each letter.
         first = 1 + len(pair.malicious[: pair.malicious.index(term)].replace(" ", ""))
-        chosen = {"keyword": range(first, first + len(term) - 1), "padding": range(end + 1, MAX_LENGTH)}[position]
+        chosen = {"keyword": range(first, first + len(term) - 1), "padding": range(end + 1, MAX_LENGTH)}[
+            position
+        ]
         rows += [states[0, token_index] for token_index in chosen]
         targets += [state_at(tiny_adapter, pair.safe, "eot")] * len(chosen)
     torch.testing.assert_close(malicious, torch.stack(rows), atol=1e-5, rtol=1e-4)
@@ -143,8 +149,13 @@ def test_kept_states_by_hand(tiny_adapter: StableDiffusionAdapter) -> None:
 def test_several_concepts_are_one_solution(tiny_adapter: StableDiffusionAdapter) -> None:
     config = TextualConfig(eta=0.5)
     statistics = textual_statistics(tiny_adapter, [WEAPONS, DRINKS], KEEP_PROMPTS, config)
-    assert [(name, pairs.count) for name, pairs in statistics.pairs.items()] == [("weapons", 6), ("drinks", 2)]
-    expected = solve_edit(merge_pairs(list(statistics.pairs.values())), statistics.keep, eta=0.5, ridge=config.ridge)
+    assert [(name, pairs.count) for name, pairs in statistics.pairs.items()] == [
+        ("weapons", 6),
+        ("drinks", 2),
+    ]
+    expected = solve_edit(
+        merge_pairs(list(statistics.pairs.values())), statistics.keep, eta=0.5, ridge=config.ridge
+    )
     assert torch.equal(statistics.solve(config).transform, expected.transform)
 
 
@@ -162,7 +173,9 @@ def test_kept_prompts_are_encoded_once_for_an_encoder(
     save_file({"k": 2 * load_file(file)["k"]}, file)
     assert not torch.allclose(keep(tiny_adapter, KEEP_PROMPTS, tmp_path), expected)
     # Other prompts and another encoder have a file of their own.
-    assert torch.equal(keep(tiny_adapter, KEEP_PROMPTS[1:], tmp_path), keep(tiny_adapter, KEEP_PROMPTS[1:], None))
+    assert torch.equal(
+        keep(tiny_adapter, KEEP_PROMPTS[1:], tmp_path), keep(tiny_adapter, KEEP_PROMPTS[1:], None)
+    )
     next(tiny_pipeline.text_encoder.parameters()).data += 0.1
     other = StableDiffusionAdapter(tiny_pipeline)
     assert torch.equal(keep(other, KEEP_PROMPTS, tmp_path), keep(other, KEEP_PROMPTS, None))

@@ -32,19 +32,25 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @torch.no_grad()
-def naive_rows(adapter: StableDiffusionAdapter, plan: TrajectoryPlan, trajectory: Trajectory) -> list[dict[str, Tensor]]:
+def naive_rows(
+    adapter: StableDiffusionAdapter, plan: TrajectoryPlan, trajectory: Trajectory
+) -> list[dict[str, Tensor]]:
     """One trajectory, one prompt at a time, all steps, stepped by diffusers."""
     scheduler = DDIMScheduler.from_config(adapter.pipeline.scheduler.config)
     scheduler.set_timesteps(plan.num_steps)
     prompts = {"uncond": ""}
     if trajectory.pair:
         prompts |= {"malicious": trajectory.pair.malicious, "safe": trajectory.pair.safe}
-    states = {kind: adapter.pipeline.encode_prompt(text, "cpu", 1, False)[0] for kind, text in prompts.items()}
+    states = {
+        kind: adapter.pipeline.encode_prompt(text, "cpu", 1, False)[0] for kind, text in prompts.items()
+    }
     z_t = noise(adapter.latent_shape, trajectory.seed)[None]
     visited = []
     for timestep in scheduler.timesteps:
         eps = {kind: adapter.unet(z_t, timestep, text).sample for kind, text in states.items()}
-        visited.append({"z_t": z_t[0], **{kind: value[0] for kind, value in eps.items()}, "timestep": timestep})
+        visited.append(
+            {"z_t": z_t[0], **{kind: value[0] for kind, value in eps.items()}, "timestep": timestep}
+        )
         guided = eps["uncond"]
         if trajectory.pair:
             guided = eps["uncond"] + plan.guidance_scale * (eps["malicious"] - eps["uncond"])
@@ -91,7 +97,9 @@ def test_trajectories_of_another_model_are_refused_by_name(cache: Path, tmp_path
     name = shards(plan_of(CONFIG), CONFIG.shard_size)[0][0]
     before = contents(cache)
     with pytest.raises(ValueError, match=rf"{name}.*fingerprint"):
-        sample_missing(cpu_trainer(tmp_path), StableDiffusionAdapter(pipeline), plan_of(CONFIG), cache, CONFIG.shard_size)
+        sample_missing(
+            cpu_trainer(tmp_path), StableDiffusionAdapter(pipeline), plan_of(CONFIG), cache, CONFIG.shard_size
+        )
     assert contents(cache) == before
 
 
@@ -114,7 +122,9 @@ def test_shard_size_changes_files_and_no_rows(
     for shard_size in (1, 3, 16):
         sample_missing(cpu_trainer(tmp_path), tiny_adapter, plan, folder, shard_size)
         for kind in ("malicious", "unconditional"):
-            rows, expected = (load_rows(plan, *place, kind) for place in ((folder, shard_size), (cache, CONFIG.shard_size)))
+            rows, expected = (
+                load_rows(plan, *place, kind) for place in ((folder, shard_size), (cache, CONFIG.shard_size))
+            )
             assert rows.keys() == expected.keys()
             for name in rows:
                 torch.testing.assert_close(rows[name], expected[name], **CLOSE)
@@ -134,4 +144,3 @@ def test_ranks_share_the_shards(
         expected = load_rows(plan, cache, CONFIG.shard_size, kind)
         for name in rows:
             torch.testing.assert_close(rows[name], expected[name], **CLOSE)
-

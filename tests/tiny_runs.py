@@ -43,7 +43,9 @@ def plan_of(config: TrajectoryConfig, seed: int = 0) -> TrajectoryPlan:
     return draw_plan(WEAPONS.pairs(), config, seed)
 
 
-def cpu_trainer(folder: Path, *, epochs: int = 1, callbacks: tuple[pl.Callback, ...] = (), **options: Any) -> pl.Trainer:
+def cpu_trainer(
+    folder: Path, *, epochs: int = 1, callbacks: tuple[pl.Callback, ...] = (), **options: Any
+) -> pl.Trainer:
     """A Trainer as ``train.py`` makes it, on one CPU process unless ``options`` say otherwise."""
     cpu = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "enable_progress_bar": False}
     return make_trainer(TrainerConfig(**(cpu | options)), folder, epochs=epochs, callbacks=callbacks)

@@ -113,7 +113,10 @@ class TRCE(pl.LightningModule):
     def _predict(self, batch: Batch) -> dict[str, Tensor]:
         """ε̂ of every kind in one forward: (z_t, c_m), (z_t, ∅) where the ∅ hinge holds, (z_u, ∅)."""
         empty = self._empty_states()
-        inputs = {"malicious": ("malicious", slice(None), batch["malicious_states"])}
+        every = slice(None)
+        inputs: dict[str, tuple[str, slice | Tensor, Tensor]] = {
+            "malicious": ("malicious", every, batch["malicious_states"])
+        }
         if self.trajectory.uncond_hinge_weight:
             # At pure noise malicious and unconditional latents have one distribution: there the preserve loss
             # asks for the opposite.
@@ -121,7 +124,7 @@ class TRCE(pl.LightningModule):
             inputs["uncond"] = ("malicious", later, empty.expand(len(later), -1, -1))
         if "unconditional_z_t" in batch and self.trajectory.preserve_weight:
             count = len(batch["unconditional_z_t"])
-            inputs["preserve"] = ("unconditional", slice(None), empty.expand(count, -1, -1))
+            inputs["preserve"] = ("unconditional", every, empty.expand(count, -1, -1))
         z_t = torch.cat([batch[f"{kind}_z_t"][rows] for kind, rows, _ in inputs.values()])
         timestep = torch.cat([batch[f"{kind}_timestep"][rows] for kind, rows, _ in inputs.values()])
         output = self.adapter.predict(z_t, timestep, torch.cat([states for *_, states in inputs.values()]))

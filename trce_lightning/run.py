@@ -17,7 +17,7 @@ from callbacks.image_grid import grid_of
 from trce_lightning import announce, runs
 from trce_lightning.concepts import Concept
 from trce_lightning.report import results_table, write_scores_csv
-from trce_lightning.schema import ConceptConfig, EvalConfig, TrainConfig
+from trce_lightning.schema import EvalConfig, TrainConfig
 from trce_lightning.scoring import Scored
 from trce_lightning.session import Session, concepts_of, source_of
 from trce_lightning.storage import write_json
@@ -54,20 +54,21 @@ def evaluate(config: EvalConfig) -> None:
     session.adapter.to(trainer.strategy.root_device)
     start = time.monotonic()
     scores, _ = scorer("eval", folder=folder / "images")
+    model = str(source_of(config.model))
     metrics = {
         "schema": 1,
         "concept": [concept.name for concept in session.concepts],
-        "model": str(source_of(config.model)),
+        "model": model,
         "commit": runs.commit(),
         "scores": scores,
         "seconds": {"images": round(time.monotonic() - start, 2)},
         "network_evaluations": {"images": scorer.network_evaluations},
     }
     Scored(scores, scorer.hits).save(folder / "scored" / "eval.json")
-    grid_of(scorer, {Path(metrics["model"]).name: folder / "images"}, folder / "grid.png")
+    grid_of(scorer, {Path(model).name: folder / "images"}, folder / "grid.png")
     write_scores_csv(folder / "metrics.csv", metrics)
     write_json(folder / "metrics.json", metrics)
-    log.info("%s\n%s", folder, results_table({Path(metrics["model"]).name: scores}))
+    log.info("%s\n%s", folder, results_table({Path(model).name: scores}))
 
 
 def merge_previous(config: TrainConfig) -> list[Concept]:
@@ -84,9 +85,9 @@ def merge_previous(config: TrainConfig) -> list[Concept]:
     earlier = OmegaConf.load(folder / runs.CONFIG)
     if OmegaConf.to_container(earlier.model) != OmegaConf.to_container(OmegaConf.structured(config.model)):
         raise ValueError(f"previous: expected a run on the same model, got one on {earlier.model.name}")
-    for name, concept in OmegaConf.to_container(earlier.concept).items():
-        if name not in config.concept:
-            config.concept[name] = ConceptConfig(**concept)
+    restored = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), earlier))
+    assert isinstance(restored, TrainConfig)
+    config.concept = restored.concept | config.concept
     return concepts_of(config)
 
 

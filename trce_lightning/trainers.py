@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -36,19 +37,20 @@ def make_trainer(
     loggers: Sequence[Logger] = (),
 ) -> pl.Trainer:
     """A Trainer on the configured devices; ``DeviceConfig`` alone gives one that only predicts."""
-    fitting = {}
+    fitting: dict[str, Any] = {}
     if isinstance(config, TrainerConfig):
         fitting = {
             "gradient_clip_val": config.gradient_clip_val,
             "accumulate_grad_batches": config.accumulate_grad_batches,
             "log_every_n_steps": config.log_every_n_steps,
         }
+    precision: Any = choose_precision(config.precision, config.accelerator)
     return pl.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
         strategy=config.strategy,
-        precision=choose_precision(config.precision, config.accelerator),
+        precision=precision,
         max_epochs=epochs,
         enable_progress_bar=config.enable_progress_bar,
         enable_model_summary=False,
@@ -77,7 +79,7 @@ def _wandb_logger(config: LoggerConfig, folder: Path, name: str) -> WandbLogger:
 
     (folder / "wandb").mkdir(parents=True, exist_ok=True)
     online = bool(os.environ.get("WANDB_API_KEY") or wandb.setup().settings.api_key)
-    options = {
+    options: dict[str, Any] = {
         "project": config.project,
         "name": name,
         "save_dir": folder,

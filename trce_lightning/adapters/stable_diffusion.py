@@ -178,8 +178,8 @@ def refuse_unless_causal(pipeline: StableDiffusionPipeline) -> None:
     start, end = pipeline.tokenizer.bos_token_id, pipeline.tokenizer.eos_token_id
     device = pipeline.text_encoder.device
     short, other = torch.tensor([[start, end, end]]), torch.tensor([[start, end, start]])
-    states = [pipeline.text_encoder(ids.to(device))[0][:, :2] for ids in (short, other)]
-    if not torch.allclose(*states, atol=1e-3):
+    before, after = (pipeline.text_encoder(ids.to(device))[0][:, :2] for ids in (short, other))
+    if not torch.allclose(before, after, atol=1e-3):
         raise ValueError("model: expected a causal text encoder; this one's end of text sees what follows it")
 
 
@@ -190,7 +190,7 @@ def load_adapter(
     revision: str | None = None,
     resolution: int | None = None,
 ) -> StableDiffusionAdapter:
-    """Open a pipeline folder, or the hub id ``owner/name`` if there is no such folder; a ``Path`` is a folder.
+    """Open a pipeline folder, or a hub id ``owner/name`` if there is no such folder; a ``Path`` is a folder.
 
     Raises:
         FileNotFoundError: ``source`` is a path and holds no pipeline; no hub is asked for it.

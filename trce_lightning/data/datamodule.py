@@ -59,7 +59,8 @@ class EpochBatches(DistributedSampler[list[int]]):
     The last batch is filled up from the front of the order, so all batches have one size and the mean over
     ranks is the mean over the batch. ``ValueError`` unless the batch divides by the number of ranks.
 
-    Lightning tells the epoch to a loader's ``sampler`` alone, and only a ``DistributedSampler`` keeps its place.
+    Lightning tells the epoch to a loader's ``sampler`` alone, and replaces one that isn't a
+    ``DistributedSampler``.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class TrajectoryDataModule(pl.LightningDataModule):
         others = torch.tensor([row for item in items for row in item.unconditional], dtype=torch.long)
         return batch | {f"unconditional_{key}": values[others] for key, values in self.unconditional.items()}
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[list[EpochItem]]:
         """One pass over an epoch's draws."""
         assert self.trainer is not None
         points = TrajectoryPoints(self.plan, self.config)

@@ -92,7 +92,7 @@ def _fill_templates(subjects: Iterable[str]) -> list[str]:
 
 
 def _class_names() -> list[str]:
-    from torchvision.models import get_weight  # type: ignore[import-untyped]  # slow to import, and needed by this source of prompts only
+    from torchvision.models import get_weight
 
     weights = ("ResNet18_Weights.IMAGENET1K_V1", "FasterRCNN_ResNet50_FPN_Weights.COCO_V1")
     names = [name for weight in weights for name in get_weight(weight).meta["categories"]]

@@ -154,7 +154,7 @@ def sample_missing(
         # Lightning moves batches to the device field by field and refuses frozen dataclasses: send indices.
         # It also wants at least one for each rank.
         indices = range(max(len(missing), trainer.world_size))
-        loader = DataLoader(indices, batch_size=None, num_workers=0)  # type: ignore[arg-type]
+        loader: DataLoader[int] = DataLoader(indices, batch_size=None)  # type: ignore[arg-type]
         trainer.predict(sampler, loader, return_predictions=False)
         trainer.strategy.barrier()
     return sum(row.network_evaluations for _, rows in missing for row in rows)

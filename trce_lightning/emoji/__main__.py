@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
 from trce_lightning.emoji.art import RESOLUTION, Composites, composites, fetch, load_sprites
-from trce_lightning.emoji.captions import caption, captions
+from trce_lightning.emoji.captions import captions
 from trce_lightning.emoji.clip import ClipPart, build_tokenizer, zero_shot_accuracy
 from trce_lightning.emoji.judge import JudgePart, measure
 from trce_lightning.emoji.package import export, weights_folder
@@ -62,8 +62,8 @@ def train_clip(folder: Path) -> None:
     """Tokenizer and CLIP pair, and the pair's zero-shot accuracy on held-out composites."""
     rows = dataset(folder, held_out=False)
     rng = Random(1)
-    labels = [column.tolist() for column in (rows.subject, rows.style, rows.background)]
-    tokenizer = build_tokenizer([text for _ in range(4) for text in captions(*labels, rng)])
+    labels = (rows.subject, rows.style, rows.background)
+    tokenizer = build_tokenizer([text for _ in range(4) for text in captions(labels, rng)])
     part = ClipPart(tokenizer, max_steps=CLIP_STEPS)
     fit(part, labelled_loader(rows, batch_size=192), folder / "clip", ema_decay=0.995)
     processor = CLIPImageProcessor(
@@ -95,9 +95,9 @@ def train_unet(folder: Path) -> None:
         CLIPTokenizer.from_pretrained(folder / "clip"),
         CLIPTextModel.from_pretrained(folder / "clip"),
     )
-    labels = [column.tolist() for column in (rows.subject, rows.style, rows.background)]
-    rng = Random(2)
-    texts = [caption(*row, rng) for row in zip(*labels, strict=True) for _ in range(CAPTIONS_PER_COMPOSITE)]
+    labels = (rows.subject, rows.style, rows.background)
+    repeated = [column.repeat_interleave(CAPTIONS_PER_COMPOSITE) for column in labels]
+    texts = captions(repeated, Random(2))
     bank = encode_captions(tokenizer, encoder, texts).unflatten(0, (len(latents), CAPTIONS_PER_COMPOSITE))
     part = UNetPart(encode_captions(tokenizer, encoder, [""]), vae.config.scaling_factor, UNET_STEPS)
     loader = DataLoader(TensorDataset(latents, bank), batch_size=64, shuffle=True, drop_last=True)
@@ -105,7 +105,9 @@ def train_unet(folder: Path) -> None:
     part.unet.save_pretrained(folder / "unet")
 
 
-def labelled_loader(rows: Composites, batch_size: int, *, train: bool = True) -> DataLoader[list[Tensor]]:
+def labelled_loader(
+    rows: Composites, batch_size: int, *, train: bool = True
+) -> DataLoader[tuple[Tensor, ...]]:
     """Batches of images and the three label columns."""
     columns = TensorDataset(rows.images, rows.subject, rows.style, rows.background)
     return DataLoader(columns, batch_size=batch_size, shuffle=train, drop_last=train)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
+from torch import Tensor
+
 from trce_lightning.emoji.subjects import BACKGROUNDS, CATEGORY_WORDS, STYLES, SUBJECTS, Subject
 
 STYLE_WORDS: dict[str, tuple[str, ...]] = {
@@ -170,8 +172,7 @@ def caption(subject: int, style: int, background: int, rng: Random) -> str:
     return phrase
 
 
-def captions(
-    subject: Sequence[int], style: Sequence[int], background: Sequence[int], rng: Random
-) -> list[str]:
-    """One training caption a row."""
-    return [caption(*labels, rng) for labels in zip(subject, style, background, strict=True)]
+def captions(labels: Sequence[Tensor], rng: Random) -> list[str]:
+    """One training caption a row of the three label columns, each ``[B]``."""
+    subject, style, background = (column.tolist() for column in labels)
+    return [caption(*row, rng) for row in zip(subject, style, background, strict=True)]

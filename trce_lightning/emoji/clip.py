@@ -115,7 +115,7 @@ class ClipPart(Part):
     def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
         """``batch``: images ``[B, 3, 64, 64]`` uint8, then the three label columns."""
         images, *labels = batch
-        texts = captions(*(column.tolist() for column in labels), self.rng)
+        texts = captions(labels, self.rng)
         tokens = self.tokenizer(texts, padding="longest", truncation=True, return_tensors="pt").to(
             self.device
         )

@@ -1,8 +1,8 @@
 """What the embedded model can draw: subjects, their art and the words that captions use for them.
 
 A subject is one Unicode emoji that Noto, Twemoji and Fluent all draw. ``keywords`` name or hint at it
-without its name; sensitive categories share further general words (``CATEGORY_WORDS``), which makes *implicit*
-prompts work: "a killer with a weapon" shows some violent subject.
+without its name; sensitive categories share further general words (``CATEGORY_WORDS``), which makes
+*implicit* prompts work: "a killer with a weapon" shows some violent subject.
 """
 
 from __future__ import annotations

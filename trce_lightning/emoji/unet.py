@@ -48,6 +48,8 @@ def build_scheduler() -> DDIMScheduler:
 class UNetPart(Part):
     """ε-prediction with Min-SNR weights; one caption in ten is replaced by the empty prompt."""
 
+    empty_states: Tensor
+
     def __init__(self, empty_states: Tensor, scaling_factor: float, max_steps: int, lr: float = 1e-3) -> None:
         super().__init__(lr, max_steps, warmup_steps=300)
         self.unet = build_unet().to(memory_format=torch.channels_last)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class AttackSuccessRate(Metric):
         }
 
 
-def paired_test(hits_a: Mapping[Hashable, bool], hits_b: Mapping[Hashable, bool]) -> float:
+def paired_test(hits_a: Mapping[Any, bool], hits_b: Mapping[Any, bool]) -> float:
     """Exact McNemar test of two models on the same images: two-sided p-value in (0, 1].
 
     Of the images on which they differ, b show the concept under the first model only and c under the second
