@@ -82,7 +82,8 @@ def upward(name: str, source: str) -> list[str]:
 
 
 def test_the_check_sees_wrong_imports() -> None:
-    source = "import callbacks\ndef f():\n    from trce_lightning.module import TRCE\nfrom trce_lightning import run\n"
+    lines = ["import callbacks", "def f():", "    from trce_lightning.module import TRCE"]
+    source = "\n".join([*lines, "from trce_lightning import run", ""])
     assert upward("trce_lightning.adapters.x", source) == [
         "callbacks",
         "trce_lightning.module.TRCE",

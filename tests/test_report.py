@@ -72,17 +72,19 @@ def test_grid_holds_every_image_enlarged_with_rows_of_a_prompt_aligned():
     assert tops[0] == tops[1] < tops[2] == tops[3] < tops[4]
 
 
-def test_grid_keeps_pixels_and_channels():
+@pytest.mark.parametrize("scale", [1, 2])
+def test_grid_repeats_pixels_and_keeps_channels(scale):
     image = torch.randint(
         0, 255, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
-    pixels = np.asarray(image_grid([("x", image)], [""], scale=1))
-    wanted = image[0].permute(1, 2, 0).numpy()
+    pixels = np.asarray(image_grid([("x", image)], [""], scale=scale))
+    wanted = image[0].permute(1, 2, 0).numpy().repeat(scale, axis=0).repeat(scale, axis=1)
+    size = len(wanted)
     places = [
         (top, left)
-        for top in range(pixels.shape[0] - 15)
-        for left in range(pixels.shape[1] - 15)
-        if (pixels[top : top + 16, left : left + 16] == wanted).all()
+        for top in range(pixels.shape[0] - size + 1)
+        for left in range(pixels.shape[1] - size + 1)
+        if (pixels[top : top + size, left : left + size] == wanted).all()
     ]
     assert len(places) == 1
 

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.data.prompt_sets import PromptRecord
 from trce_lightning.image_folder import claim, guidance_scales, image_seed, load_images, manifest, write_png
-from trce_lightning.sampling import classifier_free_guidance, ddim_step, noise, previous_alpha_bar
+from trce_lightning.sampling import classifier_free_guidance, noise
 
 __all__ = ["generate", "generate_to", "load_images", "planned_evaluations", "shard"]
 
@@ -145,17 +145,9 @@ class _Sampler:
                     torch.tensor(guided, dtype=torch.int64, device=eps.device),
                     classifier_free_guidance(uncond, eps[guided], scales[guided]),
                 )
-                z_t = self._step(eps, z_t, step_index)
+                z_t = adapter.step(eps, z_t, self.timesteps, step_index)
                 progress.update(len(states))
             return adapter.decode(z_t).cpu()
-
-    def _step(self, prediction: Tensor, z_t: Tensor, step_index: int) -> Tensor:
-        alphas_cumprod, config = self.adapter.alphas_cumprod, self.adapter.scheduler.config
-        alpha_bar_prev = previous_alpha_bar(
-            alphas_cumprod, self.timesteps, step_index, config.set_alpha_to_one
-        )
-        alpha_bar_t = alphas_cumprod[self.timesteps[step_index]]
-        return ddim_step(prediction, z_t, alpha_bar_t, alpha_bar_prev, self.adapter.prediction_type)
 
 
 def _batches(records: Sequence[PromptRecord], batch_size: int) -> list[Batch]:

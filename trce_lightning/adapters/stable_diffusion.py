@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from trce_lightning.sampling import ddim_step, previous_alpha_bar
 from trce_lightning.tokens import trim_length
 
 
@@ -98,12 +99,22 @@ class StableDiffusionAdapter:
     def predict(self, z_t: Tensor, timestep: Tensor | int, states: Tensor) -> Tensor:
         """The denoiser's output for latents ``[B, C, H, W]`` and text states ``[B, L, d]``, float32."""
         self.network_evaluations += len(z_t)
-        return self.unet(z_t, timestep, encoder_hidden_states=states).sample.float()
+        dtype = self.unet.dtype
+        return self.unet(z_t.to(dtype), timestep, encoder_hidden_states=states.to(dtype)).sample.float()
+
+    def step(self, prediction: Tensor, z_t: Tensor, timesteps: Tensor, step_index: int) -> Tensor:
+        """The DDIM step from ``timesteps[step_index]`` to the next of ``timesteps``."""
+        alpha_bar_t = self.alphas_cumprod[timesteps[step_index]]
+        alpha_bar_prev = previous_alpha_bar(
+            self.alphas_cumprod, timesteps, step_index, self.scheduler.config.set_alpha_to_one
+        )
+        return ddim_step(prediction, z_t, alpha_bar_t, alpha_bar_prev, self.prediction_type)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents → uint8 RGB ``[B, 3, H, W]``, rounded as diffusers' image processor does."""
-        pixels = self.vae.decode(latents / self.vae.config.scaling_factor).sample.float()
+        latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        pixels = self.vae.decode(latents).sample.float()
         return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
     def text_projections(self) -> dict[str, nn.Linear]:

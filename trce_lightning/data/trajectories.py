@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.data.plan import Trajectory, TrajectoryPlan
-from trce_lightning.sampling import classifier_free_guidance, ddim_step, noise, previous_alpha_bar
+from trce_lightning.sampling import classifier_free_guidance, noise
 from trce_lightning.storage import write_safetensors
 
 Shard = tuple[str, tuple[Trajectory, ...]]
@@ -96,7 +96,7 @@ class TrajectorySampler(pl.LightningModule):
             guided = eps["uncond"]
             if "malicious" in eps:
                 guided = classifier_free_guidance(eps["uncond"], eps["malicious"], self.plan.guidance_scale)
-            z_t = self._step(guided, z_t, step_index)
+            z_t = self.adapter.step(guided, z_t, self.timesteps, step_index)
         rows = [kept[i, step_index] for i, row in enumerate(trajectories) for step_index in row.step_indices]
         return _stack(rows) | self._labels(trajectories)
 
@@ -113,14 +113,6 @@ class TrajectorySampler(pl.LightningModule):
         for kind, part in zip(states, parts, strict=True):
             full[kind][chosen[kind]] = part
         return full
-
-    def _step(self, prediction: Tensor, z_t: Tensor, step_index: int) -> Tensor:
-        alphas_cumprod, config = self.adapter.alphas_cumprod, self.adapter.scheduler.config
-        alpha_bar_prev = previous_alpha_bar(
-            alphas_cumprod, self.timesteps, step_index, config.set_alpha_to_one
-        )
-        alpha_bar_t = alphas_cumprod[self.timesteps[step_index]]
-        return ddim_step(prediction, z_t, alpha_bar_t, alpha_bar_prev, self.adapter.prediction_type)
 
     def _labels(self, trajectories: Sequence[Trajectory]) -> dict[str, Tensor]:
         pairs = [(row.index, step_index) for row in trajectories for step_index in row.step_indices]
