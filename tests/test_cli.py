@@ -77,7 +77,7 @@ WRONG = [
     (["concept=violence", "textual.ridge=nan"], ["'textual.ridge'", "finite"]),
     (["concept=violence", "optimizer.lr=0"], ["'optimizer.lr'", "more than 0"]),
     (["concept=violence", "optimizer.betas=[0.9,1.0]"], ["'optimizer.betas'", "less than 1"]),
-    (["concept=violence", "trajectory.early_steps=51"], ["'trajectory.early_steps'", "50", "51"]),
+    (["concept=violence", "trajectory.early_steps=51"], ["'trajectory.early_steps'", "20", "51"]),
     (["concept=violence", "trainer.devices=0"], ["'trainer.devices'", "got 0"]),
     (["concept=violence", "output=/dev/null/x"], ["'output'", "/dev/null"]),
     (["concept=violence", "model.path=gone"], ["'model.path'", "'gone'"]),

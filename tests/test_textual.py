@@ -92,20 +92,27 @@ def test_pairs_at_one_position_each(tiny_adapter: StableDiffusionAdapter, positi
     assert (malicious - safe).abs().max() > 0.1 or position == "sot"
 
 
-@pytest.mark.parametrize("position", ["keyword", "padding"])
-def test_pairs_at_several_positions_go_to_the_safe_end_of_text(
-    tiny_adapter: StableDiffusionAdapter, position: str
-) -> None:
-    malicious, safe = pair_states(tiny_adapter, WEAPONS, [position])
+def test_padding_pairs_position_by_position(tiny_adapter: StableDiffusionAdapter) -> None:
+    malicious, safe = pair_states(tiny_adapter, WEAPONS, ["padding"])
+    rows, targets = [], []
+    for pair in WEAPONS.pairs():
+        (source, *_), (target, *_) = (tiny_adapter.encode([text]).states for text in pair)
+        ids = [tiny_adapter.encode([text]).input_ids[0].tolist() for text in pair]
+        start = max(row.index(tiny_adapter.tokenizer.eos_token_id) for row in ids) + 1
+        rows.append(source[start:])
+        targets.append(target[start:])
+    torch.testing.assert_close(malicious, torch.cat(rows), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(safe, torch.cat(targets), atol=1e-5, rtol=1e-4)
+
+
+def test_keywords_go_to_the_safe_end_of_text(tiny_adapter: StableDiffusionAdapter) -> None:
+    malicious, safe = pair_states(tiny_adapter, WEAPONS, ["keyword"])
     rows, targets = [], []
     for pair, term in zip(WEAPONS.pairs(), ["a gun"] * 3 + ["an axe"] * 3, strict=True):
-        states, input_ids = tiny_adapter.encode([pair.malicious])
-        end = input_ids[0].tolist().index(tiny_adapter.tokenizer.eos_token_id)
+        states = tiny_adapter.encode([pair.malicious]).states
         # The tiny tokenizer makes one token of each letter.
         first = 1 + len(pair.malicious[: pair.malicious.index(term)].replace(" ", ""))
-        chosen = {"keyword": range(first, first + len(term) - 1), "padding": range(end + 1, MAX_LENGTH)}[
-            position
-        ]
+        chosen = range(first, first + len(term) - 1)
         rows += [states[0, token_index] for token_index in chosen]
         targets += [state_at(tiny_adapter, pair.safe, "eot")] * len(chosen)
     torch.testing.assert_close(malicious, torch.stack(rows), atol=1e-5, rtol=1e-4)

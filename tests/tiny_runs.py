@@ -28,7 +28,7 @@ def trajectory_config(**options: Any) -> TrajectoryConfig:
         "num_steps": 5,
         "early_steps": 3,
         "beta": 4.0,
-        "margin": 0.05,
+        "margin": 1.0,
         "batch_size": 4,
         "unconditional_per_malicious": 2,
         "draws_per_epoch": 2,

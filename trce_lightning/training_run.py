@@ -175,10 +175,10 @@ class TrainingRun:
     def _callbacks(self) -> list[pl.Callback]:
         checkpoint = ModelCheckpoint(
             self.folder / "checkpoints",
-            save_last=True,
-            save_top_k=0,
+            filename="last",
             every_n_epochs=1,
             save_on_train_epoch_end=True,
+            enable_version_counter=False,
         )
         if "epochs" not in self.scorers:
             return [checkpoint]
