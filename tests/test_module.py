@@ -197,7 +197,8 @@ def test_only_queries_train_and_k_v_are_w_t(sampled: Sampled, tmp_path: Path) ->
             torch.testing.assert_close(tensor, (original[name].double() @ sampled.edit.transform).float())
         else:
             assert torch.equal(tensor, original[name]), name
-    assert {parameter.requires_grad for parameter in fit.module.trainable.values()} == {True}
+    free = {name for name, parameter in fit.adapter.unet.named_parameters() if parameter.requires_grad}
+    assert free == set(fit.module.trainable)
 
 
 def test_stage_1_is_applied_once(sampled: Sampled) -> None:
@@ -209,16 +210,15 @@ def test_stage_1_is_applied_once(sampled: Sampled) -> None:
 
 
 def test_losses_fall_on_few_points(sampled: Sampled, tmp_path: Path) -> None:
-    config = trajectory_config(epochs=2, preserve_weight=1.0)
-    fit = Fit(sampled, config, lr=3e-2)
-    first = fit.run(tmp_path).record.epochs[0]
-    for _ in range(4):
+    """Each fit serves the same eight points in its two epochs."""
+    fit = Fit(sampled, trajectory_config(preserve_weight=1.0, margin=0.2), lr=3e-2, edited=False)
+    for _ in range(5):
         fit.run(tmp_path)
-    last = fit.record.epochs[-1]
-    assert last["loss/total_epoch"] < first["loss/total_epoch"]
-    assert last["loss/erase_epoch"] < first["loss/erase_epoch"]
-    assert 0 <= last["hinge/active_fraction_epoch"] <= first["hinge/active_fraction_epoch"] <= 1
-    assert last["hinge/needed_displacement_epoch"] < first["hinge/needed_displacement_epoch"]
+    first, *_, last = (fit.record.epochs[start : start + 2] for start in range(0, 10, 2))
+    names = ("loss/total", "loss/erase", "hinge/active_fraction", "hinge/needed_displacement")
+    for name in names:
+        before, after = (math.fsum(epoch[f"{name}_epoch"] for epoch in epochs) for epochs in (first, last))
+        assert 0 <= after < 0.5 * before, name
 
 
 @pytest.mark.parametrize("edited", [True, False])

@@ -78,6 +78,11 @@ def test_the_same_seed_draws_the_same_plan() -> None:
     config = trajectory_config()
     assert plan_of(config) == plan_of(config)
     assert plan_of(config).fingerprint("model") == plan_of(config).fingerprint("model")
+    steps, prompts = (
+        [[getattr(row, name) for row in plan_of(config, seed).malicious] for seed in (0, 1)]
+        for name in ("step_indices", "pair")
+    )
+    assert steps[0] != steps[1] and prompts[0] != prompts[1]
 
 
 def test_the_fingerprint_covers_model_and_plan() -> None:
