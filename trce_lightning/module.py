@@ -102,7 +102,7 @@ class TRCE(pl.LightningModule):
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         if not torch.isfinite(loss):
             raise ValueError(
-                f"optimizer.lr: expected finite losses, got {float(loss)} at step {self.global_step} with "
+                f"optimizer.lr: expected finite losses, got {float(loss.detach())} at step {self.global_step} with "
                 f"{self.optimizer.lr}; lower it, or raise trainer.precision"
             )
         logged = {f"loss/{name}": term.detach() for name, term in terms.items()}
