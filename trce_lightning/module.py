@@ -102,8 +102,8 @@ class TRCE(pl.LightningModule):
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         if not torch.isfinite(loss):
             raise ValueError(
-                f"optimizer.lr: expected finite losses, got {float(loss.detach())} at step {self.global_step} with "
-                f"{self.optimizer.lr}; lower it, or raise trainer.precision"
+                f"optimizer.lr: expected finite losses, got {float(loss.detach())} at step "
+                f"{self.global_step} with {self.optimizer.lr}; lower it, or raise trainer.precision"
             )
         logged = {f"loss/{name}": term.detach() for name, term in terms.items()}
         self.log_dict({"loss/total": loss.detach(), **logged}, on_step=True, on_epoch=True, batch_size=1)
