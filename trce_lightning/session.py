@@ -137,7 +137,9 @@ class Session:
 
 def source_of(model: ModelConfig) -> str | Path:
     """Where the pipeline lies: ``path``, else ``hub_id``, else the embedded model."""
-    return model.path or model.hub_id or weights_folder()
+    if model.path is not None:
+        return Path(model.path)
+    return model.hub_id or weights_folder()
 
 
 def concepts_of(config: TrainConfig | EvalConfig) -> list[Concept]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import EpochEvaluation, ImageGrid
@@ -81,7 +82,9 @@ class TrainingRun:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """This process among those of the run."""
+        """This process among those of the run; alone until Lightning has launched the others."""
+        if not torch.distributed.is_initialized():
+            return {"rank": 0, "world_size": 1}
         return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
 
     @property
