@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,10 +20,8 @@ class EpochEvaluation(pl.Callback):
     callbacks after this one. Scores reach every logger as ``asr/direct``, ``fid`` and so on.
     """
 
-    def __init__(
-        self, scorer: Scorer, on_scores: Callable[[list[dict[str, Any]]], None] | None = None
-    ) -> None:
-        self.scorer, self.on_scores = scorer, on_scores
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
         self.history: list[dict[str, Any]] = []
         self.images: dict[str, Tensor] = {}
 
@@ -44,8 +41,6 @@ class EpochEvaluation(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(flat, step=trainer.global_step)
         log.info("%s: %s", title, ", ".join(f"{name} {value:.3g}" for name, value in flat.items()))
-        if self.on_scores and trainer.is_global_zero:
-            self.on_scores(self.history)
 
     def state_dict(self) -> dict[str, Any]:
         """Scores so far travel with the checkpoint."""

@@ -7,9 +7,7 @@ names or the order of files.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from trce_lightning.data.prompt_sets import PromptRecord
 from trce_lightning.sampling import seed_of
+from trce_lightning.storage import replacing, write_text
 
 MANIFEST, META = "manifest.jsonl", "meta.json"
 Entry = dict[str, Any]
@@ -88,7 +87,7 @@ def claim(folder: Path, entries: list[Entry], meta: dict[str, Any]) -> None:
         if not file.is_file():
             if has_images:
                 raise ValueError(f"{folder}: expected an empty folder, or images with their {name}, got none")
-            _write_whole(file, "\n".join([*expected, ""]).encode())
+            write_text(file, "\n".join([*expected, ""]))
         found = file.read_text("utf-8").split("\n")[:-1]
         for line, other in zip_longest(expected, found):
             if line != other:
@@ -128,12 +127,5 @@ def _read_png(file: Path) -> Tensor:
 
 def write_png(file: Path, image: Tensor) -> None:
     """Write a uint8 ``[3, H, W]`` image."""
-    buffer = BytesIO()
-    to_pil_image(image).save(buffer, "PNG")
-    _write_whole(file, buffer.getvalue())
-
-
-def _write_whole(file: Path, content: bytes) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(file)
+    with replacing(file) as aside:
+        to_pil_image(image).save(aside)

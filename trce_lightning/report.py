@@ -6,10 +6,7 @@ the last is like one entry of ``asr``. Rates and accuracies are fractions. Whate
 """
 
 import csv
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from trce_lightning.image_grid import image_grid
+from trce_lightning.storage import replacing, write_json
 
 __all__ = [
     "Scores",
@@ -95,20 +93,6 @@ def save_loss_curves(metrics_csv: str | Path, file: str | Path) -> None:
     _save(figure, file)
 
 
-def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Writes strict JSON, whole or not at all.
-
-    Raises:
-        ValueError: a number is not finite, which JSON cannot say.
-    """
-    try:
-        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    except ValueError as error:
-        raise ValueError(f"{path}: expected finite numbers, got {content}") from error
-    with _replacing(path) as aside:
-        aside.write_text(f"{text}\n", encoding="utf-8")
-
-
 def write_scores_csv(path: str | Path, metrics: Mapping[str, Any]) -> None:
     """Writes the scores in a metrics.json as a table, whole or not at all.
 
@@ -124,7 +108,7 @@ def write_scores_csv(path: str | Path, metrics: Mapping[str, Any]) -> None:
     }
     rows = [{"model": name, **_flat(scores)} for name, scores in models.items() if scores]
     columns = dict.fromkeys(("model", *(key for row in rows for key in row)))
-    with _replacing(path) as aside, aside.open("w", encoding="utf-8", newline="") as stream:
+    with replacing(path) as aside, aside.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, list(columns))
         writer.writeheader()
         writer.writerows(rows)
@@ -220,18 +204,5 @@ def _read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def _save(figure: Figure, file: str | Path) -> None:
-    with _replacing(file) as aside:
+    with replacing(file) as aside:
         figure.savefig(aside, dpi=140, facecolor="white")
-
-
-@contextmanager
-def _replacing(path: str | Path) -> Iterator[Path]:
-    """A name beside ``path``, with its suffix, whose file takes the place of ``path`` when all went well."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield aside
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,39 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A name beside ``path``, with its suffix, whose file takes the place of ``path`` when all went well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def write_safetensors(
     file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Written aside, then moved into place."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, dict(metadata or {}))
-    partial.replace(file)
+    """Tensors by name, with text as metadata."""
+    with replacing(file) as aside:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, aside, dict(metadata or {})
+        )
 
 
-def write_text(file: Path, text: str) -> None:
-    """UTF-8, written aside, then moved into place."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+def write_text(file: str | Path, text: str) -> None:
+    """UTF-8."""
+    with replacing(file) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Indented JSON; ``ValueError`` on numbers that JSON doesn't have."""
-    write_text(file, json.dumps(content, indent=2, allow_nan=False) + "\n")
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Indented strict JSON. ``ValueError`` on a number that is not finite, which JSON cannot say."""
+    try:
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected finite numbers, got {content}") from error
+    write_text(path, f"{text}\n")

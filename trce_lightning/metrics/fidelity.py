@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.multimodal import CLIPScore
@@ -17,6 +15,7 @@ from transformers import BatchFeature, CLIPImageProcessor, CLIPModel, CLIPTokeni
 
 from trce_lightning.adapters.stable_diffusion import fingerprint
 from trce_lightning.emoji.judge import Judge
+from trce_lightning.storage import write_safetensors
 
 REAL_STATES = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")
 
@@ -65,10 +64,8 @@ def _float32(metric: FrechetInceptionDistance) -> FrechetInceptionDistance:
 
 def save_real_statistics(metric: FrechetInceptionDistance, file: Path) -> None:
     """Write count, sum and second moments of the real images' features, with the network's fingerprint."""
-    states = {name: getattr(metric, name).detach().cpu().contiguous() for name in REAL_STATES}
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    save_file(states, partial, {"feature_network": fingerprint(metric.inception)})
-    partial.replace(file)
+    states = {name: getattr(metric, name).detach().cpu() for name in REAL_STATES}
+    write_safetensors(file, states, {"feature_network": fingerprint(metric.inception)})
 
 
 def load_real_statistics(metric: FrechetInceptionDistance, file: Path) -> None:
