@@ -87,8 +87,10 @@ def test_counterpart_keeps_the_context(name: str) -> None:
     concept = load(name)
     for index, pair in enumerate(concept.pairs()):
         term, counterpart = list(concept.terms.items())[index // 15]
+        names = [term, *concept.wordings.get(term, ())]
+        name = names[index % 15 % len(names)]
         before, after = concept.templates[index % 15].split("{}")
-        assert pair == PromptPair(before + term + after, before + counterpart + after)
+        assert pair == PromptPair(before + name + after, before + counterpart + after, name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,10 +118,12 @@ def test_hydra_composes_two_concepts() -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), list(permutations(DISTINCT, 2)))
-def test_union_of_shipped_concepts_loses_no_pair(first: str, second: str) -> None:
+def test_union_of_shipped_concepts_loses_what_names_the_other_alone(first: str, second: str) -> None:
     pairs = prompt_pairs([load(first), load(second)])
     assert list(pairs) == [first, second]
-    assert [len(each) for each in pairs.values()] == [300, 300]
+    # Two default templates name the style of rendered pictures.
+    expected = [300 if name == "style" or "style" not in pairs else 260 for name in pairs]
+    assert [len(each) for each in pairs.values()] == expected
 
 
 def test_union_leaves_out_safe_sides_that_name_the_other_concept(caplog: pytest.LogCaptureFixture) -> None:
@@ -171,7 +175,7 @@ def test_related_phrases_are_filtered_as_a_whole() -> None:
 def test_free_words() -> None:
     concept = Concept.from_terms(["a dagger", "kitchen knife"])
     assert concept.name == "dagger_kitchen_knife"
-    assert concept.pairs()[1] == PromptPair("a picture of a dagger", "a picture of a flower")
+    assert concept.pairs()[1] == PromptPair("a picture of a dagger", "a picture of a flower", "a dagger")
     assert len(concept.pairs()) == 30
     long = [Concept.from_terms([*map(str, range(30)), last]) for last in ("x", "y")]
     assert len(long[0].name) == 48
@@ -205,12 +209,17 @@ GOOD = {"name": "blades", "terms": {"a dagger": "a rose"}, "templates": ["a pict
         ({"templates": ["{}", "{}"]}, "each once"),
         ({"templates": []}, "templates: expected one or more"),
         ({"templates": "a picture of {}"}, "templates: expected a list"),
+        ({"wordings": ["a blade"]}, "wordings: expected a map"),
+        ({"wordings": {"a dagger": "a blade"}}, "expected a list"),
+        ({"wordings": {"dagger": ["a blade"]}}, "expected keys that are terms of the concept, got 'dagger'"),
+        ({"wordings": {"a dagger": ["A dagger"]}}, "different terms"),
+        ({"wordings": {"a dagger": ["a rose"]}}, "names no erased term, got 'a rose'"),
         ({"tempaltes": []}, "expected only the keys name, terms, .* got 'tempaltes'"),
     ],
 )
 def test_invalid_mapping_is_refused(change: dict[str, object], message: str) -> None:
     assert Concept.from_mapping(GOOD, "here.yaml").pairs() == [
-        ("a picture of a dagger", "a picture of a rose")
+        ("a picture of a dagger", "a picture of a rose", "a dagger")
     ]
     with pytest.raises(ValueError, match=f"^here.yaml: .*{message}"):
         Concept.from_mapping({**GOOD, **change}, "here.yaml")
@@ -320,3 +329,12 @@ def test_templates_of_kept_prompts_are_their_own() -> None:
     assert len(set(KEEP_TEMPLATES)) == 10
     assert all(template.count("{}") == 1 for template in KEEP_TEMPLATES)
     assert set(KEEP_TEMPLATES).isdisjoint({template for name in NAMES for template in load(name).templates})
+
+
+def test_wordings_take_turns_with_their_term() -> None:
+    terms, wordings = {"a dagger": "a rose", "blood": "water"}, {"a dagger": ("a blade", "an assassin")}
+    concept = Concept("knives", terms, wordings, templates=("{}", "see {}", "{}, red", "my {}"))
+    terms_used = [pair.term for pair in concept.pairs()]
+    assert terms_used == ["a dagger", "a blade", "an assassin", "a dagger", *["blood"] * 4]
+    assert concept.pairs()[1] == PromptPair("see a blade", "see a rose", "a blade")
+    assert mentions("the assassin", [concept]) and not mentions("the rose", [concept])

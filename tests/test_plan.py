@@ -17,7 +17,7 @@ from trce_lightning.schema import TrajectoryConfig
 
 def test_cost_by_hand() -> None:
     """Steps 0, 1, 2 with ∅ and c_m, and c_s at 0 and 2; alone, ∅ at 0 … 3."""
-    malicious = Trajectory(0, seed=1, step_indices=(2, 0, 2), pair=PromptPair("a gun", "a kite"))
+    malicious = Trajectory(0, seed=1, step_indices=(2, 0, 2), pair=PromptPair("a gun", "a kite", "a gun"))
     assert (malicious.num_steps, malicious.network_evaluations) == (3, 8)
     assert Trajectory(0, seed=1, step_indices=(3,), pair=None).network_evaluations == 4
 
@@ -94,7 +94,7 @@ def test_the_fingerprint_covers_model_and_plan() -> None:
         dataclasses.replace(plan, malicious=plan.malicious[::-1]),
     ]
     prompts = [("a gun", "a kite"), ("a gun", "a hat")]
-    others += [draw_plan([PromptPair(*pair)], trajectory_config(), 0) for pair in prompts]
+    others += [draw_plan([PromptPair(*pair, "a gun")], trajectory_config(), 0) for pair in prompts]
     found = {
         plan.fingerprint("model"),
         plan.fingerprint("other"),

@@ -70,7 +70,7 @@ def test_only_k_and_v_of_cross_attention_are_written(tiny_pipeline: StableDiffus
 def test_eta_trades_kept_states_against_malicious_ones(tiny_adapter: StableDiffusionAdapter) -> None:
     statistics = textual_statistics(tiny_adapter, [WEAPONS], KEEP_PROMPTS, TextualConfig())
     kept = tiny_adapter.encode([*KEEP_PROMPTS, ""]).states.flatten(0, 1).double()
-    malicious, safe = (states.double() for states in pair_states(tiny_adapter, WEAPONS, ["eot"]))
+    malicious, safe = (states.double() for states in pair_states(tiny_adapter, WEAPONS.pairs(), ["eot"]))
 
     def distances(eta: float) -> tuple[float, float]:
         transform = statistics.solve(TextualConfig(eta=eta, ridge=1e-6)).transform
@@ -85,7 +85,7 @@ def test_eta_trades_kept_states_against_malicious_ones(tiny_adapter: StableDiffu
 
 @pytest.mark.parametrize("position", ["sot", "eot"])
 def test_pairs_at_one_position_each(tiny_adapter: StableDiffusionAdapter, position: str) -> None:
-    malicious, safe = pair_states(tiny_adapter, WEAPONS, [position])
+    malicious, safe = pair_states(tiny_adapter, WEAPONS.pairs(), [position])
     for index, kind in enumerate((malicious, safe)):
         expected = torch.stack([state_at(tiny_adapter, pair[index], position) for pair in WEAPONS.pairs()])
         torch.testing.assert_close(kind, expected, atol=1e-5, rtol=1e-4)
@@ -93,9 +93,9 @@ def test_pairs_at_one_position_each(tiny_adapter: StableDiffusionAdapter, positi
 
 
 def test_padding_pairs_position_by_position(tiny_adapter: StableDiffusionAdapter) -> None:
-    malicious, safe = pair_states(tiny_adapter, WEAPONS, ["padding"])
+    malicious, safe = pair_states(tiny_adapter, WEAPONS.pairs(), ["padding"])
     rows, targets = [], []
-    for pair in WEAPONS.pairs():
+    for *pair, _ in WEAPONS.pairs():
         (source, *_), (target, *_) = (tiny_adapter.encode([text]).states for text in pair)
         ids = [tiny_adapter.encode([text]).input_ids[0].tolist() for text in pair]
         start = max(row.index(tiny_adapter.tokenizer.eos_token_id) for row in ids) + 1
@@ -106,13 +106,13 @@ def test_padding_pairs_position_by_position(tiny_adapter: StableDiffusionAdapter
 
 
 def test_keywords_go_to_the_safe_end_of_text(tiny_adapter: StableDiffusionAdapter) -> None:
-    malicious, safe = pair_states(tiny_adapter, WEAPONS, ["keyword"])
+    malicious, safe = pair_states(tiny_adapter, WEAPONS.pairs(), ["keyword"])
     rows, targets = [], []
-    for pair, term in zip(WEAPONS.pairs(), ["a gun"] * 3 + ["an axe"] * 3, strict=True):
+    for pair in WEAPONS.pairs():
         states = tiny_adapter.encode([pair.malicious]).states
         # The tiny tokenizer makes one token of each letter.
-        first = 1 + len(pair.malicious[: pair.malicious.index(term)].replace(" ", ""))
-        chosen = range(first, first + len(term) - 1)
+        first = 1 + len(pair.malicious[: pair.malicious.index(pair.term)].replace(" ", ""))
+        chosen = range(first, first + len(pair.term) - 1)
         rows += [states[0, token_index] for token_index in chosen]
         targets += [state_at(tiny_adapter, pair.safe, "eot")] * len(chosen)
     torch.testing.assert_close(malicious, torch.stack(rows), atol=1e-5, rtol=1e-4)
@@ -120,8 +120,8 @@ def test_keywords_go_to_the_safe_end_of_text(tiny_adapter: StableDiffusionAdapte
 
 
 def test_positions_add_up(tiny_adapter: StableDiffusionAdapter) -> None:
-    both = pair_states(tiny_adapter, WEAPONS, ["sot", "eot"])
-    apart = [pair_states(tiny_adapter, WEAPONS, [which]) for which in ("sot", "eot")]
+    both = pair_states(tiny_adapter, WEAPONS.pairs(), ["sot", "eot"])
+    apart = [pair_states(tiny_adapter, WEAPONS.pairs(), [which]) for which in ("sot", "eot")]
     for found, *parts in zip(both, *apart, strict=True):
         assert torch.equal(found, torch.cat(parts))
 
@@ -139,16 +139,17 @@ def test_keyword_mask_spells_the_term(tiny_adapter: StableDiffusionAdapter) -> N
 
 
 def test_kept_states_by_hand(tiny_adapter: StableDiffusionAdapter) -> None:
-    config = TextualConfig(empty_prompt_weight=0.5, safe_weight=3.0)
+    config = TextualConfig(keep_eot_weight=2.0, empty_prompt_weight=0.5, safe_weight=3.0)
     keep = textual_statistics(tiny_adapter, [WEAPONS, DRINKS], KEEP_PROMPTS, config).keep
     prompts = outer(tiny_adapter.encode(KEEP_PROMPTS).states.flatten(0, 1))
+    ends = outer(torch.stack([state_at(tiny_adapter, prompt, "eot") for prompt in KEEP_PROMPTS]))
     empty = outer(tiny_adapter.encode([""]).states[0])
     pairs = [*WEAPONS.pairs(), *DRINKS.pairs()]
     safe = outer(torch.stack([state_at(tiny_adapter, pair.safe, "eot") for pair in pairs]))
-    torch.testing.assert_close(keep.k, (prompts + 0.5 * empty + 3.0 * safe) / 4.5, rtol=1e-4, atol=1e-6)
-    without = textual_statistics(
-        tiny_adapter, [WEAPONS], KEEP_PROMPTS, TextualConfig(empty_prompt_weight=0.0, safe_weight=0.0)
-    )
+    expected = (prompts + 2.0 * ends + 0.5 * empty + 3.0 * safe) / 6.5
+    torch.testing.assert_close(keep.k, expected, rtol=1e-4, atol=1e-6)
+    config = TextualConfig(keep_eot_weight=0.0, empty_prompt_weight=0.0, safe_weight=0.0)
+    without = textual_statistics(tiny_adapter, [WEAPONS], KEEP_PROMPTS, config)
     torch.testing.assert_close(without.keep.k, prompts, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(keep.k, prompts, rtol=1e-2)
 
@@ -166,6 +167,15 @@ def test_several_concepts_are_one_solution(tiny_adapter: StableDiffusionAdapter)
     assert torch.equal(statistics.solve(config).transform, expected.transform)
 
 
+def test_safe_sides_that_name_another_concept_are_left_out(tiny_adapter: StableDiffusionAdapter) -> None:
+    (counterpart, *_) = WEAPONS.terms.values()
+    other = Concept.from_terms([counterpart])
+    config = TextualConfig()
+    alone = textual_statistics(tiny_adapter, [WEAPONS], KEEP_PROMPTS, config).pairs["weapons"]
+    both = textual_statistics(tiny_adapter, [WEAPONS, other], KEEP_PROMPTS, config).pairs["weapons"]
+    assert 0 < both.count < alone.count
+
+
 def test_kept_prompts_are_encoded_once_for_an_encoder(
     tiny_adapter: StableDiffusionAdapter, tiny_pipeline: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
@@ -177,7 +187,7 @@ def test_kept_prompts_are_encoded_once_for_an_encoder(
     (file,) = tmp_path.iterdir()
     assert torch.equal(keep(tiny_adapter, KEEP_PROMPTS, tmp_path), expected)
     # It is the file that was read.
-    save_file({"k": 2 * load_file(file)["k"]}, file)
+    save_file({name: 2 * mean for name, mean in load_file(file).items()}, file)
     assert not torch.allclose(keep(tiny_adapter, KEEP_PROMPTS, tmp_path), expected)
     # Other prompts and another encoder have a file of their own.
     assert torch.equal(

@@ -9,8 +9,9 @@ import logging
 import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,34 +35,36 @@ DEFAULT_TEMPLATES = (
     "{}",
     "a picture of {}",
     "{} on a white background",
-    "one image that shows {}",
-    "{}, seen from the front",
-    "a small drawing of {}",
-    "{} in the middle of the frame",
+    "a 3d render of {} on red",
+    "{} as a flat sticker",
+    "a cartoon of {} on a blue background",
     "an icon of {}",
     "look at this: {}",
-    "{} in bright colours",
-    "a postcard with {} on it",
-    "{}, plain background",
-    "a simple sketch of {}",
-    "{} as a sticker",
-    "please draw {}",
+    "{} in front of green",
+    "flat style, {}, black background",
+    "{} in 3d style on a pink background",
+    "please draw {} in cartoon style",
+    "a drawing of {}, cartoon, orange background",
+    "{} with a purple background",
+    "{}, seen from the front, on yellow",
 )
 _STOP_WORDS = frozenset(
     re.findall(
         r"\w+",
-        "a an and are as at by for from in into is it its of on or over someone that the their this to under "
-        "with without",
+        "a about an and are as at by for from in into is it its of on or over someone something that the "
+        "their this to under up with without",
     )
 )
 _log = logging.getLogger(__name__)
 
 
 class PromptPair(NamedTuple):
-    """A malicious prompt and the prompt that says something safe in the same context."""
+    """A malicious prompt, the prompt that says something safe in the same context, and what it replaces."""
 
     malicious: str
     safe: str
+    term: str
+    """The words of ``malicious`` in whose place ``safe`` has the counterpart."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Concept:
     Args:
         name: letters, digits, ``_`` and ``-``; names the run folder.
         terms: malicious term → safe counterpart that fits the same sentence. No counterpart may name a term.
+        wordings: term → other words for it; the templates take them and the term in turns.
         templates: sentences with exactly one ``{}`` each.
         neighbours: benign things that resemble the concept and must survive; for reports.
         related: further phrases that name the concept; only :func:`mentions` reads them.
@@ -82,6 +86,7 @@ class Concept:
 
     name: str
     terms: Mapping[str, str]
+    wordings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     neighbours: tuple[str, ...] = ()
     related: tuple[str, ...] = ()
@@ -94,6 +99,7 @@ class Concept:
         _check_phrases(f"{option}.terms", list(self.terms))
         _check_phrases(f"{option}.related", self.related, may_be_empty=True)
         _check_templates(f"{option}.templates", self.templates)
+        _check_wordings(f"{option}.wordings", self.wordings, self.terms)
         for term, counterpart in self.terms.items():
             if not _words(counterpart) or mentions(counterpart, [self]):
                 raise ValueError(
@@ -108,7 +114,7 @@ class Concept:
         Raises:
             ValueError: unknown or missing key, wrong type, or a condition of :class:`Concept` broken.
         """
-        allowed = [field.name for field in fields(cls)]
+        allowed = [entry.name for entry in fields(cls)]
         for key in mapping:
             if key not in allowed:
                 raise ValueError(f"{source}: expected only the keys {', '.join(allowed)}, got {key!r}")
@@ -117,6 +123,8 @@ class Concept:
                 "name": _text("concept.name", mapping.get("name")),
                 "terms": _text_map("concept.terms", mapping.get("terms")),
             }
+            if mapping.get("wordings"):
+                values["wordings"] = _text_lists("concept.wordings", mapping["wordings"])
             for key in ("templates", "neighbours", "related"):
                 if key in mapping:
                     values[key] = _text_tuple(f"concept.{key}", mapping[key])
@@ -143,23 +151,32 @@ class Concept:
         return cls(name=name, terms=dict.fromkeys(terms, counterpart), source="free words")
 
     def pairs(self) -> list[PromptPair]:
-        """All ``len(terms) * len(templates)`` pairs, terms outermost."""
+        """All ``len(terms) * len(templates)`` pairs, terms outermost; a term's wordings take turns."""
         return [
-            PromptPair(template.replace("{}", term), template.replace("{}", counterpart))
+            PromptPair(template.replace("{}", name), template.replace("{}", counterpart), name)
             for term, counterpart in self.terms.items()
-            for template in self.templates
+            for name, template in zip(cycle(self.names(term)), self.templates, strict=False)
         ]
+
+    def names(self, term: str) -> tuple[str, ...]:
+        """A term, then its wordings."""
+        return (term, *self.wordings.get(term, ()))
+
+    @cached_property
+    def all_names(self) -> tuple[str, ...]:
+        """Every term with its wordings."""
+        return tuple(name for term in self.terms for name in self.names(term))
 
     @cached_property
     def content_words(self) -> frozenset[str]:
-        """The words that make the terms malicious: words of the terms that no safe counterpart keeps."""
+        """The words that make terms and wordings malicious: those of them that no safe counterpart keeps."""
         kept = {word for counterpart in self.terms.values() for word in _words(counterpart)}
-        return frozenset(word for term in self.terms for word in _words(term)) - kept - _STOP_WORDS
+        return frozenset(word for name in self.all_names for word in _words(name)) - kept - _STOP_WORDS
 
     @cached_property
     def phrases(self) -> frozenset[str]:
-        """Terms and related phrases as :func:`mentions` compares them."""
-        return frozenset(_phrase(without_article(text)) for text in (*self.terms, *self.related))
+        """Terms, wordings and related phrases as :func:`mentions` compares them."""
+        return frozenset(_phrase(without_article(text)) for text in (*self.all_names, *self.related))
 
 
 def load_concept(path: str | Path) -> Concept:
@@ -267,6 +284,13 @@ def _check_templates(option: str, templates: Sequence[str]) -> None:
             raise ValueError(f"{option}: expected exactly one {{}} in a template, got {template!r}")
 
 
+def _check_wordings(option: str, wordings: Mapping[str, Sequence[str]], terms: Mapping[str, str]) -> None:
+    for term, names in wordings.items():
+        if term not in terms:
+            raise ValueError(f"{option}: expected keys that are terms of the concept, got {term!r}")
+        _check_phrases(f"{option}: {term}", [term, *names])
+
+
 def _text(option: str, value: object) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{option}: expected a text (in YAML, quote words like no and 3), got {value!r}")
@@ -283,3 +307,9 @@ def _text_map(option: str, value: object) -> dict[str, str]:
     if not isinstance(value, Mapping):
         raise ValueError(f"{option}: expected a map from malicious term to safe counterpart, got {value!r}")
     return {_text(option, term): _text(f"{option}: {term}", safe) for term, safe in value.items()}
+
+
+def _text_lists(option: str, value: object) -> dict[str, tuple[str, ...]]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{option}: expected a map from term to a list of wordings, got {value!r}")
+    return {_text(option, term): _text_tuple(f"{option}: {term}", names) for term, names in value.items()}

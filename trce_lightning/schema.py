@@ -36,6 +36,7 @@ class ConceptConfig:
 
     name: str = MISSING
     terms: dict[str, str] = field(default_factory=dict)
+    wordings: dict[str, list[str]] = field(default_factory=dict)  # term → other words for it
     templates: list[str] = option(list(DEFAULT_TEMPLATES))  # each with one {}
     neighbours: list[str] = option([])  # benign lookalikes that must survive
     related: list[str] = option([])  # further phrases that name the concept
@@ -74,6 +75,7 @@ class TextualConfig:
     eta: float = option(1.0, at_least=0)  # weight of the kept states
     ridge: float = option(1e-3, at_least=0)  # lambda, weight of staying at W
     positions: list[str] = option(["eot"], choices=POSITIONS)
+    keep_eot_weight: float = option(1.0, at_least=0)  # of kept prompts' first EoT, beside all their positions
     empty_prompt_weight: float = option(1.0, at_least=0)
     safe_weight: float = option(1.0, at_least=0)
     keep_prompts: str | None = None  # caption file, one a line

@@ -24,7 +24,7 @@ from trce_lightning.closed_form import (
     pair_statistics,
     solve_edit,
 )
-from trce_lightning.concepts import Concept
+from trce_lightning.concepts import Concept, PromptPair, prompt_pairs
 from trce_lightning.schema import TextualConfig
 from trce_lightning.storage import write_safetensors
 from trce_lightning.tokens import position_mask
@@ -55,17 +55,20 @@ def textual_statistics(
 ) -> TextualStatistics:
     """Encode every concept's pairs and everything to keep.
 
-    K is the mean over: every position of the padded kept prompts, every position of the empty prompt with
-    ``empty_prompt_weight``, and the safe prompts' EoT with ``safe_weight``; each part counts as one mean, the
-    kept prompts' with weight 1. The kept prompts' mean is cached by text encoder and prompts.
+    K is the mean over: every position of the padded kept prompts with weight 1, their first EoT (what the
+    pairs move) with ``keep_eot_weight``, every position of the empty prompt with ``empty_prompt_weight``, and
+    the safe prompts' EoT with ``safe_weight``; each part counts as one mean. The kept prompts' means are
+    cached by text encoder and prompts.
     """
     pairs, safe = {}, []
-    for concept in concepts:
-        malicious, safe_states = pair_states(adapter, concept, config.positions)
-        pairs[concept.name] = pair_statistics(malicious, safe_states)
+    for name, rows in prompt_pairs(concepts).items():
+        malicious, safe_states = pair_states(adapter, rows, config.positions)
+        pairs[name] = pair_statistics(malicious, safe_states)
         safe.append(safe_states)
+    every, eot = _cached_keep(adapter, keep_prompts, cache)
     parts = [
-        (1.0, _cached_keep(adapter, keep_prompts, cache)),
+        (1.0, every),
+        (config.keep_eot_weight, eot),
         (config.empty_prompt_weight, keep_statistics(adapter.encode([""]).states[0])),
         (config.safe_weight, keep_statistics(torch.cat(safe))),
     ]
@@ -74,22 +77,20 @@ def textual_statistics(
 
 
 def pair_states(
-    adapter: StableDiffusionAdapter, concept: Concept, positions: Sequence[str]
+    adapter: StableDiffusionAdapter, pairs: Sequence[PromptPair], positions: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
-    """States of all pairs at ``positions``, ``[n, d]`` twice, row by row.
+    """States of ``pairs`` at ``positions``, ``[n, d]`` twice, row by row.
 
     SoT pairs with SoT and the first EoT with the first EoT. Padding pairs position by position, where both
     prompts are padded. Keywords differ in number of tokens: each pairs with the safe prompt's first EoT.
     """
-    terms = [term for term in concept.terms for _ in concept.templates]
     malicious, safe = [], []
-    rows = list(zip(concept.pairs(), terms, strict=True))
-    for start in tqdm(range(0, len(rows), ENCODE_BATCH), f"encoding pairs of {concept.name}", leave=False):
-        batch = rows[start : start + ENCODE_BATCH]
+    for start in tqdm(range(0, len(pairs), ENCODE_BATCH), "encoding pairs", leave=False):
+        batch = pairs[start : start + ENCODE_BATCH]
         trimmed = "padding" not in positions
-        source = adapter.encode([pair.malicious for pair, _ in batch], trimmed=trimmed)
-        target = adapter.encode([pair.safe for pair, _ in batch], trimmed=trimmed)
-        keyword = keyword_mask(adapter, source.input_ids, [term for _, term in batch])
+        source = adapter.encode([pair.malicious for pair in batch], trimmed=trimmed)
+        target = adapter.encode([pair.safe for pair in batch], trimmed=trimmed)
+        keyword = keyword_mask(adapter, source.input_ids, [pair.term for pair in batch])
         for which in positions:
             rows_m, rows_s = _aligned(which, source, target, keyword, adapter.tokenizer.eos_token_id)
             malicious.append(rows_m)
@@ -125,25 +126,30 @@ def keyword_mask(adapter: StableDiffusionAdapter, input_ids: Tensor, terms: Sequ
 
 def _cached_keep(
     adapter: StableDiffusionAdapter, prompts: Sequence[str], cache: Path | None
-) -> KeepStatistics:
-    """Mean over every position of the padded prompts, from ``cache`` if the same encoder has seen them."""
+) -> tuple[KeepStatistics, KeepStatistics]:
+    """Means over every position of the padded prompts and over their first EoT.
+
+    They come from ``cache`` if the same encoder has seen the same prompts.
+    """
     if not prompts:
         raise ValueError("textual.keep_prompts: expected at least one prompt to keep, got none")
     key = hashlib.blake2b(
         "\n".join([adapter.text_fingerprint(), *prompts]).encode(), digest_size=8
     ).hexdigest()
-    file = cache / f"keep-{key}.safetensors" if cache else None
+    file = cache / f"kept-{key}.safetensors" if cache else None
     if file and file.exists():
-        return KeepStatistics(load_file(file)["k"], float(len(prompts)))
-    parts = []
+        means = load_file(file)
+        return KeepStatistics(means["every"], 1.0), KeepStatistics(means["eot"], 1.0)
+    every, eot = [], []
     for start in tqdm(range(0, len(prompts), ENCODE_BATCH), "encoding prompts to keep", leave=False):
-        parts.append(
-            keep_statistics(adapter.encode(prompts[start : start + ENCODE_BATCH]).states.flatten(0, 1))
-        )
-    keep = merge_keep(parts)
+        text = adapter.encode(prompts[start : start + ENCODE_BATCH])
+        every.append(keep_statistics(text.states.flatten(0, 1)))
+        ends = position_mask(text.input_ids, adapter.tokenizer.eos_token_id, ["eot"])
+        eot.append(keep_statistics(text.states[ends]))
+    means = {"every": merge_keep(every).k, "eot": merge_keep(eot).k}
     if file:
-        write_safetensors(file, {"k": keep.k})
-    return keep
+        write_safetensors(file, means)
+    return KeepStatistics(means["every"], 1.0), KeepStatistics(means["eot"], 1.0)
 
 
 def apply_edit_(adapter: StableDiffusionAdapter, edit: Edit) -> list[str]:

@@ -1,7 +1,7 @@
 """Train the embedded model from nothing: ``python -m trce_lightning.emoji [PART …]``.
 
-Parts run in order (vae, clip, judge, unet, export), each resumable: run the same command again after an
-interruption and it goes on from the last checkpoint.
+Parts run in order (vae, clip, judge, unet, fillers, export), each resumable: run the same command again
+after an interruption and it goes on from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -22,14 +23,16 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 from trce_lightning.emoji.art import RESOLUTION, Composites, composites, fetch, load_sprites
 from trce_lightning.emoji.captions import captions
 from trce_lightning.emoji.clip import ClipPart, build_tokenizer, zero_shot_accuracy
+from trce_lightning.emoji.fillers import FillerPart, unknown_words, words_in
 from trce_lightning.emoji.judge import JudgePart, measure
-from trce_lightning.emoji.package import export, weights_folder
+from trce_lightning.emoji.package import assemble, export, load_judge, weights_folder
+from trce_lightning.emoji.samples import JudgedSamples, named_subjects
 from trce_lightning.emoji.subjects import SENSITIVE, SUBJECTS
 from trce_lightning.emoji.training import fit
-from trce_lightning.emoji.unet import UNetPart, encode_captions
+from trce_lightning.emoji.unet import UNetPart, build_unet, encode_captions
 from trce_lightning.emoji.vae import VaePart, encode_latents
 
-CLIP_STEPS, JUDGE_STEPS, UNET_STEPS = 1100, 1200, 7500
+CLIP_STEPS, JUDGE_STEPS, UNET_STEPS, FILLER_STEPS = 1100, 1200, 7500, 1200
 CAPTIONS_PER_COMPOSITE = 4
 COPIES = 6
 """Training composites of each combination of subject, style and background."""
@@ -76,6 +79,19 @@ def train_clip(folder: Path) -> None:
     )
 
 
+def train_fillers(folder: Path) -> None:
+    """Make the text encoder robust to words that no caption has; what the denoiser reads changes no more."""
+    rows = dataset(folder, held_out=False)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "clip")
+    labels = (rows.subject, rows.style, rows.background)
+    words = unknown_words(folder / "art", words_in(*captions(labels, Random(3))))
+    encoder = CLIPTextModel.from_pretrained(folder / "clip")
+    part = FillerPart(tokenizer, encoder, words, max_steps=FILLER_STEPS)
+    loader = DataLoader(TensorDataset(*labels), batch_size=128, shuffle=True, drop_last=True)
+    fit(part, loader, folder / "text_encoder", ema_decay=0.99)
+    part.encoder.save_pretrained(folder / "text_encoder")
+
+
 def train_judge(folder: Path) -> None:
     """Judge, and its accuracy on held-out composites."""
     rows = dataset(folder, held_out=False)
@@ -89,19 +105,18 @@ def train_judge(folder: Path) -> None:
 def train_unet(folder: Path) -> None:
     """Denoiser on latents of the trained autoencoder and text states of four captions a composite."""
     rows = dataset(folder, held_out=False)
-    vae = AutoencoderKL.from_pretrained(folder / "vae")
-    latents = encode_latents(vae, rows.images)
-    tokenizer, encoder = (
-        CLIPTokenizer.from_pretrained(folder / "clip"),
-        CLIPTextModel.from_pretrained(folder / "clip"),
-    )
+    pipeline = assemble(folder, build_unet(), "clip")
+    latents = encode_latents(pipeline.vae, rows.images)
     labels = (rows.subject, rows.style, rows.background)
     repeated = [column.repeat_interleave(CAPTIONS_PER_COMPOSITE) for column in labels]
-    texts = captions(repeated, Random(2))
-    bank = encode_captions(tokenizer, encoder, texts).unflatten(0, (len(latents), CAPTIONS_PER_COMPOSITE))
-    part = UNetPart(encode_captions(tokenizer, encoder, [""]), vae.config.scaling_factor, UNET_STEPS)
+    encode = partial(encode_captions, pipeline.tokenizer, pipeline.text_encoder)
+    bank = encode(captions(repeated, Random(2))).unflatten(0, (len(latents), CAPTIONS_PER_COMPOSITE))
+    judged = JudgedSamples(pipeline, load_judge(folder))
+    part = UNetPart(encode([""]), pipeline.vae.config.scaling_factor, UNET_STEPS, judged)
     loader = DataLoader(TensorDataset(latents, bank), batch_size=64, shuffle=True, drop_last=True)
-    fit(part, loader, folder / "unet", ema_decay=0.999)
+    named: Any = named_subjects()
+    validation: DataLoader[tuple[str, int]] = DataLoader(named, batch_size=len(SUBJECTS))
+    fit(part, loader, folder / "unet", ema_decay=0.999, validation=validation)
     part.unet.save_pretrained(folder / "unet")
 
 
@@ -125,6 +140,7 @@ PARTS: dict[str, Callable[[Path], None]] = {
     "clip": train_clip,
     "judge": train_judge,
     "unet": train_unet,
+    "fillers": train_fillers,
     "export": export_weights,
 }
 

@@ -46,16 +46,18 @@ class Composites:
     """``[N]`` index into ``BACKGROUNDS``."""
 
 
-def fetch(folder: Path) -> dict[str, Path]:
-    """Download the art of each style into ``folder`` unless it is there; returns the archives by style."""
+def fetch_package(package: str, folder: Path) -> Path:
+    """The archive of an npm package ("name@version") in ``folder``, downloaded unless it is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    archives = {}
-    for style, (package, _) in PACKAGES.items():
-        stem = package.lstrip("@").replace("/", "-").rsplit("@", 1)
-        archives[style] = folder / f"{stem[0]}-{stem[1]}.tgz"
-        if not archives[style].exists():
-            subprocess.run(["npm", "pack", package, "--silent"], cwd=folder, check=True)
-    return archives
+    archive = folder / f"{package.lstrip('@').replace('/', '-').replace('@', '-')}.tgz"
+    if not archive.exists():
+        subprocess.run(["npm", "pack", package, "--silent"], cwd=folder, check=True)
+    return archive
+
+
+def fetch(folder: Path) -> dict[str, Path]:
+    """The archive with each style's art."""
+    return {style: fetch_package(package, folder) for style, (package, _) in PACKAGES.items()}
 
 
 def _sprite(archive: tarfile.TarFile, member: str) -> Image.Image:

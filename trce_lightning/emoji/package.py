@@ -19,6 +19,20 @@ def weights_folder() -> Path:
     return Path(__file__).parent / "weights"
 
 
+def assemble(source: Path, unet: UNet2DConditionModel, text_encoder: str) -> StableDiffusionPipeline:
+    """The pipeline of ``unet``, that text encoder and the other trained parts in ``source``."""
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(source / "vae"),
+        unet=unet,
+        text_encoder=CLIPTextModel.from_pretrained(source / text_encoder),
+        tokenizer=CLIPTokenizer.from_pretrained(source / "clip"),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
 def export(source: Path, target: Path, real_images: torch.Tensor) -> None:
     """Assemble the pipeline in float16, the vision half of CLIP, the judge and the real images' statistics.
 
@@ -28,16 +42,7 @@ def export(source: Path, target: Path, real_images: torch.Tensor) -> None:
         real_images: uint8 ``[N, 3, 64, 64]`` benign composites that FID compares with.
     """
     target.mkdir(parents=True, exist_ok=True)
-    pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(source / "vae"),
-        unet=UNet2DConditionModel.from_pretrained(source / "unet"),
-        text_encoder=CLIPTextModel.from_pretrained(source / "clip"),
-        tokenizer=CLIPTokenizer.from_pretrained(source / "clip"),
-        scheduler=build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    pipeline = assemble(source, UNet2DConditionModel.from_pretrained(source / "unet"), "text_encoder")
     pipeline.to(torch.float16).save_pretrained(target)
     clip = CLIPModel.from_pretrained(source / "clip")
     # The text half is the pipeline's text encoder.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from trce_lightning.emoji.training import Part
+from trce_lightning.emoji.training import Part, native_autocast
 
 CAPTION_DROPOUT = 0.1
 MIN_SNR_GAMMA = 5.0
@@ -45,13 +45,25 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
+SubjectsOfSamples = Callable[[Mapping[str, Tensor], Sequence[str]], Tensor]
+"""From a denoiser's state and prompts to the subject index that a sample of each prompt shows, ``[N]``."""
+
+
 class UNetPart(Part):
     """ε-prediction with Min-SNR weights; one caption in ten is replaced by the empty prompt."""
 
     empty_states: Tensor
 
-    def __init__(self, empty_states: Tensor, scaling_factor: float, max_steps: int, lr: float = 1e-3) -> None:
+    def __init__(
+        self,
+        empty_states: Tensor,
+        scaling_factor: float,
+        max_steps: int,
+        subjects_of_samples: SubjectsOfSamples,
+        lr: float = 1e-3,
+    ) -> None:
         super().__init__(lr, max_steps, warmup_steps=300)
+        self.subjects_of_samples = subjects_of_samples
         self.unet = build_unet().to(memory_format=torch.channels_last)
         self.unet.compile()
         self.scheduler, self.scaling_factor = build_scheduler(), scaling_factor
@@ -73,6 +85,12 @@ class UNetPart(Part):
         self.log("loss", loss, prog_bar=True)
         return loss
 
+    def validation_step(self, batch: tuple[Sequence[str], Tensor], batch_index: int) -> None:
+        """Log the share of prompts whose sample shows the subject that they name."""
+        prompts, subject = batch
+        shown = self.subjects_of_samples(self.unet.state_dict(), prompts)
+        self.log("sample_accuracy", (shown == subject).float().mean(), batch_size=len(prompts), prog_bar=True)
+
 
 @torch.no_grad()
 def encode_captions(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, texts: Sequence[str]) -> Tensor:
@@ -82,6 +100,6 @@ def encode_captions(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, texts
         tokens = tokenizer(
             list(texts[start : start + 512]), padding="max_length", truncation=True, return_tensors="pt"
         )
-        with torch.autocast(text_encoder.device.type, torch.bfloat16):
+        with native_autocast(text_encoder.device.type):
             parts.append(text_encoder(tokens.input_ids).last_hidden_state.bfloat16())
     return torch.cat(parts)

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
-from trce_lightning.emoji.training import Part
+from trce_lightning.emoji.training import Part, native_autocast
 
 KL_WEIGHT = 1e-6
 EDGE_WEIGHT = 0.5
@@ -59,6 +59,6 @@ class VaePart(Part):
 @torch.no_grad()
 def encode_latents(vae: AutoencoderKL, images: Tensor, batch_size: int = 256) -> Tensor:
     """Posterior means of uint8 images, unscaled, ``[N, 4, 16, 16]`` float32."""
-    with torch.autocast(images.device.type, torch.bfloat16):
+    with native_autocast(images.device.type):
         parts = [vae.encode(to_unit(rows)).latent_dist.mean.float() for rows in images.split(batch_size)]
     return torch.cat(parts)
