@@ -8,7 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
-from trce_lightning.scoring import Scorer, flatten_scores
+from trce_lightning.report import one_line
+from trce_lightning.scoring import Scorer, log_scores
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +18,7 @@ class EpochEvaluation(pl.Callback):
     """FID, CLIP-S, ASR and benign accuracy of the erased model, before the first epoch and after each.
 
     ``history`` holds one SCORES a pass; ``images`` this rank's images of the last pass, by prompt set, for
-    callbacks after this one. Scores reach every logger as ``asr/direct``, ``fid`` and so on.
+    callbacks after this one. Scores reach every logger as ``asr/direct/rate``, ``fid`` and so on.
     """
 
     def __init__(self, scorer: Scorer) -> None:
@@ -37,10 +38,8 @@ class EpochEvaluation(pl.Callback):
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, title: str) -> None:
         scores, self.images = self.scorer(title, trainer.global_rank, trainer.world_size)
         self.history.append(scores)
-        flat = flatten_scores(scores)
-        for logger in trainer.loggers:
-            logger.log_metrics(flat, step=trainer.global_step)
-        log.info("%s: %s", title, ", ".join(f"{name} {value:.3g}" for name, value in flat.items()))
+        log_scores(trainer.loggers, scores, step=trainer.global_step)
+        log.info("%s: %s", title, one_line(scores))
 
     def state_dict(self) -> dict[str, Any]:
         """Scores so far travel with the checkpoint."""

@@ -23,6 +23,7 @@ LAYERS = (
     (
         "trce_lightning.run",
         "trce_lightning.training_run",
+        "trce_lightning.results",
         "trce_lightning.cli",
         "trce_lightning.api",
         "train",

@@ -94,9 +94,7 @@ def ahead(run: TrainingRun) -> dict[str, int]:
 def missing_evaluations(run: TrainingRun) -> int:
     """Of trajectories that are not cached."""
     assert run.plan is not None
-    missing = missing_shards(
-        run.plan, run.trajectory_folder, run.config.trajectory.shard_size, run.fingerprint
-    )
+    missing = missing_shards(run.plan, run.trajectory_folder, run.config.trajectory.shard_size, run.generator)
     return sum(row.network_evaluations for _, rows in missing for row in rows)
 
 

@@ -16,11 +16,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from trce_lightning.image_grid import image_grid
+from trce_lightning.scoring import flatten_scores
 from trce_lightning.storage import replacing, write_json
 
 __all__ = [
     "Scores",
     "image_grid",
+    "one_line",
     "results_table",
     "save_curves",
     "save_loss_curves",
@@ -36,6 +38,7 @@ _ACCURACIES = {
     "benign_accuracy_near": "benign accuracy, near",
     "benign_accuracy_unkept": "benign accuracy, unkept",
 }
+_PLAIN = {"fid": "FID", "clip_score": "CLIP-S"}
 _TITLES = {"fid": "FID (lower is better)", "clip_score": "CLIP-S (higher is better)"}
 
 
@@ -106,7 +109,7 @@ def write_scores_csv(path: str | Path, metrics: Mapping[str, Any]) -> None:
         "erased": metrics.get("erased"),
         "scores": metrics.get("scores"),
     }
-    rows = [{"model": name, **_flat(scores)} for name, scores in models.items() if scores]
+    rows = [{"model": name, **flatten_scores(scores)} for name, scores in models.items() if scores]
     columns = dict.fromkeys(("model", *(key for row in rows for key in row)))
     with replacing(path) as aside, aside.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, list(columns))
@@ -124,15 +127,20 @@ def results_table(columns: Mapping[str, Scores]) -> str:
         ("direct", "implicit", *(name for s in columns.values() for name in s.get("asr", {})))
     )
     rows: dict[str, Callable[[Scores], str]] = {f"ASR {name}": partial(_asr, name) for name in sets}
-    rows |= {
-        title: partial(_with_ratio, original, key)
-        for key, title in (("fid", "FID"), ("clip_score", "CLIP-S"))
-    }
+    rows |= {title: partial(_with_ratio, original, key) for key, title in _PLAIN.items()}
     rows |= {title: partial(_accuracy, key) for key, title in _ACCURACIES.items()}
     rows["false alarm"] = _false_alarm
     lines = [["", *columns], ["---", *["---:"] * len(columns)]]
     lines += [[title, *(cell(scores) for scores in columns.values())] for title, cell in rows.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def one_line(scores: Scores) -> str:
+    """Scores for a log: "ASR direct 1.2 %, …, FID 13.40, CLIP-S 63.10, benign accuracy 97.5 %"."""
+    cells = {f"ASR {name}": f"{100 * rate['rate']:.1f} %" for name, rate in scores.get("asr", {}).items()}
+    cells |= {title: f"{scores[key]:.2f}" for key, title in _PLAIN.items() if scores.get(key) is not None}
+    cells |= {title: _accuracy(key, scores) for key, title in _ACCURACIES.items() if key in scores}
+    return ", ".join(f"{title} {cell}" for title, cell in cells.items())
 
 
 def _asr(name: str, scores: Scores) -> str:
@@ -159,13 +167,6 @@ def _with_ratio(original: Scores, key: str, scores: Scores) -> str:
         return _ABSENT
     ratio = f" ({value / reference:.2f}×)" if reference and scores is not original else ""
     return f"{value:.2f}{ratio}"
-
-
-def _flat(scores: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in scores.items():
-        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _draw_rates(axes: Axes, epochs: Sequence[Mapping[str, Any]]) -> None:

@@ -41,7 +41,7 @@ def train(config: TrainConfig) -> None:
     run.solve()
     run.fit()
     run.score_erased()
-    run.export()
+    run.write()
 
 
 def evaluate(config: EvalConfig) -> None:

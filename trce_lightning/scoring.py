@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from trce_lightning.adapters import StableDiffusionAdapter
@@ -132,15 +133,18 @@ class Scored:
         return cls(content["scores"], hits)
 
 
-def flatten_scores(scores: Scores, prefix: str = "") -> dict[str, float]:
-    """Nested scores as ``asr/direct``, ``asr/direct/low``, ``fid``, … for loggers."""
-    flat: dict[str, float] = {}
+def flatten_scores(scores: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested scores under one name each: ``asr/direct/rate``, ``fid``, …"""
+    flat: dict[str, Any] = {}
     for name, value in scores.items():
-        key = f"{prefix}{name}"
-        if not isinstance(value, dict):
-            flat[key] = float(value)
-        elif "rate" in value:
-            flat |= {key: value["rate"], f"{key}/low": value["low"], f"{key}/high": value["high"]}
-        else:
-            flat |= flatten_scores(value, f"{key}/")
+        nested = isinstance(value, Mapping)
+        flat |= flatten_scores(value, f"{prefix}{name}/") if nested else {f"{prefix}{name}": value}
     return flat
+
+
+def log_scores(loggers: Sequence[Logger], scores: Scores, step: int, prefix: str = "") -> None:
+    """Send flat scores to every logger."""
+    flat = {name: float(value) for name, value in flatten_scores(scores, prefix).items()}
+    for logger in loggers:
+        logger.log_metrics(flat, step=step)
+        logger.save()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,21 +15,17 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import EpochEvaluation, ImageGrid
-from callbacks.image_grid import grid_of
-from trce_lightning import export, runs
+from trce_lightning import export, results, runs
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.closed_form import Edit
 from trce_lightning.concepts import Concept
 from trce_lightning.data.datamodule import TrajectoryDataModule
 from trce_lightning.data.plan import TrajectoryPlan, draw_plan
-from trce_lightning.data.trajectories import sample_missing
-from trce_lightning.metrics.asr import paired_test
+from trce_lightning.data.trajectories import generator_of, sample_missing
 from trce_lightning.module import TRCE
-from trce_lightning.report import results_table, save_curves, write_scores_csv
 from trce_lightning.schema import TrainConfig
-from trce_lightning.scoring import Scored, Scorer, detection_rates
-from trce_lightning.session import Session, source_of
-from trce_lightning.storage import write_json
+from trce_lightning.scoring import Scored, Scorer, log_scores
+from trce_lightning.session import Session
 from trce_lightning.textual import TextualStatistics, textual_statistics
 from trce_lightning.trainers import make_loggers, make_trainer
 
@@ -53,10 +48,11 @@ class TrainingRun:
     ) -> None:
         self.config, self.session = config, Session(config, concepts, adapter)
         self.adapter = self.session.adapter
-        self.base = str(source_of(config.model))
+        self.base = config.model.path or config.model.hub_id or config.model.name
         self.fingerprint = self.adapter.fingerprint()
         self.cache = runs.cache_folder(config)
         self.trainer = make_trainer(config.trainer, self.cache)
+        self.generator = generator_of(self.fingerprint, self.trainer)
         self.plan: TrajectoryPlan | None = None
         if "trajectory" in config.stages:
             self.plan = draw_plan(self.session.pairs(), config.trajectory, config.seed)
@@ -70,7 +66,6 @@ class TrainingRun:
         self.erased: Scored | None = None
         self.evaluation: EpochEvaluation | None = None
         self.history: list[dict[str, Any]] = []
-        self.second: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self.evaluations: dict[str, int] = {}
         self.edit: Edit | None = None
@@ -79,6 +74,7 @@ class TrainingRun:
     def open(self) -> None:
         """Choose and create the folder."""
         self.folder = runs.open_folder(self.config)
+        self.loggers = make_loggers(self.config.logger, self.folder, self.folder.name)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -91,7 +87,7 @@ class TrainingRun:
     def trajectory_folder(self) -> Path:
         """Shared by all runs of an equal plan and model."""
         assert self.plan is not None
-        return self.cache / "trajectories" / self.plan.fingerprint(self.fingerprint)
+        return self.cache / "trajectories" / self.plan.fingerprint(self.generator)
 
     def sample_trajectories(self) -> None:
         """Trajectories of the original network, those that are cached aside."""
@@ -159,9 +155,12 @@ class TrainingRun:
             self.module.setup("fit")
             return
         callbacks = self._callbacks()
-        loggers = make_loggers(config.logger, self.folder, self.folder.name)
         trainer = make_trainer(
-            config.trainer, self.folder, epochs=config.trajectory.epochs, callbacks=callbacks, loggers=loggers
+            config.trainer,
+            self.folder,
+            epochs=config.trajectory.epochs,
+            callbacks=callbacks,
+            loggers=self.loggers,
         )
         data = TrajectoryDataModule(
             self.adapter, self.plan, self.trajectory_folder, config.trajectory, config.seed
@@ -198,60 +197,12 @@ class TrainingRun:
             scorer = self.scorers["final"]
             scores, _ = scorer("erased model", folder=self.folder / "images", **self.ranks)
             self.erased = Scored(scores, scorer.hits)
+        log_scores(self.loggers, scores, step=self.trainer.global_step, prefix="final/")
 
-    def export(self) -> None:
-        """Everything that DESIGN's run folder holds; ``metrics.json`` last: it marks the run as finished."""
-        if not self.trainer.is_global_zero:
-            return
-        columns = {}
-        if self.erased:
-            columns = {"original": self.original["final"].scored.scores, "erased": self.erased.scores}
-            self.original["final"].scored.save(self.folder / "scored" / "original.json")
-            self.erased.save(self.folder / "scored" / "erased.json")
-            folders = {"original": self.original["final"].folder, "erased": self.folder / "images"}
-            grid_of(self.scorers["final"], folders, self.folder / "grid.png")
-            self.second = self._second_opinion(folders)
-            history = [self.original["epochs"].scored.scores, *self.history]
-            save_curves(history, self.folder / "curves.png")
-        table = results_table(columns)
-        changed = self.module.changed_tensors()
-        if self.config.export in ("delta", "both"):
-            export.save_delta(self.folder / "delta.safetensors", changed, self.base, self.fingerprint)
-        if self.config.export in ("pipeline", "both"):
-            names = [concept.name for concept in self.session.concepts]
-            card = export.card_facts(self.base, names, self.config.stages, table, len(changed))
-            export.save_pipeline(self.folder / "erased", self.adapter, card)
-        metrics = self._metrics() | columns
-        write_scores_csv(self.folder / "metrics.csv", metrics)
-        write_json(self.folder / "metrics.json", metrics)
-        log.info("%s\n%s", self.folder, table)
-
-    def _second_opinion(self, folders: Mapping[str, Path]) -> dict[str, Any]:
-        detector, sets = self.session.second_detector(), self.scorers["final"].sets
-        if detector is None:
-            return {}
-        return {label: detection_rates(detector, sets, folder) for label, folder in folders.items()}
-
-    def _metrics(self) -> dict[str, Any]:
-        """The record of DESIGN's ``metrics.json`` but for the two scores."""
-        tests = {}
-        if self.erased:
-            tests = {
-                name: paired_test(self.original["final"].scored.hits[name], hits)
-                for name, hits in self.erased.hits.items()
-            }
-        return {
-            "schema": 1,
-            "concept": [concept.name for concept in self.session.concepts],
-            "model": self.config.model.name,
-            "commit": runs.commit(),
-            "epochs": self.history,
-            "seconds": self.seconds,
-            "network_evaluations": self.evaluations,
-            "paired_p_value": tests,
-            "zero_shot_clip": self.second,
-            "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        }
+    def write(self) -> None:
+        """Leave the results; one process does."""
+        if self.trainer.is_global_zero:
+            results.write(self)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

@@ -8,7 +8,7 @@ from random import Random
 from typing import get_args
 
 from trce_lightning.concepts import Concept, mentions
-from trce_lightning.data.keep_prompts import _class_names
+from trce_lightning.data.keep_prompts import class_names
 from trce_lightning.data.phrasings import (
     CLASS_FRAMES,
     HINT_LEADS,
@@ -145,7 +145,7 @@ def _check_visible(concepts: Sequence[Concept]) -> None:
 
 def _open_streams(concepts: Sequence[Concept], split: Split) -> dict[str, list[Stream]]:
     """Of models that draw anything: terms, related phrases, and class names of ImageNet and COCO."""
-    classes = (name for name in _class_names() if not mentions(name, concepts))
+    classes = (name for name in class_names() if not mentions(name, concepts))
     streams: dict[str, list[Stream]] = {"direct": [], "implicit": []}
     for concept in concepts:
         is_style = concept.name == STYLE

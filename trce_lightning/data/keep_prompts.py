@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trce_lightning.concepts import Concept, mentions, without_article
 
-__all__ = ["KEEP_TEMPLATES", "keep_prompts"]
+__all__ = ["KEEP_TEMPLATES", "class_names", "keep_prompts"]
 
 # Determiners other than "a", since class names come without an article.
 KEEP_TEMPLATES = (
@@ -50,7 +50,7 @@ def keep_prompts(
     if path is not None:
         candidates = _shuffled(_read_captions(path))
     else:
-        candidates = _fill_templates(_class_names() if subjects is None else subjects)
+        candidates = _fill_templates(class_names() if subjects is None else subjects)
     kept = [prompt for prompt in candidates if not mentions(prompt, concepts)]
     names = [concept.name for concept in concepts]
     if not kept:
@@ -91,7 +91,8 @@ def _fill_templates(subjects: Iterable[str]) -> list[str]:
     ]
 
 
-def _class_names() -> list[str]:
+def class_names() -> list[str]:
+    """Names of the ImageNet and COCO classes that torchvision ships."""
     from torchvision.models import get_weight
 
     weights = ("ResNet18_Weights.IMAGENET1K_V1", "FasterRCNN_ResNet50_FPN_Weights.COCO_V1")

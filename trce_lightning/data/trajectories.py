@@ -128,8 +128,13 @@ def _stack(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([row[name] for row in rows]).float().cpu().contiguous() for name in rows[0]}
 
 
+def generator_of(model: str, trainer: pl.Trainer) -> str:
+    """What makes trajectories: the original model's fingerprint ``model`` and the trainer's precision."""
+    return f"{model} {trainer.precision}"
+
+
 def missing_shards(plan: TrajectoryPlan, folder: Path, shard_size: int, generator: str) -> list[Shard]:
-    """The shards that ``folder`` lacks; ``generator`` is the original model's fingerprint."""
+    """The shards that ``folder`` lacks; ``generator`` is what :func:`generator_of` says."""
     fingerprint = plan.fingerprint(generator)
     return [item for item in shards(plan, shard_size) if not is_cached(folder / item[0], fingerprint)]
 
@@ -139,7 +144,7 @@ def sample_missing(
 ) -> int:
     """Sample the shards that ``folder`` lacks; returns the number of network evaluations that takes."""
     folder.mkdir(parents=True, exist_ok=True)
-    generator = adapter.fingerprint()
+    generator = generator_of(adapter.fingerprint(), trainer)
     missing = missing_shards(plan, folder, shard_size, generator)
     if missing:
         sampler = TrajectorySampler(adapter, plan, missing, folder, plan.fingerprint(generator))

@@ -1,0 +1,90 @@
+"""What a finished run leaves in its folder: scores, pictures, the erased model."""
+
+from __future__ import annotations
+
+import logging
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from callbacks.image_grid import grid_of
+from trce_lightning import export, runs
+from trce_lightning.metrics.asr import paired_test
+from trce_lightning.report import results_table, save_curves, save_loss_curves, write_scores_csv
+from trce_lightning.scoring import detection_rates
+from trce_lightning.storage import write_json
+
+if TYPE_CHECKING:
+    from trce_lightning.training_run import TrainingRun
+
+log = logging.getLogger(__name__)
+
+
+def write(run: TrainingRun) -> None:
+    """Everything that a run folder holds; ``metrics.json`` last: it marks the run as finished."""
+    columns, second = {}, {}
+    if run.erased:
+        columns = {"original": run.original["final"].scored.scores, "erased": run.erased.scores}
+        second = write_scores(run)
+    if run.plan is not None:
+        save_loss_curves(run.folder / "logs" / "metrics.csv", run.folder / "losses.png")
+    table = results_table(columns)
+    write_model(run, table)
+    metrics = facts(run) | {"zero_shot_clip": second} | columns
+    write_scores_csv(run.folder / "metrics.csv", metrics)
+    write_json(run.folder / "metrics.json", metrics)
+    log.info("%s\n%s", run.folder, table)
+
+
+def write_scores(run: TrainingRun) -> dict[str, Any]:
+    """Scores with their hits, grid and curves; returns what the second detector saw."""
+    assert run.erased is not None
+    original, scorer = run.original["final"], run.scorers["final"]
+    original.scored.save(run.folder / "scored" / "original.json")
+    run.erased.save(run.folder / "scored" / "erased.json")
+    folders = {"original": original.folder, "erased": run.folder / "images"}
+    grid_of(scorer, folders, run.folder / "grid.png")
+    save_curves([run.original["epochs"].scored.scores, *run.history], run.folder / "curves.png")
+    return second_opinion(run, folders)
+
+
+def second_opinion(run: TrainingRun, folders: Mapping[str, Path]) -> dict[str, Any]:
+    """Rates of a detector that nothing was tuned on, by model and set; empty where there is none."""
+    detector = run.session.second_detector()
+    if detector is None:
+        return {}
+    return {
+        label: detection_rates(detector, run.scorers["final"].sets, folder)
+        for label, folder in folders.items()
+    }
+
+
+def write_model(run: TrainingRun, table: str) -> None:
+    """The erased pipeline with its card, the changed tensors alone, or both."""
+    changed, config = run.module.changed_tensors(), run.config
+    if config.export in ("delta", "both"):
+        export.save_delta(run.folder / "delta.safetensors", changed, run.base, run.fingerprint)
+    if config.export in ("pipeline", "both"):
+        names = [concept.name for concept in run.session.concepts]
+        card = export.card_facts(run.base, names, config.stages, table, len(changed))
+        export.save_pipeline(run.folder / "erased", run.adapter, card)
+
+
+def facts(run: TrainingRun) -> dict[str, Any]:
+    """The record of ``metrics.json`` but for the two models' scores."""
+    tests = {}
+    if run.erased:
+        before = run.original["final"].scored.hits
+        tests = {name: paired_test(before[name], hits) for name, hits in run.erased.hits.items()}
+    return {
+        "schema": 1,
+        "concept": [concept.name for concept in run.session.concepts],
+        "model": run.config.model.name,
+        "commit": runs.commit(),
+        "epochs": run.history,
+        "seconds": run.seconds,
+        "network_evaluations": run.evaluations,
+        "paired_p_value": tests,
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
