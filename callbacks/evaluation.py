@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class EpochEvaluation(pl.Callback):
-    """FID, CLIP-S, ASR and benign accuracy of the erased model, before the first epoch and after each.
+    """FID, CLIP-S, ASR and benign accuracy of the erased model, after stage 1 and after each epoch.
 
     ``history`` holds one SCORES a pass; ``images`` this rank's images of the last pass, by prompt set, for
     callbacks after this one. Scores reach every logger as ``asr/direct/rate``, ``fid`` and so on.
@@ -27,8 +27,8 @@ class EpochEvaluation(pl.Callback):
         self.images: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Score stage 1 alone, unless a resumed run has done so."""
-        if not self.history:
+        """Score stage 1 alone, if there is one and no interrupted run has done so."""
+        if not self.history and pl_module.edit is not None:
             self._evaluate(trainer, pl_module, "after stage 1")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -18,7 +18,7 @@ from trce_lightning import announce, runs
 from trce_lightning.concepts import Concept
 from trce_lightning.report import results_table, write_scores_csv
 from trce_lightning.schema import EvalConfig, TrainConfig
-from trce_lightning.scoring import Scored
+from trce_lightning.scoring import Scored, score_on_all_ranks
 from trce_lightning.session import Session, concepts_of, source_of
 from trce_lightning.storage import write_json
 from trce_lightning.trainers import make_trainer
@@ -51,9 +51,10 @@ def evaluate(config: EvalConfig) -> None:
     scorer = session.scorer("report", config.metrics.final_images_per_set)
     folder = Path(config.output or Path(config.runs) / "eval" / scorer.fingerprint())
     trainer = make_trainer(config.trainer, folder)
-    session.adapter.to(trainer.strategy.root_device)
     start = time.monotonic()
-    scores, _ = scorer("eval", folder=folder / "images")
+    scores = score_on_all_ranks(trainer, scorer, folder / "images")
+    if not trainer.is_global_zero:
+        return
     model = str(source_of(config.model))
     metrics = {
         "schema": 1,
@@ -99,6 +100,7 @@ def set_up_logging() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     for expected in (
         "in eval mode",
+        "predict returned None",
         "does not have many workers",
         "smaller than the logging interval",
         "LeafSpec",
@@ -106,4 +108,5 @@ def set_up_logging() -> None:
         warnings.filterwarnings("ignore", message=f".*{expected}")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns about kernels that nothing here uses
     diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()  # recommends a further package at every start
     transformers.utils.logging.disable_progress_bar()

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
@@ -99,6 +101,31 @@ class Scorer:
         self.network_evaluations += self.adapter.network_evaluations - counted
         self.hits = {prompts.name: evaluator.hits(prompts.name) for prompts in self.sets}
         return scores, images
+
+
+class _ScoringModule(pl.LightningModule):
+    """Calls a scorer once on every rank of ``Trainer.predict``."""
+
+    def __init__(self, scorer: Scorer, folder: Path) -> None:
+        super().__init__()
+        self.scorer, self.folder = scorer, folder
+        self.unet = scorer.adapter.unet
+        self.scores: Scores = {}
+
+    def predict_step(self, rank: int, batch_index: int) -> None:
+        self.scorer.adapter.to(self.device)
+        ranks = {"rank": self.global_rank, "world_size": self.trainer.world_size}
+        # The scorer's own sampling says what runs in half precision; judges do not.
+        with torch.autocast(self.device.type, enabled=False):
+            self.scores, _ = self.scorer("eval", folder=self.folder, **ranks)
+
+
+def score_on_all_ranks(trainer: pl.Trainer, scorer: Scorer, folder: Path) -> Scores:
+    """Scores of all ranks' images, the same on every rank; images are files in ``folder``."""
+    module = _ScoringModule(scorer, folder)
+    loader: DataLoader[int] = DataLoader(range(trainer.world_size), batch_size=None)  # type: ignore[arg-type]
+    trainer.predict(module, loader, return_predictions=False)
+    return module.scores
 
 
 def detection_rates(
