@@ -223,8 +223,12 @@ def test_loss_curves_read_what_lightning_writes(tmp_path):
     assert curves["loss/erase_step"] == [(step, pytest.approx(1 / (step + 1))) for step in range(6)]
     assert curves["loss/erase_epoch"] == [(5, 0.4)]
     assert set(curves) == {"loss/erase_step", "loss/erase_epoch", "hinge/active_fraction_step"}
-    save_loss_curves(metrics, tmp_path / "loss.svg")
+    later = tmp_path / "later.csv"
+    later.write_text("step,loss/erase_step\n5,0.25\n6,0.125\n")
+    continued = report._read_curves(metrics, later)["loss/erase_step"]
+    assert continued == [*curves["loss/erase_step"][:5], (5, 0.25), (6, 0.125)]
+    save_loss_curves([metrics], tmp_path / "loss.svg")
     assert "<svg" in (tmp_path / "loss.svg").read_text(encoding="utf-8")
     metrics.write_text("step,epoch\n1,0\n")
     with pytest.raises(ValueError, match="expected loss/ or hinge/ columns"):
-        save_loss_curves(metrics, tmp_path / "loss.svg")
+        save_loss_curves([metrics], tmp_path / "loss.svg")

@@ -86,8 +86,8 @@ def ahead(run: TrainingRun) -> dict[str, int]:
         if not run.is_scored(scorer):
             parts[f"original model, {title}"] = scorer.planned_evaluations
         if title == "final" or run.plan is not None:
-            epochs = run.config.trajectory.epochs + ("textual" in run.config.stages)
-            passes = 1 if title == "final" else epochs
+            after_stage_1 = "textual" in run.config.stages
+            passes = 1 if title == "final" else after_stage_1 + run.config.trajectory.epochs
             parts[f"erased model, {title}"] = passes * scorer.planned_evaluations
     return parts
 

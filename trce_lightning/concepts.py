@@ -304,12 +304,16 @@ def _text_tuple(option: str, value: object) -> tuple[str, ...]:
 
 
 def _text_map(option: str, value: object) -> dict[str, str]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{option}: expected a map from malicious term to safe counterpart, got {value!r}")
-    return {_text(option, term): _text(f"{option}: {term}", safe) for term, safe in value.items()}
+    rows = _mapping(option, value, "from malicious term to safe counterpart")
+    return {_text(option, term): _text(f"{option}: {term}", safe) for term, safe in rows.items()}
 
 
 def _text_lists(option: str, value: object) -> dict[str, tuple[str, ...]]:
+    rows = _mapping(option, value, "from term to a list of wordings")
+    return {_text(option, term): _text_tuple(f"{option}: {term}", names) for term, names in rows.items()}
+
+
+def _mapping(option: str, value: object, kind: str) -> Mapping[Any, object]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{option}: expected a map from term to a list of wordings, got {value!r}")
-    return {_text(option, term): _text_tuple(f"{option}: {term}", names) for term, names in value.items()}
+        raise ValueError(f"{option}: expected a map {kind}, got {value!r}")
+    return value

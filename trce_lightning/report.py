@@ -73,17 +73,23 @@ def save_curves(history: Sequence[Scores], file: str | Path) -> None:
     _save(figure, file)
 
 
-def save_loss_curves(metrics_csv: str | Path, file: str | Path) -> None:
+def save_loss_curves(logs: Sequence[Path], file: str | Path) -> None:
     """Draws each ``loss/…`` and ``hinge/…`` column of Lightning's metrics.csv over the training step.
 
     ``…_step`` columns are thin lines, ``…_epoch`` columns of the same name points in the same panel.
 
+    Args:
+        logs: a metrics.csv of each attempt at the run, oldest first; the last word on a step counts.
+        file: its suffix names the format.
+
     Raises:
-        ValueError: the file has no such column with numbers in it.
+        ValueError: no file has such a column with numbers in it.
     """
-    curves = _read_curves(Path(metrics_csv))
+    curves = _read_curves(*logs)
     if not curves:
-        raise ValueError(f"{metrics_csv}: expected loss/ or hinge/ columns with numbers in them, got none")
+        raise ValueError(
+            f"{', '.join(map(str, logs))}: expected loss/ or hinge/ columns with numbers in them, got none"
+        )
     names = sorted({_base_name(column) for column in curves})
     figure = Figure(figsize=(4.2 * len(names), 3.2), layout="constrained")
     panels = dict(zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True))
@@ -193,15 +199,16 @@ def _base_name(column: str) -> str:
     return column.removesuffix("_step").removesuffix("_epoch")
 
 
-def _read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Column → (step, value) of the rows that have one."""
-    curves: dict[str, list[tuple[int, float]]] = {}
-    with path.open(encoding="utf-8", newline="") as stream:
-        for row in csv.DictReader(stream):
-            for column, value in row.items():
-                if column.startswith(("loss/", "hinge/")) and value:
-                    curves.setdefault(column, []).append((int(row["step"]), float(value)))
-    return curves
+def _read_curves(*logs: Path) -> dict[str, list[tuple[int, float]]]:
+    """Column → (step, value) of the rows that have one, by step."""
+    curves: dict[str, dict[int, float]] = {}
+    for log in logs:
+        with log.open(encoding="utf-8", newline="") as stream:
+            for row in csv.DictReader(stream):
+                for column, value in row.items():
+                    if column.startswith(("loss/", "hinge/")) and value:
+                        curves.setdefault(column, {})[int(row["step"])] = float(value)
+    return {column: sorted(points.items()) for column, points in curves.items()}
 
 
 def _save(figure: Figure, file: str | Path) -> None:

@@ -28,7 +28,9 @@ def write(run: TrainingRun) -> None:
         columns = {"original": run.original["final"].scored.scores, "erased": run.erased.scores}
         second = write_scores(run)
     if run.plan is not None:
-        save_loss_curves(run.folder / "logs" / "metrics.csv", run.folder / "losses.png")
+        # One file for every time that the run was started.
+        logs = sorted(run.folder.glob("logs/version_*/metrics.csv"), key=lambda log: log.stat().st_mtime)
+        save_loss_curves(logs, run.folder / "losses.png")
     table = results_table(columns)
     write_model(run, table)
     metrics = facts(run) | {"zero_shot_clip": second} | columns

@@ -131,10 +131,10 @@ def score_on_all_ranks(trainer: pl.Trainer, scorer: Scorer, folder: Path) -> Sco
 def detection_rates(
     detector: Detector, sets: Sequence[PromptSet], folder: Path
 ) -> dict[str, dict[str, float]]:
-    """How often another detector sees the concept in images that are there, by set."""
+    """How often another detector sees the concept in images that are there, by set, for one process alone."""
     rates = {}
     for prompts in sets:
-        rate = AttackSuccessRate()
+        rate = AttackSuccessRate(sync_on_compute=False)
         for images in load_images(folder / prompts.name, prompts.records).split(64):
             rate.update(detector(images))
         rates[prompts.name] = rate.compute()

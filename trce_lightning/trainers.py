@@ -28,6 +28,11 @@ def choose_precision(precision: str, accelerator: str) -> str:
     return "bf16-mixed" if native and accelerator in ("auto", "cpu") else "32-true"
 
 
+def native_dtype() -> torch.dtype | None:
+    """What ``auto`` casts to on this machine; None: nothing."""
+    return AUTOCAST[choose_precision("auto", "auto")]
+
+
 def make_trainer(
     config: DeviceConfig,
     folder: Path,
@@ -64,8 +69,11 @@ def make_trainer(
 
 
 def make_loggers(config: LoggerConfig, folder: Path, name: str) -> list[Logger]:
-    """CSV always; TensorBoard and W&B beside it if asked for."""
-    loggers: list[Logger] = [CSVLogger(folder, name="", version="logs")]
+    """CSV always; TensorBoard and W&B beside it if asked for.
+
+    A run that continues logs into a further ``logs/version_N``: what an earlier attempt logged stays.
+    """
+    loggers: list[Logger] = [CSVLogger(folder, name="logs")]
     if config.tensorboard:
         loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
     if config.wandb and int(os.environ.get("LOCAL_RANK", "0")) == 0:

@@ -134,9 +134,8 @@ class FillerPart(Part):
 
     def padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Start, tokens, end of text up to the model's length, ``[B, L]``."""
-        length, end = self.tokenizer.model_max_length, self.tokenizer.eos_token_id
-        ids = torch.full((len(rows), length), end)
-        for row, tokens in zip(ids, rows, strict=True):
-            kept = [self.tokenizer.bos_token_id, *tokens][: length - 1]
-            row[: len(kept)] = torch.tensor(kept)
-        return ids.to(self.device)
+        inner = self.tokenizer.model_max_length - 2
+        ends = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        whole = [[ends[0], *tokens[:inner], ends[1]] for tokens in rows]
+        batch = self.tokenizer.pad({"input_ids": whole}, padding="max_length", return_tensors="pt")
+        return batch.input_ids.to(self.device)

@@ -13,7 +13,7 @@ from trce_lightning.data.prompt_sets import PromptRecord
 from trce_lightning.emoji.judge import Judge
 from trce_lightning.emoji.subjects import BACKGROUNDS, SUBJECTS
 from trce_lightning.generation import generate
-from trce_lightning.trainers import AUTOCAST, choose_precision
+from trce_lightning.trainers import native_dtype
 
 
 def named_subjects() -> list[tuple[str, int]]:
@@ -42,6 +42,6 @@ class JudgedSamples:
             guidance_scale=3.0,
             num_steps=20,
             batch_size=64,
-            autocast_dtype=AUTOCAST[choose_precision("auto", "auto")],
+            autocast_dtype=native_dtype(),
         )
         return self.judge(images)["subject"].argmax(-1)

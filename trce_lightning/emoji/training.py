@@ -14,14 +14,14 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
-from trce_lightning.trainers import AUTOCAST, choose_precision
+from trce_lightning.trainers import choose_precision, native_dtype
 
 log = logging.getLogger(__name__)
 
 
 def native_autocast(device_type: str) -> torch.autocast:
     """Half precision where hardware has it natively; elsewhere emulation is up to a hundred times slower."""
-    dtype = AUTOCAST[choose_precision("auto", "auto")]
+    dtype = native_dtype()
     return torch.autocast(device_type, dtype, enabled=dtype is not None)
 
 
