@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from trce_lightning.report import one_line
-from trce_lightning.scoring import Scorer, log_scores
+from trce_lightning.scoring import Scorer, Scores, log_scores
 
 log = logging.getLogger(__name__)
 
@@ -17,34 +17,36 @@ log = logging.getLogger(__name__)
 class EpochEvaluation(pl.Callback):
     """FID, CLIP-S, ASR and benign accuracy of the erased model, after stage 1 and after each epoch.
 
-    ``history`` holds one SCORES a pass; ``images`` this rank's images of the last pass, by prompt set, for
-    callbacks after this one. Scores reach every logger as ``asr/direct/rate``, ``fid`` and so on.
+    ``after_textual`` holds the SCORES of stage 1 alone and ``epochs`` those of each epoch; ``images`` this
+    rank's images of the last pass, by prompt set, for callbacks after this one. Scores reach every logger as
+    ``asr/direct/rate``, ``fid`` and so on.
     """
 
     def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
-        self.history: list[dict[str, Any]] = []
+        self.after_textual: Scores | None = None
+        self.epochs: list[Scores] = []
         self.images: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Score stage 1 alone, if there is one and no interrupted run has done so."""
-        if not self.history and pl_module.edit is not None:
-            self._evaluate(trainer, pl_module, "after stage 1")
+        if self.after_textual is None and pl_module.edit is not None:
+            self.after_textual = self._evaluate(trainer, pl_module, "after stage 1")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Score the epoch."""
-        self._evaluate(trainer, pl_module, f"epoch {trainer.current_epoch + 1}")
+        self.epochs.append(self._evaluate(trainer, pl_module, f"epoch {trainer.current_epoch + 1}"))
 
-    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, title: str) -> None:
+    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, title: str) -> Scores:
         scores, self.images = self.scorer(title, trainer.global_rank, trainer.world_size)
-        self.history.append(scores)
         log_scores(trainer.loggers, scores, step=trainer.global_step)
         log.info("%s: %s", title, one_line(scores))
+        return scores
 
     def state_dict(self) -> dict[str, Any]:
         """Scores so far travel with the checkpoint."""
-        return {"history": self.history}
+        return {"after_textual": self.after_textual, "epochs": self.epochs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore them."""
-        self.history = state_dict["history"]
+        self.after_textual, self.epochs = state_dict["after_textual"], state_dict["epochs"]

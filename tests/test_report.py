@@ -146,11 +146,12 @@ def test_table_without_original_has_no_ratios():
 def test_scores_csv_has_a_row_per_model(tmp_path):
     path = tmp_path / "new" / "metrics.csv"
     report.write_scores_csv(
-        path, {"schema": 1, "original": ORIGINAL, "epochs": [ERASED, ERASED], "erased": ERASED}
+        path,
+        {"original": ORIGINAL, "after_textual": ERASED, "epochs": [ERASED, ERASED], "erased": ERASED},
     )
     with path.open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert [row["model"] for row in rows] == ["original", "epoch 1", "epoch 2", "erased"]
+    assert [row["model"] for row in rows] == ["original", "stage 1", "epoch 1", "epoch 2", "erased"]
     assert float(rows[0]["asr/direct/rate"]) == 0.9
     assert float(rows[0]["false_alarm/high"]) == 0.05 + 0.05
     assert rows[3]["asr/implicit/rate"] == ""
@@ -191,7 +192,7 @@ def test_curves_plot_the_scores_at_their_epochs(tmp_path, monkeypatch):
     monkeypatch.setattr(
         report.Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))
     )
-    save_curves([ORIGINAL, {}, ERASED], tmp_path / "curves.png")
+    save_curves({"original": ORIGINAL, "stage 1": {}, "epoch 1": ERASED}, tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").width > 1000
     axes = {axes.get_title(): axes for axes in figures[0].axes}
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes["ASR, % of images"].lines}
@@ -206,7 +207,7 @@ def test_curves_plot_the_scores_at_their_epochs(tmp_path, monkeypatch):
 
 def test_curves_need_scores(tmp_path):
     with pytest.raises(ValueError, match="scores of at least one epoch"):
-        save_curves([{}], tmp_path / "curves.png")
+        save_curves({"original": {}}, tmp_path / "curves.png")
     assert not list(tmp_path.iterdir())
 
 

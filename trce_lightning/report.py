@@ -13,7 +13,6 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from trce_lightning.image_grid import image_grid
 from trce_lightning.scoring import flatten_scores
@@ -21,6 +20,7 @@ from trce_lightning.storage import replacing, write_json
 
 __all__ = [
     "Scores",
+    "epoch_rows",
     "image_grid",
     "one_line",
     "results_table",
@@ -42,17 +42,18 @@ _PLAIN = {"fid": "FID", "clip_score": "CLIP-S"}
 _TITLES = {"fid": "FID (lower is better)", "clip_score": "CLIP-S (higher is better)"}
 
 
-def save_curves(history: Sequence[Scores], file: str | Path) -> None:
-    """Draws ASR with its 95 % intervals, FID, CLIP-S and benign accuracy per epoch; epoch 0 is the original.
+def save_curves(passes: Mapping[str, Scores], file: str | Path) -> None:
+    """Draws ASR with its 95 % intervals, FID, CLIP-S and benign accuracy over the passes of a run.
 
     Args:
-        history: the original's scores, then those after each epoch.
+        passes: scores by the name of the pass: original, stage 1, epoch 1 and so on.
         file: its suffix names the format, such as ``.png`` or ``.svg``.
 
     Raises:
         ValueError: no scores at all.
     """
     panels: dict[str, Callable[[Axes], None]] = {}
+    history = list(passes.values())
     rates = [{**scores.get("asr", {}), "false alarm": scores.get("false_alarm")} for scores in history]
     if any(rate for epoch in rates for rate in epoch.values()):
         panels["ASR, % of images"] = partial(_draw_rates, epochs=rates)
@@ -62,14 +63,14 @@ def save_curves(history: Sequence[Scores], file: str | Path) -> None:
     if any(scores.get(key) is not None for scores in history for key in _ACCURACIES):
         panels["benign accuracy, %"] = partial(_draw_scores, history=history, names=_ACCURACIES, factor=100)
     if not panels:
-        raise ValueError(f"save_curves: expected scores of at least one epoch, got {list(history)}")
+        raise ValueError(f"save_curves: expected scores of at least one epoch, got {dict(passes)}")
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
     for axes, (title, draw) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
         draw(axes)
-        axes.set(title=title, xlabel="epoch (0: original)")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set(title=title)
+        axes.set_xticks(range(len(passes)), list(passes), rotation=30, ha="right")
     _save(figure, file)
 
 
@@ -105,13 +106,13 @@ def save_loss_curves(logs: Sequence[Path], file: str | Path) -> None:
 def write_scores_csv(path: str | Path, metrics: Mapping[str, Any]) -> None:
     """Writes the scores in a metrics.json as a table, whole or not at all.
 
-    One row per model: original, "epoch 1" and so on, erased, scores. Columns are named like
+    One row per model: original, stage 1, "epoch 1" and so on, erased, scores. Columns are named like
     ``asr/direct/rate``; a score that a row lacks is an empty cell.
     """
-    epochs = {f"epoch {index}": scores for index, scores in enumerate(metrics.get("epochs", ()), start=1)}
     models = {
         "original": metrics.get("original"),
-        **epochs,
+        "stage 1": metrics.get("after_textual"),
+        **epoch_rows(metrics.get("epochs", ())),
         "erased": metrics.get("erased"),
         "scores": metrics.get("scores"),
     }
@@ -121,6 +122,11 @@ def write_scores_csv(path: str | Path, metrics: Mapping[str, Any]) -> None:
         writer = csv.DictWriter(stream, list(columns))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def epoch_rows(epochs: Sequence[Scores]) -> dict[str, Scores]:
+    """Scores after each epoch as "epoch 1" and so on."""
+    return {f"epoch {number}": scores for number, scores in enumerate(epochs, start=1)}
 
 
 def results_table(columns: Mapping[str, Scores]) -> str:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from callbacks.image_grid import grid_of
 from trce_lightning import export, runs
 from trce_lightning.metrics.asr import paired_test
-from trce_lightning.report import results_table, save_curves, save_loss_curves, write_scores_csv
-from trce_lightning.scoring import detection_rates
+from trce_lightning.report import epoch_rows, results_table, save_curves, save_loss_curves, write_scores_csv
+from trce_lightning.scoring import Scores, detection_rates
 from trce_lightning.storage import write_json
 
 if TYPE_CHECKING:
@@ -47,8 +47,16 @@ def write_scores(run: TrainingRun) -> dict[str, Any]:
     run.erased.save(run.folder / "scored" / "erased.json")
     folders = {"original": original.folder, "erased": run.folder / "images"}
     grid_of(scorer, folders, run.folder / "grid.png")
-    save_curves([run.original["epochs"].scored.scores, *run.history], run.folder / "curves.png")
+    save_curves({"original": run.original["epochs"].scored.scores, **passes(run)}, run.folder / "curves.png")
     return second_opinion(run, folders)
+
+
+def passes(run: TrainingRun) -> dict[str, Scores]:
+    """Scores of stage 1 alone, if it was, and of each epoch, by the name that tables and curves give them."""
+    if run.evaluation is None:
+        return {}
+    stage_1 = {"stage 1": run.evaluation.after_textual} if run.evaluation.after_textual else {}
+    return stage_1 | epoch_rows(run.evaluation.epochs)
 
 
 def second_opinion(run: TrainingRun, folders: Mapping[str, Path]) -> dict[str, Any]:
@@ -84,7 +92,8 @@ def facts(run: TrainingRun) -> dict[str, Any]:
         "concept": [concept.name for concept in run.session.concepts],
         "model": run.config.model.name,
         "commit": runs.commit(),
-        "epochs": run.history,
+        "after_textual": run.evaluation.after_textual if run.evaluation else None,
+        "epochs": run.evaluation.epochs if run.evaluation else [],
         "seconds": run.seconds,
         "network_evaluations": run.evaluations,
         "paired_p_value": tests,

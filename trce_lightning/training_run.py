@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -65,7 +64,6 @@ class TrainingRun:
         self.original: dict[str, Original] = {}
         self.erased: Scored | None = None
         self.evaluation: EpochEvaluation | None = None
-        self.history: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
         self.evaluations: dict[str, int] = {}
         self.edit: Edit | None = None
@@ -172,7 +170,6 @@ class TrainingRun:
             self.evaluations["epochs"] = self.scorers["epochs"].network_evaluations
             self.evaluations["training"] -= self.evaluations["epochs"]
         self.trainer = trainer
-        self.history = self.evaluation.history if self.evaluation else []
 
     def _callbacks(self) -> list[pl.Callback]:
         checkpoint = ModelCheckpoint(
