@@ -61,7 +61,7 @@ class Record(pl.Callback):
 
 
 class SaveChanged(pl.Callback):
-    """Each process writes the tensors that it ends with."""
+    """Each process writes the tensors that it ends with, and the last epoch's mean losses."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -69,6 +69,8 @@ class SaveChanged(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         tensors = {name: tensor.contiguous() for name, tensor in pl_module.changed_tensors().items()}
         save_file(tensors, self.folder / f"rank{trainer.global_rank}.safetensors")
+        means = {name: value for name, value in trainer.callback_metrics.items() if name.endswith("_epoch")}
+        save_file(means, self.folder / f"means{trainer.global_rank}.safetensors")
 
 
 class Interrupt(pl.Callback):
@@ -288,12 +290,19 @@ def test_bf16_mixed_keeps_float32_weights_and_losses(sampled: Sampled, tmp_path:
 
 
 def test_two_processes_train_as_one_does(sampled: Sampled, tmp_path: Path) -> None:
-    alone = Fit(sampled).run(tmp_path)
+    # The ∅ hinge leaves rows of the first step out: a rank may have none left.
+    config = trajectory_config(uncond_hinge_weight=0.5)
+    alone = Fit(sampled, config).run(tmp_path)
     with one_thread():
-        Fit(sampled).run(tmp_path, SaveChanged(tmp_path), devices=2, strategy="ddp_fork")
+        Fit(sampled, config).run(tmp_path, SaveChanged(tmp_path), devices=2, strategy="ddp_fork")
     first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
     assert_same(first, second)
     assert_same(first, alone.changed(), atol=2e-5, rtol=1e-4)
+    for rank in (0, 1):
+        means = load_file(tmp_path / f"means{rank}.safetensors")
+        assert {"loss/erase_epoch", "loss/erase_uncond_epoch", "loss/preserve_epoch"} <= means.keys()
+        for name, mean in means.items():
+            assert float(mean) == pytest.approx(alone.record.epochs[-1][name], rel=1e-3), name
     untrained = Fit(sampled)
     untrained.module.setup("fit")
     moved = [

@@ -106,7 +106,7 @@ class TRCE(pl.LightningModule):
                 f"{self.global_step} with {self.optimizer.lr}; lower it, or raise trainer.precision"
             )
         logged = {f"loss/{name}": term.detach() for name, term in terms.items()}
-        self.log_dict({"loss/total": loss.detach(), **logged}, on_step=True, on_epoch=True, batch_size=1)
+        self._log_means({"loss/total": loss.detach(), **logged})
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
 
@@ -137,11 +137,15 @@ class TRCE(pl.LightningModule):
         f_safe = guided_prediction(uncond, batch["malicious_safe"], beta)
         f_unsafe = guided_prediction(uncond, malicious, beta)
         hinge = steering_hinge(predictions["malicious"], f_safe, f_unsafe, margin)
-        self._log_hinge(
-            hinge, needed_displacement(predictions["malicious"].detach(), f_safe, f_unsafe, margin)
+        displacement = needed_displacement(predictions["malicious"].detach(), f_safe, f_unsafe, margin)
+        self._log_means(
+            {
+                "hinge/active_fraction": hinge_active_fraction(hinge),
+                "hinge/needed_displacement": displacement.mean(),
+            }
         )
         terms = {"erase": hinge.mean()}
-        if len(predictions.get("uncond", ())):
+        if "uncond" in predictions:
             later = batch["malicious_step_index"] > 0
             terms["erase_uncond"] = steering_hinge(
                 predictions["uncond"], f_safe[later], f_unsafe[later], margin
@@ -152,16 +156,9 @@ class TRCE(pl.LightningModule):
             terms["pull"] = pull_loss(predictions["malicious"], batch["malicious_safe"]).mean()
         return terms
 
-    def _log_hinge(self, hinge: Tensor, displacement: Tensor) -> None:
-        self.log_dict(
-            {
-                "hinge/active_fraction": hinge_active_fraction(hinge),
-                "hinge/needed_displacement": displacement.mean(),
-            },
-            on_step=True,
-            on_epoch=True,
-            batch_size=1,
-        )
+    def _log_means(self, means: dict[str, Tensor]) -> None:
+        """Means over the batch, so with ``batch_size`` 1; ``sync_dist`` makes it the batch of all ranks."""
+        self.log_dict(means, on_step=True, on_epoch=True, batch_size=1, sync_dist=True)
 
     def _empty_states(self) -> Tensor:
         if not hasattr(self, "_empty"):

@@ -11,8 +11,15 @@ from typing import TYPE_CHECKING, Any
 from callbacks.image_grid import grid_of
 from trce_lightning import export, runs
 from trce_lightning.metrics.asr import paired_test
-from trce_lightning.report import epoch_rows, results_table, save_curves, save_loss_curves, write_scores_csv
-from trce_lightning.scoring import Scores, detection_rates
+from trce_lightning.report import (
+    Scores,
+    epoch_rows,
+    results_table,
+    save_curves,
+    save_loss_curves,
+    write_scores_csv,
+)
+from trce_lightning.scoring import detection_rates
 from trce_lightning.storage import write_json
 
 if TYPE_CHECKING:
@@ -55,8 +62,9 @@ def passes(run: TrainingRun) -> dict[str, Scores]:
     """Scores of stage 1 alone, if it was, and of each epoch, by the name that tables and curves give them."""
     if run.evaluation is None:
         return {}
-    stage_1 = {"stage 1": run.evaluation.after_textual} if run.evaluation.after_textual else {}
-    return stage_1 | epoch_rows(run.evaluation.epochs)
+    rows = epoch_rows(run.evaluation.epochs)
+    stage_1 = run.evaluation.after_textual
+    return rows if stage_1 is None else {"stage 1": stage_1, **rows}
 
 
 def second_opinion(run: TrainingRun, folders: Mapping[str, Path]) -> dict[str, Any]:
