@@ -22,6 +22,7 @@ LAYERS = (
     ("callbacks",),
     (
         "trce_lightning.run",
+        "trce_lightning.evaluation",
         "trce_lightning.training_run",
         "trce_lightning.results",
         "trce_lightning.cli",

@@ -33,6 +33,7 @@ from trce_lightning.metrics import (
     paired_test,
     save_real_statistics,
 )
+from trce_lightning.sampling import seed_of
 
 VIOLENCE = Concept("violence", {"a dagger": "a rose"})
 STYLE = Concept("style", {"3d": "flat"})
@@ -317,7 +318,13 @@ def test_evaluator_gives_every_score(judge, clip, statistics) -> None:
         assert scores["asr"]["direct"]["successes"] == sum(hits["direct"])
         assert scores["false_alarm"]["successes"] == sum(hits["benign"])
         assert scores["false_alarm"]["images"] == 24
-        assert sorted(evaluator.hits("direct").values()) == sorted(hits["direct"])
+        seen = evaluator.detections("direct")
+        with torch.no_grad():
+            subjects = judge(images["direct"])["subject"].argmax(-1).tolist()
+        for record, bright, subject in zip(
+            records["direct"], brightness(images["direct"]).tolist(), subjects, strict=True
+        ):
+            assert seen[seed_of(record.id, 0)] == (pytest.approx(bright), subject)
 
         labels = [record.label for record in records["benign"]]
         assert scores["benign_accuracy"] == 12 / 23
@@ -357,7 +364,7 @@ def score_on_a_rank(rank, world_size, folder, judge, clip, statistics, queue):
     evaluator, images, records = evaluation(judge, clip, statistics)
     for name, rows in images.items():
         evaluator.update(name, rows[rank::world_size], shard(records[name], rank, world_size))
-    queue.put((rank, evaluator.compute(), {name: evaluator.hits(name) for name in images}))
+    queue.put((rank, evaluator.compute(), {name: evaluator.detections(name) for name in images}))
     if world_size > 1:
         dist.destroy_process_group()
 

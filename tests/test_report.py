@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from trce_lightning import report
-from trce_lightning.report import image_grid, results_table, save_curves, save_loss_curves, write_json
+from trce_lightning import curves, report
+from trce_lightning.curves import save_curves, save_loss_curves
+from trce_lightning.report import image_grid, results_table, write_json
 
 PAPER = 250
 
@@ -146,12 +147,11 @@ def test_table_without_original_has_no_ratios():
 def test_scores_csv_has_a_row_per_model(tmp_path):
     path = tmp_path / "new" / "metrics.csv"
     report.write_scores_csv(
-        path,
-        {"original": ORIGINAL, "after_textual": ERASED, "epochs": [ERASED, ERASED], "erased": ERASED},
+        path, {"original": ORIGINAL, "stage 1": ERASED, "epoch 1": ERASED, "erased": ERASED}
     )
     with path.open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert [row["model"] for row in rows] == ["original", "stage 1", "epoch 1", "epoch 2", "erased"]
+    assert [row["model"] for row in rows] == ["original", "stage 1", "epoch 1", "erased"]
     assert float(rows[0]["asr/direct/rate"]) == 0.9
     assert float(rows[0]["false_alarm/high"]) == 0.05 + 0.05
     assert rows[3]["asr/implicit/rate"] == ""
@@ -188,9 +188,9 @@ def test_an_interrupted_write_leaves_the_earlier_file(tmp_path):
 
 def test_curves_plot_the_scores_at_their_epochs(tmp_path, monkeypatch):
     figures = []
-    save = report.Figure.savefig
+    save = curves.Figure.savefig
     monkeypatch.setattr(
-        report.Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))
+        curves.Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))
     )
     save_curves({"original": ORIGINAL, "stage 1": {}, "epoch 1": ERASED}, tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").width > 1000
@@ -220,14 +220,14 @@ def test_loss_curves_read_what_lightning_writes(tmp_path):
     writer.log_metrics({"loss/erase_epoch": 0.4, "epoch": 0}, 5)
     writer.save()
     metrics = tmp_path / "log" / "metrics.csv"
-    curves = report._read_curves(metrics)
-    assert curves["loss/erase_step"] == [(step, pytest.approx(1 / (step + 1))) for step in range(6)]
-    assert curves["loss/erase_epoch"] == [(5, 0.4)]
-    assert set(curves) == {"loss/erase_step", "loss/erase_epoch", "hinge/active_fraction_step"}
+    read = curves._read_curves(metrics)
+    assert read["loss/erase_step"] == [(step, pytest.approx(1 / (step + 1))) for step in range(6)]
+    assert read["loss/erase_epoch"] == [(5, 0.4)]
+    assert set(read) == {"loss/erase_step", "loss/erase_epoch", "hinge/active_fraction_step"}
     later = tmp_path / "later.csv"
     later.write_text("step,loss/erase_step\n5,0.25\n6,0.125\n")
-    continued = report._read_curves(metrics, later)["loss/erase_step"]
-    assert continued == [*curves["loss/erase_step"][:5], (5, 0.25), (6, 0.125)]
+    continued = curves._read_curves(metrics, later)["loss/erase_step"]
+    assert continued == [*read["loss/erase_step"][:5], (5, 0.25), (6, 0.125)]
     save_loss_curves([metrics], tmp_path / "loss.svg")
     assert "<svg" in (tmp_path / "loss.svg").read_text(encoding="utf-8")
     metrics.write_text("step,epoch\n1,0\n")

@@ -76,7 +76,8 @@ def same_run(folder: Path, other: Path, **close: float) -> None:
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, **(close or {"atol": 0, "rtol": 0}))
     scored = [Scored.load(place / "scored" / "erased.json") for place in (folder, other)]
-    assert scored[0].hits == scored[1].hits
+    assert scored[0].detections.keys() == scored[1].detections.keys()
+    assert all(scored[0].hits(name) == scored[1].hits(name) for name in scored[0].detections)
 
 
 def test_a_run_leaves_what_it_should(finished: tuple[Path, str]) -> None:
@@ -211,4 +212,18 @@ def test_eval_scores_the_erased_folder_on_own_and_given_prompts(
     finish(start("eval.py", *options, "--trainer.devices", 2, "trainer.accelerator=cpu"))
     shared = metrics_of(tmp_path / "two")
     assert shared["scores"]["asr"] == scores["asr"]
-    assert 0 < shared["network_evaluations"]["images"] < metrics["network_evaluations"]["images"]
+    (label,) = metrics["network_evaluations"]
+    assert 0 < shared["network_evaluations"][label] < metrics["network_evaluations"][label]
+
+
+def test_eval_compares_models_on_equal_prompts_and_noise(finished: tuple[Path, str], tmp_path: Path) -> None:
+    options = ["concept=violence", f"models=[{finished[0] / 'erased'}]", f"output={tmp_path / 'both'}"]
+    finish(start("eval.py", *options, "metrics.final_images_per_set=8", "trainer.precision=32-true"))
+    metrics, run = metrics_of(tmp_path / "both"), metrics_of(finished[0])
+    ((label, erased),) = metrics["models"].items()
+    assert label == finished[0].name
+    assert metrics["scores"]["asr"] == run["original"]["asr"]
+    assert erased["scores"]["asr"] == run["erased"]["asr"]
+    assert erased["paired_p_value"] == pytest.approx(run["paired_p_value"])
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert label in page and page.count('<li data-set="direct"') == 8

@@ -1,4 +1,4 @@
-"""The commands `train.py` and `eval.py`: read the options, refuse what is wrong, hand over to `run`.
+"""The command lines: read the options, refuse what is wrong, hand over to the job.
 
 Torch is imported by the job alone, so that help and refusals come at once.
 """
@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trce_lightning import arguments, validation
-from trce_lightning.schema import EvalConfig, TrainConfig
+from trce_lightning.schema import DemoConfig, EvalConfig, TrainConfig
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -34,6 +34,11 @@ def train(argv: Sequence[str] | None = None) -> None:
 def evaluate(argv: Sequence[str] | None = None) -> None:
     """Score a pipeline. `argv` defaults to the command line; exits with code 2 on an expected failure."""
     _main("eval", EvalConfig, argv)
+
+
+def demonstrate(argv: Sequence[str] | None = None) -> None:
+    """Serve the demo page. `argv` defaults to the command line; exits with code 2 on an expected failure."""
+    _main("demo", DemoConfig, argv)
 
 
 def config_folder() -> Path:
@@ -78,12 +83,18 @@ def _main(name: str, schema: type, argv: Sequence[str] | None) -> None:
 
 def _run(name: str, config: Any) -> None:
     validation.check(config)
-    from trce_lightning import run
-
     if name == "train":
+        from trce_lightning import run
+
         run.train(config)
+    elif name == "demo":
+        from trce_lightning import demo
+
+        demo.demonstrate(config)
     else:
-        run.evaluate(config)
+        from trce_lightning import evaluation
+
+        evaluation.evaluate(config)
 
 
 @contextmanager

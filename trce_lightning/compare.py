@@ -43,9 +43,9 @@ def load_runs(folders: list[Path]) -> dict[str, Scored]:
 def paired_tests(columns: dict[str, Scored]) -> list[str]:
     """Exact McNemar tests of each column against the one before it, Markdown list items."""
     tests = [
-        (name, before, after, paired_test(columns[before].hits[name], columns[after].hits[name]))
+        (name, before, after, paired_test(columns[before].hits(name), columns[after].hits(name)))
         for before, after in pairwise(columns)
-        for name in columns[after].hits
+        for name in columns[after].detections
     ]
     return [f"- {name}: {before} against {after}, p = {p:.2g}" for name, before, after, p in tests]
 

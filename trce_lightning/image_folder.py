@@ -36,11 +36,16 @@ def load_images(folder: Path, records: Sequence[PromptRecord]) -> Tensor:
         FileNotFoundError: no manifest, or a missing image.
         ValueError: an unreadable image, or one of another prompt, seed or guidance scale.
     """
+    images = [_read_png(file) for file in image_files(folder, records)]
+    return torch.stack(images) if images else torch.empty((0, 3, 0, 0), dtype=torch.uint8)
+
+
+def image_files(folder: Path, records: Sequence[PromptRecord]) -> list[Path]:
+    """Where those images lie, in the order of ``records``; raises like :func:`load_images`."""
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{folder}: expected a folder of images with {MANIFEST}, got none")
     entries = {entry["id"]: entry for entry in _read_manifest(folder / MANIFEST)}
-    images = [_read_png(folder / _entry_of(record, entries, folder)["file"]) for record in records]
-    return torch.stack(images) if images else torch.empty((0, 3, 0, 0), dtype=torch.uint8)
+    return [folder / _entry_of(record, entries, folder)["file"] for record in records]
 
 
 def guidance_scales(records: Sequence[PromptRecord], guidance_scale: float) -> list[float]:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 import resource
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from callbacks.image_grid import grid_of
 from trce_lightning import export, runs
+from trce_lightning.curves import save_curves, save_loss_curves
 from trce_lightning.metrics.asr import paired_test
+from trce_lightning.page import Column, Report, write_page
 from trce_lightning.report import (
     Scores,
-    epoch_rows,
     results_table,
-    save_curves,
-    save_loss_curves,
     write_scores_csv,
 )
 from trce_lightning.scoring import detection_rates
@@ -31,17 +31,18 @@ log = logging.getLogger(__name__)
 def write(run: TrainingRun) -> None:
     """Everything that a run folder holds; ``metrics.json`` last: it marks the run as finished."""
     columns, second = {}, {}
-    if run.erased:
-        columns = {"original": run.original["final"].scored.scores, "erased": run.erased.scores}
-        second = write_scores(run)
     if run.plan is not None:
         # One file for every time that the run was started.
         logs = sorted(run.folder.glob("logs/version_*/metrics.csv"), key=lambda log: log.stat().st_mtime)
         save_loss_curves(logs, run.folder / "losses.png")
+    if run.erased:
+        columns = {"original": run.original["final"].scored.scores, "erased": run.erased.scores}
+        second = write_scores(run)
     table = results_table(columns)
     write_model(run, table)
     metrics = facts(run) | {"zero_shot_clip": second} | columns
-    write_scores_csv(run.folder / "metrics.csv", metrics)
+    tuned = {f"{name} (tuning prompts)": scores for name, scores in passes(run).items()}
+    write_scores_csv(run.folder / "metrics.csv", tuned | columns)
     write_json(run.folder / "metrics.json", metrics)
     log.info("%s\n%s", run.folder, table)
 
@@ -54,17 +55,45 @@ def write_scores(run: TrainingRun) -> dict[str, Any]:
     run.erased.save(run.folder / "scored" / "erased.json")
     folders = {"original": original.folder, "erased": run.folder / "images"}
     grid_of(scorer, folders, run.folder / "grid.png")
-    save_curves({"original": run.original["epochs"].scored.scores, **passes(run)}, run.folder / "curves.png")
+    save_curves(passes(run), run.folder / "curves.png")
+    write_page(run.folder / "report.html", report_of(run, folders))
     return second_opinion(run, folders)
 
 
+def report_of(run: TrainingRun, folders: Mapping[str, Path]) -> Report:
+    """What ``report.html`` shows of a run; ``folders`` are those of the images, by label."""
+    assert run.erased is not None
+    names = [concept.name for concept in run.session.concepts]
+    scored = {"original": run.original["final"].scored, "erased": run.erased}
+    titles = {"curves.png": "Scores after each pass", "losses.png": "Losses and hinge while training"}
+    return Report(
+        title=f"{' + '.join(names)} erased from {run.config.model.name}",
+        columns={label: Column(scored[label], folders[label]) for label in scored},
+        sets=run.scorers["final"].sets,
+        pictures={
+            title: run.folder / name for name, title in titles.items() if (run.folder / name).is_file()
+        },
+        facts={
+            "command": " ".join(sys.argv),
+            "commit": runs.commit(),
+            "base model": f"{run.base}, fingerprint {run.fingerprint}",
+            "configuration": run.folder / runs.CONFIG,
+            "network evaluations": run.evaluations,
+            "seconds": run.seconds,
+        },
+    )
+
+
 def passes(run: TrainingRun) -> dict[str, Scores]:
-    """Scores of stage 1 alone, if it was, and of each epoch, by the name that tables and curves give them."""
-    if run.evaluation is None:
-        return {}
-    rows = epoch_rows(run.evaluation.epochs)
-    stage_1 = run.evaluation.after_textual
-    return rows if stage_1 is None else {"stage 1": stage_1, **rows}
+    """Scores on the epochs' prompts: of the original, of stage 1 alone, if it was, and of each epoch."""
+    rows: dict[str, Scores] = {}
+    if "epochs" in run.original:
+        rows["original"] = run.original["epochs"].scored.scores
+    if run.evaluation is not None:
+        if run.evaluation.after_textual is not None:
+            rows["stage 1"] = run.evaluation.after_textual
+        rows |= {f"epoch {number}": scores for number, scores in enumerate(run.evaluation.epochs, start=1)}
+    return rows
 
 
 def second_opinion(run: TrainingRun, folders: Mapping[str, Path]) -> dict[str, Any]:
@@ -93,8 +122,8 @@ def facts(run: TrainingRun) -> dict[str, Any]:
     """The record of ``metrics.json`` but for the two models' scores."""
     tests = {}
     if run.erased:
-        before = run.original["final"].scored.hits
-        tests = {name: paired_test(before[name], hits) for name, hits in run.erased.hits.items()}
+        before, after = run.original["final"].scored, run.erased
+        tests = {name: paired_test(before.hits(name), after.hits(name)) for name in after.detections}
     return {
         "schema": 1,
         "concept": [concept.name for concept in run.session.concepts],

@@ -1,4 +1,4 @@
-"""Every option of `train.py` and `eval.py`: its type, its default and the values it takes. Torch-free."""
+"""Every option of the command lines: its type, its default and the values it takes. Torch-free."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +65,7 @@ class ModelConfig:
     guidance_scale: float = option(7.5, at_least=0)  # of evaluation images
     num_inference_steps: int = option(50, at_least=1)  # of evaluation images
     judge: str | None = None  # "embedded", or the dotted name of a detector class
+    judge_options: dict[str, Any] = field(default_factory=dict)  # what that class takes beside the concepts
     keep: KeepConfig = field(default_factory=KeepConfig)
 
 
@@ -172,13 +173,44 @@ class TrainConfig:
 
 
 @dataclass
+class PromptFileConfig:
+    """A prompt file: `path` goes before `filename` of the Hub's data set `hub_id`."""
+
+    path: str | None = None
+    hub_id: str | None = None
+    filename: str | None = None
+    revision: str | None = None
+    sha256: str | None = None  # that the file must have
+    columns: dict[str, list[str]] = field(default_factory=dict)  # field → names of its column
+
+
+@dataclass
 class EvalConfig:
     concept: dict[str, ConceptConfig] = field(default_factory=dict)
     model: ModelConfig = field(default_factory=ModelConfig)
-    prompts: list[str] = option([])  # CSV files
+    models: list[str] = option([])  # folders of further pipelines, compared with `model` on equal noise
+    prompts: list[str] = option([])  # CSV files; NAME or NAME:FILE of a published set
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     trainer: DeviceConfig = field(default_factory=DeviceConfig)
     seed: int = option(0, at_least=0)
     output: str | None = None
     runs: str = "runs"
     cache: str | None = None
+    published: dict[str, PromptFileConfig] = field(default_factory=dict)
+
+
+@dataclass
+class OriginalConfig:
+    """The model before erasure."""
+
+    path: str | None = None  # folder in diffusers' format; null: the model that `model` names itself
+
+
+@dataclass
+class DemoConfig:
+    concept: dict[str, ConceptConfig] = field(default_factory=dict)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    original: OriginalConfig = field(default_factory=OriginalConfig)
+    trainer: DeviceConfig = field(default_factory=DeviceConfig)
+    seed: int = option(0, at_least=0)
+    port: int = option(7860, at_least=1)  # of 127.0.0.1

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -18,12 +18,26 @@ from torch.utils.data import DataLoader
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
 from trce_lightning.generation import generate, generate_to, load_images, planned_evaluations, shard
-from trce_lightning.metrics.asr import AttackSuccessRate
+from trce_lightning.metrics.asr import AttackSuccessRate, shows_concept
 from trce_lightning.metrics.detectors import Detector
 from trce_lightning.metrics.scores import Evaluator
+from trce_lightning.sampling import seed_of
 from trce_lightning.storage import write_json
 
 Scores = dict[str, Any]
+
+
+class Detection(NamedTuple):
+    """What was seen in one image."""
+
+    probability: float
+    """That it shows the concept."""
+    subject: int
+    """Index of the subject that the embedded judge sees, ``NO_SUBJECT`` without one."""
+
+
+Detections = dict[str, dict[str, Detection]]
+"""By prompt set and prompt id."""
 
 
 @dataclass
@@ -56,8 +70,8 @@ class Scorer:
     sets: Sequence[PromptSet]
     sampling: Sampling
     make_evaluator: Callable[[Sequence[str]], Evaluator]
-    hits: dict[str, dict[int, bool]] = field(default_factory=dict)
-    """Per-image hits of the last call, by set, for paired tests."""
+    detections: Detections = field(default_factory=dict)
+    """Of the last call."""
     network_evaluations: int = 0
     """Of all calls, on this rank."""
 
@@ -99,16 +113,21 @@ class Scorer:
             evaluator.update(prompts.name, images[prompts.name], list(share))
         scores = evaluator.compute()
         self.network_evaluations += self.adapter.network_evaluations - counted
-        self.hits = {prompts.name: evaluator.hits(prompts.name) for prompts in self.sets}
+        self.detections = {prompts.name: self._detections(evaluator, prompts) for prompts in self.sets}
         return scores, images
+
+    @staticmethod
+    def _detections(evaluator: Evaluator, prompts: PromptSet) -> dict[str, Detection]:
+        seen = evaluator.detections(prompts.name)
+        return {record.id: Detection(*seen[seed_of(record.id, 0)]) for record in prompts.records}
 
 
 class _ScoringModule(pl.LightningModule):
     """Calls a scorer once on every rank of ``Trainer.predict``."""
 
-    def __init__(self, scorer: Scorer, folder: Path) -> None:
+    def __init__(self, scorer: Scorer, folder: Path, title: str) -> None:
         super().__init__()
-        self.scorer, self.folder = scorer, folder
+        self.scorer, self.folder, self.title = scorer, folder, title
         self.unet = scorer.adapter.unet
         self.scores: Scores = {}
 
@@ -117,12 +136,15 @@ class _ScoringModule(pl.LightningModule):
         ranks = {"rank": self.global_rank, "world_size": self.trainer.world_size}
         # The scorer's own sampling says what runs in half precision; judges do not.
         with torch.autocast(self.device.type, enabled=False):
-            self.scores, _ = self.scorer("eval", folder=self.folder, **ranks)
+            self.scores, _ = self.scorer(self.title, folder=self.folder, **ranks)
 
 
-def score_on_all_ranks(trainer: pl.Trainer, scorer: Scorer, folder: Path) -> Scores:
-    """Scores of all ranks' images, the same on every rank; images are files in ``folder``."""
-    module = _ScoringModule(scorer, folder)
+def score_on_all_ranks(trainer: pl.Trainer, scorer: Scorer, folder: Path, title: str) -> Scores:
+    """Scores of all ranks' images, the same on every rank; images are files in ``folder``.
+
+    ``title`` stands in the progress bar.
+    """
+    module = _ScoringModule(scorer, folder, title)
     loader: DataLoader[int] = DataLoader(range(trainer.world_size), batch_size=None)  # type: ignore[arg-type]
     trainer.predict(module, loader, return_predictions=False)
     return module.scores
@@ -143,21 +165,30 @@ def detection_rates(
 
 @dataclass(frozen=True)
 class Scored:
-    """A model's scores with the hits behind them."""
+    """A model's scores with the detections behind them."""
 
     scores: Scores
-    hits: dict[str, dict[int, bool]]
+    detections: Detections
+
+    def hits(self, set_name: str) -> dict[str, bool]:
+        """Whether each image of a set shows the concept, by prompt id."""
+        rows = self.detections[set_name]
+        shown = shows_concept(torch.tensor([row.probability for row in rows.values()]))
+        return dict(zip(rows, shown.tolist(), strict=True))
 
     def save(self, file: Path) -> None:
         """As JSON."""
-        write_json(file, {"scores": self.scores, "hits": self.hits})
+        write_json(file, {"scores": self.scores, "detections": self.detections})
 
     @classmethod
     def load(cls, file: Path) -> Scored:
         """Read back."""
         content = json.loads(file.read_text())
-        hits = {name: {int(key): hit for key, hit in rows.items()} for name, rows in content["hits"].items()}
-        return cls(content["scores"], hits)
+        detections = {
+            name: {key: Detection(*row) for key, row in rows.items()}
+            for name, rows in content["detections"].items()
+        }
+        return cls(content["scores"], detections)
 
 
 def flatten_scores(scores: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

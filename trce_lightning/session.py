@@ -14,13 +14,8 @@ from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
 from trce_lightning.concepts import Concept, PromptPair, prompt_pairs
 from trce_lightning.data.concept_prompts import Split, concept_prompt_sets, embedded_keep_captions
 from trce_lightning.data.keep_prompts import keep_prompts
-from trce_lightning.data.prompt_sets import (
-    PromptSet,
-    benign_subjects,
-    load_csv,
-    near_subjects,
-    unkept_subjects,
-)
+from trce_lightning.data.prompt_sets import PromptSet, benign_subjects, near_subjects, unkept_subjects
+from trce_lightning.data.published import load_file, prompt_files
 from trce_lightning.emoji.package import load_embedded_clip, load_judge, weights_folder
 from trce_lightning.metrics.detectors import (
     ClipZeroShotDetector,
@@ -81,10 +76,18 @@ class Session:
         return keep_prompts(self.concepts, path=path, limit=KEEP_LIMIT)
 
     def sets(self, split: Split, size: int) -> list[PromptSet]:
-        """The concept's own prompt sets, and the CSV files of an evaluation."""
-        own = concept_prompt_sets(self.concepts, embedded=self.embedded, size=size, split=split)
-        files = self.config.prompts if isinstance(self.config, EvalConfig) else []
-        return [*own, *(load_csv(path) for path in files)]
+        """The concept's own prompt sets, and the prompt files of an evaluation.
+
+        ``ValueError`` when two have one name.
+        """
+        sets = concept_prompt_sets(self.concepts, embedded=self.embedded, size=size, split=split)
+        own = {prompts.name for prompts in sets}
+        if isinstance(self.config, EvalConfig):
+            for name, file in prompt_files(self.config.prompts, self.config.published):
+                if name in own:
+                    raise ValueError(f"option 'prompts': {name!r} is the concept's own set, rename the file")
+                sets.append(load_file(name, file))
+        return sets
 
     def sampling(self) -> Sampling:
         """How images are made for scoring."""
@@ -105,8 +108,15 @@ class Session:
                 raise ValueError(
                     "model.judge: expected a detector's dotted name to score this model, got none"
                 )
-            detector = load_detector(self.config.model.judge, self.concepts)
+            detector = load_detector(
+                self.config.model.judge, self.concepts, **self.config.model.judge_options
+            )
             return lambda names: Evaluator(detector, names)
+        if self.config.model.judge_options:
+            raise ValueError(
+                f"model.judge_options: expected none with the embedded judge, "
+                f"got {', '.join(self.config.model.judge_options)}"
+            )
         folder = weights_folder()
         judge, clip = load_judge(folder), load_embedded_clip(folder)
         detector = EmbeddedJudgeDetector(judge, self.concepts)

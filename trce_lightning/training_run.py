@@ -30,6 +30,9 @@ from trce_lightning.trainers import make_loggers, make_trainer
 
 log = logging.getLogger(__name__)
 
+SCORED = "detections.json"
+"""The original model's scores beside its images."""
+
 
 @dataclass(frozen=True)
 class Original:
@@ -111,16 +114,16 @@ class TrainingRun:
 
     def is_scored(self, scorer: Scorer) -> bool:
         """Whether the original model's scores are cached. Before stage 1."""
-        return (self._original_folder(scorer) / "scored.json").exists()
+        return (self._original_folder(scorer) / SCORED).exists()
 
     def _cached_scores(self, title: str, scorer: Scorer) -> Original:
         folder = self._original_folder(scorer)
-        file = folder / "scored.json"
+        file = folder / SCORED
         if not self.is_scored(scorer):
             self.adapter.to(self.trainer.strategy.root_device)
             scores, _ = scorer(f"original model, {title}", folder=folder, **self.ranks)
             if self.trainer.is_global_zero:
-                Scored(scores, scorer.hits).save(file)
+                Scored(scores, scorer.detections).save(file)
             self.trainer.strategy.barrier()
             scorer.network_evaluations = 0
         return Original(Scored.load(file), folder)
@@ -193,7 +196,7 @@ class TrainingRun:
         with self._stage("final"):
             scorer = self.scorers["final"]
             scores, _ = scorer("erased model", folder=self.folder / "images", **self.ranks)
-            self.erased = Scored(scores, scorer.hits)
+            self.erased = Scored(scores, scorer.detections)
         log_scores(self.loggers, scores, step=self.trainer.global_step, prefix="final/")
 
     def write(self) -> None:

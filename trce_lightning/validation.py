@@ -1,6 +1,7 @@
 """What can be refused before torch is imported: values out of range, unknown choices, missing files."""
 
 import dataclasses
+import importlib.util
 import math
 import os
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 
 from trce_lightning.arguments import did_you_mean
 from trce_lightning.concepts import Concept
-from trce_lightning.schema import EvalConfig, ModelConfig, TrainConfig
+from trce_lightning.data.published import check_file, prompt_files
+from trce_lightning.schema import DemoConfig, EvalConfig, ModelConfig, TrainConfig
 
 
-def check(config: TrainConfig | EvalConfig) -> None:
+def check(config: TrainConfig | EvalConfig | DemoConfig) -> None:
     """Raise ValueError or OSError, naming the option, what it takes and what it got."""
     _check_values(config, "")
     if not config.concept:
@@ -22,15 +24,20 @@ def check(config: TrainConfig | EvalConfig) -> None:
         if concept.name != name:
             raise ValueError(f"option 'concept.{name}.name': expected {name!r}, got {concept.name!r}")
         Concept.from_mapping(dataclasses.asdict(concept), source="options")
-    _check_model(config.model)
+    _check_model(config.model, "model.path")
     _check_devices(config.trainer.devices)
+    if isinstance(config, DemoConfig):
+        _check_demo(config)
+        return
     for option in ("output", "runs", "cache"):
         _check_writable(option, getattr(config, option))
     if isinstance(config, TrainConfig):
         _check_training(config)
     else:
-        for path in config.prompts:
-            _check_file("prompts", path)
+        for path in config.models:
+            _check_model(dataclasses.replace(config.model, path=path), "models")
+        for name, file in prompt_files(config.prompts, config.published):
+            check_file(name, file, list(config.published))
 
 
 def _check_values(node: Any, prefix: str) -> None:
@@ -59,18 +66,28 @@ def _check_value(name: str, value: Any, limits: Any) -> None:
         raise ValueError(f"option {name!r}: expected less than {limits['below']}, got {value}")
 
 
-def _check_model(model: ModelConfig) -> None:
+def _check_model(model: ModelConfig, option: str) -> None:
     if model.path is None:
         if model.hub_id is None and model.judge != "embedded" and model.name != "emoji":
             raise ValueError(f"model {model.name!r} has neither model.path nor model.hub_id")
         return
     folder = Path(model.path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"option 'model.path': no folder {model.path!r}")
+        raise FileNotFoundError(f"option {option!r}: no folder {model.path!r}")
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"option 'model.path': {model.path!r} holds no model_index.json, so it is no diffusers pipeline"
+            f"option {option!r}: {model.path!r} holds no model_index.json, so it is no diffusers pipeline"
         )
+
+
+def _check_demo(config: DemoConfig) -> None:
+    if config.model.path is None:
+        raise ValueError("option 'model.path': expected the folder of an erased pipeline, got none")
+    _check_model(dataclasses.replace(config.model, path=config.original.path), "original.path")
+    if config.port >= 2**16:
+        raise ValueError(f"option 'port': expected at most {2**16 - 1}, got {config.port}")
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError("demo: gradio is not installed; install it with: pip install 'trce-lightning[demo]'")
 
 
 def _check_devices(devices: Any) -> None:

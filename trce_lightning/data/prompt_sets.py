@@ -4,8 +4,8 @@ import csv
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from trce_lightning.concepts import Concept, mentions, without_article
 from trce_lightning.emoji.subjects import NEAR_VIOLENCE, SENSITIVE, SUBJECTS
 
 __all__ = [
+    "DECISIVE_FIELDS",
+    "FIELDS",
     "STYLE",
     "PromptRecord",
     "PromptSet",
@@ -29,7 +31,11 @@ STYLE = "style"
 """Name of the concept that is a way of drawing and not a subject."""
 _UNSAFE = ("violence", "intoxicants")
 _UNKEPT_SHARE = 0.2
-# Names in published prompt files, ours first.
+FIELDS = ("prompt", "id", "seed", "guidance", "categories", "label")
+"""What is read from a prompt file."""
+DECISIVE_FIELDS = ("prompt", "seed", "guidance")
+"""Those that decide what is drawn: a file without a column that its map names for them is another file."""
+# Of files without a map of their own, our names first.
 _COLUMNS = {
     "prompt": ("prompt", "adv_prompt", "sensitive prompt"),
     "id": ("id", "case_number"),
@@ -48,6 +54,7 @@ class PromptRecord:
         seed: of the noise, 0 to 2⁶⁴ − 1.
         guidance_scale: classifier-free guidance of this image; None is the model's own.
         label: what a benign prompt shows.
+        categories: every kind of content that the prompt was published under.
     """
 
     id: str
@@ -55,32 +62,41 @@ class PromptRecord:
     seed: int | None = None
     guidance_scale: float | None = None
     label: str | None = None
+    # Not in repr, which identifies images: it decides nothing that is drawn.
+    categories: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts that are scored together, under ``name`` in metrics.json."""
+    """Prompts that are scored together, under ``name`` in metrics.json; ``sha256`` is of their file."""
 
     name: str
     records: tuple[PromptRecord, ...]
+    sha256: str | None = field(default=None, repr=False)
 
 
-def load_csv(path: str | Path) -> PromptSet:
-    """Reads a prompt file (CSV with a header, UTF-8); the set is named by the file's stem.
+def load_csv(
+    path: str | Path, *, name: str | None = None, columns: Mapping[str, Sequence[str]] | None = None
+) -> PromptSet:
+    """Reads a prompt file (CSV with a header, UTF-8); the set is named ``name``, else by the file's stem.
 
-    Columns, in any case: ``prompt`` (or adv_prompt, "sensitive prompt"); optional ``id`` (or case_number;
-    else the row number, from 1), ``seed`` (or evaluation_seed), ``guidance`` (or evaluation_guidance) and
-    ``label``. The first of these names that the file has is read; other columns are ignored.
+    ``columns`` maps each of :data:`FIELDS` that is wanted to its column's possible names, in any case; the
+    first that the file has is read, other columns are ignored, and ids are else the row number, from 1.
+    Without it: ``prompt`` (or adv_prompt, "sensitive prompt"); optional ``id`` (or case_number), ``seed`` (or
+    evaluation_seed), ``guidance`` (or evaluation_guidance) and ``label``.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is empty, has no prompt column or no rows; or a row, named by its line, has an
-            empty prompt, an empty or repeated id, more cells than the header, an unreadable seed or guidance.
+        ValueError: the file is empty, has no prompt column, none of ``columns`` for a decisive field, or no
+            rows; or a row, named by its line, has an empty prompt, an empty or repeated id, more cells than
+            the header, an unreadable seed or guidance.
     """
     path = Path(path)
+    with path.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     records: dict[str, PromptRecord] = {}
     lines: dict[str, int] = {}
-    for line, cells in _rows(path):
+    for line, cells in _rows(path, columns):
         record = _record(f"{path}, line {line}", cells, row_number=len(records) + 1)
         if record.id in records:
             raise ValueError(
@@ -90,7 +106,7 @@ def load_csv(path: str | Path) -> PromptSet:
         records[record.id], lines[record.id] = record, line
     if not records:
         raise ValueError(f"{path}: expected at least one row with a prompt, got the header alone")
-    return PromptSet(path.stem, tuple(records.values()))
+    return PromptSet(name or path.stem, tuple(records.values()), sha256)
 
 
 def concept_subjects(concept: Concept) -> tuple[str, ...]:
@@ -143,7 +159,7 @@ def shuffled(texts: Iterable[str]) -> list[str]:
     return sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def _rows(path: Path, wanted: Mapping[str, Sequence[str]] | None) -> Iterator[tuple[int, dict[str, str]]]:
     """First line and known cells of every row that isn't blank."""
     with path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, strict=True)
@@ -151,7 +167,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             header = next(reader, None)
             if not header:
                 raise ValueError(f"{path}: expected CSV with a header, got an empty file or first line")
-            columns = _columns(path, header)
+            columns = _columns(path, header, wanted)
             start = reader.line_num + 1
             for cells in reader:
                 if any(cell.strip() for cell in cells):
@@ -163,19 +179,20 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             raise ValueError(f"{path}, line {reader.line_num}: expected CSV in UTF-8, {error}") from error
 
 
-def _columns(path: Path, header: Sequence[str]) -> dict[str, int]:
+def _columns(path: Path, header: Sequence[str], wanted: Mapping[str, Sequence[str]] | None) -> dict[str, int]:
     """Position of the column of each field that the file has."""
     names = [name.strip().casefold() for name in header]
-    columns = {
-        field: names.index(found[0])
-        for field, aliases in _COLUMNS.items()
-        if (found := [alias for alias in aliases if alias in names])
-    }
-    if "prompt" not in columns:
-        expected = ", ".join(_COLUMNS["prompt"])
-        raise ValueError(
-            f"{path}: expected a column named one of {expected}, got the columns {', '.join(header)}"
-        )
+    columns: dict[str, int] = {}
+    for field_name, aliases in (_COLUMNS if wanted is None else wanted).items():
+        found = [alias.casefold() for alias in aliases if alias.casefold() in names]
+        required = field_name == "prompt" or (wanted is not None and field_name in DECISIVE_FIELDS)
+        if found:
+            columns[field_name] = names.index(found[0])
+        elif aliases and required:
+            raise ValueError(
+                f"{path}: expected a column named one of {', '.join(aliases)}, "
+                f"got the columns {', '.join(header)}"
+            )
     return columns
 
 
@@ -187,9 +204,9 @@ def _check_width(place: str, cells: Sequence[str], width: int) -> None:
 
 
 def _record(place: str, cells: dict[str, str], row_number: int) -> PromptRecord:
-    for field in ("prompt", "id"):
-        if cells.get(field) == "":
-            raise ValueError(f"{place}: expected a text in the {field} column, got an empty cell")
+    for field_name in ("prompt", "id"):
+        if cells.get(field_name) == "":
+            raise ValueError(f"{place}: expected a text in the {field_name} column, got an empty cell")
     seed, guidance = cells.get("seed"), cells.get("guidance")
     return PromptRecord(
         id=cells.get("id", str(row_number)),
@@ -197,6 +214,7 @@ def _record(place: str, cells: dict[str, str], row_number: int) -> PromptRecord:
         seed=_seed(place, seed) if seed else None,
         guidance_scale=_guidance(place, guidance) if guidance else None,
         label=cells.get("label") or None,
+        categories=tuple(name.strip() for name in cells.get("categories", "").split(",") if name.strip()),
     )
 
 

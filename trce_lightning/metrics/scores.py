@@ -14,23 +14,27 @@ from torchmetrics.utilities import dim_zero_cat
 from trce_lightning.data.prompt_sets import PromptRecord
 from trce_lightning.emoji.judge import Judge
 from trce_lightning.emoji.subjects import SUBJECTS, subject_index
-from trce_lightning.metrics.asr import AttackSuccessRate, shows_concept
+from trce_lightning.metrics.asr import AttackSuccessRate
 from trce_lightning.metrics.detectors import Detector
 from trce_lightning.metrics.fidelity import RawClipScore
 from trce_lightning.sampling import seed_of
 
 BENIGN = "benign"
+NO_SUBJECT = -1
+"""In place of a subject's index where no judge names subjects."""
 GROUPS = ("benign_accuracy", "benign_accuracy_near", "benign_accuracy_unkept")
 
 
-class HitsByImage(Metric):
-    """Which images show the concept, by image, so that two models can be compared pairwise."""
+class DetectionsByImage(Metric):
+    """What was seen in each image, so that two models can be compared pairwise and thresholds moved later."""
 
     full_state_update = False
+    keys: list[Tensor]
     rows: list[Tensor]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.add_state("keys", [], dist_reduce_fx="cat")
         self.add_state("rows", [], dist_reduce_fx="cat")
         self.reset()
 
@@ -38,16 +42,23 @@ class HitsByImage(Metric):
         """Forget all images."""
         super().reset()
         # A rank with an empty list would leave out the gathering that the others wait in.
-        self.rows.append(torch.empty((0, 2), dtype=torch.int64, device=self.device))
+        self.keys.append(torch.empty(0, dtype=torch.int64, device=self.device))
+        self.rows.append(torch.empty((0, 2), dtype=torch.float64, device=self.device))
 
-    def update(self, probability: Tensor, records: Sequence[PromptRecord]) -> None:
-        """``probability``: ``[B]`` of the images of ``records``."""
-        keys = torch.tensor([seed_of(record.id, 0) for record in records], device=probability.device)
-        self.rows.append(torch.stack([keys.long(), shows_concept(probability).long()], 1))
+    def update(self, records: Sequence[PromptRecord], probability: Tensor, subject: Tensor | None) -> None:
+        """``probability`` that images of ``records`` show the concept and ``subject`` index, ``[B]`` each."""
+        keys = [seed_of(record.id, 0) for record in records]
+        unknown = torch.full_like(probability, NO_SUBJECT)
+        self.keys.append(torch.tensor(keys, dtype=torch.int64, device=probability.device))
+        self.rows.append(torch.stack([probability, unknown if subject is None else subject], 1).double())
 
-    def compute(self) -> dict[int, bool]:
-        """Hit by ``seed_of(record.id, 0)``, an image's key on every rank."""
-        return {key: bool(hit) for key, hit in sorted(dim_zero_cat(self.rows).tolist())}
+    def compute(self) -> dict[int, tuple[float, int]]:
+        """Probability and subject index by ``seed_of(record.id, 0)``, an image's key on every rank."""
+        rows = dim_zero_cat(self.rows).tolist()
+        return {
+            key: (probability, int(subject))
+            for key, (probability, subject) in zip(dim_zero_cat(self.keys).tolist(), rows, strict=True)
+        }
 
 
 class BenignAccuracy(Metric):
@@ -119,9 +130,9 @@ class Evaluator(nn.Module):
         self.set_names, self.batch_size = tuple(set_names), batch_size
         self.detector, self.judge, self.fid, self.clip_score = detector, judge, fid, clip_score
         self.rates = {name: AttackSuccessRate() for name in self.set_names}
-        self.hits_by_image = {name: HitsByImage() for name in self.set_names}
+        self.detections_by_image = {name: DetectionsByImage() for name in self.set_names}
         # Not ModuleDicts: a set is named by its file, and a module's name can't hold a dot.
-        self.set_metrics = nn.ModuleList([*self.rates.values(), *self.hits_by_image.values()])
+        self.set_metrics = nn.ModuleList([*self.rates.values(), *self.detections_by_image.values()])
         self.accuracy = BenignAccuracy(near_subjects, unkept_subjects)
         self.eval()
 
@@ -145,17 +156,21 @@ class Evaluator(nn.Module):
             pixels, rows = images[part].to(self.accuracy.device), records[part]
             probability = self.detector(pixels)
             self.rates[set_name].update(probability)
-            self.hits_by_image[set_name].update(probability, rows)
+            subjects = None if self.judge is None else self.judge(pixels)["subject"]
+            best = None if subjects is None else subjects.argmax(-1)
+            self.detections_by_image[set_name].update(rows, probability, best)
             if set_name == BENIGN:
-                self._update_benign(pixels, rows)
+                self._update_benign(pixels, rows, subjects)
 
-    def _update_benign(self, images: Tensor, records: Sequence[PromptRecord]) -> None:
+    def _update_benign(
+        self, images: Tensor, records: Sequence[PromptRecord], subjects: Tensor | None
+    ) -> None:
         if self.fid is not None:
             self.fid.update(images, real=False)
         if self.clip_score is not None:
             self.clip_score.update(images, [record.prompt for record in records])
-        if self.judge is not None:
-            self.accuracy.update(self.judge(images)["subject"], [record.label for record in records])
+        if subjects is not None:
+            self.accuracy.update(subjects, [record.label for record in records])
 
     def compute(self) -> dict[str, Any]:
         """SCORES: ``asr`` by set but ``benign``, and what that set gives if it is one of the sets.
@@ -176,10 +191,10 @@ class Evaluator(nn.Module):
                 scores |= self.accuracy.compute()
         return scores
 
-    def hits(self, set_name: str) -> dict[int, bool]:
-        """Whether each image of a set shows the concept, for ``paired_test``; all ranks call it."""
+    def detections(self, set_name: str) -> dict[int, tuple[float, int]]:
+        """What was seen in each image of a set, as :class:`DetectionsByImage` says; all ranks call it."""
         self._check_known(set_name)
-        return self.hits_by_image[set_name].compute()
+        return self.detections_by_image[set_name].compute()
 
     def reset(self) -> None:
         """Forget all images but the real ones."""

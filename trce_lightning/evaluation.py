@@ -1,0 +1,161 @@
+"""``eval.py``: score one pipeline, or several on the same prompts and noise."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from callbacks.image_grid import grid_of
+from trce_lightning import runs
+from trce_lightning.data.published import log_sets
+from trce_lightning.logs import set_up_logging
+from trce_lightning.metrics.asr import paired_test
+from trce_lightning.page import Column, Report, write_page
+from trce_lightning.report import results_table, write_scores_csv
+from trce_lightning.schema import EvalConfig
+from trce_lightning.scoring import Scored, Scorer, score_on_all_ranks
+from trce_lightning.session import Session, concepts_of, source_of
+from trce_lightning.storage import write_json
+from trce_lightning.trainers import make_trainer
+
+log = logging.getLogger(__name__)
+
+
+class Evaluation:
+    """One run of ``eval.py``: ``model`` first, then each of ``models``, one in memory at a time."""
+
+    def __init__(self, config: EvalConfig) -> None:
+        self.config = config
+        self.sources = sources(config)
+        self.columns: dict[str, Column] = {}
+        self.seconds: dict[str, float] = {}
+        self.evaluations: dict[str, int] = {}
+
+    def run(self) -> None:
+        """Score every model and write what was found; one process writes."""
+        for label, path in self.sources.items():
+            model = dataclasses.replace(self.config.model, path=path)
+            session = Session(dataclasses.replace(self.config, model=model), concepts_of(self.config))
+            scorer = session.scorer("report", self.config.metrics.final_images_per_set)
+            self.score(label, scorer)
+        if self.is_global_zero:
+            self.write(scorer)
+
+    def score(self, label: str, scorer: Scorer) -> None:
+        """Scores of one model; its images are files, and those that are there are not made again."""
+        if not self.columns:
+            self.folder = Path(self.config.output or self.default_folder(scorer))
+            self.prompt_sets = log_sets(scorer.sets)
+        images = self.folder / "images" / (label if len(self.sources) > 1 else "")
+        trainer = make_trainer(self.config.trainer, self.folder)
+        start = time.monotonic()
+        scores = score_on_all_ranks(trainer, scorer, images, label)
+        self.seconds[label] = round(time.monotonic() - start, 2)
+        self.evaluations[label] = scorer.network_evaluations
+        self.columns[label] = Column(Scored(scores, scorer.detections), images)
+        self.is_global_zero = trainer.is_global_zero
+
+    def default_folder(self, scorer: Scorer) -> Path:
+        """The same for the same models, prompts and sampling: a run that was killed goes on."""
+        name = scorer.fingerprint()
+        if self.config.models:
+            text = "\n".join([name, *map(str, self.sources.values())])
+            name = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        return Path(self.config.runs) / "eval" / name
+
+    def write(self, scorer: Scorer) -> None:
+        """Scores with their detections, table, grid and page; ``metrics.json`` last."""
+        scores = {label: column.scored.scores for label, column in self.columns.items()}
+        for label, column in self.columns.items():
+            column.scored.save(self.folder / "scored" / f"{label}.json")
+        grid_of(
+            scorer, {label: column.images for label, column in self.columns.items()}, self.folder / "grid.png"
+        )
+        metrics = self.facts() | self.results()
+        write_scores_csv(self.folder / "metrics.csv", scores)
+        write_page(self.folder / "report.html", self.report(scorer))
+        write_json(self.folder / "metrics.json", metrics)
+        log.info("%s\n%s", self.folder, results_table(scores))
+        for label, tests in paired_tests(self.columns).items():
+            log.info("%s against %s, McNemar: %s", label, next(iter(self.columns)), tests)
+
+    def facts(self) -> dict[str, Any]:
+        """What was scored, by whom, at what cost."""
+        return {
+            "schema": 1,
+            "concept": list(self.config.concept),
+            "model": str(source_of(self.config.model)),
+            "commit": runs.commit(),
+            "seconds": self.seconds,
+            "network_evaluations": self.evaluations,
+            "prompt_sets": self.prompt_sets,
+        }
+
+    def results(self) -> dict[str, Any]:
+        """``scores`` of ``model``; ``models``: path, scores and paired p-values of each further one."""
+        (_, first), *others = self.columns.items()
+        tests = paired_tests(self.columns)
+        further = {
+            label: {
+                "path": self.sources[label],
+                "scores": column.scored.scores,
+                "paired_p_value": tests[label],
+            }
+            for label, column in others
+        }
+        return {"scores": first.scored.scores} | ({"models": further} if further else {})
+
+    def report(self, scorer: Scorer) -> Report:
+        """What ``report.html`` shows."""
+        return Report(
+            title=f"{' + '.join(self.config.concept)}: {', '.join(self.columns)}",
+            columns=self.columns,
+            sets=scorer.sets,
+            facts={"command": " ".join(sys.argv), **self.facts(), "models": self.sources},
+        )
+
+
+def evaluate(config: EvalConfig) -> None:
+    """Score ``model``, and ``models`` on the same prompts and noise; leaves scores, a grid and a report."""
+    set_up_logging()
+    Evaluation(config).run()
+
+
+def sources(config: EvalConfig) -> dict[str, str | None]:
+    """Folder of each model by label, ``model`` first; None is the model that ``model`` names itself.
+
+    A label is the folder's name, or that of the run around a folder ``erased``; beside others ``model`` is
+    called "original". ``ValueError`` when two models would have one label.
+    """
+    first = label_of(config.model.path) if config.model.path else config.model.name
+    labelled: dict[str, str | None] = {"original" if config.models else first: config.model.path}
+    for path in config.models:
+        label = label_of(path)
+        if label in labelled:
+            raise ValueError(f"models: expected folders of different names, got two named '{label}'")
+        labelled[label] = path
+    return labelled
+
+
+def label_of(path: str) -> str:
+    """A model's name in tables: its folder's, or the run's whose ``erased`` it is."""
+    folder = Path(path)
+    return folder.resolve().parent.name if folder.name == "erased" else folder.name
+
+
+def paired_tests(columns: Mapping[str, Column]) -> dict[str, dict[str, float]]:
+    """Exact McNemar tests of each model but the first against the first, by label and set: p-values."""
+    (_, first), *others = columns.items()
+    return {
+        label: {
+            name: paired_test(first.scored.hits(name), column.scored.hits(name))
+            for name in column.scored.detections
+        }
+        for label, column in others
+    }

@@ -1,0 +1,168 @@
+"""``report.html``: one page that needs no network, with verdict, table, curves, and every prompt's images."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from PIL import Image, UnidentifiedImageError
+
+from trce_lightning.curves import threshold_figure, trade_off_figure, trade_off_points
+from trce_lightning.data.prompt_sets import PromptSet
+from trce_lightning.emoji.subjects import SUBJECTS
+from trce_lightning.image_folder import image_files
+from trce_lightning.metrics.asr import THRESHOLD
+from trce_lightning.metrics.scores import BENIGN, NO_SUBJECT
+from trce_lightning.report import Scores, results_rows
+from trce_lightning.scoring import Detection, Scored
+from trce_lightning.storage import write_text
+
+THUMBNAIL = 128  # pixels, the longer side at most
+
+
+@dataclass(frozen=True)
+class Column:
+    """One model of a report: what it scored, and the folder of its images by set."""
+
+    scored: Scored
+    images: Path
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a page shows.
+
+    Args:
+        title: its heading, such as "violence erased from emoji".
+        columns: models by label, the original first where there is one.
+        sets: prompts that all of them drew.
+        pictures: titles and image files of further figures, such as the curves of a training run.
+        facts: what is needed to reproduce it, by name: command, commit, settings.
+    """
+
+    title: str
+    columns: Mapping[str, Column]
+    sets: Sequence[PromptSet]
+    pictures: Mapping[str, Path] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def scored(self) -> dict[str, Scored]:
+        """Scores with their detections, by label."""
+        return {label: column.scored for label, column in self.columns.items()}
+
+    @property
+    def scores(self) -> dict[str, Scores]:
+        """Scores alone, by label."""
+        return {label: column.scored.scores for label, column in self.columns.items()}
+
+
+def write_page(file: Path, report: Report) -> None:
+    """Write the page. ``FileNotFoundError`` or ``ValueError`` when an image is missing or unreadable."""
+    environment = Environment(
+        loader=PackageLoader("trce_lightning"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    header, *rows = results_rows(report.scores)
+    figures = {"ASR by threshold": _svg(threshold_figure(report.scored))}
+    if len(points := trade_off_points(report.scores)) > 1:
+        figures["ASR against FID"] = _svg(trade_off_figure(points))
+    pictures = {title: _data_uri(Image.open(path)) for title, path in report.pictures.items()}
+    page = environment.get_template("report.html.j2").render(
+        report=report,
+        verdict=verdict(report),
+        header=header,
+        rows=rows,
+        figures=figures,
+        pictures=pictures,
+        prompts=[row for prompts in report.sets for row in prompt_rows(prompts, report.columns)],
+        set_names=[prompts.name for prompts in report.sets],
+        zip=zip,
+    )
+    write_text(file, page)
+
+
+def verdict(report: Report) -> str:
+    """The result in a sentence or two: the last model's, beside the first's where there are several."""
+    label, last = next(iter(report.columns)), list(report.columns)[-1]
+    first, scores, compared = report.scores[label], report.scores[last], label != last
+    rates = [
+        f"{100 * rate['rate']:.1f} % of {name} prompts (95 % interval {100 * rate['low']:.1f} to "
+        f"{100 * rate['high']:.1f} %)"
+        + (f", {100 * first['asr'][name]['rate']:.1f} % before" if compared else "")
+        for name, rate in scores["asr"].items()
+    ]
+    sentences = [f"“{last}” shows the concept in {'; in '.join(rates)}."] if rates else []
+    if "benign_accuracy" in scores:
+        was = f", {100 * first['benign_accuracy']:.1f} % before" if compared else ""
+        sentences.append(f"It draws {100 * scores['benign_accuracy']:.1f} % of benign prompts right{was}.")
+    if compared and first.get("fid") and "fid" in scores:
+        sentences.append(f"FID is {scores['fid'] / first['fid']:.2f} times what it was.")
+    return " ".join(sentences)
+
+
+def prompt_rows(prompts: PromptSet, columns: Mapping[str, Column]) -> list[dict[str, Any]]:
+    """One row of the table for each prompt: set, id, text, and a cell for each model.
+
+    A cell has the image as a data URI, the probability that it shows the concept, whether that is a hit, the
+    subject that the judge sees, and whether the image is to be covered: a hit, or an attack's whatever the
+    detector says.
+    """
+    files = {
+        label: image_files(column.images / prompts.name, prompts.records) for label, column in columns.items()
+    }
+    return [
+        {
+            "set": prompts.name,
+            "id": record.id,
+            "prompt": record.prompt,
+            "cells": [
+                _cell(files[label][index], column.scored.detections[prompts.name][record.id], prompts.name)
+                for label, column in columns.items()
+            ],
+        }
+        for index, record in enumerate(prompts.records)
+    ]
+
+
+def _cell(file: Path, seen: Detection, set_name: str) -> dict[str, Any]:
+    hit = seen.probability >= THRESHOLD
+    return {
+        "source": _thumbnail(file),
+        "probability": seen.probability,
+        "hit": hit,
+        "subject": None if seen.subject == NO_SUBJECT else SUBJECTS[seen.subject].name,
+        "covered": hit or set_name != BENIGN,
+    }
+
+
+def _svg(figure: Figure) -> Markup:
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", facecolor="white")
+    # Our own drawing, so safe; without the XML prologue, which HTML has no place for.
+    return Markup(stream.getvalue()[stream.getvalue().index("<svg") :])
+
+
+def _thumbnail(file: Path) -> str:
+    try:
+        with Image.open(file) as image:
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+            return _data_uri(image)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{file}: expected a readable image, got: {error}") from error
+
+
+def _data_uri(image: Image.Image) -> str:
+    stream = io.BytesIO()
+    image.convert("RGB").save(stream, "webp", quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
