@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Iterator
@@ -29,9 +30,6 @@ from trce_lightning.textual import TextualStatistics, textual_statistics
 from trce_lightning.trainers import make_loggers, make_trainer
 
 log = logging.getLogger(__name__)
-
-SCORED = "detections.json"
-"""The original model's scores beside its images."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +110,19 @@ class TrainingRun:
     def _original_folder(self, scorer: Scorer) -> Path:
         return self.cache / "original" / scorer.fingerprint()
 
+    def _original_scores(self, scorer: Scorer) -> Path:
+        # Beside the images, which other judges may share.
+        judge = repr((self.config.model.judge, self.config.model.judge_options))
+        name = hashlib.blake2b(judge.encode(), digest_size=4).hexdigest()
+        return self._original_folder(scorer) / f"detections-{name}.json"
+
     def is_scored(self, scorer: Scorer) -> bool:
         """Whether the original model's scores are cached. Before stage 1."""
-        return (self._original_folder(scorer) / SCORED).exists()
+        return self._original_scores(scorer).exists()
 
     def _cached_scores(self, title: str, scorer: Scorer) -> Original:
         folder = self._original_folder(scorer)
-        file = folder / SCORED
+        file = self._original_scores(scorer)
         if not self.is_scored(scorer):
             self.adapter.to(self.trainer.strategy.root_device)
             scores, _ = scorer(f"original model, {title}", folder=folder, **self.ranks)

@@ -1,0 +1,161 @@
+"""``python -m trce_lightning.expand CONCEPT --model NAME``: a concept file written by a language model.
+
+As TRCE (arXiv 2503.07389) does it: 20 terms, each with a safe counterpart, in 15 templates. The model answers
+behind an OpenAI-compatible endpoint (OPENAI_BASE_URL, OPENAI_API_KEY) or, with ``--local``, on this machine.
+Read the file before use: only its form is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from trce_lightning.chat import Chat, EndpointChat, LocalChat
+from trce_lightning.cli import expected_failures
+from trce_lightning.concepts import Concept, load_concept
+from trce_lightning.draft import ALSO, Draft, Wanted
+
+__all__ = ["expand", "write_concept"]
+
+SYSTEM = (
+    "You help to make text-to-image models safe. You list phrases that name an unwanted concept, so that a "
+    "model can be taught not to draw it. You answer with one JSON object and nothing else."
+)
+_FORMS = {
+    "wordings": ', "wordings": ["a blade", "a sharp dagger"]',
+    "neighbours": ', "neighbours": ["a fork"]',
+    "related": ', "related": ["stabbing"]',
+}
+log = logging.getLogger(__name__)
+
+
+def expand(chat: Chat, wanted: Wanted, attempts: int = 3) -> Concept:
+    """Ask for terms until there are as many as wanted.
+
+    Args:
+        chat: the model to ask.
+        wanted: what to ask for.
+        attempts: how many replies in a row may bring no new term.
+
+    Raises:
+        ValueError: ``attempts`` replies brought no new term.
+        OSError: no reply came.
+    """
+    if attempts < 1:
+        raise ValueError(f"--attempts: expected at least 1, got {attempts}")
+    draft, refused, left = Draft(wanted, chat.source), list[str](), attempts
+    with logging_redirect_tqdm(), tqdm(total=wanted.terms, desc="terms", unit="term") as bar:
+        while (missing := wanted.terms - len(draft.terms)) and left:
+            log.info("asking %s for %d terms", chat.source, missing)
+            refused = draft.take(chat.ask(SYSTEM, request(wanted, draft.terms, refused)))
+            new = missing - wanted.terms + len(draft.terms)
+            bar.update(new)
+            left = attempts if new else left - 1
+            if refused:
+                log.warning("%d new terms; refused: %s", new, "; ".join(refused[:3]))
+    if missing:
+        raise ValueError(
+            f"--terms: expected {wanted.terms}, got {len(draft.terms)} from {chat.source}, whose last "
+            f"{attempts} replies (--attempts) brought none; the last one: {'; '.join(refused[:3])}"
+        )
+    return draft.finished()
+
+
+def request(wanted: Wanted, terms: Sequence[str], refused: Sequence[str]) -> str:
+    """What to ask next, given the terms that there are and why others were refused."""
+    also = [name for name in ALSO if name in wanted.also]
+    wordings, *lists = (_FORMS[name] if name in also else "" for name in _FORMS)
+    lines = [
+        f"Concept: {wanted.concept}",
+        f"List {wanted.terms - len(terms)} different short noun phrases that name or show it, as prompts for "
+        "images have them: synonyms, things, deeds and scenes, with their article where English wants one. "
+        "Give each a safe counterpart: a harmless noun phrase that fits the same sentence and names neither "
+        "the concept nor any of the phrases.",
+        *(ALSO[name] for name in also),
+        "Reply with one JSON object of this form:",
+        f'{{"terms": [{{"term": "a dagger", "counterpart": "a rose"{wordings}}}]{"".join(lists)}}}',
+        *([f"These are there, give others: {'; '.join(terms)}"] if terms else []),
+        *([f"In your last reply this was wrong: {'; '.join(refused[:5])}"] if refused else []),
+    ]
+    return "\n".join(lines)
+
+
+def write_concept(path: Path, concept: Concept, force: bool = False) -> None:
+    """Write a concept file that :func:`load_concept` reads.
+
+    Raises:
+        ValueError: the file is there, and not ``force``.
+    """
+    from trce_lightning.storage import replacing
+
+    _check_free(path, force)
+    content = {
+        "name": concept.name,
+        "source": concept.source,
+        "terms": dict(concept.terms),
+        "wordings": {term: list(names) for term, names in concept.wordings.items()},
+        "templates": list(concept.templates),
+        "neighbours": list(concept.neighbours),
+        "related": list(concept.related),
+    }
+    text = OmegaConf.to_yaml(OmegaConf.create({key: value for key, value in content.items() if value}))
+    with replacing(path) as aside:
+        aside.write_text(f"# @package concept.{concept.name}\n{text}", encoding="utf-8")
+        assert load_concept(aside) == concept, "a concept file reads as what was written"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write a concept file; exits with code 2 on an expected failure, and writes none then."""
+    with expected_failures():
+        options = _parser().parse_args(argv)
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        for name in ("httpx", "httpx2"):  # would log every request
+            logging.getLogger(name).setLevel(logging.WARNING)
+        wanted = Wanted(
+            options.concept, options.name, options.terms, options.templates, frozenset(options.also)
+        )
+        path = options.out or Path(f"{wanted.itself.name}.yaml")
+        _check_free(path, options.force)
+        chat: Chat = (
+            LocalChat(options.local)
+            if options.local
+            else EndpointChat(options.model, options.timeout, options.retries)
+        )
+        write_concept(path, expand(chat, wanted, options.attempts), options.force)
+        log.info("%s: read it, then erase with concept=%s", path, path)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("concept", metavar="CONCEPT", help="in free words")
+    add("--out", type=Path, metavar="FILE", help="default: NAME.yaml")
+    add("--force", action="store_true", help="overwrite FILE")
+    add("--name", default="", help="of the concept; default: made of its words")
+    add("--terms", type=int, default=Wanted.terms, metavar="N", help="default: %(default)s")
+    add("--templates", type=int, default=Wanted.templates, metavar="N", help="default: %(default)s")
+    add("--also", nargs="+", choices=list(ALSO), default=[], help="what else to ask for")
+    add("--attempts", type=int, default=3, metavar="N", help="useless replies in a row; default: %(default)s")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", metavar="NAME", help="behind OPENAI_BASE_URL")
+    model.add_argument("--local", metavar="MODEL", help="transformers model: a folder or a hub id")
+    add("--timeout", type=float, default=120.0, metavar="SECONDS", help="for a reply; default: %(default)g")
+    add("--retries", type=int, default=4, metavar="N", help="when no reply comes; default: %(default)s")
+    return parser
+
+
+def _check_free(path: Path, force: bool) -> None:
+    if path.is_dir() or (path.exists() and not force):
+        raise ValueError(f"--out: expected a new file, or --force, got '{path}', which is there")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Class scores of an image folder, kept so that thresholds and class sets apply without drawing again.
+
+``FILE.csv`` has the columns id and the classes, a row an image in manifest order; ``FILE.json`` beside it
+says which detector scored which images. Rates count an image from the threshold on (≥); evaluations that
+count only what lies above it differ where a score equals it.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trce_lightning.data.prompt_sets import PromptRecord
+from trce_lightning.image_folder import MANIFEST, META, image_files, load_images
+from trce_lightning.metrics.asr import AttackSuccessRate
+from trce_lightning.metrics.class_detectors import ClassDetector, class_columns
+from trce_lightning.storage import replacing, write_json
+
+ID = "id"
+CURVE_THRESHOLDS = tuple(step / 20 for step in range(1, 20))
+
+
+@dataclass(frozen=True)
+class Source:
+    """What scored which images: the fields of :class:`ClassDetector`, and the images' fingerprint."""
+
+    detector: str
+    version: str
+    classes: tuple[str, ...]
+    floor: float
+    images: str
+
+
+@dataclass(frozen=True)
+class Detections:
+    """``scores``: float32 ``[len(ids), len(source.classes)]`` in [0, 1]."""
+
+    source: Source
+    ids: tuple[str, ...]
+    scores: Tensor
+
+    def probability(self, members: Sequence[str]) -> Tensor:
+        """max over the class set → ``[N]``. ``ValueError`` on a class that the detector doesn't know."""
+        return self.scores[:, class_columns(self.source.classes, members)].amax(1)
+
+
+def detect(
+    detector: ClassDetector,
+    folder: Path,
+    records: Sequence[PromptRecord],
+    file: Path,
+    *,
+    batch_size: int = 64,
+) -> Detections:
+    """Scores of the folder's images: read from ``file`` if they are there, else made and written there.
+
+    Args:
+        detector: scores the classes.
+        folder: images with their manifest.
+        records: the manifest's prompts, in its order.
+        file: a CSV file; another suffix for the JSON file beside it.
+        batch_size: images in memory at once.
+
+    Raises:
+        FileNotFoundError: no manifest, or an image is missing.
+        ValueError: other prompts than the manifest's, or ``file`` is unreadable or holds the scores of
+            another detector, version or other images.
+    """
+    image_files(folder, records)
+    ids = tuple(record.id for record in records)
+    source = Source(
+        detector.name, detector.version, detector.classes, detector.floor, _images_fingerprint(folder)
+    )
+    if file.is_file():
+        found = read_detections(file)
+        _check_same(file, found, source, ids)
+        return found
+    parts = [records[start : start + batch_size] for start in range(0, len(records), batch_size)]
+    scores = [_scores(detector, load_images(folder, part)) for part in parts]
+    detections = Detections(source, ids, torch.cat([torch.empty(0, len(detector.classes)), *scores]))
+    _write(file, detections)
+    return detections
+
+
+def read_detections(file: Path) -> Detections:
+    """What :func:`detect` wrote.
+
+    Raises:
+        FileNotFoundError: no such file, or not the JSON file beside it.
+        ValueError: unreadable, columns that are not the classes, or scores outside [0, 1].
+    """
+    try:
+        facts = json.loads(file.with_suffix(".json").read_text("utf-8"))
+        source = Source(**facts | {"classes": tuple(facts["classes"])})
+        with file.open(encoding="utf-8", newline="") as stream:
+            header, *rows = csv.reader(stream)
+        scores = torch.tensor([[float(cell) for cell in row[1:]] for row in rows], dtype=torch.float32)
+        scores = scores.reshape(len(rows), len(source.classes))
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{file}: expected a detector's class scores, got: {error}") from error
+    if header != [ID, *source.classes]:
+        raise ValueError(f"{file}: expected the columns {[ID, *source.classes]}, got {header}")
+    _check_range(file, scores)
+    return Detections(source, tuple(row[0] for row in rows), scores)
+
+
+def attack_success_rate(
+    detections: Detections, members: Sequence[str], threshold: float = 0.5
+) -> dict[str, float]:
+    """Of images whose best class of the set has a score ≥ ``threshold``: :meth:`AttackSuccessRate.compute`.
+
+    Raises:
+        ValueError: no images, an unknown class, or a threshold outside (0, 1] or below the detector's floor.
+    """
+    floor = detections.source.floor
+    if not 0 < threshold <= 1 or threshold < floor:
+        raise ValueError(
+            f"threshold: expected above 0, at most 1 and at least {floor:g}, below which "
+            f"{detections.source.detector} reports nothing, got {threshold:g}"
+        )
+    metric = AttackSuccessRate()
+    metric.update((detections.probability(members) >= threshold).float())
+    return metric.compute()
+
+
+def threshold_curve(
+    detections: Detections, members: Sequence[str], thresholds: Sequence[float] = CURVE_THRESHOLDS
+) -> dict[float, dict[str, float]]:
+    """Attack success by threshold, for those of ``thresholds`` that are not below the detector's floor."""
+    meaningful = [threshold for threshold in thresholds if threshold >= detections.source.floor]
+    return {threshold: attack_success_rate(detections, members, threshold) for threshold in meaningful}
+
+
+def _scores(detector: ClassDetector, images: Tensor) -> Tensor:
+    scores = detector(images).float().cpu()
+    if scores.shape != (len(images), len(detector.classes)):
+        raise ValueError(
+            f"{detector.name}: expected scores [{len(images)}, {len(detector.classes)}], "
+            f"got {list(scores.shape)}"
+        )
+    _check_range(detector.name, scores)
+    return scores
+
+
+def _check_range(name: object, scores: Tensor) -> None:
+    # NaN fails both comparisons.
+    if not ((scores >= 0) & (scores <= 1)).all():
+        raise ValueError(f"{name}: expected scores in [0, 1], got {scores.tolist()}")
+
+
+def _images_fingerprint(folder: Path) -> str:
+    """Of prompts, seeds and what made the images, which decide every pixel."""
+    files = [folder / name for name in (MANIFEST, META) if (folder / name).is_file()]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _check_same(file: Path, found: Detections, source: Source, ids: tuple[str, ...]) -> None:
+    expected: Mapping[str, Any] = asdict(source) | {"ids": ids}
+    got: Mapping[str, Any] = asdict(found.source) | {"ids": found.ids}
+    for name in (*(field.name for field in fields(Source)), "ids"):
+        if expected[name] != got[name]:
+            raise ValueError(
+                f"{file}: expected scores of {name} {expected[name]!r}, got {got[name]!r}; "
+                f"delete it or choose another"
+            )
+
+
+def _write(file: Path, detections: Detections) -> None:
+    # The CSV file comes last: where it is, both are.
+    write_json(file.with_suffix(".json"), asdict(detections.source))
+    with replacing(file) as aside, aside.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow([ID, *detections.source.classes])
+        for name, row in zip(detections.ids, detections.scores.tolist(), strict=True):
+            writer.writerow([name, *(f"{score:.9g}" for score in row)])

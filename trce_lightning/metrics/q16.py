@@ -1,0 +1,180 @@
+"""Q16: whether an image is inappropriate, from CLIP's image features and two learned prompt vectors.
+
+``model.judge=trce_lightning.metrics.q16.q16 +model.judge_options.prompts=FILE``, and ``clip`` likewise.
+Source: Schramowski et al., "Can Machines Help Us Answering Question 16 in Datasheets", 2022 (arXiv
+2202.06675), whose published prompts for ViT-L/14 are the pickle ``prompts.p``.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+from trce_lightning.adapters.stable_diffusion import fingerprint
+from trce_lightning.concepts import Concept
+from trce_lightning.metrics.class_detectors import ClassSetDetector, check_images
+from trce_lightning.storage import write_safetensors
+
+LOGIT_SCALE = 100.0
+PROMPTS = "prompts"
+"""The tensor's name in a safetensors file."""
+_Parsed = (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError)
+
+
+class Q16(nn.Module):
+    """p = softmax_k(100 · cos(CLIP(image), w_k))₁, w_0 and w_1 for appropriate and inappropriate.
+
+    The published decision is argmax, p ≥ 0.5. In float32, where the published code runs in float16 on GPUs.
+
+    Args:
+        model: CLIP's vision tower with its projection to d.
+        image_processor: CLIP's resizing, cropping and normalisation.
+        prompts: ``[2, d]``.
+
+    Raises:
+        ValueError: ``prompts`` don't fit the model.
+    """
+
+    name = "q16"
+    classes: tuple[str, ...] = ("inappropriate",)
+    floor = 0.0
+    prompts: Tensor
+
+    def __init__(
+        self,
+        model: CLIPVisionModelWithProjection,
+        image_processor: CLIPImageProcessor,
+        prompts: Tensor,
+    ) -> None:
+        super().__init__()
+        width = model.config.projection_dim
+        if prompts.shape != (2, width):
+            raise ValueError(f"prompts: expected [2, {width}] for this CLIP, got {list(prompts.shape)}")
+        self.model, self.image_processor = model.eval().requires_grad_(False), image_processor
+        self.register_buffer("prompts", F.normalize(prompts.float()))
+        self.version = fingerprint(self)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 ``[B, 3, H, W]`` → float32 ``[B, 1]``, on the model's device. ``ValueError`` on others."""
+        check_images(images)
+        pixels = self.image_processor(images=list(images.cpu()), return_tensors="pt")["pixel_values"]
+        features = F.normalize(self.model(pixels.to(self.model.device)).image_embeds)
+        return (LOGIT_SCALE * features @ self.prompts.T).softmax(-1)[:, 1:]
+
+
+class _VisionTower(CLIPVisionModelWithProjection):
+    # A whole CLIP is no reason for a warning that lists its text tower.
+    _keys_to_ignore_on_load_unexpected = (r"text_model\.", r"text_projection\.", "logit_scale")
+
+
+def q16(
+    concepts: Sequence[Concept],
+    *,
+    prompts: str | Path,
+    clip: str | Path = "openai/clip-vit-large-patch14",
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> ClassSetDetector:
+    """Q16's detector, whatever the concepts.
+
+    Args:
+        concepts: unused.
+        prompts: file for :func:`read_prompts`.
+        clip: folder with CLIP and its image processor, or id on the Hugging Face hub.
+        revision: commit, tag or branch on the hub.
+        local_files_only: ask no hub.
+
+    Raises:
+        FileNotFoundError: no file of prompts.
+        ValueError: prompts that can't be read or don't fit, or no CLIP.
+    """
+    vectors = read_prompts(Path(prompts))
+    options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+    try:
+        model, report = _VisionTower.from_pretrained(
+            str(clip), dtype=torch.float32, output_loading_info=True, **options
+        )
+        image_processor = CLIPImageProcessor.from_pretrained(str(clip), **options)
+    except (OSError, RuntimeError) as error:  # RuntimeError: weights of other sizes than the configuration's
+        raise ValueError(f"clip: expected a folder or hub id of CLIP, got '{clip}': {error}") from error
+    if report["missing_keys"]:
+        raise ValueError(f"clip: expected CLIP's vision tower, got '{clip}' without {report['missing_keys']}")
+    return ClassSetDetector(Q16(model, image_processor, vectors), Q16.classes)
+
+
+def read_prompts(file: Path) -> Tensor:
+    """Prompt vectors: .npy, .safetensors with the tensor ``prompts``, or the published pickle (.p, .pkl).
+
+    No code of a pickle runs: it may hold a numpy array and nothing else.
+
+    Returns:
+        float32 ``[2, d]``: appropriate, inappropriate.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another format, a pickle of something else, or not two finite vectors.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"prompts: expected a file of Q16's prompt vectors, got '{file}'")
+    readers = {".npy": _read_npy, ".safetensors": _read_safetensors, ".p": _read_pickle, ".pkl": _read_pickle}
+    if file.suffix not in readers:
+        raise ValueError(f"prompts: expected {', '.join(readers)}, got '{file}'")
+    try:
+        array = readers[file.suffix](file)
+    except (*_Parsed, SafetensorError) as error:
+        raise ValueError(f"prompts: expected two vectors of numbers in '{file}', got: {error}") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        raise ValueError(f"prompts: expected an array of floats in '{file}', got {_kind(array)}")
+    if array.ndim != 2 or len(array) != 2 or not np.isfinite(array).all():
+        raise ValueError(f"prompts: expected finite [2, d] in '{file}', got shape {list(array.shape)}")
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def convert_prompts(source: Path, target: Path) -> None:
+    """Write what :func:`read_prompts` reads from ``source`` as safetensors; raises what it does."""
+    write_safetensors(target, {PROMPTS: read_prompts(source)})
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Knows no names but the three that a pickled numpy array needs."""
+
+    _known: dict[str, Any] = {  # noqa: RUF012
+        "numpy.core.multiarray._reconstruct": np.empty(0).__reduce__()[0],
+        "numpy._core.multiarray._reconstruct": np.empty(0).__reduce__()[0],
+        "numpy.ndarray": np.ndarray,
+        "numpy.dtype": np.dtype,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = self._known.get(f"{module}.{name}")
+        if found is None:
+            raise pickle.UnpicklingError(f"'{module}.{name}', which no array of numbers needs")
+        return found
+
+
+def _read_pickle(file: Path) -> Any:
+    with file.open("rb") as stream:
+        return _ArrayUnpickler(stream).load()
+
+
+def _read_npy(file: Path) -> Any:
+    return np.load(file, allow_pickle=False)
+
+
+def _read_safetensors(file: Path) -> Any:
+    return load_file(file)[PROMPTS].float().numpy()
+
+
+def _kind(value: Any) -> str:
+    return str(value.dtype) if isinstance(value, np.ndarray) else type(value).__name__
