@@ -3,8 +3,9 @@ export OMP_WAIT_POLICY := PASSIVE
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+BROWSER_STAMP := .venv/.installed-browser
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-browser lint clean
 
 setup: $(STAMP)
 
@@ -18,6 +19,16 @@ demo: setup
 
 test: setup
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest
+
+$(BROWSER_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[browser]'
+	touch $@
+
+test-browser:
+	@command -v chromium >/dev/null || \
+	  { echo "test-browser: expected chromium on PATH, got none; Debian has it as the package chromium" >&2; exit 2; }
+	$(MAKE) $(BROWSER_STAMP)
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest -m browser
 
 lint: setup
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import string
 
 import pytest
 import torch
+from browser import page as page
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 

@@ -27,8 +27,10 @@ LAYERS = (
         "trce_lightning.results",
         "trce_lightning.cli",
         "trce_lightning.api",
+        "trce_lightning.demo",
         "train",
         "eval",
+        "demo",
     ),
 )
 
@@ -40,6 +42,7 @@ def files() -> dict[str, Path]:
         *sorted((ROOT / "callbacks").rglob("*.py")),
         ROOT / "train.py",
         ROOT / "eval.py",
+        ROOT / "demo.py",
     ]
     names = (path.relative_to(ROOT).with_suffix("").parts for path in paths)
     return {".".join(parts).removesuffix(".__init__"): path for parts, path in zip(names, paths, strict=True)}

@@ -146,3 +146,31 @@ def test_an_unreadable_image_is_named_and_leaves_no_page(report, tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape(str(broken))):
         write_page(tmp_path / "report.html", report)
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "scheme"), [(1100, "light"), (390, "dark")])
+def test_the_page_in_a_browser(page, file, width, scheme):
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme=scheme)
+    page.goto(file.as_uri())
+    assert page.title() == "violence erased from <emoji>"
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    covered = page.get_by_role("button", name="Picture of original, covered").first
+    blur = "button => getComputedStyle(button.firstElementChild).filter"
+    assert covered.evaluate(blur) == "blur(14px)"
+    covered.focus()
+    page.keyboard.press("Enter")
+    shown = page.get_by_role("button", name="Picture of original, uncovered")
+    assert shown.count() == 1 and shown.evaluate(blur) == "none"
+    page.get_by_role("searchbox").fill("cat b1")
+    rows = page.locator(".prompts li:visible")
+    assert rows.count() == 1 and page.locator("#count").inner_text() == "1 prompt"
+    page.get_by_role("searchbox").fill("")
+    page.locator("#set").select_option("direct")
+    assert rows.count() == 3
+    page.locator("#set").select_option("")
+    page.get_by_label("only where a model shows the concept").check()
+    assert rows.count() == 4
+    page.get_by_label("uncover all").check()
+    assert page.get_by_role("button", name=", covered").count() == 0
