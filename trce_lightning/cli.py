@@ -70,6 +70,8 @@ def _main(name: str, schema: type, argv: Sequence[str] | None) -> None:
         with expected_failures():
             _run(name, OmegaConf.to_object(config))
 
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds; a log keeps every line that a bar draws
     with expected_failures():
         folder = config_folder()
         rewritten = overrides(name, schema, typed[1:] if argv is None else list(argv))
