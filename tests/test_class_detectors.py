@@ -19,7 +19,7 @@ from trce_lightning.concepts import Concept
 from trce_lightning.data.prompt_sets import PromptRecord
 from trce_lightning.image_folder import META, claim, manifest, write_png
 from trce_lightning.metrics import nudenet
-from trce_lightning.metrics.class_detectors import ClassDetector, ClassSetDetector
+from trce_lightning.metrics.class_detectors import ClassDetector, ClassSetDetector, load_class_detector
 from trce_lightning.metrics.detections import attack_success_rate, detect, read_detections, threshold_curve
 from trce_lightning.metrics.detectors import Detector, load_detector
 from trce_lightning.metrics.nudenet import LABELS, NudeNet
@@ -431,3 +431,10 @@ def test_prompts_that_are_no_two_vectors_are_refused(tmp_path) -> None:
     (tmp_path / "prompts.pt").write_bytes(good)
     with pytest.raises(ValueError, match=r"prompts: expected .npy"):
         read_prompts(tmp_path / "prompts.pt")
+
+
+def test_class_detectors_by_dotted_name() -> None:
+    assert load_class_detector("trce_lightning.metrics.nudenet.NudeNet").classes == LABELS
+    for path in ("trce_lightning.metrics.nudenet.Nothing", "no.such.module", "builtins.dict", "math.pi"):
+        with pytest.raises(ValueError, match=f"detectors: expected .*'{path}'"):
+            load_class_detector(path)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from trce_lightning.api import erase
 from trce_lightning.emoji.package import weights_folder
+from trce_lightning.metrics.detections import read_detections
 from trce_lightning.scoring import Scored
 
 pytestmark = pytest.mark.slow
@@ -218,6 +219,7 @@ def test_eval_scores_the_erased_folder_on_own_and_given_prompts(
 
 def test_eval_compares_models_on_equal_prompts_and_noise(finished: tuple[Path, str], tmp_path: Path) -> None:
     options = ["concept=violence", f"models=[{finished[0] / 'erased'}]", f"output={tmp_path / 'both'}"]
+    options += ["detectors=[trce_lightning.metrics.nudenet.NudeNet]"]
     finish(start("eval.py", *options, "metrics.final_images_per_set=8", "trainer.precision=32-true"))
     metrics, run = metrics_of(tmp_path / "both"), metrics_of(finished[0])
     ((label, erased),) = metrics["models"].items()
@@ -225,5 +227,7 @@ def test_eval_compares_models_on_equal_prompts_and_noise(finished: tuple[Path, s
     assert metrics["scores"]["asr"] == run["original"]["asr"]
     assert erased["scores"]["asr"] == run["erased"]["asr"]
     assert erased["paired_p_value"] == pytest.approx(run["paired_p_value"])
+    stored = read_detections(tmp_path / "both" / "detections" / label / "direct-nudenet_bgr.csv")
+    assert stored.scores.shape == (8, 18) and len(set(stored.ids)) == 8
     page = (tmp_path / "both" / "report.html").read_text()
     assert label in page and page.count('<li data-set="direct"') == 8

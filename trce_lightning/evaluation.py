@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from trce_lightning import runs
 from trce_lightning.data.published import log_sets
 from trce_lightning.logs import set_up_logging
 from trce_lightning.metrics.asr import paired_test
+from trce_lightning.metrics.class_detectors import load_class_detector
+from trce_lightning.metrics.detections import detect
 from trce_lightning.page import Column, Report, write_page
 from trce_lightning.report import results_table, write_scores_csv
 from trce_lightning.schema import EvalConfig
@@ -33,6 +36,7 @@ class Evaluation:
     def __init__(self, config: EvalConfig) -> None:
         self.config = config
         self.sources = sources(config)
+        self.detectors = [load_class_detector(path) for path in config.detectors]
         self.columns: dict[str, Column] = {}
         self.seconds: dict[str, float] = {}
         self.evaluations: dict[str, int] = {}
@@ -60,6 +64,14 @@ class Evaluation:
         self.evaluations[label] = scorer.network_evaluations
         self.columns[label] = Column(Scored(scores, scorer.detections), images)
         self.is_global_zero = trainer.is_global_zero
+        if self.is_global_zero:
+            self.detect(label, scorer)
+
+    def detect(self, label: str, scorer: Scorer) -> None:
+        """Class scores of each further detector for every image, as ``detections/LABEL/SET-DETECTOR.csv``."""
+        for detector, prompts in product(self.detectors, scorer.sets):
+            file = self.folder / "detections" / label / f"{prompts.name}-{detector.name}.csv"
+            detect(detector, self.columns[label].images / prompts.name, prompts.records, file)
 
     def default_folder(self, scorer: Scorer) -> Path:
         """The same for the same models, prompts and sampling: a run that was killed goes on."""

@@ -190,6 +190,7 @@ class EvalConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     models: list[str] = option([])  # folders of further pipelines, compared with `model` on equal noise
     prompts: list[str] = option([])  # CSV files; NAME or NAME:FILE of a published set
+    detectors: list[str] = option([])  # dotted names of class detectors, whose scores are stored by image
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     trainer: DeviceConfig = field(default_factory=DeviceConfig)
     seed: int = option(0, at_least=0)

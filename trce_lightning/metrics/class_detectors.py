@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -45,6 +46,23 @@ class ClassSetDetector(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """uint8 ``[B, 3, H, W]`` → ``[B]``."""
         return self.class_detector(images)[:, self.columns].amax(1)
+
+
+def load_class_detector(path: str) -> ClassDetector:
+    """Call the class or function of dotted name ``path``; what it returns scores classes.
+
+    ``ValueError`` naming ``detectors`` when there is none of that name or it returns something else.
+    """
+    try:
+        factory = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"detectors: expected the dotted name of a class detector, got '{path}': {error}"
+        ) from error
+    detector = factory() if callable(factory) else None
+    if not isinstance(detector, ClassDetector):
+        raise ValueError(f"detectors: expected what returns a class detector, got '{path}'")
+    return detector
 
 
 def class_columns(classes: Sequence[str], members: Sequence[str]) -> list[int]:
