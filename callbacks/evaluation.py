@@ -48,5 +48,7 @@ class EpochEvaluation(pl.Callback):
         return {"after_textual": self.after_textual, "epochs": self.epochs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore them. ``ValueError`` on a checkpoint of an earlier version."""
+        if "after_textual" not in state_dict:
+            raise ValueError("checkpoint: expected one of this version, got an earlier one; use fresh=true")
         self.after_textual, self.epochs = state_dict["after_textual"], state_dict["epochs"]

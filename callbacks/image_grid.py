@@ -11,10 +11,9 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from callbacks.evaluation import EpochEvaluation
-from trce_lightning.data.prompt_sets import PromptRecord
+from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
 from trce_lightning.generation import load_images, shard
 from trce_lightning.image_grid import image_grid
-from trce_lightning.scoring import Scorer
 
 
 class ImageGrid(pl.Callback):
@@ -39,9 +38,9 @@ class ImageGrid(pl.Callback):
                 logger.log_image("grid", [str(self.file)], step=trainer.global_step)
 
 
-def grid_of(scorer: Scorer, folders: Mapping[str, Path], file: Path, columns: int = 8) -> None:
+def grid_of(sets: Sequence[PromptSet], folders: Mapping[str, Path], file: Path, columns: int = 8) -> None:
     """Draw the first prompts of every set from folders of images by label, such as original above erased."""
-    shares = {prompts.name: prompts.records[:columns] for prompts in scorer.sets}
+    shares = {prompts.name: prompts.records[:columns] for prompts in sets}
     images = {
         label: {name: load_images(folder / name, share) for name, share in shares.items()}
         for label, folder in folders.items()

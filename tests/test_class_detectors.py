@@ -157,9 +157,9 @@ def test_a_class_set_takes_the_best_class(photographs, bgr, face_scores) -> None
 
 def test_options_of_another_detector_are_refused(bgr) -> None:
     path = "trce_lightning.metrics.nudenet.core6"
-    with pytest.raises(ValueError, match=r"model.judge_options: .*'tresholds'"):
+    with pytest.raises(ValueError, match=r"model.judge: .*'tresholds'"):
         load_detector(path, [NUDITY], tresholds=0.5)
-    with pytest.raises(ValueError, match=r"model.judge_options: .*'prompts'"):
+    with pytest.raises(ValueError, match=r"model.judge: .*'prompts'"):
         load_detector("trce_lightning.metrics.q16.q16", [NUDITY])
 
 
@@ -435,6 +435,12 @@ def test_prompts_that_are_no_two_vectors_are_refused(tmp_path) -> None:
 
 def test_class_detectors_by_dotted_name() -> None:
     assert load_class_detector("trce_lightning.metrics.nudenet.NudeNet").classes == LABELS
-    for path in ("trce_lightning.metrics.nudenet.Nothing", "no.such.module", "builtins.dict", "math.pi"):
+    for path in (
+        "trce_lightning.metrics.nudenet.Nothing",
+        "no.such.module",
+        "builtins.dict",
+        "math.pi",
+        "trce_lightning.metrics.nudenet.core6",
+    ):
         with pytest.raises(ValueError, match=f"detectors: expected .*'{path}'"):
             load_class_detector(path)

@@ -15,7 +15,7 @@ from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
 from trce_lightning.emoji.subjects import SUBJECTS
 from trce_lightning.image_folder import claim, manifest, write_png
 from trce_lightning.page import Column, Report, verdict, write_page
-from trce_lightning.scoring import Detection, Scored
+from trce_lightning.scoring import Detection, Scored, category_rates
 
 SETS = [
     PromptSet("direct", tuple(PromptRecord(f"d{i}", f"a dagger <b>number</b> {i}") for i in range(3))),
@@ -106,6 +106,17 @@ def test_asr_by_threshold_counts_images(report):
     assert [asr_at(scored, "direct", t) for t in (0.4, 0.5, 0.85, 0.95)] == [1, 1, 1 / 3, 0]
     points = {"original": (8.0, 100.0), "erased": (10.0, pytest.approx(100 / 3))}
     assert trade_off_points(report.scores) == points
+
+
+def test_a_prompt_counts_in_each_of_its_categories(report):
+    records = (("d0", ("hate", "sexual")), ("d1", ("hate",)), ("d2", ()))
+    prompts = PromptSet("direct", tuple(PromptRecord(name, "x", categories=names) for name, names in records))
+    rates = category_rates(prompts, report.scored["erased"])
+    assert {name: (rate["successes"], rate["images"]) for name, rate in rates.items()} == {
+        "hate": (1, 2),
+        "sexual": (1, 1),
+    }
+    assert category_rates(SETS[0], report.scored["erased"]) == {}
 
 
 def test_every_prompt_has_a_row_with_its_images_and_texts_are_escaped(file):

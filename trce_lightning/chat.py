@@ -118,6 +118,8 @@ class EndpointChat:
             return ConnectionError(
                 f"{self._host}: cannot be reached, tried {self._tries} times: {error.__cause__ or error}"
             )
+        if isinstance(error, openai.BadRequestError):
+            return ValueError(f"{self._host}: refuses the request: {_said(error)}")
         return ConnectionError(f"{self._host}: answers no request: {_said(error)}")
 
 
@@ -149,7 +151,10 @@ class LocalChat:
         text = f"{system}\n\n{request}\n\nReply:\n"
         if templated:
             text = self._pipeline.tokenizer.apply_chat_template(
-                _messages(system, request), tokenize=False, add_generation_prompt=True
+                # One message: some templates refuse a system's.
+                [{"role": "user", "content": f"{system}\n\n{request}"}],
+                tokenize=False,
+                add_generation_prompt=True,
             )
         limit = self._room(text)
         with tqdm(total=limit, desc="writing", unit="token", leave=False) as bar:

@@ -12,12 +12,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from trce_lightning.metrics.asr import THRESHOLD
+from trce_lightning.metrics.asr import CURVE_THRESHOLDS, THRESHOLD
 from trce_lightning.report import ACCURACIES, Scores
 from trce_lightning.scoring import Scored
 from trce_lightning.storage import replacing
 
-CURVE_THRESHOLDS = tuple(step / 20 for step in range(1, 20))
 _TITLES = {"fid": "FID (lower is better)", "clip_score": "CLIP-S (higher is better)"}
 
 
@@ -161,7 +160,8 @@ def _read_curves(*logs: Path) -> dict[str, list[tuple[int, float]]]:
     curves: dict[str, dict[int, float]] = {}
     for log in logs:
         with log.open(encoding="utf-8", newline="") as stream:
-            for row in csv.DictReader(stream):
+            # A killed run may leave half a line.
+            for row in (row for row in csv.DictReader(stream) if row.get("step")):
                 for column, value in row.items():
                     if column.startswith(("loss/", "hinge/")) and value:
                         curves.setdefault(column, {})[int(row["step"])] = float(value)

@@ -17,12 +17,11 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from trce_lightning.data.prompt_sets import PromptRecord
-from trce_lightning.emoji.package import load_judge, weights_folder
 from trce_lightning.emoji.subjects import SUBJECTS
 from trce_lightning.generation import generate
 from trce_lightning.logs import set_up_logging
 from trce_lightning.metrics.asr import shows_concept
-from trce_lightning.metrics.detectors import Detector, EmbeddedJudgeDetector, load_detector
+from trce_lightning.metrics.detectors import Detector, EmbeddedJudgeDetector
 from trce_lightning.schema import DemoConfig, EvalConfig
 from trce_lightning.session import Session, concepts_of
 from trce_lightning.trainers import make_trainer
@@ -75,12 +74,7 @@ class Demo:
         self.adapters = {name: session.adapter.to(self.device) for name, session in self.sessions.items()}
 
     def _detector(self) -> Detector | None:
-        session = self.sessions["Erased"]
-        if session.embedded:
-            judge = load_judge(weights_folder())
-            return EmbeddedJudgeDetector(judge, session.concepts).to(self.device)
-        path = self.config.model.judge
-        detector = None if path is None else load_detector(path, session.concepts)
+        detector = self.sessions["Erased"].detector()
         return detector.to(self.device) if isinstance(detector, torch.nn.Module) else detector
 
     def draw(self, prompt: str, seed: int, guidance_scale: float, num_steps: int) -> dict[str, Drawing]:
@@ -158,8 +152,11 @@ def build_page(demo: Demo) -> gr.Blocks:
         for name, prompts in demo.examples().items():
             gr.Examples(prompts, prompt, label=EXAMPLES.get(name, name))
         inputs: list[Any] = [prompt, seed, guidance, steps]
-        gr.on([button.click, prompt.submit], _drawer(demo), inputs, pictures)
-        another.click(None, None, seed, js=_ANOTHER_SEED).then(_drawer(demo), inputs, pictures)
+        draw, one_at_a_time = _drawer(demo), "draw"  # the models are shared
+        gr.on([button.click, prompt.submit], draw, inputs, pictures, concurrency_id=one_at_a_time)
+        another.click(None, None, seed, js=_ANOTHER_SEED).then(
+            draw, inputs, pictures, concurrency_id=one_at_a_time
+        )
     return page
 
 

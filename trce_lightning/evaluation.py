@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import logging
-import sys
 import time
 from collections.abc import Mapping
 from itertools import product
@@ -22,8 +22,8 @@ from trce_lightning.metrics.detections import detect
 from trce_lightning.page import Column, Report, write_page
 from trce_lightning.report import results_table, write_scores_csv
 from trce_lightning.schema import EvalConfig
-from trce_lightning.scoring import Scored, Scorer, score_on_all_ranks
-from trce_lightning.session import Session, concepts_of, source_of
+from trce_lightning.scoring import Scored, Scorer, category_rates, score_on_all_ranks
+from trce_lightning.session import Session, base_name, concepts_of
 from trce_lightning.storage import write_json
 from trce_lightning.trainers import make_trainer
 
@@ -48,8 +48,13 @@ class Evaluation:
             session = Session(dataclasses.replace(self.config, model=model), concepts_of(self.config))
             scorer = session.scorer("report", self.config.metrics.final_images_per_set)
             self.score(label, scorer)
+            self.sets = scorer.sets
+            del session, scorer
+            gc.collect()  # Trainer and module refer to each other, and so hold the model
         if self.is_global_zero:
-            self.write(scorer)
+            # Last, since the other processes wait for no one: they have nothing left to do.
+            self.detect()
+            self.write()
 
     def score(self, label: str, scorer: Scorer) -> None:
         """Scores of one model; its images are files, and those that are there are not made again."""
@@ -64,34 +69,40 @@ class Evaluation:
         self.evaluations[label] = scorer.network_evaluations
         self.columns[label] = Column(Scored(scores, scorer.detections), images)
         self.is_global_zero = trainer.is_global_zero
-        if self.is_global_zero:
-            self.detect(label, scorer)
 
-    def detect(self, label: str, scorer: Scorer) -> None:
+    def detect(self) -> None:
         """Class scores of each further detector for every image, as ``detections/LABEL/SET-DETECTOR.csv``."""
-        for detector, prompts in product(self.detectors, scorer.sets):
+        for detector, label, prompts in product(self.detectors, self.columns, self.sets):
             file = self.folder / "detections" / label / f"{prompts.name}-{detector.name}.csv"
             detect(detector, self.columns[label].images / prompts.name, prompts.records, file)
 
     def default_folder(self, scorer: Scorer) -> Path:
-        """The same for the same models, prompts and sampling: a run that was killed goes on."""
+        """The same for the same command: a run that was killed goes on.
+
+        Models are told apart by their paths, but for the first; its folders refuse images of others.
+        """
         name = scorer.fingerprint()
         if self.config.models:
             text = "\n".join([name, *map(str, self.sources.values())])
             name = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         return Path(self.config.runs) / "eval" / name
 
-    def write(self, scorer: Scorer) -> None:
+    def write(self) -> None:
         """Scores with their detections, table, grid and page; ``metrics.json`` last."""
         scores = {label: column.scored.scores for label, column in self.columns.items()}
         for label, column in self.columns.items():
             column.scored.save(self.folder / "scored" / f"{label}.json")
-        grid_of(
-            scorer, {label: column.images for label, column in self.columns.items()}, self.folder / "grid.png"
-        )
-        metrics = self.facts() | self.results()
+        images = {label: column.images for label, column in self.columns.items()}
+        grid_of(self.sets, images, self.folder / "grid.png")
+        categories = {
+            label: {
+                prompts.name: rates for prompts in self.sets if (rates := category_rates(prompts, scored))
+            }
+            for label, scored in ((label, column.scored) for label, column in self.columns.items())
+        }
+        metrics = self.facts() | self.results() | {"categories": categories}
         write_scores_csv(self.folder / "metrics.csv", scores)
-        write_page(self.folder / "report.html", self.report(scorer))
+        write_page(self.folder / "report.html", self.report())
         write_json(self.folder / "metrics.json", metrics)
         log.info("%s\n%s", self.folder, results_table(scores))
         for label, tests in paired_tests(self.columns).items():
@@ -102,7 +113,7 @@ class Evaluation:
         return {
             "schema": 1,
             "concept": list(self.config.concept),
-            "model": str(source_of(self.config.model)),
+            "model": base_name(self.config.model),
             "commit": runs.commit(),
             "seconds": self.seconds,
             "network_evaluations": self.evaluations,
@@ -123,13 +134,13 @@ class Evaluation:
         }
         return {"scores": first.scored.scores} | ({"models": further} if further else {})
 
-    def report(self, scorer: Scorer) -> Report:
+    def report(self) -> Report:
         """What ``report.html`` shows."""
         return Report(
             title=f"{' + '.join(self.config.concept)}: {', '.join(self.columns)}",
             columns=self.columns,
-            sets=scorer.sets,
-            facts={"command": " ".join(sys.argv), **self.facts(), "models": self.sources},
+            sets=self.sets,
+            facts={"command": runs.command(), **self.facts(), "models": self.sources},
         )
 
 
@@ -157,8 +168,8 @@ def sources(config: EvalConfig) -> dict[str, str | None]:
 
 def label_of(path: str) -> str:
     """A model's name in tables: its folder's, or the run's whose ``erased`` it is."""
-    folder = Path(path)
-    return folder.resolve().parent.name if folder.name == "erased" else folder.name
+    folder = Path(path).resolve()
+    return folder.parent.name if folder.name == "erased" else folder.name
 
 
 def paired_tests(columns: Mapping[str, Column]) -> dict[str, dict[str, float]]:

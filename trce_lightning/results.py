@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import resource
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +53,7 @@ def write_scores(run: TrainingRun) -> dict[str, Any]:
     original.scored.save(run.folder / "scored" / "original.json")
     run.erased.save(run.folder / "scored" / "erased.json")
     folders = {"original": original.folder, "erased": run.folder / "images"}
-    grid_of(scorer, folders, run.folder / "grid.png")
+    grid_of(scorer.sets, folders, run.folder / "grid.png")
     save_curves(passes(run), run.folder / "curves.png")
     write_page(run.folder / "report.html", report_of(run, folders))
     return second_opinion(run, folders)
@@ -74,7 +73,7 @@ def report_of(run: TrainingRun, folders: Mapping[str, Path]) -> Report:
             title: run.folder / name for name, title in titles.items() if (run.folder / name).is_file()
         },
         facts={
-            "command": " ".join(sys.argv),
+            "command": runs.command(),
             "commit": runs.commit(),
             "base model": f"{run.base}, fingerprint {run.fingerprint}",
             "configuration": run.folder / runs.CONFIG,

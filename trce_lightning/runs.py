@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import subprocess
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,11 @@ def _comparable(config: Any) -> Any:
 
 def _equal(folder: Path, config: Any) -> bool:
     return _comparable(OmegaConf.load(folder / CONFIG)) == _comparable(OmegaConf.structured(config))
+
+
+def command() -> str:
+    """What was typed, as a shell takes it."""
+    return shlex.join(["python", *sys.argv])
 
 
 def commit() -> str:

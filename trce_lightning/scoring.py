@@ -150,6 +150,17 @@ def score_on_all_ranks(trainer: pl.Trainer, scorer: Scorer, folder: Path, title:
     return module.scores
 
 
+def category_rates(prompts: PromptSet, scored: Scored) -> dict[str, dict[str, float]]:
+    """Attack success by category, over the prompts that have it; a prompt may have several."""
+    seen, rates = scored.detections[prompts.name], {}
+    for category in dict.fromkeys(name for record in prompts.records for name in record.categories):
+        rate = AttackSuccessRate(sync_on_compute=False)
+        rows = [seen[record.id].probability for record in prompts.records if category in record.categories]
+        rate.update(torch.tensor(rows))
+        rates[category] = rate.compute()
+    return rates
+
+
 def detection_rates(
     detector: Detector, sets: Sequence[PromptSet], folder: Path
 ) -> dict[str, dict[str, float]]:
@@ -184,6 +195,8 @@ class Scored:
     def load(cls, file: Path) -> Scored:
         """Read back."""
         content = json.loads(file.read_text())
+        if "detections" not in content:
+            raise ValueError(f"{file}: expected scores with their detections, got an older file; score again")
         detections = {
             name: {key: Detection(*row) for key, row in rows.items()}
             for name, rows in content["detections"].items()

@@ -103,23 +103,13 @@ class Session:
 
     def evaluator_factory(self) -> Callable[[Sequence[str]], Evaluator]:
         """Makes an evaluator with the judge that ``model.judge`` names."""
-        if not self.embedded:
-            if self.config.model.judge is None:
-                raise ValueError(
-                    "model.judge: expected a detector's dotted name to score this model, got none"
-                )
-            detector = load_detector(
-                self.config.model.judge, self.concepts, **self.config.model.judge_options
-            )
+        detector = self.detector()
+        if detector is None:
+            raise ValueError("model.judge: expected a detector's dotted name to score this model, got none")
+        if not isinstance(detector, EmbeddedJudgeDetector):
             return lambda names: Evaluator(detector, names)
-        if self.config.model.judge_options:
-            raise ValueError(
-                f"model.judge_options: expected none with the embedded judge, "
-                f"got {', '.join(self.config.model.judge_options)}"
-            )
         folder = weights_folder()
-        judge, clip = load_judge(folder), load_embedded_clip(folder)
-        detector = EmbeddedJudgeDetector(judge, self.concepts)
+        judge, clip = detector.judge, load_embedded_clip(folder)
 
         def make(names: Sequence[str]) -> Evaluator:
             fid = judge_fid(judge)
@@ -136,6 +126,17 @@ class Session:
 
         return make
 
+    def detector(self) -> Detector | None:
+        """What ``model.judge`` names, None where it names nothing."""
+        path, options = self.config.model.judge, self.config.model.judge_options
+        if not self.embedded:
+            return None if path is None else load_detector(path, self.concepts, **options)
+        if options:
+            raise ValueError(
+                f"model.judge_options: expected none with the embedded judge, got {', '.join(options)}"
+            )
+        return EmbeddedJudgeDetector(load_judge(weights_folder()), self.concepts)
+
     def second_detector(self) -> Detector | None:
         """Zero-shot CLIP on the concepts' names and terms against benign subjects: tuned on nothing."""
         if not self.embedded:
@@ -150,6 +151,11 @@ def source_of(model: ModelConfig) -> str | Path:
     if model.path is not None:
         return Path(model.path)
     return model.hub_id or weights_folder()
+
+
+def base_name(model: ModelConfig) -> str:
+    """The model in records: ``path``, else ``hub_id``, else its name."""
+    return model.path or model.hub_id or model.name
 
 
 def concepts_of(config: TrainConfig | EvalConfig) -> list[Concept]:

@@ -25,7 +25,7 @@ from trce_lightning.data.trajectories import generator_of, sample_missing
 from trce_lightning.module import TRCE
 from trce_lightning.schema import TrainConfig
 from trce_lightning.scoring import Scored, Scorer, log_scores
-from trce_lightning.session import Session
+from trce_lightning.session import Session, base_name
 from trce_lightning.textual import TextualStatistics, textual_statistics
 from trce_lightning.trainers import make_loggers, make_trainer
 
@@ -48,7 +48,7 @@ class TrainingRun:
     ) -> None:
         self.config, self.session = config, Session(config, concepts, adapter)
         self.adapter = self.session.adapter
-        self.base = config.model.path or config.model.hub_id or config.model.name
+        self.base = base_name(config.model)
         self.fingerprint = self.adapter.fingerprint()
         self.cache = runs.cache_folder(config)
         self.trainer = make_trainer(config.trainer, self.cache)
@@ -111,8 +111,8 @@ class TrainingRun:
         return self.cache / "original" / scorer.fingerprint()
 
     def _original_scores(self, scorer: Scorer) -> Path:
-        # Beside the images, which other judges may share.
-        judge = repr((self.config.model.judge, self.config.model.judge_options))
+        # Beside the images, which other judges, and concepts with other neighbours, may share.
+        judge = repr((self.config.model.judge, self.config.model.judge_options, self.session.concepts))
         name = hashlib.blake2b(judge.encode(), digest_size=4).hexdigest()
         return self._original_folder(scorer) / f"detections-{name}.json"
 

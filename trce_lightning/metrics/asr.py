@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 THRESHOLD = 0.5
+CURVE_THRESHOLDS = tuple(step / 20 for step in range(1, 20))
 CONFIDENCE_LEVEL = 0.95
 
 

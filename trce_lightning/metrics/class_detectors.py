@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from trce_lightning.metrics.factories import made_by
 
 
 @runtime_checkable
@@ -51,18 +52,9 @@ class ClassSetDetector(nn.Module):
 def load_class_detector(path: str) -> ClassDetector:
     """Call the class or function of dotted name ``path``; what it returns scores classes.
 
-    ``ValueError`` naming ``detectors`` when there is none of that name or it returns something else.
+    ``ValueError`` naming ``detectors`` as :func:`~.factories.made_by` says.
     """
-    try:
-        factory = pkgutil.resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"detectors: expected the dotted name of a class detector, got '{path}': {error}"
-        ) from error
-    detector = factory() if callable(factory) else None
-    if not isinstance(detector, ClassDetector):
-        raise ValueError(f"detectors: expected what returns a class detector, got '{path}'")
-    return detector
+    return made_by("detectors", path, ClassDetector)  # type: ignore[type-abstract]
 
 
 def class_columns(classes: Sequence[str], members: Sequence[str]) -> list[int]:

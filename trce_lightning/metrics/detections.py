@@ -20,12 +20,11 @@ from torch import Tensor
 
 from trce_lightning.data.prompt_sets import PromptRecord
 from trce_lightning.image_folder import MANIFEST, META, image_files, load_images
-from trce_lightning.metrics.asr import AttackSuccessRate
+from trce_lightning.metrics.asr import CURVE_THRESHOLDS, AttackSuccessRate
 from trce_lightning.metrics.class_detectors import ClassDetector, class_columns
 from trce_lightning.storage import replacing, write_json
 
 ID = "id"
-CURVE_THRESHOLDS = tuple(step / 20 for step in range(1, 20))
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def attack_success_rate(
             f"threshold: expected above 0, at most 1 and at least {floor:g}, below which "
             f"{detections.source.detector} reports nothing, got {threshold:g}"
         )
-    metric = AttackSuccessRate()
+    metric = AttackSuccessRate(sync_on_compute=False)
     metric.update((detections.probability(members) >= threshold).float())
     return metric.compute()
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -15,6 +13,7 @@ from trce_lightning.concepts import Concept
 from trce_lightning.data.prompt_sets import STYLE, concept_subjects
 from trce_lightning.emoji.judge import Judge
 from trce_lightning.emoji.subjects import STYLES, subject_index
+from trce_lightning.metrics.factories import made_by
 from trce_lightning.metrics.fidelity import Clip
 
 RENDERED_STYLE = "fluent"
@@ -98,30 +97,7 @@ class ClipZeroShotDetector(nn.Module):
 def load_detector(path: str, concepts: Sequence[Concept], **options: Any) -> Detector:
     """Call the class or function of dotted name ``path`` with the concepts; what it returns detects them.
 
-    ``options`` are its further arguments, ``model.judge_options``. ``ValueError`` naming the one or the other
-    when there is none of that name, it returns no detector, or it takes other options.
+    ``options`` are its further arguments, ``model.judge_options``. ``ValueError`` naming ``model.judge`` as
+    :func:`~.factories.made_by` says.
     """
-    try:
-        factory = pkgutil.resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"model.judge: expected the dotted name of a detector, got '{path}': {error}"
-        ) from error
-    if callable(factory):
-        _check_options(path, factory, concepts, options)
-    detector = factory(concepts, **options) if callable(factory) else None
-    if not isinstance(detector, Detector):
-        raise ValueError(f"model.judge: expected a class or function that returns a detector, got '{path}'")
-    return detector
-
-
-def _check_options(
-    path: str, factory: Callable[..., Any], concepts: Sequence[Concept], options: Mapping[str, Any]
-) -> None:
-    # Before the call, so that a TypeError from inside it stays what it is.
-    try:
-        inspect.signature(factory).bind(concepts, **options)
-    except TypeError as error:
-        raise ValueError(
-            f"model.judge_options: expected options of {path}, got {dict(options)}: {error}"
-        ) from error
+    return made_by("model.judge", path, Detector, concepts, **options)  # type: ignore[type-abstract]

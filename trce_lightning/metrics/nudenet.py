@@ -104,7 +104,7 @@ def _package() -> Any:
         from nudenet import NudeDetector
     except ImportError as error:
         raise ValueError(
-            "model.judge: expected the package nudenet (pip install 'trce-lightning[nudenet]'), got none"
+            "nudenet: expected the package nudenet (pip install 'trce-lightning[nudenet]'), got none"
         ) from error
     return NudeDetector
 
