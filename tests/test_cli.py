@@ -1,6 +1,7 @@
 """What a user types: accepted spellings, and refusals in a few lines with exit code 2, without torch."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -221,10 +222,14 @@ def python(*argv, cwd):
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py"])
-def test_help_is_complete(script, empty_folder):
+def test_help_is_fast_and_complete(script, empty_folder):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = python(ROOT / script, "--help", cwd=empty_folder)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime  # whatever else is running
     assert result.returncode == 0 and result.stderr == ""
     assert "violence" in result.stdout and "precision: auto" in result.stdout
+    assert seconds < 1.0
     assert not list(empty_folder.iterdir())
 
 

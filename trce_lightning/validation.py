@@ -9,7 +9,6 @@ from typing import Any
 
 from trce_lightning.arguments import did_you_mean
 from trce_lightning.concepts import Concept
-from trce_lightning.data.published import check_file, prompt_files
 from trce_lightning.schema import DemoConfig, EvalConfig, ModelConfig, TrainConfig
 
 
@@ -34,10 +33,17 @@ def check(config: TrainConfig | EvalConfig | DemoConfig) -> None:
     if isinstance(config, TrainConfig):
         _check_training(config)
     else:
-        for path in config.models:
-            _check_model(dataclasses.replace(config.model, path=path), "models")
-        for name, file in prompt_files(config.prompts, config.published):
-            check_file(name, file, list(config.published))
+        _check_evaluation(config)
+
+
+def _check_evaluation(config: EvalConfig) -> None:
+    # Not at the top: only this command reads prompt files, and every one pays for imports at its start.
+    from trce_lightning.data.published import check_file, prompt_files
+
+    for path in config.models:
+        _check_model(dataclasses.replace(config.model, path=path), "models")
+    for name, file in prompt_files(config.prompts, config.published):
+        check_file(name, file, list(config.published))
 
 
 def _check_values(node: Any, prefix: str) -> None:
