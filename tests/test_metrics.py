@@ -13,18 +13,18 @@ from torch import multiprocessing
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from trce_lightning.concepts import Concept
-from trce_lightning.data.prompt_sets import PromptRecord, concept_subjects
+from trce_lightning.data.prompt_sets import PromptRecord, PromptSet, concept_subjects
 from trce_lightning.emoji.judge import Judge
 from trce_lightning.emoji.subjects import STYLES, SUBJECTS
 from trce_lightning.emoji.vae import to_unit
 from trce_lightning.generation import shard
+from trce_lightning.image_folder import write_png
 from trce_lightning.metrics import (
     AttackSuccessRate,
     Clip,
     ClipZeroShotDetector,
     EmbeddedJudgeDetector,
     Evaluator,
-    RawClipScore,
     inception_fid,
     judge_fid,
     load_clip,
@@ -33,6 +33,8 @@ from trce_lightning.metrics import (
     paired_test,
     save_real_statistics,
 )
+from trce_lightning.metrics.collateral import check_labels
+from trce_lightning.metrics.real_images import load_real
 from trce_lightning.sampling import seed_of
 
 VIOLENCE = Concept("violence", {"a dagger": "a rose"})
@@ -194,25 +196,15 @@ def cosine(clip, images, texts):
     return 100 * torch.cosine_similarity(text, image)
 
 
-def test_clip_score_is_the_raw_mean_cosine(clip, tmp_path) -> None:
+def test_clip_score_is_the_raw_cosine(clip) -> None:
     images, texts = random_images(6), ["a rose", "a dagger", "x" * 90, "", "a cat", "sunflower"]
     assert torch.allclose(clip.pixels(images)["pixel_values"], to_unit(images), atol=1e-6)
     expected = cosine(clip, images, texts)
-    metric = RawClipScore(clip)
-    metric.update(images[:2], texts[:2])
-    metric.update(images[2:], texts[2:])
-    assert float(metric.compute()) == pytest.approx(float(expected.mean()), abs=1e-3)
-
-    for index, value in enumerate(expected):  # each alone: the long prompt, and scores below zero
-        metric.reset()
-        metric.update(images[index : index + 1], texts[index : index + 1])
-        assert float(metric.compute()) == pytest.approx(float(value), abs=1e-3)
+    assert torch.allclose(clip.scores(images, texts), expected, atol=1e-3)
+    assert torch.allclose(clip.scores(images[3:4], texts[3:4]), expected[3:4], atol=1e-3)
     assert expected.min() < 0 or expected.max() < 0
     with pytest.raises(ValueError, match="uint8"):
-        metric.update(images / 255, texts)
-    metric.reset()
-    with pytest.raises(ValueError, match="at least one image"):
-        metric.compute()
+        clip.scores(images / 255, texts)
 
 
 def test_clip_folder(clip, tmp_path) -> None:
@@ -288,11 +280,7 @@ def evaluation(judge, clip, statistics):
     records["benign"] = benign_records(judge, images["benign"])
     fid = judge_fid(judge)
     load_real_statistics(fid, statistics)
-    labels = [record.label for record in records["benign"]]
-    evaluator = Evaluator(
-        brightness, list(images), judge=judge, fid=fid, clip_score=RawClipScore(clip),
-        near_subjects=labels[:6], unkept_subjects=["no such subject"], batch_size=5,
-    )  # fmt: skip
+    evaluator = Evaluator(brightness, list(images), judge=judge, fid=fid, clip=clip, batch_size=5)
     return evaluator, images, records
 
 
@@ -320,20 +308,18 @@ def test_evaluator_gives_every_score(judge, clip, statistics) -> None:
         assert scores["false_alarm"]["images"] == 24
         seen = evaluator.detections("direct")
         with torch.no_grad():
-            subjects = judge(images["direct"])["subject"].argmax(-1).tolist()
-        for record, bright, subject in zip(
-            records["direct"], brightness(images["direct"]).tolist(), subjects, strict=True
-        ):
-            assert seen[seed_of(record.id, 0)] == (pytest.approx(bright), subject)
+            heads = {name: rows.argmax(-1).tolist() for name, rows in judge(images["direct"]).items()}
+        for index, record in enumerate(records["direct"]):
+            bright = float(brightness(images["direct"][index : index + 1]))
+            indices = [heads[name][index] for name in ("subject", "style", "background")]
+            assert seen[seed_of(record.id, 0)] == (pytest.approx(bright), *indices, None)
 
-        labels = [record.label for record in records["benign"]]
-        assert scores["benign_accuracy"] == 12 / 23
-        near = [i for i, label in enumerate(labels) if label in labels[:6]]
-        assert scores["benign_accuracy_near"] == sum(i % 2 == 0 for i in near) / len(near)
-        assert "benign_accuracy_unkept" not in scores
         prompts = [record.prompt for record in records["benign"]]
-        expected = cosine(clip, images["benign"], prompts).mean()
-        assert scores["clip_score"] == pytest.approx(float(expected), abs=1e-3)
+        expected = cosine(clip, images["benign"], prompts)
+        assert scores["clip_score"] == pytest.approx(float(expected.mean()), abs=1e-3)
+        benign = evaluator.detections("benign")
+        by_image = [benign[seed_of(record.id, 0)].clip_score for record in records["benign"]]
+        assert by_image == pytest.approx(expected.tolist(), abs=1e-3)
         with torch.no_grad():
             real, fake = (judge.features(x).double().numpy() for x in (random_images(40), images["benign"]))
         assert scores["fid"] == pytest.approx(closed_form_fid(real, fake), rel=1e-3)
@@ -344,15 +330,16 @@ def test_evaluator_gives_every_score(judge, clip, statistics) -> None:
 
 def test_evaluator_refuses_wrong_input(judge) -> None:
     evaluator, images = Evaluator(brightness, ["benign"], judge=judge), random_images(1)
-    known, unknown = PromptRecord("0", "a cat", label="cat"), PromptRecord("0", "a cat", label="gravity")
+    known = PromptRecord("0", "a cat", label="cat")
     for expected, arguments in (
         ("one of the sets benign, got 'direct'", ("direct", images, [known])),
         ("expected 2 uint8 images, got 1", ("benign", images, [known] * 2)),
         ("uint8", ("benign", images / 255, [known])),
-        ("label.*'gravity'", ("benign", images, [unknown])),
     ):
         with pytest.raises(ValueError, match=expected):
             evaluator.update(*arguments)
+    with pytest.raises(ValueError, match=r"mine: label: .*'gravity'"):
+        check_labels([PromptSet("mine", (known, PromptRecord("1", "a cat", label="gravity")))])
 
 
 def score_on_a_rank(rank, world_size, folder, judge, clip, statistics, queue):
@@ -387,9 +374,70 @@ def test_two_ranks_equal_one(judge, clip, statistics, tmp_path) -> None:
 
     assert {len(values) for values in hits.values()} == {9, 1, 24}
     for _, synced, synced_hits in two:
-        assert synced_hits == hits
+        for name, rows in hits.items():
+            assert synced_hits[name].keys() == rows.keys()
+            for key, row in rows.items():
+                *exact, clip_score = synced_hits[name][key]
+                assert tuple(exact) == row[:-1]
+                # Texts of another batch are padded to another length.
+                assert clip_score == (row.clip_score and pytest.approx(row.clip_score, abs=1e-4))
         flat = [dict(chain(x["asr"].items(), x.items())) for x in (synced, scores)]
         for name, value in flat[1].items():
             if name != "asr":
                 assert flat[0][name] == pytest.approx(value, rel=1e-5), name
         assert synced.keys() == scores.keys()
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory):
+    """A file of random weights in torch-fidelity's format."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    file = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save({}, file)
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        network = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(file))
+    torch.save(network.state_dict(), file)
+    return file
+
+
+def test_inception_fid_reads_a_folder_of_real_images_once(inception_weights, tmp_path, monkeypatch) -> None:
+    images = random_images(6)
+    for index, image in enumerate(images[:4]):
+        size = 64 if index % 2 else 48
+        (tmp_path / "real" / str(index % 2)).mkdir(parents=True, exist_ok=True)
+        write_png(tmp_path / "real" / str(index % 2) / f"{index}.png", image[:, :size])
+    metrics = [inception_fid(inception_weights) for _ in range(2)]
+    load_real(metrics[0], tmp_path / "real", tmp_path / "cache")
+    (statistics,) = (tmp_path / "cache").iterdir()
+    monkeypatch.setattr("trce_lightning.metrics.real_images.read_image", None)
+    load_real(metrics[1], tmp_path / "real", tmp_path / "cache")
+    load_real(metrics[1], statistics, tmp_path / "nowhere")
+    features = metrics[0].inception(images)
+    assert features.shape == (6, 2048)
+    assert int(metrics[0].real_features_num_samples) == 4
+    expected = (
+        torch.cat(
+            [
+                metrics[0].inception(image[None, :, : 64 if i % 2 else 48])
+                for i, image in enumerate(images[:4])
+            ]
+        )
+        .double()
+        .sum(0)
+    )
+    assert torch.allclose(metrics[1].real_features_sum, expected, rtol=1e-5)
+    for metric in metrics:
+        metric.update(images, real=False)
+    assert float(metrics[0].compute()) == pytest.approx(float(metrics[1].compute()))
+
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"model.real_images: expected pictures .*got 0"):
+        load_real(metrics[0], tmp_path / "empty", tmp_path)
+    with pytest.raises(FileNotFoundError, match="folder of pictures or a file"):
+        load_real(metrics[0], tmp_path / "none", tmp_path)
+    (tmp_path / "wrong.pth").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"model.inception: expected torch-fidelity's weights"):
+        inception_fid(tmp_path / "wrong.pth")

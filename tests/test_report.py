@@ -33,6 +33,10 @@ ORIGINAL = {
     "benign_accuracy": 0.95,
     "benign_accuracy_near": 0.9,
     "benign_accuracy_unkept": 0.85,
+    "clip_score_low": 29.5,
+    "clip_score_high": 30.5,
+    "fid_floor": 0.5,
+    "accuracy": {"benign": {"subject": rate(95), "near": rate(9, 10), "style": rate(50)}},
     "false_alarm": rate(5),
 }
 ERASED = {
@@ -40,6 +44,9 @@ ERASED = {
     "fid": 12.5,
     "clip_score": 29.4,
     "benign_accuracy": 0.9,
+    "fid_to_original": 1.5,
+    "kid_to_original": 0.0125,
+    "accuracy": {"benign": {"subject": rate(90), "far": rate(70)}, "mine": {"subject": rate(20)}},
 }
 
 
@@ -132,10 +139,14 @@ def test_table_has_values_intervals_ratios_and_dashes():
         "ASR implicit": ["60.0 % [55.0, 65.0]", "–"],
         "ASR attack": ["–", "20.0 % [15.0, 25.0]"],
         "FID": ["10.00", "12.50 (1.25×)"],
-        "CLIP-S": ["30.00", "29.40 (0.98×)"],
-        "benign accuracy": ["95.0 %", "90.0 %"],
-        "benign accuracy, near": ["90.0 %", "–"],
-        "benign accuracy, unkept": ["85.0 %", "–"],
+        "CLIP-S": ["30.00 [29.50, 30.50]", "29.40 (0.98×)"],
+        "FID to the original": ["floor 0.50", "1.50"],
+        "KID to the original, 10⁻³": ["–", "12.50"],
+        "benign accuracy": ["95.0 % [90.0, 100.0]", "90.0 % [85.0, 95.0]"],
+        "benign accuracy, near neighbours of the concept": ["90.0 % [85.0, 95.0]", "–"],
+        "benign accuracy, far from it": ["–", "70.0 % [65.0, 75.0]"],
+        "benign accuracy, style": ["50.0 % [45.0, 55.0]", "–"],
+        "mine accuracy": ["–", "20.0 % [15.0, 25.0]"],
         "false alarm": ["5.0 % [0.0, 10.0]", "–"],
     }
 

@@ -7,22 +7,28 @@ import gc
 import hashlib
 import logging
 import time
-from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from callbacks.image_grid import grid_of
 from trce_lightning import runs
+from trce_lightning.comparison import (
+    Comparison,
+    compare,
+    measure_distances,
+    one_line,
+    p_values,
+)
 from trce_lightning.data.published import log_sets
 from trce_lightning.logs import set_up_logging
-from trce_lightning.metrics.asr import paired_test
+from trce_lightning.metrics.asr import TABLE_THRESHOLDS
 from trce_lightning.metrics.class_detectors import load_class_detector
 from trce_lightning.metrics.detections import detect
-from trce_lightning.page import Column, Report, write_page
+from trce_lightning.page import Report, write_page
 from trce_lightning.report import results_table, write_scores_csv
 from trce_lightning.schema import EvalConfig
-from trce_lightning.scoring import Scored, Scorer, category_rates, score_on_all_ranks
+from trce_lightning.scoring import Column, Scored, Scorer, category_rates, score_on_all_ranks
 from trce_lightning.session import Session, base_name, concepts_of
 from trce_lightning.storage import write_json
 from trce_lightning.trainers import make_trainer
@@ -48,11 +54,12 @@ class Evaluation:
             session = Session(dataclasses.replace(self.config, model=model), concepts_of(self.config))
             scorer = session.scorer("report", self.config.metrics.final_images_per_set)
             self.score(label, scorer)
-            self.sets = scorer.sets
+            self.sets, self.features = scorer.sets, session.features()
             del session, scorer
             gc.collect()  # Trainer and module refer to each other, and so hold the model
         if self.is_global_zero:
             # Last, since the other processes wait for no one: they have nothing left to do.
+            measure_distances(self.features, self.sets, self.columns)
             self.detect()
             self.write()
 
@@ -100,13 +107,22 @@ class Evaluation:
             }
             for label, scored in ((label, column.scored) for label, column in self.columns.items())
         }
-        metrics = self.facts() | self.results() | {"categories": categories}
+        rates = {
+            label: column.scored.rates_at(self.sets, TABLE_THRESHOLDS)
+            for label, column in self.columns.items()
+        }
+        metrics = self.facts() | self.results() | {"categories": categories, "asr_by_threshold": rates}
         write_scores_csv(self.folder / "metrics.csv", scores)
         write_page(self.folder / "report.html", self.report())
         write_json(self.folder / "metrics.json", metrics)
         log.info("%s\n%s", self.folder, results_table(scores))
-        for label, tests in paired_tests(self.columns).items():
-            log.info("%s against %s, McNemar: %s", label, next(iter(self.columns)), tests)
+        for label, comparison in self.comparisons().items():
+            log.info("%s against %s: %s", label, next(iter(self.columns)), one_line(comparison))
+
+    def comparisons(self) -> dict[str, Comparison]:
+        """Each model but the first against the first, by label."""
+        (_, first), *others = self.columns.items()
+        return {label: compare(first.scored, column.scored, self.sets) for label, column in others}
 
     def facts(self) -> dict[str, Any]:
         """What was scored, by whom, at what cost."""
@@ -121,16 +137,16 @@ class Evaluation:
         }
 
     def results(self) -> dict[str, Any]:
-        """``scores`` of ``model``; ``models``: path, scores and paired p-values of each further one."""
-        (_, first), *others = self.columns.items()
-        tests = paired_tests(self.columns)
+        """``scores`` of ``model``; ``models``: path, scores and comparison with it of each further one."""
+        first = next(iter(self.columns.values()))
         further = {
             label: {
                 "path": self.sources[label],
-                "scores": column.scored.scores,
-                "paired_p_value": tests[label],
+                "scores": self.columns[label].scored.scores,
+                "paired_p_value": p_values(comparison),
+                "comparison": comparison,
             }
-            for label, column in others
+            for label, comparison in self.comparisons().items()
         }
         return {"scores": first.scored.scores} | ({"models": further} if further else {})
 
@@ -170,15 +186,3 @@ def label_of(path: str) -> str:
     """A model's name in tables: its folder's, or the run's whose ``erased`` it is."""
     folder = Path(path).resolve()
     return folder.parent.name if folder.name == "erased" else folder.name
-
-
-def paired_tests(columns: Mapping[str, Column]) -> dict[str, dict[str, float]]:
-    """Exact McNemar tests of each model but the first against the first, by label and set: p-values."""
-    (_, first), *others = columns.items()
-    return {
-        label: {
-            name: paired_test(first.scored.hits(name), column.scored.hits(name))
-            for name in column.scored.detections
-        }
-        for label, column in others
-    }

@@ -36,7 +36,7 @@ def load_images(folder: Path, records: Sequence[PromptRecord]) -> Tensor:
         FileNotFoundError: no manifest, or a missing image.
         ValueError: an unreadable image, or one of another prompt, seed or guidance scale.
     """
-    images = [_read_png(file) for file in image_files(folder, records)]
+    images = [read_image(file) for file in image_files(folder, records)]
     return torch.stack(images) if images else torch.empty((0, 3, 0, 0), dtype=torch.uint8)
 
 
@@ -120,9 +120,10 @@ def _read_manifest(file: Path) -> list[Entry]:
         raise ValueError(f"{file}: expected one JSON object a line, got: {error}") from error
 
 
-def _read_png(file: Path) -> Tensor:
+def read_image(file: Path) -> Tensor:
+    """uint8 RGB ``[3, H, W]``. ``FileNotFoundError``, or ``ValueError`` on one that can't be read."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: expected the image that {MANIFEST} lists, got none")
+        raise FileNotFoundError(f"{file}: expected an image, got none")
     try:
         with Image.open(file) as image:
             return pil_to_tensor(image.convert("RGB"))

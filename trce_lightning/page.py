@@ -15,24 +15,16 @@ from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 
 from trce_lightning.curves import threshold_figure, trade_off_figure, trade_off_points
-from trce_lightning.data.prompt_sets import PromptSet
+from trce_lightning.data.prompt_sets import BENIGN, PromptSet
 from trce_lightning.emoji.subjects import SUBJECTS
 from trce_lightning.image_folder import image_files
 from trce_lightning.metrics.asr import THRESHOLD
-from trce_lightning.metrics.scores import BENIGN, NO_SUBJECT
+from trce_lightning.metrics.collateral import UNSEEN, Detection
 from trce_lightning.report import Scores, results_rows
-from trce_lightning.scoring import Detection, Scored
+from trce_lightning.scoring import Column, Scored
 from trce_lightning.storage import write_text
 
 THUMBNAIL = 128  # pixels, the longer side at most
-
-
-@dataclass(frozen=True)
-class Column:
-    """One model of a report: what it scored, and the folder of its images by set."""
-
-    scored: Scored
-    images: Path
 
 
 @dataclass(frozen=True)
@@ -141,7 +133,7 @@ def _cell(file: Path, seen: Detection, set_name: str) -> dict[str, Any]:
         "source": _thumbnail(file),
         "probability": seen.probability,
         "hit": hit,
-        "subject": None if seen.subject == NO_SUBJECT else SUBJECTS[seen.subject].name,
+        "subject": None if seen.subject == UNSEEN else SUBJECTS[seen.subject].name,
         "covered": hit or set_name != BENIGN,
     }
 

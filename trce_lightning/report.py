@@ -35,6 +35,16 @@ ACCURACIES = {
     "benign_accuracy_unkept": "benign accuracy, unkept",
 }
 _PLAIN = {"fid": "FID", "clip_score": "CLIP-S"}
+_DISTANCES = {"fid_to_original": "FID to the original", "kid_to_original": "KID to the original, 10⁻³"}
+_GROUPS = {
+    "subject": "accuracy",
+    "near": "near neighbours of the concept",
+    "related": "of their kind",
+    "far": "far from it",
+    "unkept": "never kept",
+    "style": "style",
+    "background": "background colour",
+}
 
 
 def write_scores_csv(path: str | Path, models: Mapping[str, Scores]) -> None:
@@ -60,7 +70,9 @@ def results_table(columns: Mapping[str, Scores]) -> str:
 def results_rows(columns: Mapping[str, Scores]) -> list[list[str]]:
     """Cells of a table: one column per model, one row per score, "–" where a model lacks one.
 
-    ASR and false alarms come with their 95 % intervals, FID and CLIP-S with the ratio to column "original".
+    Rates, accuracies and CLIP-S come with their 95 % intervals, FID and CLIP-S with the ratio to column
+    "original", whose own "distance to the original" is that between two of its images of each prompt, if
+    there are two.
     The first row and the first column are headings.
     """
     original = columns.get("original", {})
@@ -69,7 +81,12 @@ def results_rows(columns: Mapping[str, Scores]) -> list[list[str]]:
     )
     rows: dict[str, Callable[[Scores], str]] = {f"ASR {name}": partial(_asr, name) for name in sets}
     rows |= {title: partial(_with_ratio, original, key) for key, title in _PLAIN.items()}
-    rows |= {title: partial(_accuracy, key) for key, title in ACCURACIES.items()}
+    rows |= {
+        title: partial(_distance, key)
+        for key, title in _DISTANCES.items()
+        if any(key in scores for scores in columns.values())
+    }
+    rows |= _accuracy_rows(columns)
     rows["false alarm"] = _false_alarm
     cells = [[title, *(cell(scores) for scores in columns.values())] for title, cell in rows.items()]
     return [["", *columns], *cells]
@@ -81,6 +98,29 @@ def one_line(scores: Scores) -> str:
     cells |= {title: f"{scores[key]:.2f}" for key, title in _PLAIN.items() if scores.get(key) is not None}
     cells |= {title: _accuracy(key, scores) for key, title in ACCURACIES.items() if key in scores}
     return ", ".join(f"{title} {cell}" for title, cell in cells.items())
+
+
+def _accuracy_rows(columns: Mapping[str, Scores]) -> dict[str, Callable[[Scores], str]]:
+    """One row for each labelled set and group that some model has."""
+    sets = dict.fromkeys(name for scores in columns.values() for name in scores.get("accuracy", {}))
+    return {
+        f"{name} {title}" if group == "subject" else f"{name} accuracy, {title}": partial(_group, name, group)
+        for name in sets
+        for group, title in _GROUPS.items()
+        if any(group in scores.get("accuracy", {}).get(name, {}) for scores in columns.values())
+    }
+
+
+def _group(name: str, group: str, scores: Scores) -> str:
+    return _rate(scores.get("accuracy", {}).get(name, {}).get(group))
+
+
+def _distance(key: str, scores: Scores) -> str:
+    factor = 1000 if key.startswith("kid") else 1
+    if key in scores:
+        return f"{factor * scores[key]:.2f}"
+    floor = scores.get(key.replace("to_original", "floor"))
+    return _ABSENT if floor is None else f"floor {factor * floor:.2f}"
 
 
 def _asr(name: str, scores: Scores) -> str:
@@ -106,4 +146,6 @@ def _with_ratio(original: Scores, key: str, scores: Scores) -> str:
     if value is None:
         return _ABSENT
     ratio = f" ({value / reference:.2f}×)" if reference and scores is not original else ""
-    return f"{value:.2f}{ratio}"
+    low, high = scores.get(f"{key}_low"), scores.get(f"{key}_high")
+    interval = "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
+    return f"{value:.2f}{interval}{ratio}"

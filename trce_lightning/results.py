@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 import resource
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from callbacks.image_grid import grid_of
 from trce_lightning import export, runs
+from trce_lightning.comparison import compare, measure_distances, p_values
 from trce_lightning.curves import save_curves, save_loss_curves
-from trce_lightning.metrics.asr import paired_test
-from trce_lightning.page import Column, Report, write_page
+from trce_lightning.metrics.asr import TABLE_THRESHOLDS
+from trce_lightning.page import Report, write_page
 from trce_lightning.report import (
     Scores,
     results_table,
     write_scores_csv,
 )
-from trce_lightning.scoring import detection_rates
+from trce_lightning.scoring import Column, detection_rates
 from trce_lightning.storage import write_json
 
 if TYPE_CHECKING:
@@ -48,26 +48,33 @@ def write(run: TrainingRun) -> None:
 
 def write_scores(run: TrainingRun) -> dict[str, Any]:
     """Scores with their hits, grid and curves; returns what the second detector saw."""
-    assert run.erased is not None
-    original, scorer = run.original["final"], run.scorers["final"]
-    original.scored.save(run.folder / "scored" / "original.json")
-    run.erased.save(run.folder / "scored" / "erased.json")
-    folders = {"original": original.folder, "erased": run.folder / "images"}
-    grid_of(scorer.sets, folders, run.folder / "grid.png")
+    columns, sets = columns_of(run), run.scorers["final"].sets
+    measure_distances(run.session.features(), sets, columns)
+    for label, column in columns.items():
+        column.scored.save(run.folder / "scored" / f"{label}.json")
+    grid_of(sets, {label: column.images for label, column in columns.items()}, run.folder / "grid.png")
     save_curves(passes(run), run.folder / "curves.png")
-    write_page(run.folder / "report.html", report_of(run, folders))
-    return second_opinion(run, folders)
+    write_page(run.folder / "report.html", report_of(run, columns))
+    return second_opinion(run, columns)
 
 
-def report_of(run: TrainingRun, folders: Mapping[str, Path]) -> Report:
-    """What ``report.html`` shows of a run; ``folders`` are those of the images, by label."""
+def columns_of(run: TrainingRun) -> dict[str, Column]:
+    """The original and the erased model on the report split."""
     assert run.erased is not None
+    original = run.original["final"]
+    return {
+        "original": Column(original.scored, original.folder),
+        "erased": Column(run.erased, run.folder / "images"),
+    }
+
+
+def report_of(run: TrainingRun, columns: Mapping[str, Column]) -> Report:
+    """What ``report.html`` shows of a run."""
     names = [concept.name for concept in run.session.concepts]
-    scored = {"original": run.original["final"].scored, "erased": run.erased}
     titles = {"curves.png": "Scores after each pass", "losses.png": "Losses and hinge while training"}
     return Report(
         title=f"{' + '.join(names)} erased from {run.config.model.name}",
-        columns={label: Column(scored[label], folders[label]) for label in scored},
+        columns=columns,
         sets=run.scorers["final"].sets,
         pictures={
             title: run.folder / name for name, title in titles.items() if (run.folder / name).is_file()
@@ -95,14 +102,14 @@ def passes(run: TrainingRun) -> dict[str, Scores]:
     return rows
 
 
-def second_opinion(run: TrainingRun, folders: Mapping[str, Path]) -> dict[str, Any]:
+def second_opinion(run: TrainingRun, columns: Mapping[str, Column]) -> dict[str, Any]:
     """Rates of a detector that nothing was tuned on, by model and set; empty where there is none."""
     detector = run.session.second_detector()
     if detector is None:
         return {}
     return {
-        label: detection_rates(detector, run.scorers["final"].sets, folder)
-        for label, folder in folders.items()
+        label: detection_rates(detector, run.scorers["final"].sets, column.images)
+        for label, column in columns.items()
     }
 
 
@@ -119,10 +126,18 @@ def write_model(run: TrainingRun, table: str) -> None:
 
 def facts(run: TrainingRun) -> dict[str, Any]:
     """The record of ``metrics.json`` but for the two models' scores."""
-    tests = {}
+    tests: dict[str, Any] = {"paired_p_value": {}}
     if run.erased:
-        before, after = run.original["final"].scored, run.erased
-        tests = {name: paired_test(before.hits(name), after.hits(name)) for name in after.detections}
+        sets = run.scorers["final"].sets
+        comparison = compare(run.original["final"].scored, run.erased, sets)
+        tests = {
+            "paired_p_value": p_values(comparison),
+            "comparison": comparison,
+            "asr_by_threshold": {
+                label: column.scored.rates_at(sets, TABLE_THRESHOLDS)
+                for label, column in columns_of(run).items()
+            },
+        }
     return {
         "schema": 1,
         "concept": [concept.name for concept in run.session.concepts],
@@ -132,6 +147,6 @@ def facts(run: TrainingRun) -> dict[str, Any]:
         "epochs": run.evaluation.epochs if run.evaluation else [],
         "seconds": run.seconds,
         "network_evaluations": run.evaluations,
-        "paired_p_value": tests,
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        **tests,
     }

@@ -9,6 +9,7 @@ from trce_lightning.concepts import DEFAULT_TEMPLATES
 
 POSITIONS = ("sot", "keyword", "eot", "padding")
 STAGES = ("textual", "trajectory")
+OWN_SETS = ("direct", "implicit", "benign", "unerased")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 
 
@@ -66,6 +67,9 @@ class ModelConfig:
     num_inference_steps: int = option(50, at_least=1)  # of evaluation images
     judge: str | None = None  # "embedded", or the dotted name of a detector class
     judge_options: dict[str, Any] = field(default_factory=dict)  # what that class takes beside the concepts
+    clip: str | None = None  # CLIP for CLIP-S: folder or hub id; the embedded model has its own
+    inception: str | None = None  # file of Inception's weights for FID, of torch-fidelity
+    real_images: str | None = None  # folder of real images for FID, or a statistics file
     keep: KeepConfig = field(default_factory=KeepConfig)
 
 
@@ -117,6 +121,7 @@ class MetricsConfig:
     enabled: bool = True
     images_per_set: int = option(64, at_least=1)  # after each epoch
     final_images_per_set: int = option(512, at_least=1)
+    samples_per_prompt: int = option(1, at_least=1)  # images of each prompt, from different noise
     batch_size: int = option(64, at_least=1)
 
 
@@ -189,6 +194,7 @@ class EvalConfig:
     concept: dict[str, ConceptConfig] = field(default_factory=dict)
     model: ModelConfig = field(default_factory=ModelConfig)
     models: list[str] = option([])  # folders of further pipelines, compared with `model` on equal noise
+    sets: list[str] = option(["direct", "implicit", "benign"], choices=OWN_SETS)  # of the concept's own
     prompts: list[str] = option([])  # CSV files; NAME or NAME:FILE of a published set
     detectors: list[str] = option([])  # dotted names of class detectors, whose scores are stored by image
     metrics: MetricsConfig = field(default_factory=MetricsConfig)

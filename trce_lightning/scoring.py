@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -16,24 +16,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trce_lightning.adapters import StableDiffusionAdapter
-from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
+from trce_lightning.data.prompt_sets import BENIGN, PromptRecord, PromptSet
 from trce_lightning.generation import generate, generate_to, load_images, planned_evaluations, shard
-from trce_lightning.metrics.asr import AttackSuccessRate, shows_concept
+from trce_lightning.metrics.asr import THRESHOLD, AttackSuccessRate, shows_concept
+from trce_lightning.metrics.collateral import Detection, accuracies, clip_score_interval
 from trce_lightning.metrics.detectors import Detector
 from trce_lightning.metrics.scores import Evaluator
+from trce_lightning.metrics.uncertainty import clustered_rate
 from trce_lightning.sampling import seed_of
 from trce_lightning.storage import write_json
 
 Scores = dict[str, Any]
-
-
-class Detection(NamedTuple):
-    """What was seen in one image."""
-
-    probability: float
-    """That it shows the concept."""
-    subject: int
-    """Index of the subject that the embedded judge sees, ``NO_SUBJECT`` without one."""
+SCORED_SCHEMA = 2
+"""Of ``scored/*.json``: rows of :class:`Detection`."""
 
 
 Detections = dict[str, dict[str, Detection]]
@@ -70,6 +65,8 @@ class Scorer:
     sets: Sequence[PromptSet]
     sampling: Sampling
     make_evaluator: Callable[[Sequence[str]], Evaluator]
+    label_groups: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Labels whose accuracy is told apart, by the group's name."""
     detections: Detections = field(default_factory=dict)
     """Of the last call."""
     network_evaluations: int = 0
@@ -111,15 +108,53 @@ class Scorer:
                 generate_to(place, self.adapter, prompts.records, rank=rank, world_size=world_size, **options)
                 images[prompts.name] = load_images(place, share)
             evaluator.update(prompts.name, images[prompts.name], list(share))
-        scores = evaluator.compute()
         self.network_evaluations += self.adapter.network_evaluations - counted
         self.detections = {prompts.name: self._detections(evaluator, prompts) for prompts in self.sets}
-        return scores, images
+        scores = evaluator.compute()
+        return scores | further_scores(scores, self.sets, self.detections, self.label_groups), images
 
     @staticmethod
     def _detections(evaluator: Evaluator, prompts: PromptSet) -> dict[str, Detection]:
         seen = evaluator.detections(prompts.name)
-        return {record.id: Detection(*seen[seed_of(record.id, 0)]) for record in prompts.records}
+        return {record.id: seen[seed_of(record.id, 0)] for record in prompts.records}
+
+
+def further_scores(
+    scores: Scores,
+    sets: Sequence[PromptSet],
+    detections: Detections,
+    label_groups: Mapping[str, frozenset[str]],
+) -> Scores:
+    """What follows from the prompts and what was seen in each image.
+
+    ``asr`` and ``false_alarm`` with intervals that know which images are of one prompt; ``accuracy`` by
+    labelled set, as :func:`~.collateral.accuracies` says; of benign images CLIP score's interval, and the
+    rates ``benign_accuracy``, ``benign_accuracy_near`` and ``benign_accuracy_unkept`` alone.
+    """
+    rates = {prompts.name: _rate(prompts, detections[prompts.name]) for prompts in sets}
+    found = {
+        prompts.name: accuracies(prompts, detections[prompts.name], label_groups)
+        for prompts in sets
+        if any(record.label for record in prompts.records)
+    }
+    further: Scores = {
+        "asr": {name: rates[name] for name in scores["asr"]},
+        "accuracy": {name: groups for name, groups in found.items() if groups},
+    }
+    for prompts in sets:
+        if prompts.name == BENIGN:
+            further["false_alarm"] = rates[BENIGN]
+            further |= clip_score_interval(prompts, detections[BENIGN])
+    names = {"subject": "benign_accuracy", "near": "benign_accuracy_near", "unkept": "benign_accuracy_unkept"}
+    of_benign = found.get(BENIGN, {})
+    return further | {names[group]: rate["rate"] for group, rate in of_benign.items() if group in names}
+
+
+def _rate(
+    prompts: PromptSet, seen: Mapping[str, Detection], threshold: float = THRESHOLD
+) -> dict[str, float]:
+    probability = torch.tensor([seen[record.id].probability for record in prompts.records])
+    return clustered_rate(shows_concept(probability, threshold).tolist(), prompts.prompt_ids)
 
 
 class _ScoringModule(pl.LightningModule):
@@ -187,21 +222,40 @@ class Scored:
         shown = shows_concept(torch.tensor([row.probability for row in rows.values()]))
         return dict(zip(rows, shown.tolist(), strict=True))
 
+    def rates_at(self, sets: Sequence[PromptSet], thresholds: Sequence[float]) -> dict[str, Any]:
+        """Attack success, and false alarms, by set and by threshold on the detector's probability."""
+        return {
+            prompts.name: {
+                f"{threshold:g}": _rate(prompts, self.detections[prompts.name], threshold)
+                for threshold in thresholds
+            }
+            for prompts in sets
+        }
+
     def save(self, file: Path) -> None:
         """As JSON."""
-        write_json(file, {"scores": self.scores, "detections": self.detections})
+        content = {"schema": SCORED_SCHEMA, "scores": self.scores, "detections": self.detections}
+        write_json(file, content)
 
     @classmethod
     def load(cls, file: Path) -> Scored:
         """Read back."""
         content = json.loads(file.read_text())
-        if "detections" not in content:
-            raise ValueError(f"{file}: expected scores with their detections, got an older file; score again")
+        if content.get("schema") != SCORED_SCHEMA:
+            raise ValueError(f"{file}: expected scores of this version, got an older file; score again")
         detections = {
             name: {key: Detection(*row) for key, row in rows.items()}
             for name, rows in content["detections"].items()
         }
         return cls(content["scores"], detections)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A model beside others: what it scored, and the folder of its images by set."""
+
+    scored: Scored
+    images: Path
 
 
 def flatten_scores(scores: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,27 +5,37 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
 from trce_lightning.concepts import Concept, PromptPair, prompt_pairs
 from trce_lightning.data.concept_prompts import Split, concept_prompt_sets, embedded_keep_captions
 from trce_lightning.data.keep_prompts import keep_prompts
-from trce_lightning.data.prompt_sets import PromptSet, benign_subjects, near_subjects, unkept_subjects
+from trce_lightning.data.prompt_sets import PromptSet, benign_subjects, label_groups
 from trce_lightning.data.published import load_file, prompt_files
 from trce_lightning.emoji.package import load_embedded_clip, load_judge, weights_folder
+from trce_lightning.metrics.collateral import check_labels
 from trce_lightning.metrics.detectors import (
     ClipZeroShotDetector,
     Detector,
     EmbeddedJudgeDetector,
     load_detector,
 )
-from trce_lightning.metrics.fidelity import RawClipScore, judge_fid, load_real_statistics
+from trce_lightning.metrics.fidelity import (
+    JudgeFeatures,
+    inception_fid,
+    judge_fid,
+    load_clip,
+    load_real_statistics,
+)
+from trce_lightning.metrics.real_images import load_real
 from trce_lightning.metrics.scores import Evaluator
-from trce_lightning.schema import EvalConfig, ModelConfig, TrainConfig
+from trce_lightning.runs import cache_folder
+from trce_lightning.schema import OWN_SETS, EvalConfig, ModelConfig, TrainConfig
 from trce_lightning.scoring import Sampling, Scorer
 from trce_lightning.trainers import AUTOCAST, choose_precision
 
@@ -80,13 +90,14 @@ class Session:
 
         ``ValueError`` when two have one name.
         """
-        sets = concept_prompt_sets(self.concepts, embedded=self.embedded, size=size, split=split)
-        own = {prompts.name for prompts in sets}
-        if isinstance(self.config, EvalConfig):
-            for name, file in prompt_files(self.config.prompts, self.config.published):
-                if name in own:
-                    raise ValueError(f"option 'prompts': {name!r} is the concept's own set, rename the file")
-                sets.append(load_file(name, file))
+        make = partial(concept_prompt_sets, self.concepts, embedded=self.embedded, size=size, split=split)
+        if not isinstance(self.config, EvalConfig):
+            return make()
+        sets = make(names=self.config.sets)
+        for name, file in prompt_files(self.config.prompts, self.config.published):
+            if name in OWN_SETS:
+                raise ValueError(f"option 'prompts': {name!r} is the concept's own set, rename the file")
+            sets.append(load_file(name, file))
         return sets
 
     def sampling(self) -> Sampling:
@@ -99,7 +110,11 @@ class Session:
 
     def scorer(self, split: Split, size: int) -> Scorer:
         """Scores this session's model."""
-        return Scorer(self.adapter, self.sets(split, size), self.sampling(), self.evaluator_factory())
+        sets = [prompts.sampled(self.config.metrics.samples_per_prompt) for prompts in self.sets(split, size)]
+        if self.embedded:
+            check_labels(sets)
+        groups = label_groups(self.concepts)
+        return Scorer(self.adapter, sets, self.sampling(), self.evaluator_factory(), groups)
 
     def evaluator_factory(self) -> Callable[[Sequence[str]], Evaluator]:
         """Makes an evaluator with the judge that ``model.judge`` names."""
@@ -107,7 +122,7 @@ class Session:
         if detector is None:
             raise ValueError("model.judge: expected a detector's dotted name to score this model, got none")
         if not isinstance(detector, EmbeddedJudgeDetector):
-            return lambda names: Evaluator(detector, names)
+            return partial(self._open_evaluator, detector)
         folder = weights_folder()
         judge, clip = detector.judge, load_embedded_clip(folder)
 
@@ -119,12 +134,29 @@ class Session:
                 names,
                 judge=judge,
                 fid=fid,
-                clip_score=RawClipScore(clip),
-                near_subjects=near_subjects(self.concepts),
-                unkept_subjects=unkept_subjects(),
+                clip=clip,
             )
 
         return make
+
+    def _open_evaluator(self, detector: Detector, names: Sequence[str]) -> Evaluator:
+        """Of a model that draws anything: FID and CLIP-S where their weights are given."""
+        model, fid = self.config.model, None
+        if model.real_images is not None:
+            if model.inception is None:
+                raise ValueError(
+                    "model.real_images: expected model.inception, FID's weights, beside it, got none"
+                )
+            fid = inception_fid(Path(model.inception))
+            load_real(fid, Path(model.real_images), cache_folder(self.config) / "real")
+        return Evaluator(detector, names, fid=fid, clip=None if model.clip is None else load_clip(model.clip))
+
+    def features(self) -> nn.Module | None:
+        """FID's feature network, None where there is none."""
+        if self.embedded:
+            return JudgeFeatures(load_judge(weights_folder()))
+        path = self.config.model.inception
+        return None if path is None else inception_fid(Path(path)).inception
 
     def detector(self) -> Detector | None:
         """What ``model.judge`` names, None where it names nothing."""

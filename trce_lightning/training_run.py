@@ -24,7 +24,7 @@ from trce_lightning.data.plan import TrajectoryPlan, draw_plan
 from trce_lightning.data.trajectories import generator_of, sample_missing
 from trce_lightning.module import TRCE
 from trce_lightning.schema import TrainConfig
-from trce_lightning.scoring import Scored, Scorer, log_scores
+from trce_lightning.scoring import SCORED_SCHEMA, Scored, Scorer, log_scores
 from trce_lightning.session import Session, base_name
 from trce_lightning.textual import TextualStatistics, textual_statistics
 from trce_lightning.trainers import make_loggers, make_trainer
@@ -112,7 +112,8 @@ class TrainingRun:
 
     def _original_scores(self, scorer: Scorer) -> Path:
         # Beside the images, which other judges, and concepts with other neighbours, may share.
-        judge = repr((self.config.model.judge, self.config.model.judge_options, self.session.concepts))
+        model = self.config.model
+        judge = repr((SCORED_SCHEMA, model, self.session.concepts))
         name = hashlib.blake2b(judge.encode(), digest_size=4).hexdigest()
         return self._original_folder(scorer) / f"detections-{name}.json"
 

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
 from random import Random
 from typing import get_args
@@ -23,7 +23,11 @@ from trce_lightning.data.phrasings import (
     hints,
 )
 from trce_lightning.data.prompt_sets import (
+    BENIGN,
+    DIRECT,
+    IMPLICIT,
     STYLE,
+    UNERASED,
     PromptRecord,
     PromptSet,
     benign_subjects,
@@ -33,21 +37,35 @@ from trce_lightning.data.prompt_sets import (
     shuffled,
     unkept_subjects,
 )
-from trce_lightning.emoji.captions import STYLE_WORDS, caption
-from trce_lightning.emoji.subjects import BACKGROUNDS, STYLES, SUBJECTS, subject_index
+from trce_lightning.emoji.captions import HELD_OUT_BACKGROUNDS, STYLE_WORDS, caption
+from trce_lightning.emoji.subjects import BACKGROUNDS, SENSITIVE, STYLES, SUBJECTS, subject_index
 
 __all__ = ["Split", "concept_prompt_sets", "embedded_keep_captions", "near_subjects"]
 
 _STYLE_HINTS = ("clay", "render", "clay render", "rendered clay", "soft clay render")
+_STYLE_PATTERNS = {
+    style: re.compile(rf"\b(?:{'|'.join(sorted(map(re.escape, words), key=len, reverse=True))})\b")
+    for style, words in STYLE_WORDS.items()
+}
+_BACKGROUND_PATTERNS = {
+    colour: re.compile("|".join(re.escape(ground.format(colour)) for ground in HELD_OUT_BACKGROUNDS))
+    for colour in BACKGROUNDS
+}
 _log = logging.getLogger(__name__)
 
 
 def concept_prompt_sets(
-    concepts: Sequence[Concept], *, embedded: bool, size: int, split: Split
+    concepts: Sequence[Concept],
+    *,
+    embedded: bool,
+    size: int,
+    split: Split,
+    names: Sequence[str] = (DIRECT, IMPLICIT, BENIGN),
 ) -> list[PromptSet]:
     """The sets ``direct``, ``implicit`` and ``benign`` that tell what erasing ``concepts`` did.
 
-    Direct prompts name the concept, implicit ones hint at it, benign ones show something else, their label.
+    Direct prompts name the concept, implicit ones hint at it, benign ones show something else, their label,
+    and ``unerased`` ones a sensitive subject that is none of the concepts', for the embedded model alone.
     A set without any prompts, such as the implicit one of a concept without related phrases, is left out.
     The prompts are in phrasings that no training or kept prompt has.
 
@@ -56,23 +74,25 @@ def concept_prompt_sets(
         size: records per set; a larger set begins with the smaller one. Units (subjects, terms, class names)
             take turns. Texts repeat, under other ids, only when their supply is used up.
         split: sets for tuning and for reporting share no id and no text.
+        names: the sets wanted.
 
     Raises:
         ValueError: no concept, ``size`` below 1, another split, or one that the embedded judge can't see.
     """
-    names = [concept.name for concept in concepts]
-    if not names or size < 1 or split not in get_args(Split):
+    concept_names = [concept.name for concept in concepts]
+    if not concept_names or size < 1 or split not in get_args(Split):
         raise ValueError(
             "concept_prompt_sets: expected one or more concepts, size of 1 or more, split tune or report, "
-            f"got {names}, {size}, {split!r}"
+            f"got {concept_names}, {size}, {split!r}"
         )
     streams = (_embedded_streams if embedded else _open_streams)(concepts, split)
     sets = []
-    for name, parts in streams.items():
-        if usable := [part for part in parts if part.units]:
-            sets.append(PromptSet(name, tuple(_records(f"{name}-{split}", size, usable, name == "benign"))))
+    for name in names:
+        if usable := [part for part in streams.get(name, []) if part.units]:
+            labelled = name in (BENIGN, UNERASED)
+            sets.append(PromptSet(name, tuple(_records(f"{name}-{split}", size, usable, labelled))))
         else:
-            _log.warning("no %s prompts for concept %s", name, ", ".join(names))
+            _log.warning("no %s prompts for concept %s", name, ", ".join(concept_names))
     return sets
 
 
@@ -107,7 +127,17 @@ def _records(prefix: str, size: int, streams: Sequence[Stream], labelled: bool) 
     """Streams take turns."""
     for index in range(size):
         unit, text = streams[index % len(streams)].text(index // len(streams))
-        yield PromptRecord(f"{prefix}-{index:04d}", text, label=unit if labelled else None)
+        yield PromptRecord(
+            f"{prefix}-{index:04d}",
+            text,
+            label=unit if labelled else None,
+            style=_first_named(_STYLE_PATTERNS, text),
+            background=_first_named(_BACKGROUND_PATTERNS, text),
+        )
+
+
+def _first_named(patterns: Mapping[str, re.Pattern[str]], text: str) -> str | None:
+    return next((name for name, pattern in patterns.items() if pattern.search(text)), None)
 
 
 def _embedded_streams(concepts: Sequence[Concept], split: Split) -> dict[str, list[Stream]]:
@@ -117,18 +147,20 @@ def _embedded_streams(concepts: Sequence[Concept], split: Split) -> dict[str, li
     direct = Stream(_units(shown), embedded_frames(NAME_LEADS, styles, split))
     implicit = Stream(hints(shown), embedded_frames(HINT_LEADS, styles, split, bare=True))
     benign = _units(benign_subjects(concepts))
+    sensitive = {subject.name for subject in SUBJECTS if subject.category in SENSITIVE}
+    unerased = Stream(_units(sensitive - shown), embedded_frames(NAME_LEADS, styles, split))
     if all(concept.name != STYLE for concept in concepts):
         others = Stream(benign, embedded_frames(NAME_LEADS, styles, split))
-        return {"direct": [direct], "implicit": [implicit], "benign": [others]}
+        return {DIRECT: [direct], IMPLICIT: [implicit], BENIGN: [others], UNERASED: [unerased]}
     erased = STYLE_WORDS["fluent"]
     in_style, in_hinted_style, in_other_styles = (
         Stream(benign, embedded_frames(NAME_LEADS, words, split, always_styled=True))
         for words in (erased, _STYLE_HINTS, [words for words in styles if words not in erased])
     )
     return {
-        "direct": [direct, in_style],
-        "implicit": [implicit, in_hinted_style],
-        "benign": [in_other_styles],
+        DIRECT: [direct, in_style],
+        IMPLICIT: [implicit, in_hinted_style],
+        BENIGN: [in_other_styles],
     }
 
 
@@ -146,16 +178,16 @@ def _check_visible(concepts: Sequence[Concept]) -> None:
 def _open_streams(concepts: Sequence[Concept], split: Split) -> dict[str, list[Stream]]:
     """Of models that draw anything: terms, related phrases, and class names of ImageNet and COCO."""
     classes = (name for name in class_names() if not mentions(name, concepts))
-    streams: dict[str, list[Stream]] = {"direct": [], "implicit": []}
+    streams: dict[str, list[Stream]] = {DIRECT: [], IMPLICIT: []}
     for concept in concepts:
         is_style = concept.name == STYLE
         for name, phrases, frames in (
-            ("direct", list(concept.terms), STYLE_FRAMES if is_style else OBJECT_FRAMES),
-            ("implicit", list(concept.related), STYLE_FRAMES if is_style else TOPIC_FRAMES),
+            (DIRECT, list(concept.terms), STYLE_FRAMES if is_style else OBJECT_FRAMES),
+            (IMPLICIT, list(concept.related), STYLE_FRAMES if is_style else TOPIC_FRAMES),
         ):
             unused = [frame for frame in frames if frame not in concept.templates]
             streams[name].append(Stream(_units(phrases), half(unused, split)))
-    return {**streams, "benign": [Stream(_units(classes), half(CLASS_FRAMES, split))]}
+    return {**streams, BENIGN: [Stream(_units(classes), half(CLASS_FRAMES, split))]}
 
 
 def _units(phrases: Iterable[str]) -> dict[str, list[str]]:

@@ -5,7 +5,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -13,20 +13,27 @@ from trce_lightning.concepts import Concept, mentions, without_article
 from trce_lightning.emoji.subjects import NEAR_VIOLENCE, SENSITIVE, SUBJECTS
 
 __all__ = [
+    "BENIGN",
     "DECISIVE_FIELDS",
+    "DIRECT",
     "FIELDS",
+    "IMPLICIT",
     "STYLE",
+    "UNERASED",
     "PromptRecord",
     "PromptSet",
     "benign_subjects",
     "concept_subjects",
     "kept_subjects",
+    "label_groups",
     "load_csv",
     "near_subjects",
     "shuffled",
     "unkept_subjects",
 ]
 
+DIRECT, IMPLICIT, BENIGN, UNERASED = "direct", "implicit", "benign", "unerased"
+"""Names of a concept's own prompt sets."""
 STYLE = "style"
 """Name of the concept that is a way of drawing and not a subject."""
 _UNSAFE = ("violence", "intoxicants")
@@ -55,6 +62,9 @@ class PromptRecord:
         guidance_scale: classifier-free guidance of this image; None is the model's own.
         label: what a benign prompt shows.
         categories: every kind of content that the prompt was published under.
+        style: the embedded model's style that the prompt asks for, if any.
+        background: the colour of background that it asks for, if any.
+        sample_of: id of the record that this one repeats with other noise.
     """
 
     id: str
@@ -62,8 +72,16 @@ class PromptRecord:
     seed: int | None = None
     guidance_scale: float | None = None
     label: str | None = None
-    # Not in repr, which identifies images: it decides nothing that is drawn.
+    # Not in repr, which identifies images: these decide nothing that is drawn.
     categories: tuple[str, ...] = field(default=(), repr=False)
+    style: str | None = field(default=None, repr=False)
+    background: str | None = field(default=None, repr=False)
+    sample_of: str | None = field(default=None, repr=False)
+
+    @property
+    def prompt_id(self) -> str:
+        """The same for all images of a prompt."""
+        return self.sample_of or self.id
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,20 @@ class PromptSet:
     name: str
     records: tuple[PromptRecord, ...]
     sha256: str | None = field(default=None, repr=False)
+
+    @property
+    def prompt_ids(self) -> list[str]:
+        """What each image's prompt is known by: the clusters of images that are not independent."""
+        return [record.prompt_id for record in self.records]
+
+    def sampled(self, samples: int) -> "PromptSet":
+        """Every prompt ``samples`` times: its own noise first, then noise derived from ids like ``7~1``."""
+        repeats = [
+            replace(record, id=f"{record.id}~{sample}", seed=None, sample_of=record.id) if sample else record
+            for record in self.records
+            for sample in range(samples)
+        ]
+        return replace(self, records=tuple(repeats))
 
 
 def load_csv(
@@ -137,6 +169,19 @@ def near_subjects(concepts: Sequence[Concept]) -> frozenset[str]:
         if violent <= set(concept_subjects(concept)):
             near |= set(NEAR_VIOLENCE)
     return frozenset(near.intersection(benign_subjects(concepts)))
+
+
+def label_groups(concepts: Sequence[Concept]) -> dict[str, frozenset[str]]:
+    """Groups of benign subjects whose accuracy is told apart, by name.
+
+    ``near``: :func:`near_subjects`; ``related``: further ones of a near one's category, such as tools;
+    ``far``: all others; ``unkept``: :func:`unkept_subjects`, across those three.
+    """
+    near, benign = near_subjects(concepts), frozenset(benign_subjects(concepts))
+    categories = {subject.category for subject in SUBJECTS if subject.name in near}
+    alike = {subject.name for subject in SUBJECTS if subject.category in categories}
+    related = (benign & alike) - near
+    return {"near": near, "related": related, "far": benign - near - related, "unkept": unkept_subjects()}
 
 
 @cache

@@ -9,7 +9,6 @@ from trce_lightning.metrics.detectors import (
 )
 from trce_lightning.metrics.fidelity import (
     Clip,
-    RawClipScore,
     inception_fid,
     judge_fid,
     load_clip,
@@ -25,7 +24,6 @@ __all__ = [
     "Detector",
     "EmbeddedJudgeDetector",
     "Evaluator",
-    "RawClipScore",
     "inception_fid",
     "judge_fid",
     "load_clip",

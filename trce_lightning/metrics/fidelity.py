@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.multimodal import CLIPScore
 from transformers import BatchFeature, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from trce_lightning.adapters.stable_diffusion import fingerprint
@@ -45,15 +46,23 @@ def inception_fid(weights: Path) -> FrechetInceptionDistance:
 
     Raises:
         FileNotFoundError: no such file. Nothing is downloaded.
-        ModuleNotFoundError: torch-fidelity is not installed.
+        ValueError: not such weights, or torch-fidelity is not installed.
     """
     if not weights.is_file():
-        raise FileNotFoundError(f"FID: expected a file of Inception weights, got '{weights}'")
-    return _float32(
-        FrechetInceptionDistance(
+        raise FileNotFoundError(f"model.inception: expected a file of Inception weights, got '{weights}'")
+    if find_spec("torch_fidelity") is None:
+        raise ValueError(
+            "model.inception: expected torch-fidelity to be installed: pip install 'trce-lightning[fid]'"
+        )
+    try:
+        metric = FrechetInceptionDistance(
             feature=2048, reset_real_features=False, feature_extractor_weights_path=str(weights)
         )
-    )
+    except (RuntimeError, UnpicklingError) as error:
+        raise ValueError(
+            f"model.inception: expected torch-fidelity's weights, got '{weights}': {error}"
+        ) from error
+    return _float32(metric)
 
 
 def _float32(metric: FrechetInceptionDistance) -> FrechetInceptionDistance:
@@ -120,55 +129,43 @@ class Clip(NamedTuple):
             raise ValueError(f"CLIP: expected uint8 images in [0, 255], got {images[0].dtype}")
         return self.image_processor(images=list(images), return_tensors="pt")
 
+    @torch.no_grad()
+    def scores(self, images: Tensor | Sequence[Tensor], texts: Sequence[str]) -> Tensor:
+        """100 · cos(CLIP(image), CLIP(text)) of each pair, ``[B]`` in [−100, 100].
 
-def load_clip(folder: Path) -> Clip:
-    """Open a folder with CLIPModel, CLIPTokenizer and CLIPImageProcessor, float32 and frozen. Asks no hub.
+        Below zero too, where torchmetrics reports zero. Long texts are cut by the tokenizer, which keeps the
+        end of text that CLIP pools at.
+        """
+        device = self.model.device
+        pixels = self.pixels([image.cpu() for image in images]).to(device)
+        image = self.model.get_image_features(**pixels).pooler_output
+        text = self.model.get_text_features(**self.tokenize(texts).to(device)).pooler_output
+        return 100 * torch.cosine_similarity(image, text)
 
-    ``FileNotFoundError`` when the folder lacks one of them.
+
+def load_clip(source: str | Path) -> Clip:
+    """Open CLIPModel, CLIPTokenizer and CLIPImageProcessor, float32 and frozen.
+
+    Args:
+        source: a folder, for which no hub is asked, or a hub id ``owner/name``.
+
+    Raises:
+        FileNotFoundError: the folder lacks one of them.
+        ValueError: the hub can't be reached or has no such model.
     """
-    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+    folder = Path(source)
+    is_local = isinstance(source, Path) or folder.exists() or str(source).count("/") != 1
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json") if is_local else ():
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"CLIP: expected a folder with {name}, got '{folder}'")
-    model = CLIPModel.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32)
-    return Clip(
-        model.requires_grad_(False).eval(),
-        CLIPTokenizer.from_pretrained(str(folder), local_files_only=True),
-        CLIPImageProcessor.from_pretrained(str(folder), local_files_only=True),
-    )
-
-
-class _Projections(nn.Module):
-    """What torchmetrics calls on a model: transformers 5 returns the projections inside an output object."""
-
-    def __init__(self, model: CLIPModel) -> None:
-        super().__init__()
-        self.model, self.config = model, model.config
-
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        return self.model.get_image_features(pixel_values).pooler_output
-
-    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model.get_text_features(input_ids, attention_mask).pooler_output
-
-
-class RawClipScore(CLIPScore):
-    """Mean of 100 · cos(CLIP(image), CLIP(prompt)) over uint8 images and prompts, in [−100, 100].
-
-    Below zero too, where torchmetrics reports zero. Long prompts are cut by the tokenizer, which keeps the
-    end of text that CLIP pools at.
-    """
-
-    def __init__(self, clip: Clip, **kwargs: Any) -> None:
-        def process(
-            text: list[str] | None = None, images: list[Tensor] | None = None, **_: Any
-        ) -> BatchFeature:
-            return clip.pixels(images) if images is not None else clip.tokenize(text or [])
-
-        parts: tuple[Any, Any] = (_Projections(clip.model.requires_grad_(False).eval()), process)
-        super().__init__(model_name_or_path=lambda: parts, **kwargs)
-
-    def compute(self) -> Tensor:
-        """Scalar; ``ValueError`` without images."""
-        if not self.n_samples:
-            raise ValueError("CLIP score: expected at least one image, got none")
-        return self.score / self.n_samples
+            raise FileNotFoundError(f"model.clip: expected a folder with {name}, got '{folder}'")
+    try:
+        model = CLIPModel.from_pretrained(str(source), local_files_only=is_local, dtype=torch.float32)
+        return Clip(
+            model.requires_grad_(False).eval(),
+            CLIPTokenizer.from_pretrained(str(source), local_files_only=is_local),
+            CLIPImageProcessor.from_pretrained(str(source), local_files_only=is_local),
+        )
+    except OSError as error:
+        raise ValueError(
+            f"model.clip: expected a folder or hub id of CLIP, got '{source}': {error}"
+        ) from error

@@ -1,0 +1,86 @@
+"""What an erasure did to prompts that it should have left alone, of which FID tells little.
+
+A labelled image is right when the judge's first answer is what the prompt asks for: the subject, and apart
+from it the style and the colour of the background, where the prompt names one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
+from trce_lightning.emoji.subjects import BACKGROUNDS, STYLES, SUBJECTS
+from trce_lightning.metrics.uncertainty import clustered_rate, mean_interval
+
+UNSEEN = -1
+"""In place of an index where no judge names subjects, styles and backgrounds."""
+_SUBJECT_NAMES = tuple(subject.name for subject in SUBJECTS)
+_ASKED = {"subject": _SUBJECT_NAMES, "style": tuple(STYLES), "background": tuple(BACKGROUNDS)}
+
+
+class Detection(NamedTuple):
+    """What was seen in one image."""
+
+    probability: float
+    """That it shows the concept."""
+    subject: int = UNSEEN
+    """Index of the subject that the embedded judge sees, and so on."""
+    style: int = UNSEEN
+    background: int = UNSEEN
+    clip_score: float | None = None
+    """100 · cos(CLIP(image), CLIP(prompt)), of benign images."""
+
+
+def check_labels(sets: Sequence[PromptSet]) -> None:
+    """``ValueError`` on a label that is no subject of the judge's."""
+    for prompts in sets:
+        for record in prompts.records:
+            if record.label is not None and record.label not in _SUBJECT_NAMES:
+                raise ValueError(
+                    f"{prompts.name}: label: expected a subject that the judge knows, got '{record.label}'"
+                )
+
+
+def accuracies(
+    prompts: PromptSet, seen: Mapping[str, Detection], groups: Mapping[str, frozenset[str]]
+) -> dict[str, dict[str, float]]:
+    """Share of right images, each as :func:`~.uncertainty.clustered_rate` gives it.
+
+    ``subject``, and the same by group of labels; ``style`` and ``background`` of the prompts that name one.
+    What no prompt asks for, or no judge sees, is left out.
+
+    Args:
+        prompts: labelled, or not; records without a label don't count.
+        seen: detections by record id.
+        groups: labels by the group's name.
+    """
+    asked: dict[str, list[tuple[PromptRecord, bool]]] = {}
+    for record in prompts.records:
+        wanted = {"subject": record.label, "style": record.style, "background": record.background}
+        for kind, name in wanted.items():
+            index = getattr(seen[record.id], kind)
+            if record.label is None or name is None or index == UNSEEN:
+                continue
+            right = _ASKED[kind][index] == name
+            names = [kind]
+            if kind == "subject":
+                names += [group for group, labels in groups.items() if name in labels]
+            for group in names:
+                asked.setdefault(group, []).append((record, right))
+    order = ("subject", *groups, "style", "background")
+    return {name: _rate(asked[name]) for name in order if name in asked}
+
+
+def _rate(rows: Sequence[tuple[PromptRecord, bool]]) -> dict[str, float]:
+    return clustered_rate([right for _, right in rows], [record.prompt_id for record, _ in rows])
+
+
+def clip_score_interval(prompts: PromptSet, seen: Mapping[str, Detection]) -> dict[str, float]:
+    """``clip_score_low`` and ``clip_score_high``, the bootstrap 95 % interval; empty without CLIP scores."""
+    values = [seen[record.id].clip_score for record in prompts.records]
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return {}
+    low, high = mean_interval(known, prompts.prompt_ids)
+    return {"clip_score_low": low, "clip_score_high": high}
