@@ -141,6 +141,7 @@ def test_wandb_has_losses_scores_and_grids(finished: tuple[Path, str]) -> None:
         "fid",
         "clip_score",
         "grid",
+        "prompts",
     }
     wanted |= {"asr/direct/rate", "asr/implicit/low", "final/asr/direct/rate", "benign_accuracy"}
     assert wanted <= keys, sorted(keys)

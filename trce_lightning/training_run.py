@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from callbacks import EpochEvaluation, ImageGrid
+from callbacks import EpochEvaluation, ImageGrid, PromptTable
 from trce_lightning import export, results, runs
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.closed_form import Edit
@@ -191,7 +191,7 @@ class TrainingRun:
             return [checkpoint]
         self.evaluation = EpochEvaluation(self.scorers["epochs"])
         grid = ImageGrid(self.evaluation, self.original["epochs"].folder, self.folder / "grid.png")
-        return [self.evaluation, grid, checkpoint]
+        return [self.evaluation, grid, PromptTable(self.evaluation), checkpoint]
 
     def score_erased(self) -> None:
         """The erased model on the report split, whose prompts and noise no choice has seen."""
