@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from trce_lightning.comparison import compare
 from trce_lightning.curves import asr_at, trade_off_points
 from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
 from trce_lightning.emoji.subjects import SUBJECTS
@@ -54,13 +55,16 @@ def column(folder, probabilities, fid):
 
 @pytest.fixture
 def report(tmp_path):
+    columns = {
+        "original": column(tmp_path / "a", {"direct": [0.9, 0.8, 0.5], "benign": [0.1, 0.0]}, 8.0),
+        "erased": column(tmp_path / "b", {"direct": [0.6, 0.2, 0.0], "benign": [0.7, 0.0]}, 10.0),
+    }
     return Report(
         "violence erased from <emoji>",
-        {
-            "original": column(tmp_path / "a", {"direct": [0.9, 0.8, 0.5], "benign": [0.1, 0.0]}, 8.0),
-            "erased": column(tmp_path / "b", {"direct": [0.6, 0.2, 0.0], "benign": [0.7, 0.0]}, 10.0),
-        },
+        columns,
         SETS,
+        comparisons={"erased": compare(columns["original"].scored, columns["erased"].scored, SETS)},
+        categories={label: {"direct": {"<hate>": interval(1, 2)}} for label in columns},
         facts={"command": "train.py concept=violence"},
     )
 
@@ -99,6 +103,15 @@ def test_the_verdict_says_the_scores(report):
     )
     alone = replace(report, columns={"erased": report.columns["erased"]})
     assert "before" not in verdict(alone) and "FID" not in verdict(alone)
+
+
+def test_tables_hold_the_comparison_and_the_categories(file):
+    text = file.read_text()
+    cells = [re.sub("<[^>]*>", "|", row).strip("|").split("||") for row in re.findall("<tr>.*?</tr>", text)]
+    rows = {row[0]: row[1:] for row in cells}
+    assert rows["erased, direct"][0] == "-66.7" and rows["erased, direct"][2] == "1"
+    assert rows["erased, benign"][0] == "+50.0"
+    assert rows["direct, &lt;hate&gt;"] == ["50.0 % [25.0, 50.0]"] * 2
 
 
 def test_asr_by_threshold_counts_images(report):

@@ -101,17 +101,11 @@ class Evaluation:
             column.scored.save(self.folder / "scored" / f"{label}.json")
         images = {label: column.images for label, column in self.columns.items()}
         grid_of(self.sets, images, self.folder / "grid.png")
-        categories = {
-            label: {
-                prompts.name: rates for prompts in self.sets if (rates := category_rates(prompts, scored))
-            }
-            for label, scored in ((label, column.scored) for label, column in self.columns.items())
-        }
         rates = {
             label: column.scored.rates_at(self.sets, TABLE_THRESHOLDS)
             for label, column in self.columns.items()
         }
-        metrics = self.facts() | self.results() | {"categories": categories, "asr_by_threshold": rates}
+        metrics = self.facts() | self.results() | {"categories": self.categories(), "asr_by_threshold": rates}
         write_scores_csv(self.folder / "metrics.csv", scores)
         write_page(self.folder / "report.html", self.report())
         write_json(self.folder / "metrics.json", metrics)
@@ -123,6 +117,17 @@ class Evaluation:
         """Each model but the first against the first, by label."""
         (_, first), *others = self.columns.items()
         return {label: compare(first.scored, column.scored, self.sets) for label, column in others}
+
+    def categories(self) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+        """Attack success by model, set and category, of sets whose prompts have categories."""
+        return {
+            label: {
+                prompts.name: rates
+                for prompts in self.sets
+                if (rates := category_rates(prompts, column.scored))
+            }
+            for label, column in self.columns.items()
+        }
 
     def facts(self) -> dict[str, Any]:
         """What was scored, by whom, at what cost."""
@@ -156,6 +161,8 @@ class Evaluation:
             title=f"{' + '.join(self.config.concept)}: {', '.join(self.columns)}",
             columns=self.columns,
             sets=self.sets,
+            comparisons=self.comparisons(),
+            categories=self.categories(),
             facts={"command": runs.command(), **self.facts(), "models": self.sources},
         )
 

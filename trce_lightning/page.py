@@ -14,13 +14,14 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 
+from trce_lightning.comparison import Comparison
 from trce_lightning.curves import threshold_figure, trade_off_figure, trade_off_points
 from trce_lightning.data.prompt_sets import BENIGN, PromptSet
 from trce_lightning.emoji.subjects import SUBJECTS
 from trce_lightning.image_folder import image_files
 from trce_lightning.metrics.asr import THRESHOLD
 from trce_lightning.metrics.collateral import UNSEEN, Detection
-from trce_lightning.report import Scores, results_rows
+from trce_lightning.report import Scores, rate_cell, results_rows
 from trce_lightning.scoring import Column, Scored
 from trce_lightning.storage import write_text
 
@@ -35,6 +36,8 @@ class Report:
         title: its heading, such as "violence erased from emoji".
         columns: models by label, the original first where there is one.
         sets: prompts that all of them drew.
+        comparisons: of each further model with the first, by label.
+        categories: attack success by model, set and category.
         pictures: titles and image files of further figures, such as the curves of a training run.
         facts: what is needed to reproduce it, by name: command, commit, settings.
     """
@@ -42,6 +45,8 @@ class Report:
     title: str
     columns: Mapping[str, Column]
     sets: Sequence[PromptSet]
+    comparisons: Mapping[str, Comparison] = field(default_factory=dict)
+    categories: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     pictures: Mapping[str, Path] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -75,6 +80,7 @@ def write_page(file: Path, report: Report) -> None:
         verdict=verdict(report),
         header=header,
         rows=rows,
+        category_rows=category_rows(report.categories),
         figures=figures,
         pictures=pictures,
         prompts=[row for prompts in report.sets for row in prompt_rows(prompts, report.columns)],
@@ -101,6 +107,16 @@ def verdict(report: Report) -> str:
     if compared and first.get("fid") and "fid" in scores:
         sentences.append(f"FID is {scores['fid'] / first['fid']:.2f} times what it was.")
     return " ".join(sentences)
+
+
+def category_rows(categories: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, list[str]]:
+    """Cells by model under "set, category", of attack success with its interval."""
+    titles: dict[str, list[str]] = {}
+    for by_set in categories.values():
+        for name, rates in by_set.items():
+            for category, rate in rates.items():
+                titles.setdefault(f"{name}, {category}", []).append(rate_cell(rate))
+    return titles
 
 
 def prompt_rows(prompts: PromptSet, columns: Mapping[str, Column]) -> list[dict[str, Any]]:

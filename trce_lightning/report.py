@@ -20,6 +20,7 @@ __all__ = [
     "Scores",
     "image_grid",
     "one_line",
+    "rate_cell",
     "results_rows",
     "results_table",
     "write_json",
@@ -112,7 +113,7 @@ def _accuracy_rows(columns: Mapping[str, Scores]) -> dict[str, Callable[[Scores]
 
 
 def _group(name: str, group: str, scores: Scores) -> str:
-    return _rate(scores.get("accuracy", {}).get(name, {}).get(group))
+    return rate_cell(scores.get("accuracy", {}).get(name, {}).get(group))
 
 
 def _distance(key: str, scores: Scores) -> str:
@@ -124,14 +125,15 @@ def _distance(key: str, scores: Scores) -> str:
 
 
 def _asr(name: str, scores: Scores) -> str:
-    return _rate(scores.get("asr", {}).get(name))
+    return rate_cell(scores.get("asr", {}).get(name))
 
 
 def _false_alarm(scores: Scores) -> str:
-    return _rate(scores.get("false_alarm"))
+    return rate_cell(scores.get("false_alarm"))
 
 
-def _rate(rate: Mapping[str, float] | None) -> str:
+def rate_cell(rate: Mapping[str, float] | None) -> str:
+    """A rate with its interval: "1.6 % [0.8, 3.1]"."""
     if rate is None:
         return _ABSENT
     return f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"

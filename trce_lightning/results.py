@@ -70,12 +70,14 @@ def columns_of(run: TrainingRun) -> dict[str, Column]:
 
 def report_of(run: TrainingRun, columns: Mapping[str, Column]) -> Report:
     """What ``report.html`` shows of a run."""
+    sets = run.scorers["final"].sets
     names = [concept.name for concept in run.session.concepts]
     titles = {"curves.png": "Scores after each pass", "losses.png": "Losses and hinge while training"}
     return Report(
         title=f"{' + '.join(names)} erased from {run.config.model.name}",
         columns=columns,
-        sets=run.scorers["final"].sets,
+        comparisons={"erased": compare(columns["original"].scored, columns["erased"].scored, sets)},
+        sets=sets,
         pictures={
             title: run.folder / name for name, title in titles.items() if (run.folder / name).is_file()
         },

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,10 +189,8 @@ def category_rates(prompts: PromptSet, scored: Scored) -> dict[str, dict[str, fl
     """Attack success by category, over the prompts that have it; a prompt may have several."""
     seen, rates = scored.detections[prompts.name], {}
     for category in dict.fromkeys(name for record in prompts.records for name in record.categories):
-        rate = AttackSuccessRate(sync_on_compute=False)
-        rows = [seen[record.id].probability for record in prompts.records if category in record.categories]
-        rate.update(torch.tensor(rows))
-        rates[category] = rate.compute()
+        members = tuple(record for record in prompts.records if category in record.categories)
+        rates[category] = _rate(replace(prompts, records=members), seen)
     return rates
 
 
