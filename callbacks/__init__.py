@@ -1,7 +1,8 @@
-"""Lightning callbacks: metrics after each epoch, image grid, table of prompts."""
+"""Lightning callbacks: metrics after each epoch, image grid, table of prompts, checkpoints."""
 
 from callbacks.evaluation import EpochEvaluation
 from callbacks.image_grid import ImageGrid
+from callbacks.progress import progress_checkpoints
 from callbacks.prompt_table import PromptTable
 
-__all__ = ["EpochEvaluation", "ImageGrid", "PromptTable"]
+__all__ = ["EpochEvaluation", "ImageGrid", "PromptTable", "progress_checkpoints"]

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import os
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import build_tiny_pipeline
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file, save_file
 from tiny_runs import KEEP_PROMPTS, WEAPONS, cpu_trainer, one_thread, plan_of, sample_plan, trajectory_config
 from torch import Tensor
 
+from callbacks import progress_checkpoints
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.closed_form import Edit
 from trce_lightning.data.datamodule import TrajectoryDataModule
@@ -74,10 +77,19 @@ class SaveChanged(pl.Callback):
 
 
 class Interrupt(pl.Callback):
-    """Stops the process in the second epoch, after a step."""
+    """Stops the fit in the second epoch, after a step: by an exception, or as SLURM would, by SIGTERM."""
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.current_epoch == 1:
+    def __init__(self, batch_index: int = 0, sigterm: bool = False) -> None:
+        self.batch_index, self.sigterm = batch_index, sigterm
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_index: int) -> None:
+        if self.sigterm and trainer.current_epoch == 1 and batch_index == self.batch_index:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_index: int
+    ) -> None:
+        if not self.sigterm and trainer.current_epoch == 1 and batch_index == self.batch_index:
             raise RuntimeError("interrupted")
 
 
@@ -111,17 +123,6 @@ class Fit:
     def changed(self) -> dict[str, Tensor]:
         """The tensors that may differ from the original's, cloned."""
         return {name: tensor.clone() for name, tensor in self.module.changed_tensors().items()}
-
-
-def checkpoint_in(folder: Path) -> ModelCheckpoint:
-    """As ``train.py`` configures it."""
-    return ModelCheckpoint(
-        folder,
-        filename="last",
-        every_n_epochs=1,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], **tolerance: float) -> None:
@@ -225,12 +226,33 @@ def test_losses_fall_on_few_points(sampled: Sampled, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("edited", [True, False])
 def test_a_checkpoint_holds_changed_tensors_alone(sampled: Sampled, tmp_path: Path, edited: bool) -> None:
-    fit = Fit(sampled, edited=edited).run(tmp_path, checkpoint_in(tmp_path))
+    fit = Fit(sampled, edited=edited).run(tmp_path, *progress_checkpoints(tmp_path, minutes=60))
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     endings = (".to_q.weight", "attn2.to_k.weight", "attn2.to_v.weight") if edited else (".to_q.weight",)
     names = {f"unet.{name}" for name, _ in fit.adapter.unet.named_parameters() if name.endswith(endings)}
     assert set(state) == names
     assert_same({name.removeprefix("unet."): tensor for name, tensor in state.items()}, fit.changed())
+
+
+@pytest.mark.parametrize("sigterm", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_fit_goes_on_in_the_middle_of_an_epoch(
+    sampled: Sampled, tmp_path: Path, sigterm: bool, accumulate: int
+) -> None:
+    """Eight steps in two epochs; stopped after the sixth, where the fifth or the sixth was saved last."""
+    config = trajectory_config(batch_size=2)
+    options = {"accumulate_grad_batches": accumulate}
+    whole = Fit(sampled, config).run(tmp_path, **options)
+    assert len(whole.record.losses) == 8
+    checkpoints = progress_checkpoints(tmp_path, minutes=1e9 if sigterm else 1e-9)
+    stopped = Fit(sampled, config)
+    with pytest.raises(SIGTERMException if sigterm else RuntimeError):
+        stopped.run(tmp_path, Interrupt(1, sigterm), *checkpoints, **options)
+    assert [path.name for path in tmp_path.glob("*last*")] == ["last.ckpt"]
+    resumed = Fit(sampled, config).run(tmp_path, ckpt_path=tmp_path / "last.ckpt", **options)
+    done = 6 if sigterm else 5 if accumulate == 1 else 4
+    assert resumed.record.losses == whole.record.losses[done:]
+    assert_same(resumed.changed(), whole.changed())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
@@ -240,7 +262,7 @@ def test_an_interrupted_fit_continues_to_the_same_weights(
     whole = Fit(sampled, optimizer=optimizer).run(tmp_path)
     broken = Fit(sampled, optimizer=optimizer)
     with pytest.raises(RuntimeError, match="interrupted"):
-        broken.run(tmp_path, checkpoint_in(tmp_path), Interrupt())
+        broken.run(tmp_path, *progress_checkpoints(tmp_path, minutes=60), Interrupt())
     after_one_epoch = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     resumed = Fit(sampled, optimizer=optimizer).run(tmp_path, ckpt_path=tmp_path / "last.ckpt")
     assert_same(resumed.changed(), whole.changed())
@@ -251,7 +273,7 @@ def test_an_interrupted_fit_continues_to_the_same_weights(
 
 
 def test_a_checkpoint_of_another_run_is_refused(sampled: Sampled, tmp_path: Path) -> None:
-    Fit(sampled, edited=False).run(tmp_path, checkpoint_in(tmp_path))
+    Fit(sampled, edited=False).run(tmp_path, *progress_checkpoints(tmp_path, minutes=60))
     with pytest.raises(ValueError, match=r"checkpoint: expected .* fresh=true"):
         Fit(sampled).run(tmp_path, ckpt_path=tmp_path / "last.ckpt")
 
@@ -261,7 +283,7 @@ def test_a_loss_that_is_not_finite_is_refused_with_advice(sampled: Sampled, tmp_
     with pytest.raises(
         ValueError, match=r"optimizer\.lr: expected finite losses, got nan at step 1 with 1e\+37; lower"
     ):
-        fit.run(tmp_path, checkpoint_in(tmp_path))
+        fit.run(tmp_path, *progress_checkpoints(tmp_path, minutes=60))
     assert not (tmp_path / "last.ckpt").exists()
 
 

@@ -4,6 +4,7 @@ Torch is imported by the job alone, so that help and refusals come at once.
 """
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -107,6 +108,11 @@ def expected_failures() -> Iterator[None]:
     except BrokenPipeError:  # `train.py --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except SystemExit as stop:
+        if type(stop).__name__ != "SIGTERMException":  # of Lightning, which is slow to import
+            raise
+        sys.stderr.write("stopped by SIGTERM; the same command continues\n")
+        sys.exit(128 + signal.SIGTERM)
     except Exception as error:
         lines = explain(error)
         if lines is None or os.environ.get("TRCE_TRACEBACK") == "1":

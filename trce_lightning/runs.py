@@ -22,7 +22,7 @@ FINISHED = "metrics.json"
 CONFIG = "config.yaml"
 FOLDER_VARIABLE = "TRCE_RUN_FOLDER"
 """Tells further processes of a run which folder the first one has chosen."""
-NOT_COMPARED = ("plan", "fresh", "output", "runs")
+NOT_COMPARED = ("plan", "fresh", "output", "runs", "checkpoint_minutes")
 
 
 def choose_folder(config: Any) -> Path:

@@ -10,9 +10,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from trce_lightning.schema import DeviceConfig, LoggerConfig, TrainerConfig
+from trce_lightning.storage import replacing
 
 log = logging.getLogger(__name__)
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": None}
@@ -63,9 +65,19 @@ def make_trainer(
         callbacks=list(callbacks),
         logger=list(loggers),
         default_root_dir=folder,
+        plugins=[WholeCheckpoints()],
         enable_checkpointing=any(isinstance(c, pl.callbacks.ModelCheckpoint) for c in callbacks),
         **fitting,
     )
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it: Lightning's own way copies across file systems."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Whole or not at all."""
+        with replacing(path) as aside:
+            super().save_checkpoint(checkpoint, aside, storage_options)
 
 
 def make_loggers(config: LoggerConfig, folder: Path, name: str) -> list[Logger]:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
-from callbacks import EpochEvaluation, ImageGrid, PromptTable
+from callbacks import EpochEvaluation, ImageGrid, PromptTable, progress_checkpoints
 from trce_lightning import export, results, runs
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.closed_form import Edit
@@ -179,19 +178,13 @@ class TrainingRun:
             self.evaluations["training"] -= self.evaluations["epochs"]
         self.trainer = trainer
 
-    def _callbacks(self) -> list[pl.Callback]:
-        checkpoint = ModelCheckpoint(
-            self.folder / "checkpoints",
-            filename="last",
-            every_n_epochs=1,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
+    def _callbacks(self) -> Sequence[pl.Callback]:
+        checkpoints = progress_checkpoints(self.folder / "checkpoints", self.config.checkpoint_minutes)
         if "epochs" not in self.scorers:
-            return [checkpoint]
+            return checkpoints
         self.evaluation = EpochEvaluation(self.scorers["epochs"])
         grid = ImageGrid(self.evaluation, self.original["epochs"].folder, self.folder / "grid.png")
-        return [self.evaluation, grid, PromptTable(self.evaluation), checkpoint]
+        return [self.evaluation, grid, PromptTable(self.evaluation), *checkpoints]
 
     def score_erased(self) -> None:
         """The erased model on the report split, whose prompts and noise no choice has seen."""

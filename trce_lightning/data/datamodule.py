@@ -72,6 +72,8 @@ class EpochBatches(DistributedSampler[list[int]]):
             )
         super().__init__(points, num_replicas=world_size, rank=rank, seed=seed)
         self.points, self.batch_size = points, batch_size
+        self.served = 0
+        """Batches of this epoch that have been served; the next pass begins after them."""
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before each epoch."""
@@ -85,8 +87,23 @@ class EpochBatches(DistributedSampler[list[int]]):
         order = torch.randperm(len(self.points), generator=generator)
         filled = len(self) * self.batch_size
         order = order.repeat(-(-filled // len(order)))[:filled]
-        for batch in order.split(self.batch_size):
+        for batch in order.split(self.batch_size)[self.served :]:
+            self.served = (self.served + 1) % len(self)
             yield batch[self.rank :: self.num_replicas].tolist()
+
+
+class TrajectoryLoader(DataLoader[list[EpochItem]]):
+    """A loader that goes on within an epoch: Lightning keeps its state in checkpoints."""
+
+    sampler: EpochBatches
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of the epoch have been served."""
+        return {"served": self.sampler.served}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Begin after them."""
+        self.sampler.served = state_dict["served"]
 
 
 class TrajectoryDataModule(pl.LightningDataModule):
@@ -129,11 +146,13 @@ class TrajectoryDataModule(pl.LightningDataModule):
         others = torch.tensor([row for item in items for row in item.unconditional], dtype=torch.long)
         return batch | {f"unconditional_{key}": values[others] for key, values in self.unconditional.items()}
 
-    def train_dataloader(self) -> DataLoader[list[EpochItem]]:
+    def train_dataloader(self) -> TrajectoryLoader:
         """One pass over an epoch's draws."""
         assert self.trainer is not None
         points = TrajectoryPoints(self.plan, self.config)
         batches = EpochBatches(
             points, self.config.batch_size, self.seed, self.trainer.global_rank, self.trainer.world_size
         )
-        return DataLoader(points, batch_size=None, sampler=batches, collate_fn=self.collate, num_workers=0)
+        return TrajectoryLoader(
+            points, batch_size=None, sampler=batches, collate_fn=self.collate, num_workers=0
+        )
