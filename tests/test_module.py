@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import KEEP_PROMPTS, WEAPONS, cpu_trainer, one_thread, plan_of, sample_plan, trajectory_config
 from torch import Tensor
 
-from callbacks import progress_checkpoints
+from callbacks import RanksAgree, progress_checkpoints
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.closed_form import Edit
 from trce_lightning.data.datamodule import TrajectoryDataModule
@@ -331,6 +331,22 @@ def test_two_processes_train_as_one_does(sampled: Sampled, tmp_path: Path) -> No
         (first[name] - tensor).abs().max() for name, tensor in untrained.changed().items() if "to_q" in name
     ]
     assert min(moved) > 1e-3
+
+
+class Drift(pl.Callback):
+    """Changes one number on the second process."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        if trainer.global_rank == 1 and trainer.current_epoch == 1:
+            next(iter(module.trainable.values())).data[0, 0] += 1e-6
+
+
+def test_processes_that_drift_apart_are_found(sampled: Sampled, tmp_path: Path) -> None:
+    processes = {"devices": 2, "strategy": "ddp_fork"}
+    with one_thread():
+        Fit(sampled).run(tmp_path, RanksAgree(), **processes)
+        with pytest.raises(Exception, match=r"epoch 2: expected the same weights on all 2.* on rank 1"):
+            Fit(sampled).run(tmp_path, Drift(), RanksAgree(), **processes)
 
 
 def test_accumulation_and_clipping_reach_the_trainer(sampled: Sampled, tmp_path: Path) -> None:

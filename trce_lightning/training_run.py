@@ -13,7 +13,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
-from callbacks import EpochEvaluation, ImageGrid, PromptTable, progress_checkpoints
+from callbacks import EpochEvaluation, ImageGrid, PromptTable, RanksAgree, progress_checkpoints
 from trce_lightning import export, results, runs
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.closed_form import Edit
@@ -181,10 +181,10 @@ class TrainingRun:
     def _callbacks(self) -> Sequence[pl.Callback]:
         checkpoints = progress_checkpoints(self.folder / "checkpoints", self.config.checkpoint_minutes)
         if "epochs" not in self.scorers:
-            return checkpoints
+            return [RanksAgree(), *checkpoints]
         self.evaluation = EpochEvaluation(self.scorers["epochs"])
         grid = ImageGrid(self.evaluation, self.original["epochs"].folder, self.folder / "grid.png")
-        return [self.evaluation, grid, PromptTable(self.evaluation), *checkpoints]
+        return [RanksAgree(), self.evaluation, grid, PromptTable(self.evaluation), *checkpoints]
 
     def score_erased(self) -> None:
         """The erased model on the report split, whose prompts and noise no choice has seen."""

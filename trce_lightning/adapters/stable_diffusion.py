@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -155,10 +155,15 @@ class StableDiffusionAdapter:
 
 def fingerprint(network: nn.Module) -> str:
     """Hash of a network's weights by name, 16 hexadecimal digits."""
+    return tensors_fingerprint(network.state_dict())
+
+
+def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of tensors by name, 16 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(network.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -1,0 +1,30 @@
+"""Processes that should hold the same weights are checked to do so."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from trce_lightning.adapters.stable_diffusion import tensors_fingerprint
+
+
+class RanksAgree(pl.Callback):
+    """After each epoch compares the changed tensors of all ranks bit by bit, by their hash.
+
+    Comes before callbacks that score or save. ``RuntimeError`` naming the ranks that differ from the first.
+    """
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Alone there is nothing to compare."""
+        if trainer.world_size == 1:
+            return
+        digest = bytes.fromhex(tensors_fingerprint(pl_module.changed_tensors()))  # type: ignore[operator]
+        digests = pl_module.all_gather(torch.tensor(list(digest), device=pl_module.device))
+        assert isinstance(digests, Tensor)
+        different = (digests != digests[0]).any(1).nonzero().flatten().tolist()
+        if different:
+            raise RuntimeError(
+                f"epoch {trainer.current_epoch + 1}: expected the same weights on all {trainer.world_size} "
+                f"processes, got others than on rank 0 on rank {', '.join(map(str, different))}"
+            )

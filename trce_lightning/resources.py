@@ -1,0 +1,30 @@
+"""What to do when a machine has no room left: one text for a full disk, one for full memory. Torch-free."""
+
+import errno
+import re
+
+_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_IN_TEXT = re.compile(rf"os error (?:{'|'.join(map(str, _CODES))})\b")  # as safetensors says it
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+_GOES_ON = "nothing that is there is lost: the same command continues"
+
+
+def explain_full(error: BaseException) -> list[str] | None:
+    """Lines of advice for an error that says that disk or memory is full, else None."""
+    first = (str(error).splitlines() or [""])[0]
+    is_full = isinstance(error, OSError) and error.errno in _CODES
+    if is_full or _IN_TEXT.search(str(error)):
+        return [
+            f"no room on disk: {first}",
+            "free some, or choose other places by output=FOLDER and cache=FOLDER; fewer "
+            "trajectory.num_trajectories and metrics.final_images_per_set need less",
+            _GOES_ON,
+        ]
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        return [
+            f"out of memory: {first}",
+            "lower trajectory.batch_size if it was training (trainer.accumulate_grad_batches makes up for "
+            "it), metrics.batch_size if it was drawing; model.dtype=float16 halves a model on a GPU",
+            _GOES_ON,
+        ]
+    return None
