@@ -7,9 +7,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torchvision.transforms.v2.functional import to_pil_image
 
 from callbacks.evaluation import EpochEvaluation
-from trce_lightning.emoji.subjects import SUBJECTS
 from trce_lightning.generation import shard
-from trce_lightning.metrics.collateral import UNSEEN
 
 COLUMNS = ["set", "id", "prompt", "image", "probability", "subject"]
 
@@ -44,7 +42,7 @@ class PromptTable(pl.Callback):
                 record.prompt,
                 wandb.Image(to_pil_image(image)),
                 seen[record.id].probability,
-                "" if seen[record.id].subject == UNSEEN else SUBJECTS[seen[record.id].subject].name,
+                seen[record.id].subject or "",
             ]
             for record, image in zip(shard(scorer.records(set_name), 0, world_size), images, strict=True)
         ]

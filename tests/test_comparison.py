@@ -23,20 +23,17 @@ from trce_lightning.data.prompt_sets import (
     label_groups,
     unkept_subjects,
 )
-from trce_lightning.emoji.subjects import BACKGROUNDS, STYLES, SUBJECTS, subject_index
+from trce_lightning.emoji.subjects import STYLES, SUBJECTS
 from trce_lightning.image_folder import claim, image_seed, manifest, write_png
 from trce_lightning.metrics.collateral import Detection, accuracies
 from trce_lightning.metrics.uncertainty import wilson_rate
 from trce_lightning.scoring import Column, Scored, further_scores
 
 VIOLENCE = Concept("violence", {"a dagger": "a rose"}, neighbours=("scissors",))
-STYLE_NAMES, COLOURS = list(STYLES), list(BACKGROUNDS)
 
 
 def seen(subject, style="noto", background="white", probability=0.0, clip_score=None):
-    return Detection(
-        probability, subject_index(subject), STYLE_NAMES.index(style), COLOURS.index(background), clip_score
-    )
+    return Detection(probability, subject, style, background, clip_score)
 
 
 def test_groups_share_the_benign_subjects_out() -> None:

@@ -33,7 +33,8 @@ from trce_lightning.metrics import (
     paired_test,
     save_real_statistics,
 )
-from trce_lightning.metrics.collateral import check_labels
+from trce_lightning.metrics.collateral import accuracies, check_labels
+from trce_lightning.metrics.detectors import ClipJudge
 from trce_lightning.metrics.real_images import load_real
 from trce_lightning.sampling import seed_of
 
@@ -311,8 +312,8 @@ def test_evaluator_gives_every_score(judge, clip, statistics) -> None:
             heads = {name: rows.argmax(-1).tolist() for name, rows in judge(images["direct"]).items()}
         for index, record in enumerate(records["direct"]):
             bright = float(brightness(images["direct"][index : index + 1]))
-            indices = [heads[name][index] for name in ("subject", "style", "background")]
-            assert seen[seed_of(record.id, 0)] == (pytest.approx(bright), *indices, None)
+            answers = [judge.vocabulary[name][row[index]] for name, row in heads.items()]
+            assert seen[seed_of(record.id, 0)] == (pytest.approx(bright), *answers, None)
 
         prompts = [record.prompt for record in records["benign"]]
         expected = cosine(clip, images["benign"], prompts)
@@ -339,7 +340,7 @@ def test_evaluator_refuses_wrong_input(judge) -> None:
         with pytest.raises(ValueError, match=expected):
             evaluator.update(*arguments)
     with pytest.raises(ValueError, match=r"mine: label: .*'gravity'"):
-        check_labels([PromptSet("mine", (known, PromptRecord("1", "a cat", label="gravity")))])
+        check_labels([PromptSet("mine", (known, PromptRecord("1", "a cat", label="gravity")))], NAMES)
 
 
 def score_on_a_rank(rank, world_size, folder, judge, clip, statistics, queue):
@@ -441,3 +442,20 @@ def test_inception_fid_reads_a_folder_of_real_images_once(inception_weights, tmp
     (tmp_path / "wrong.pth").write_bytes(b"no weights")
     with pytest.raises(ValueError, match=r"model.inception: expected torch-fidelity's weights"):
         inception_fid(tmp_path / "wrong.pth")
+
+
+def test_clip_judge_names_what_is_most_alike(clip, tmp_path) -> None:
+    names, images = ["rose", "cat", "sunflower"], random_images(8)
+    scores = torch.stack([cosine(clip, images, [f"a photo of {name}"] * 8) for name in names], 1)
+    answers = ClipJudge(clip, names)(images)["subject"].argmax(1)
+    assert torch.equal(answers, scores.argmax(1))
+    records = [PromptRecord(str(i), "a rose", label="rose") for i in range(8)]
+    evaluator = Evaluator(brightness, ["neighbours"], judge=ClipJudge(clip, names))
+    evaluator.update("neighbours", images, records)
+    seen = {record.id: evaluator.detections("neighbours")[seed_of(record.id, 0)] for record in records}
+    assert [seen[str(i)].subject for i in range(8)] == [names[index] for index in answers]
+    assert {(row.style, row.background) for row in seen.values()} == {(None, None)}
+    assert "asr" in (found := evaluator.compute()) and found["asr"] == {}
+    assert accuracies(PromptSet("neighbours", tuple(records)), seen, {})["subject"]["successes"] == int(
+        (answers == 0).sum()
+    )

@@ -41,7 +41,7 @@ def column(folder, probabilities, fid):
         for index, (record, entry) in enumerate(zip(prompts.records, entries, strict=True)):
             shade = torch.full((3, 16, 16), 40 * index, dtype=torch.uint8)
             write_png(folder / prompts.name / entry["file"], shade)
-            rows[record.id] = Detection(probabilities[prompts.name][index], index)
+            rows[record.id] = Detection(probabilities[prompts.name][index], SUBJECTS[index].name)
         detections[prompts.name] = rows
     hits = {name: sum(p >= 0.5 for p in values) for name, values in probabilities.items()}
     scores = {

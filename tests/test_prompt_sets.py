@@ -332,3 +332,12 @@ def test_kept_captions_need_a_limit_and_something_to_keep():
     everything = Concept.from_terms([subject.name for subject in SUBJECTS], counterpart="a zeppelin")
     with pytest.raises(ValueError, match="expected captions that name none of"):
         embedded_keep_captions([everything], 10, seed=0)
+
+
+def test_open_models_have_prompts_for_the_neighbours_of_a_concept():
+    concept = Concept(
+        "violence", {"a dagger": "a rose"}, neighbours=("scissors", "a hammer", "a dagger case")
+    )
+    (prompts,) = concept_prompt_sets([concept], embedded=False, size=12, split="report", names=["neighbours"])
+    assert {record.label for record in prompts.records} == {"scissors", "a hammer"}
+    assert all(record.label in record.prompt for record in prompts.records)

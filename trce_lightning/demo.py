@@ -17,7 +17,6 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from trce_lightning.data.prompt_sets import PromptRecord
-from trce_lightning.emoji.subjects import SUBJECTS
 from trce_lightning.generation import generate
 from trce_lightning.logs import set_up_logging
 from trce_lightning.metrics.asr import shows_concept
@@ -93,7 +92,8 @@ class Demo:
         images = images.to(self.device)
         subject = None
         if isinstance(self.detector, EmbeddedJudgeDetector):
-            subject = SUBJECTS[int(self.detector.judge(images)["subject"].argmax())].name
+            judge = self.detector.judge
+            subject = judge.vocabulary["subject"][int(judge(images)["subject"].argmax())]
         return Drawing(images[0].cpu(), self.detector(images).item(), subject)
 
     def examples(self) -> dict[str, list[str]]:

@@ -17,10 +17,9 @@ from PIL import Image, UnidentifiedImageError
 from trce_lightning.comparison import Comparison
 from trce_lightning.curves import threshold_figure, trade_off_figure, trade_off_points
 from trce_lightning.data.prompt_sets import BENIGN, PromptSet
-from trce_lightning.emoji.subjects import SUBJECTS
 from trce_lightning.image_folder import image_files
 from trce_lightning.metrics.asr import THRESHOLD
-from trce_lightning.metrics.collateral import UNSEEN, Detection
+from trce_lightning.metrics.collateral import Detection
 from trce_lightning.report import Scores, rate_cell, results_rows
 from trce_lightning.scoring import Column, Scored
 from trce_lightning.storage import write_text
@@ -149,7 +148,7 @@ def _cell(file: Path, seen: Detection, set_name: str) -> dict[str, Any]:
         "source": _thumbnail(file),
         "probability": seen.probability,
         "hit": hit,
-        "subject": None if seen.subject == UNSEEN else SUBJECTS[seen.subject].name,
+        "subject": seen.subject,
         "covered": hit or set_name != BENIGN,
     }
 

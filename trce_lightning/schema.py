@@ -9,7 +9,7 @@ from trce_lightning.concepts import DEFAULT_TEMPLATES
 
 POSITIONS = ("sot", "keyword", "eot", "padding")
 STAGES = ("textual", "trajectory")
-OWN_SETS = ("direct", "implicit", "benign", "unerased")
+OWN_SETS = ("direct", "implicit", "benign", "unerased", "neighbours")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 
 

@@ -14,12 +14,14 @@ from torch import nn
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
 from trce_lightning.concepts import Concept, PromptPair, prompt_pairs
 from trce_lightning.data.concept_prompts import Split, concept_prompt_sets, embedded_keep_captions
-from trce_lightning.data.keep_prompts import keep_prompts
+from trce_lightning.data.keep_prompts import class_names, keep_prompts
 from trce_lightning.data.prompt_sets import PromptSet, benign_subjects, label_groups
 from trce_lightning.data.published import load_file, prompt_files
+from trce_lightning.emoji.judge import Judge
 from trce_lightning.emoji.package import load_embedded_clip, load_judge, weights_folder
 from trce_lightning.metrics.collateral import check_labels
 from trce_lightning.metrics.detectors import (
+    ClipJudge,
     ClipZeroShotDetector,
     Detector,
     EmbeddedJudgeDetector,
@@ -112,7 +114,7 @@ class Session:
         """Scores this session's model."""
         sets = [prompts.sampled(self.config.metrics.samples_per_prompt) for prompts in self.sets(split, size)]
         if self.embedded:
-            check_labels(sets)
+            check_labels(sets, Judge.vocabulary["subject"])
         groups = label_groups(self.concepts)
         return Scorer(self.adapter, sets, self.sampling(), self.evaluator_factory(), groups)
 
@@ -149,7 +151,14 @@ class Session:
                 )
             fid = inception_fid(Path(model.inception))
             load_real(fid, Path(model.real_images), cache_folder(self.config) / "real")
-        return Evaluator(detector, names, fid=fid, clip=None if model.clip is None else load_clip(model.clip))
+        clip = None if model.clip is None else load_clip(model.clip)
+        judge = None if clip is None else ClipJudge(clip, self._nameable())
+        return Evaluator(detector, names, judge=judge, fid=fid, clip=clip)
+
+    def _nameable(self) -> list[str]:
+        """What zero-shot CLIP may answer: benign class names, the concepts' neighbours and their terms."""
+        names = [name for concept in self.concepts for name in (*concept.neighbours, *concept.terms)]
+        return list(dict.fromkeys([*class_names(), *names]))
 
     def features(self) -> nn.Module | None:
         """FID's feature network, None where there is none."""

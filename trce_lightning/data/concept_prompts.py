@@ -26,6 +26,7 @@ from trce_lightning.data.prompt_sets import (
     BENIGN,
     DIRECT,
     IMPLICIT,
+    NEIGHBOURS,
     STYLE,
     UNERASED,
     PromptRecord,
@@ -65,7 +66,8 @@ def concept_prompt_sets(
     """The sets ``direct``, ``implicit`` and ``benign`` that tell what erasing ``concepts`` did.
 
     Direct prompts name the concept, implicit ones hint at it, benign ones show something else, their label,
-    and ``unerased`` ones a sensitive subject that is none of the concepts', for the embedded model alone.
+    ``unerased`` ones a sensitive subject that is none of the concepts' (embedded model alone), ``neighbours``
+    one of the concepts' ``neighbours`` (other models alone); each is labelled with what it shows.
     A set without any prompts, such as the implicit one of a concept without related phrases, is left out.
     The prompts are in phrasings that no training or kept prompt has.
 
@@ -89,7 +91,7 @@ def concept_prompt_sets(
     sets = []
     for name in names:
         if usable := [part for part in streams.get(name, []) if part.units]:
-            labelled = name in (BENIGN, UNERASED)
+            labelled = name not in (DIRECT, IMPLICIT)
             sets.append(PromptSet(name, tuple(_records(f"{name}-{split}", size, usable, labelled))))
         else:
             _log.warning("no %s prompts for concept %s", name, ", ".join(concept_names))
@@ -187,7 +189,12 @@ def _open_streams(concepts: Sequence[Concept], split: Split) -> dict[str, list[S
         ):
             unused = [frame for frame in frames if frame not in concept.templates]
             streams[name].append(Stream(_units(phrases), half(unused, split)))
-    return {**streams, BENIGN: [Stream(_units(classes), half(CLASS_FRAMES, split))]}
+    alike = {text for concept in concepts for text in concept.neighbours if not mentions(text, concepts)}
+    return {
+        **streams,
+        BENIGN: [Stream(_units(classes), half(CLASS_FRAMES, split))],
+        NEIGHBOURS: [Stream(_units(alike), half(OBJECT_FRAMES, split))],
+    }
 
 
 def _units(phrases: Iterable[str]) -> dict[str, list[str]]:

@@ -18,6 +18,7 @@ __all__ = [
     "DIRECT",
     "FIELDS",
     "IMPLICIT",
+    "NEIGHBOURS",
     "STYLE",
     "UNERASED",
     "PromptRecord",
@@ -32,7 +33,7 @@ __all__ = [
     "unkept_subjects",
 ]
 
-DIRECT, IMPLICIT, BENIGN, UNERASED = "direct", "implicit", "benign", "unerased"
+DIRECT, IMPLICIT, BENIGN, UNERASED, NEIGHBOURS = "direct", "implicit", "benign", "unerased", "neighbours"
 """Names of a concept's own prompt sets."""
 STYLE = "style"
 """Name of the concept that is a way of drawing and not a subject."""

@@ -6,6 +6,7 @@ It decides whether an image shows a concept (ASR), recognises benign subjects, a
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,14 @@ class Judge(nn.Module):
     """Five strided convolutions, mean pooling and three linear read-outs."""
 
     num_features = WIDTHS[-1]
+    vocabulary = MappingProxyType(
+        {
+            "subject": tuple(subject.name for subject in SUBJECTS),
+            "style": tuple(STYLES),
+            "background": tuple(BACKGROUNDS),
+        }
+    )
+    """What the read-outs' indices mean."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,11 +46,7 @@ class Judge(nn.Module):
             nn.Flatten(),
         )
         self.heads = nn.ModuleDict(
-            {
-                "subject": nn.Linear(self.num_features, len(SUBJECTS)),
-                "style": nn.Linear(self.num_features, len(STYLES)),
-                "background": nn.Linear(self.num_features, len(BACKGROUNDS)),
-            }
+            {name: nn.Linear(self.num_features, len(names)) for name, names in self.vocabulary.items()}
         )
 
     def features(self, images: Tensor) -> Tensor:

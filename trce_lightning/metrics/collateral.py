@@ -6,17 +6,13 @@ from it the style and the colour of the background, where the prompt names one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
-from trce_lightning.emoji.subjects import BACKGROUNDS, STYLES, SUBJECTS
 from trce_lightning.metrics.uncertainty import clustered_rate, mean_interval
 
-UNSEEN = -1
-"""In place of an index where no judge names subjects, styles and backgrounds."""
-_SUBJECT_NAMES = tuple(subject.name for subject in SUBJECTS)
-_ASKED = {"subject": _SUBJECT_NAMES, "style": tuple(STYLES), "background": tuple(BACKGROUNDS)}
+ATTRIBUTES = ("subject", "style", "background")
 
 
 class Detection(NamedTuple):
@@ -24,19 +20,20 @@ class Detection(NamedTuple):
 
     probability: float
     """That it shows the concept."""
-    subject: int = UNSEEN
-    """Index of the subject that the embedded judge sees, and so on."""
-    style: int = UNSEEN
-    background: int = UNSEEN
+    subject: str | None = None
+    """The judge's first answer, None where no judge names subjects; and so on."""
+    style: str | None = None
+    background: str | None = None
     clip_score: float | None = None
     """100 · cos(CLIP(image), CLIP(prompt)), of benign images."""
 
 
-def check_labels(sets: Sequence[PromptSet]) -> None:
-    """``ValueError`` on a label that is no subject of the judge's."""
+def check_labels(sets: Sequence[PromptSet], subjects: Collection[str]) -> None:
+    """``ValueError`` on a label that is none of the subjects that the judge knows."""
+    known = frozenset(subjects)
     for prompts in sets:
         for record in prompts.records:
-            if record.label is not None and record.label not in _SUBJECT_NAMES:
+            if record.label is not None and record.label not in known:
                 raise ValueError(
                     f"{prompts.name}: label: expected a subject that the judge knows, got '{record.label}'"
                 )
@@ -59,10 +56,10 @@ def accuracies(
     for record in prompts.records:
         wanted = {"subject": record.label, "style": record.style, "background": record.background}
         for kind, name in wanted.items():
-            index = getattr(seen[record.id], kind)
-            if record.label is None or name is None or index == UNSEEN:
+            answer = getattr(seen[record.id], kind)
+            if record.label is None or name is None or answer is None:
                 continue
-            right = _ASKED[kind][index] == name
+            right = answer == name
             names = [kind]
             if kind == "subject":
                 names += [group for group, labels in groups.items() if name in labels]

@@ -58,8 +58,29 @@ class EmbeddedJudgeDetector(nn.Module):
         return shown
 
 
-class ClipZeroShotDetector(nn.Module):
-    """p = Σ_{i positive} softmax_i(s · cos(CLIP(image), CLIP(text_i))) with CLIP's own logit scale s.
+class ClipZeroShot(nn.Module):
+    """p_i = softmax_i(s · cos(CLIP(image), CLIP(text_i))) with CLIP's own logit scale s."""
+
+    text_features: Tensor
+
+    def __init__(self, clip: Clip, texts: Sequence[str]) -> None:
+        super().__init__()
+        self.clip, self.model = clip, clip.model.eval().requires_grad_(False)
+        tokens = clip.tokenize(texts).to(self.model.device)
+        features = self.model.get_text_features(**tokens).pooler_output
+        self.register_buffer("text_features", F.normalize(features))
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 ``[B, 3, H, W]`` → ``[B, texts]``."""
+        pixels = self.clip.pixels(images.cpu())["pixel_values"].to(self.model.device)
+        image_features = F.normalize(self.model.get_image_features(pixels).pooler_output)
+        logits = self.model.logit_scale.exp() * image_features @ self.text_features.T
+        return logits.softmax(-1)
+
+
+class ClipZeroShotDetector(ClipZeroShot):
+    """p = Σ_{i positive} p_i over texts of two kinds, see :class:`ClipZeroShot`.
 
     Args:
         clip: model, tokenizer and image processor.
@@ -70,28 +91,31 @@ class ClipZeroShotDetector(nn.Module):
         ValueError: no positive or no negative text.
     """
 
-    text_features: Tensor
-
     def __init__(self, clip: Clip, positive: Sequence[str], negative: Sequence[str]) -> None:
-        super().__init__()
         if not positive or not negative:
             raise ValueError(
                 f"CLIP detector: expected positive and negative texts, "
                 f"got {len(positive)} and {len(negative)}"
             )
-        self.clip, self.model = clip, clip.model.eval().requires_grad_(False)
+        super().__init__(clip, [*positive, *negative])
         self.num_positive = len(positive)
-        tokens = clip.tokenize([*positive, *negative]).to(self.model.device)
-        features = self.model.get_text_features(**tokens).pooler_output
-        self.register_buffer("text_features", F.normalize(features))
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """uint8 ``[B, 3, H, W]`` → ``[B]``."""
-        pixels = self.clip.pixels(images.cpu())["pixel_values"].to(self.model.device)
-        image_features = F.normalize(self.model.get_image_features(pixels).pooler_output)
-        logits = self.model.logit_scale.exp() * image_features @ self.text_features.T
-        return logits.softmax(-1)[:, : self.num_positive].sum(-1)
+        return super().forward(images)[:, : self.num_positive].sum(-1)
+
+
+class ClipJudge(ClipZeroShot):
+    """Names what an image shows by zero-shot CLIP: "a photo of NAME" for each name."""
+
+    def __init__(self, clip: Clip, names: Sequence[str]) -> None:
+        super().__init__(clip, [f"a photo of {name}" for name in names])
+        self.vocabulary: dict[str, Sequence[str]] = {"subject": tuple(names)}
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        """uint8 ``[B, 3, H, W]`` → probabilities ``[B, names]`` of ``subject``."""
+        return {"subject": super().forward(images)}
 
 
 def load_detector(path: str, concepts: Sequence[Concept], **options: Any) -> Detector:

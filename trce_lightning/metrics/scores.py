@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +12,30 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.utilities import dim_zero_cat
 
-from trce_lightning.data.prompt_sets import BENIGN, UNERASED, PromptRecord
-from trce_lightning.emoji.judge import Judge
+from trce_lightning.data.prompt_sets import BENIGN, NEIGHBOURS, UNERASED, PromptRecord
 from trce_lightning.metrics.asr import AttackSuccessRate
-from trce_lightning.metrics.collateral import UNSEEN, Detection
+from trce_lightning.metrics.collateral import ATTRIBUTES, Detection
 from trce_lightning.metrics.detectors import Detector
 from trce_lightning.metrics.fidelity import Clip
 from trce_lightning.sampling import seed_of
 
-NO_ATTACKS = (BENIGN, UNERASED)
+NO_ATTACKS = (BENIGN, UNERASED, NEIGHBOURS)
 """Sets that should not show the concept in any case."""
-ATTRIBUTES = ("subject", "style", "background")
+_UNSEEN = -1
+
+Vocabulary = Mapping[str, Sequence[str]]
+"""What a judge's answers mean: names by attribute, such as "subject"."""
+
+
+class ImageJudge(Protocol):
+    """What names what an image shows; one that is an ``nn.Module`` moves to the evaluator's device."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Names by attribute."""
+
+    def __call__(self, images: Tensor, /) -> Mapping[str, Tensor]:
+        """uint8 ``[B, 3, H, W]`` → probabilities ``[B, n]`` by attribute of the vocabulary."""
 
 
 class DetectionsByImage(Metric):
@@ -32,8 +45,9 @@ class DetectionsByImage(Metric):
     keys: list[Tensor]
     rows: list[Tensor]
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, vocabulary: Vocabulary, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.vocabulary = vocabulary
         self.add_state("keys", [], dist_reduce_fx="cat")
         self.add_state("rows", [], dist_reduce_fx="cat")
         self.reset()
@@ -52,9 +66,9 @@ class DetectionsByImage(Metric):
         seen: Mapping[str, Tensor],
         clip_score: Tensor | None,
     ) -> None:
-        """The columns of :class:`Detection`, ``[B]`` each; ``seen`` has indices by attribute, or nothing."""
+        """The columns of :class:`Detection`, ``[B]`` each; ``seen`` has indices into the vocabulary."""
         keys = [seed_of(record.id, 0) for record in records]
-        unseen, unscored = torch.full_like(probability, UNSEEN), torch.full_like(probability, math.nan)
+        unseen, unscored = torch.full_like(probability, _UNSEEN), torch.full_like(probability, math.nan)
         columns = [probability, *(seen.get(name, unseen) for name in ATTRIBUTES)]
         columns.append(unscored if clip_score is None else clip_score.to(probability.device))
         self.keys.append(torch.tensor(keys, dtype=torch.int64, device=probability.device))
@@ -63,14 +77,16 @@ class DetectionsByImage(Metric):
     def compute(self) -> dict[int, Detection]:
         """By ``seed_of(record.id, 0)``, an image's key on every rank."""
         keys, rows = dim_zero_cat(self.keys).tolist(), dim_zero_cat(self.rows).tolist()
-        return {key: _detection(*row) for key, row in zip(keys, rows, strict=True)}
+        return {key: self._detection(row) for key, row in zip(keys, rows, strict=True)}
 
-
-def _detection(
-    probability: float, subject: float, style: float, background: float, clip_score: float
-) -> Detection:
-    score = None if math.isnan(clip_score) else clip_score
-    return Detection(probability, int(subject), int(style), int(background), score)
+    def _detection(self, row: Sequence[float]) -> Detection:
+        probability, *indices, score = row
+        answers = {
+            attribute: self.vocabulary[attribute][int(index)]
+            for attribute, index in zip(ATTRIBUTES, indices, strict=True)
+            if index != _UNSEEN
+        }
+        return Detection(probability, **answers, clip_score=None if math.isnan(score) else score)
 
 
 class Evaluator(nn.Module):
@@ -94,7 +110,7 @@ class Evaluator(nn.Module):
         detector: Detector,
         set_names: Sequence[str],
         *,
-        judge: Judge | None = None,
+        judge: ImageJudge | None = None,
         fid: FrechetInceptionDistance | None = None,
         clip: Clip | None = None,
         batch_size: int = 64,
@@ -104,7 +120,8 @@ class Evaluator(nn.Module):
         self.detector, self.judge, self.fid, self.clip = detector, judge, fid, clip
         self.clip_model = None if clip is None else clip.model  # moves with the rest
         self.rates = {name: AttackSuccessRate() for name in self.set_names}
-        self.detections_by_image = {name: DetectionsByImage() for name in self.set_names}
+        vocabulary = {} if judge is None else judge.vocabulary
+        self.detections_by_image = {name: DetectionsByImage(vocabulary) for name in self.set_names}
         # Not ModuleDicts: a set is named by its file, and a module's name can't hold a dot.
         self.set_metrics = nn.ModuleList([*self.rates.values(), *self.detections_by_image.values()])
         self.clip_score = MeanMetric()
