@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
-import torch
-from torch import Tensor
+import torch.distributed as dist
 
 from trce_lightning.adapters.stable_diffusion import tensors_fingerprint
 
@@ -19,10 +18,9 @@ class RanksAgree(pl.Callback):
         """Alone there is nothing to compare."""
         if trainer.world_size == 1:
             return
-        digest = bytes.fromhex(tensors_fingerprint(pl_module.changed_tensors()))  # type: ignore[operator]
-        digests = pl_module.all_gather(torch.tensor(list(digest), device=pl_module.device))
-        assert isinstance(digests, Tensor)
-        different = (digests != digests[0]).any(1).nonzero().flatten().tolist()
+        digests = [""] * trainer.world_size
+        dist.all_gather_object(digests, tensors_fingerprint(pl_module.changed_tensors()))  # type: ignore[operator]
+        different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if different:
             raise RuntimeError(
                 f"epoch {trainer.current_epoch + 1}: expected the same weights on all {trainer.world_size} "

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trce_lightning.resources import explain_full
+from trce_lightning.resources import explain_machine
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [
@@ -54,10 +54,10 @@ def test_a_full_disk_gets_advice_and_the_command_goes_on(tmp_path: Path) -> None
 def test_full_memory_gets_advice() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
-    lines = explain_full(caught.value)
+    lines = explain_machine(caught.value)
     assert (
         lines is not None and lines[0].startswith("out of memory: ") and "trajectory.batch_size" in lines[1]
     )
-    assert explain_full(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")) is not None
-    assert explain_full(RuntimeError("shape mismatch")) is None
-    assert explain_full(FileNotFoundError(2, "No such file")) is None
+    assert explain_machine(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")) is not None
+    assert explain_machine(RuntimeError("shape mismatch")) is None
+    assert explain_machine(FileNotFoundError(2, "No such file")) is None

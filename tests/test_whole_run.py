@@ -188,6 +188,24 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     same_run(folder, finished[0])
 
 
+def test_a_run_whose_second_process_dies_ends_with_the_cause_and_goes_on(
+    finished: tuple[Path, str], runs: Path, tmp_path: Path
+) -> None:
+    mine, two = tmp_path / "runs", ("--trainer.devices", 2, "trainer.accelerator=cpu")
+    shutil.copytree(runs / "cache", mine / "cache")
+    process = start("train.py", *OPTIONS, f"runs={mine}", *two)
+    wait_for(lambda: any(mine.glob("violence/emoji/*/checkpoints/last.ckpt")), process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+    said, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 2, said
+    assert "error: another process of this run has ended" in "\n".join(said.splitlines()[-4:])
+    folder, said = train(mine, *two)
+    assert "continuing" in said
+    same_run(folder, finished[0], atol=1e-4, rtol=1e-3)
+
+
 def wait_for(happened: Callable[[], bool], process: subprocess.Popen) -> None:
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not happened():

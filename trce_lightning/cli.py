@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trce_lightning import arguments, validation
-from trce_lightning.resources import explain_full
+from trce_lightning.resources import explain_machine
 from trce_lightning.schema import DemoConfig, EvalConfig, TrainConfig
 
 PACKAGE = Path(__file__).resolve().parent
@@ -124,8 +124,8 @@ def expected_failures() -> Iterator[None]:
 
 def explain(error: Exception) -> list[str] | None:
     """The lines that tell a user what to change, or None for an error that is not theirs."""
-    if full := explain_full(error):
-        return full
+    if lines := explain_machine(error):
+        return lines
     if isinstance(error, MissingConfigException) and "/" in str(error.missing_cfg_file):
         return _explain_choice(error)
     if isinstance(error, OverrideParseException):

@@ -157,8 +157,17 @@ class TRCE(pl.LightningModule):
         return terms
 
     def _log_means(self, means: dict[str, Tensor]) -> None:
-        """Means over the batch, so with ``batch_size`` 1; ``sync_dist`` makes it the batch of all ranks."""
-        self.log_dict(means, on_step=True, on_epoch=True, batch_size=1, sync_dist=True)
+        """Means over the batch of all ranks, as ``…_step`` and, over the epoch, ``…_epoch``.
+
+        They travel together, where ``sync_dist`` would send and await each alone in every step.
+        """
+        values = torch.stack(list(means.values()))
+        if self.trainer.world_size > 1:
+            values = self.trainer.strategy.reduce(values, reduce_op="mean")
+        step = {f"{name}_step": value for name, value in zip(means, values, strict=True)}
+        epoch = {f"{name}_epoch": value for name, value in zip(means, values, strict=True)}
+        self.log_dict(step, on_step=True, on_epoch=False, batch_size=1)
+        self.log_dict(epoch, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     def _empty_states(self) -> Tensor:
         if not hasattr(self, "_empty"):

@@ -1,4 +1,4 @@
-"""What to do when a machine has no room left: one text for a full disk, one for full memory. Torch-free."""
+"""What to do when a machine lets a run down: a full disk, full memory, a process that is gone. Torch-free."""
 
 import errno
 import re
@@ -6,11 +6,12 @@ import re
 _CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _IN_TEXT = re.compile(rf"os error (?:{'|'.join(map(str, _CODES))})\b")  # as safetensors says it
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+_PEER_GONE = re.compile(r"connection (?:reset|closed|refused) by peer|remote process exited", re.IGNORECASE)
 _GOES_ON = "nothing that is there is lost: the same command continues"
 
 
-def explain_full(error: BaseException) -> list[str] | None:
-    """Lines of advice for an error that says that disk or memory is full, else None."""
+def explain_machine(error: BaseException) -> list[str] | None:
+    """Lines of advice for an error that says that one of these happened, else None."""
     first = (str(error).splitlines() or [""])[0]
     is_full = isinstance(error, OSError) and error.errno in _CODES
     if is_full or _IN_TEXT.search(str(error)):
@@ -25,6 +26,12 @@ def explain_full(error: BaseException) -> list[str] | None:
             f"out of memory: {first}",
             "lower trajectory.batch_size if it was training (trainer.accumulate_grad_batches makes up for "
             "it), metrics.batch_size if it was drawing; model.dtype=float16 halves a model on a GPU",
+            _GOES_ON,
+        ]
+    if isinstance(error, RuntimeError) and _PEER_GONE.search(str(error)):
+        return [
+            "another process of this run has ended",
+            "its own message stands above; one that was killed, as for want of memory, leaves none",
             _GOES_ON,
         ]
     return None

@@ -37,7 +37,7 @@ def write(run: TrainingRun) -> None:
     if run.erased:
         columns = {"original": run.original["final"].scored.scores, "erased": run.erased.scores}
         second = write_scores(run)
-    table = results_table(columns)
+    table = results_table(columns) if columns else ""
     write_model(run, table)
     metrics = facts(run) | {"zero_shot_clip": second} | columns
     tuned = {f"{name} (tuning prompts)": scores for name, scores in passes(run).items()}
