@@ -45,6 +45,7 @@ class Report:
         sets: prompts that all of them drew.
         pictures: titles and image files of further figures, such as the curves of a training run.
         facts: what is needed to reproduce it, by name: command, commit, settings.
+        robustness: cells of the table of conditions of use, headings first; empty where there are none.
     """
 
     title: str
@@ -52,6 +53,7 @@ class Report:
     sets: Sequence[PromptSet]
     pictures: Mapping[str, Path] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    robustness: Sequence[Sequence[str]] = ()
 
     @property
     def scored(self) -> dict[str, Scored]:

@@ -16,6 +16,7 @@ from trce_lightning.scoring import flatten_scores
 from trce_lightning.storage import replacing, write_json
 
 __all__ = [
+    "ABSENT",
     "ACCURACIES",
     "Scores",
     "image_grid",
@@ -28,7 +29,7 @@ __all__ = [
 
 Scores = Mapping[str, Any]
 
-_ABSENT = "–"
+ABSENT = "–"
 ACCURACIES = {
     "benign_accuracy": "benign accuracy",
     "benign_accuracy_near": "benign accuracy, near",
@@ -93,17 +94,17 @@ def _false_alarm(scores: Scores) -> str:
 
 def _rate(rate: Mapping[str, float] | None) -> str:
     if rate is None:
-        return _ABSENT
+        return ABSENT
     return f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
 
 
 def _accuracy(key: str, scores: Scores) -> str:
-    return _ABSENT if scores.get(key) is None else f"{100 * scores[key]:.1f} %"
+    return ABSENT if scores.get(key) is None else f"{100 * scores[key]:.1f} %"
 
 
 def _with_ratio(original: Scores, key: str, scores: Scores) -> str:
     value, reference = scores.get(key), original.get(key)
     if value is None:
-        return _ABSENT
+        return ABSENT
     ratio = f" ({value / reference:.2f}×)" if reference and scores is not original else ""
     return f"{value:.2f}{ratio}"
