@@ -81,12 +81,12 @@ def classifier_free_guidance(uncond: Tensor, cond: Tensor, guidance_scale: float
     return guided_prediction(uncond, cond, guidance_scale)
 
 
-def noise(shape: Sequence[int], source: int | torch.Generator) -> Tensor:
-    """Standard normal noise of one image, float32 on the CPU.
+def noise(shape: Sequence[int], seed: int | torch.Generator) -> Tensor:
+    """Standard normal noise of one image, float32 on the CPU, a function of `shape` and `seed` alone.
 
-    A function of `shape` and seed alone, where `source` is a seed; else what comes next of a CPU generator.
+    Of a CPU generator in a seed's place it is what comes next.
     """
-    generator = source if isinstance(source, torch.Generator) else seeded(source)
+    generator = seed if isinstance(seed, torch.Generator) else seeded(seed)
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
 
 
