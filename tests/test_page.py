@@ -161,6 +161,15 @@ def test_the_page_asks_for_nothing_from_outside(file):
     assert "@import" not in file.read_text() and "fetch(" not in file.read_text()
 
 
+def test_conditions_of_use_have_a_table_if_there_are_any(report, file, tmp_path):
+    assert "Robustness" not in file.read_text()
+    rows = [["condition", "model", "ASR direct"], ["negative_prompt=<b>", "erased", "5.0 %"]]
+    write_page(tmp_path / "other.html", replace(report, robustness=rows))
+    text = (tmp_path / "other.html").read_text()
+    Tags(text)
+    assert '<th scope="row">negative_prompt=&lt;b&gt;</th><td>erased</td><td>5.0 %</td>' in text
+
+
 def test_an_unreadable_image_is_named_and_leaves_no_page(report, tmp_path):
     broken = next((tmp_path / "b" / "direct").glob("*.png"))
     broken.write_bytes(b"\x89PNG")

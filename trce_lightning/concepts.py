@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 __all__ = [
     "DEFAULT_COUNTERPART",
     "DEFAULT_TEMPLATES",
+    "STOP_WORDS",
     "Concept",
     "PromptPair",
     "load_concept",
@@ -48,7 +49,7 @@ DEFAULT_TEMPLATES = (
     "{} with a purple background",
     "{}, seen from the front, on yellow",
 )
-_STOP_WORDS = frozenset(
+STOP_WORDS = frozenset(
     re.findall(
         r"\w+",
         "a about an and are as at by for from in into is it its of on or over someone something that the "
@@ -171,7 +172,7 @@ class Concept:
     def content_words(self) -> frozenset[str]:
         """The words that make terms and wordings malicious: those of them that no safe counterpart keeps."""
         kept = {word for counterpart in self.terms.values() for word in _words(counterpart)}
-        return frozenset(word for name in self.all_names for word in _words(name)) - kept - _STOP_WORDS
+        return frozenset(word for name in self.all_names for word in _words(name)) - kept - STOP_WORDS
 
     @cached_property
     def phrases(self) -> frozenset[str]:

@@ -20,6 +20,7 @@ from trce_lightning.comparison import (
     one_line,
     p_values,
 )
+from trce_lightning.conditions import asked
 from trce_lightning.data.published import log_sets
 from trce_lightning.logs import set_up_logging
 from trce_lightning.metrics.asr import TABLE_THRESHOLDS
@@ -27,6 +28,7 @@ from trce_lightning.metrics.class_detectors import load_class_detector
 from trce_lightning.metrics.detections import detect
 from trce_lightning.page import Report, write_page
 from trce_lightning.report import results_table, write_scores_csv
+from trce_lightning.robustness import Robustness, robustness_rows, robustness_table
 from trce_lightning.schema import EvalConfig
 from trce_lightning.scoring import Column, Scored, Scorer, category_rates, score_on_all_ranks
 from trce_lightning.session import Session, base_name, concepts_of
@@ -53,22 +55,38 @@ class Evaluation:
             model = dataclasses.replace(self.config.model, path=path)
             session = Session(dataclasses.replace(self.config, model=model), concepts_of(self.config))
             scorer = session.scorer("report", self.config.metrics.final_images_per_set)
+            if not self.columns:
+                self.begin(scorer)
             self.score(label, scorer)
             self.sets, self.features = scorer.sets, session.features()
             del session, scorer
             gc.collect()  # Trainer and module refer to each other, and so hold the model
+        if asked(self.config.robustness):
+            self.robustness.run()
         if self.is_global_zero:
             # Last, since the other processes wait for no one: they have nothing left to do.
             measure_distances(self.features, self.sets, self.columns)
             self.detect()
             self.write()
 
+    def begin(self, scorer: Scorer) -> None:
+        """Choose the folder; log the prompts and the network evaluations that are ahead."""
+        self.folder = Path(self.config.output or self.default_folder(scorer))
+        self.prompt_sets = log_sets(scorer.sets)
+        images = {label: self.images(label) for label in self.sources}
+        self.robustness = Robustness(self.config, self.sources, self.folder, images)
+        planned = len(self.sources) * scorer.planned_evaluations
+        log.info("ahead: scores of %d model(s): %d network evaluations", len(self.sources), planned)
+        if asked(self.config.robustness):
+            self.robustness.announce(scorer)
+
+    def images(self, label: str) -> Path:
+        """Where a model's images lie, by prompt set."""
+        return self.folder / "images" / (label if len(self.sources) > 1 else "")
+
     def score(self, label: str, scorer: Scorer) -> None:
         """Scores of one model; its images are files, and those that are there are not made again."""
-        if not self.columns:
-            self.folder = Path(self.config.output or self.default_folder(scorer))
-            self.prompt_sets = log_sets(scorer.sets)
-        images = self.folder / "images" / (label if len(self.sources) > 1 else "")
+        images = self.images(label)
         trainer = make_trainer(self.config.trainer, self.folder)
         start = time.monotonic()
         scores = score_on_all_ranks(trainer, scorer, images, label)
@@ -106,10 +124,15 @@ class Evaluation:
             for label, column in self.columns.items()
         }
         metrics = self.facts() | self.results() | {"categories": self.categories(), "asr_by_threshold": rates}
+        if self.robustness.results:
+            metrics["robustness"] = self.robustness.results
+            metrics["robustness_evaluations"] = self.robustness.network_evaluations
         write_scores_csv(self.folder / "metrics.csv", scores)
         write_page(self.folder / "report.html", self.report())
         write_json(self.folder / "metrics.json", metrics)
         log.info("%s\n%s", self.folder, results_table(scores))
+        if self.robustness.results:
+            log.info("robustness to use\n%s", robustness_table(self.robustness.results))
         for label, comparison in self.comparisons().items():
             log.info("%s against %s: %s", label, next(iter(self.columns)), one_line(comparison))
 
@@ -164,6 +187,7 @@ class Evaluation:
             comparisons=self.comparisons(),
             categories=self.categories(),
             facts={"command": runs.command(), **self.facts(), "models": self.sources},
+            robustness=robustness_rows(self.robustness.results) if self.robustness.results else [],
         )
 
 

@@ -1,4 +1,4 @@
-"""The one loop that makes images: deterministic DDIM under classifier-free guidance.
+"""The one loop that makes images: deterministic DDIM, or a `Variation`, under classifier-free guidance.
 
 Noise is one CPU generator per image, so that all models, batch sizes and device counts see the same.
 """
@@ -14,13 +14,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.adapters.lora import lora_applied
+from trce_lightning.adapters.samplers import make_sampler
 from trce_lightning.data.prompt_sets import PromptRecord
 from trce_lightning.image_folder import claim, guidance_scales, image_seed, load_images, manifest, write_png
-from trce_lightning.sampling import classifier_free_guidance, noise
+from trce_lightning.sampling import classifier_free_guidance, noise, seeded
+from trce_lightning.variation import Variation
 
-__all__ = ["generate", "generate_to", "load_images", "planned_evaluations", "shard"]
+__all__ = ["generate", "generate_to", "load_images", "network_steps", "planned_evaluations", "shard"]
 
 Batch = Sequence[PromptRecord]
+USUAL = Variation()
 
 
 def generate(
@@ -32,6 +36,7 @@ def generate(
     batch_size: int,
     autocast_dtype: torch.dtype | None = None,
     description: str | None = None,
+    variation: Variation = USUAL,
 ) -> Tensor:
     """Images of prompts, uint8 ``[N, 3, H, W]`` on the CPU.
 
@@ -42,17 +47,27 @@ def generate(
         guidance_scale: w of records without one of their own.
         autocast_dtype: of denoiser and decoder; None leaves their own.
         description: of a progress bar over network evaluations; None shows none.
+        variation: another sampler, negative prompt, first latent, or a LoRA.
 
     Raises:
         ValueError: ``batch_size`` below 1.
     """
-    sampler = _Sampler(adapter, guidance_scale, num_steps, autocast_dtype)
-    images = [images for _, images in sampler.run(_batches(records, batch_size), description)]
+    with lora_applied(adapter, variation.lora):
+        sampler = _Sampler(adapter, guidance_scale, num_steps, autocast_dtype, variation)
+        images = [images for _, images in sampler.run(_batches(records, batch_size), description)]
     return torch.cat(images) if images else torch.empty((0, 3, 0, 0), dtype=torch.uint8)
 
 
+def network_steps(adapter: StableDiffusionAdapter, num_steps: int, variation: Variation = USUAL) -> int:
+    """How often the denoiser sees an image: ``num_steps``, but for some samplers and for image-to-image."""
+    return len(make_sampler(adapter, variation.scheduler, num_steps, variation.strength).timesteps)
+
+
 def planned_evaluations(records: Sequence[PromptRecord], num_steps: int, guidance_scale: float) -> int:
-    """Network evaluations that `generate` takes: two for each image and step, one at guidance scale 1."""
+    """Network evaluations that `generate` takes: two for each image and step, one at guidance scale 1.
+
+    ``num_steps`` as `network_steps` counts them.
+    """
     return sum(num_steps * (1 if scale == 1 else 2) for scale in guidance_scales(records, guidance_scale))
 
 
@@ -75,6 +90,7 @@ def generate_to(
     description: str | None = None,
     rank: int = 0,
     world_size: int = 1,
+    variation: Variation = USUAL,
 ) -> int:
     """Fill ``folder`` with PNG images of ``records``; returns how many were written, those already there not.
 
@@ -86,26 +102,27 @@ def generate_to(
     """
     entries = manifest(records, guidance_scale)
     precision = str(autocast_dtype or next(adapter.unet.parameters()).dtype).removeprefix("torch.")
-    meta = {"generator": adapter.fingerprint(), "num_steps": num_steps, "precision": precision}
-    claim(folder, entries, meta)
     files = {entry["id"]: folder / entry["file"] for entry in entries}
-    missing = [
-        rows
-        for rows in _batches(shard(records, rank, world_size), batch_size)
-        if not all(files[record.id].exists() for record in rows)
-    ]
     written = 0
-    sampler = _Sampler(adapter, guidance_scale, num_steps, autocast_dtype)
-    for rows, images in sampler.run(missing, description):
-        for record, image in zip(rows, images, strict=True):
-            if not files[record.id].exists():
-                write_png(files[record.id], image)
-                written += 1
+    with lora_applied(adapter, variation.lora):
+        meta = {"generator": adapter.fingerprint(), "num_steps": num_steps, "precision": precision}
+        claim(folder, entries, meta | variation.meta())
+        missing = [
+            rows
+            for rows in _batches(shard(records, rank, world_size), batch_size)
+            if not all(files[record.id].exists() for record in rows)
+        ]
+        sampler = _Sampler(adapter, guidance_scale, num_steps, autocast_dtype, variation)
+        for rows, images in sampler.run(missing, description):
+            for record, image in zip(rows, images, strict=True):
+                if not files[record.id].exists():
+                    write_png(files[record.id], image)
+                    written += 1
     return written
 
 
 class _Sampler:
-    """What images of a run share: timesteps, guidance, precision and the empty prompt's states."""
+    """What images of a run share: sampler, guidance, precision and the negative prompt's states."""
 
     def __init__(
         self,
@@ -113,15 +130,17 @@ class _Sampler:
         guidance_scale: float,
         num_steps: int,
         autocast_dtype: torch.dtype | None,
+        variation: Variation,
     ) -> None:
         self.adapter, self.guidance_scale, self.autocast_dtype = adapter, guidance_scale, autocast_dtype
-        self.timesteps = adapter.timesteps(num_steps)
-        self.empty = adapter.encode([""]).states
+        self.start = variation.start
+        self.sampler = make_sampler(adapter, variation.scheduler, num_steps, variation.strength)
+        self.negative = adapter.encode([variation.negative_prompt]).states
 
     def run(self, batches: Sequence[Batch], description: str | None) -> Iterator[tuple[Batch, Tensor]]:
         """Each batch with its images, uint8 ``[B, 3, H, W]`` on the CPU."""
         records = list(chain.from_iterable(batches))
-        total = planned_evaluations(records, len(self.timesteps), self.guidance_scale)
+        total = planned_evaluations(records, len(self.sampler.timesteps), self.guidance_scale)
         with tqdm(total=total, desc=description, unit="eval", disable=description is None) as progress:
             for rows in batches:
                 yield rows, self._sample(rows, progress)
@@ -131,23 +150,30 @@ class _Sampler:
         adapter, scales = self.adapter, torch.tensor(guidance_scales(rows, self.guidance_scale))
         guided = [i for i, scale in enumerate(scales.tolist()) if scale != 1]
         conditional = adapter.encode([record.prompt for record in rows]).states
-        states = torch.cat([self.empty.expand(len(guided), -1, -1), conditional])
-        z_t = torch.stack([noise(adapter.latent_shape, image_seed(record)) for record in rows]).to(
-            adapter.device
-        )
+        states = torch.cat([self.negative.expand(len(guided), -1, -1), conditional])
+        generators = [seeded(image_seed(record)) for record in rows]
+        pure = torch.stack([noise(adapter.latent_shape, generator) for generator in generators])
         enabled = self.autocast_dtype is not None
         with torch.autocast(adapter.device.type, self.autocast_dtype, enabled=enabled):
-            for step_index, timestep in enumerate(self.timesteps):
-                output = adapter.predict(torch.cat([z_t[guided], z_t]), timestep, states)
+            z_t = self.sampler.start(pure.to(adapter.device), self._clean(rows))
+            for step_index, timestep in enumerate(self.sampler.timesteps):
+                seen = self.sampler.network_input(z_t, step_index)
+                output = adapter.predict(torch.cat([seen[guided], seen]), timestep, states)
                 uncond, eps = output.split([len(guided), len(rows)])
                 eps = eps.index_copy(
                     0,
                     torch.tensor(guided, dtype=torch.int64, device=eps.device),
                     classifier_free_guidance(uncond, eps[guided], scales[guided]),
                 )
-                z_t = adapter.step(eps, z_t, self.timesteps, step_index)
+                z_t = self.sampler.step(eps, z_t, step_index, generators)
                 progress.update(len(states))
             return adapter.decode(z_t).cpu()
+
+    def _clean(self, rows: Batch) -> Tensor | None:
+        """Latents of the pictures that image-to-image starts from."""
+        if self.start is None:
+            return None
+        return self.adapter.encode_images(self.start.images(rows, self.adapter.side))
 
 
 def _batches(records: Sequence[PromptRecord], batch_size: int) -> list[Batch]:

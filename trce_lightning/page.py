@@ -39,6 +39,7 @@ class Report:
         categories: attack success by model, set and category.
         pictures: titles and image files of further figures, such as the curves of a training run.
         facts: what is needed to reproduce it, by name: command, commit, settings.
+        robustness: cells of the table of conditions of use, headings first; empty where there are none.
     """
 
     title: str
@@ -48,6 +49,7 @@ class Report:
     categories: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     pictures: Mapping[str, Path] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    robustness: Sequence[Sequence[str]] = ()
 
     @property
     def scored(self) -> dict[str, Scored]:

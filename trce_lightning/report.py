@@ -16,6 +16,7 @@ from trce_lightning.scoring import flatten_scores
 from trce_lightning.storage import replacing, write_json
 
 __all__ = [
+    "ABSENT",
     "ACCURACIES",
     "Scores",
     "image_grid",
@@ -29,7 +30,7 @@ __all__ = [
 
 Scores = Mapping[str, Any]
 
-_ABSENT = "–"
+ABSENT = "–"
 ACCURACIES = {
     "benign_accuracy": "benign accuracy",
     "benign_accuracy_near": "benign accuracy, near",
@@ -121,7 +122,7 @@ def _distance(key: str, scores: Scores) -> str:
     if key in scores:
         return f"{factor * scores[key]:.2f}"
     floor = scores.get(key.replace("to_original", "floor"))
-    return _ABSENT if floor is None else f"floor {factor * floor:.2f}"
+    return ABSENT if floor is None else f"floor {factor * floor:.2f}"
 
 
 def _asr(name: str, scores: Scores) -> str:
@@ -135,18 +136,18 @@ def _false_alarm(scores: Scores) -> str:
 def rate_cell(rate: Mapping[str, float] | None) -> str:
     """A rate with its interval: "1.6 % [0.8, 3.1]"."""
     if rate is None:
-        return _ABSENT
+        return ABSENT
     return f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
 
 
 def _accuracy(key: str, scores: Scores) -> str:
-    return _ABSENT if scores.get(key) is None else f"{100 * scores[key]:.1f} %"
+    return ABSENT if scores.get(key) is None else f"{100 * scores[key]:.1f} %"
 
 
 def _with_ratio(original: Scores, key: str, scores: Scores) -> str:
     value, reference = scores.get(key), original.get(key)
     if value is None:
-        return _ABSENT
+        return ABSENT
     ratio = f" ({value / reference:.2f}×)" if reference and scores is not original else ""
     low, high = scores.get(f"{key}_low"), scores.get(f"{key}_high")
     interval = "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"

@@ -81,12 +81,18 @@ def classifier_free_guidance(uncond: Tensor, cond: Tensor, guidance_scale: float
     return guided_prediction(uncond, cond, guidance_scale)
 
 
-def noise(shape: Sequence[int], seed: int) -> Tensor:
+def noise(shape: Sequence[int], seed: int | torch.Generator) -> Tensor:
     """Standard normal noise of one image, float32 on the CPU, a function of `shape` and `seed` alone.
 
-    The CPU generator reads the low 32 bits of `seed`.
+    Of a CPU generator in a seed's place it is what comes next.
     """
-    return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
+    generator = seed if isinstance(seed, torch.Generator) else seeded(seed)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A CPU generator; it reads the low 32 bits of `seed`."""
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 def seed_of(prompt_id: str, sample: int) -> int:

@@ -11,6 +11,23 @@ POSITIONS = ("sot", "keyword", "eot", "padding")
 STAGES = ("textual", "trajectory")
 OWN_SETS = ("direct", "implicit", "benign", "unerased", "neighbours")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
+SAMPLERS = (
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "DDPMScheduler",
+)
+CONCEPT_SETS = ("direct", "implicit", "benign")
+PLACES = ("early", "late")
+MISSPELLINGS = ("swap", "drop", "double")
 
 
 def option(
@@ -18,14 +35,22 @@ def option(
     *,
     choices: tuple[str, ...] | None = None,
     at_least: float | None = None,
+    at_most: float | None = None,
     above: float | None = None,
     below: float | None = None,
 ) -> Any:
     """A dataclass field together with the values that `trce_lightning.validation` accepts for it.
 
-    `choices` holds for each item of a list; `at_least` is inclusive, `above` and `below` are not.
+    `choices` holds for each item of a list; `at_least` and `at_most` are inclusive, `above` and
+    `below` are not.
     """
-    metadata = {"choices": choices, "at_least": at_least, "above": above, "below": below}
+    metadata = {
+        "choices": choices,
+        "at_least": at_least,
+        "at_most": at_most,
+        "above": above,
+        "below": below,
+    }
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -179,6 +204,25 @@ class TrainConfig:
 
 
 @dataclass
+class RobustnessConfig:
+    """Other uses of a model, each scored by itself: one for each item of the lists that are not empty."""
+
+    images_per_set: int = option(128, at_least=1)  # the first of metrics.final_images_per_set
+    sets: list[str] = option(list(CONCEPT_SETS), choices=CONCEPT_SETS)
+    samplers: list[str] = option([], choices=SAMPLERS)  # diffusers' names, in place of DDIM
+    guidance_scales: list[float] = option([], at_least=0)
+    steps: list[int] = option([], at_least=1)
+    negative_prompts: list[str] = option([])  # {safe}: the concept's safe counterparts
+    strengths: list[float] = option([], above=0, at_most=1)  # image-to-image, share of the steps
+    picture: str | None = None  # that image-to-image starts from; null: what the original drew of each prompt
+    lora: list[str] = option([])  # files or folders of LoRAs, each on top of the model
+    lora_scale: float = 1.0
+    long_prompts: list[str] = option([], choices=PLACES)  # where the prompt stands in its filler
+    filler: list[str] = option([])  # benign phrases
+    misspellings: list[str] = option([], choices=MISSPELLINGS)  # of the words that name the concept
+
+
+@dataclass
 class PromptFileConfig:
     """A prompt file: `path` goes before `filename` of the Hub's data set `hub_id`."""
 
@@ -205,6 +249,7 @@ class EvalConfig:
     runs: str = "runs"
     cache: str | None = None
     published: dict[str, PromptFileConfig] = field(default_factory=dict)
+    robustness: RobustnessConfig = field(default_factory=RobustnessConfig)
 
 
 @dataclass

@@ -17,7 +17,14 @@ from torch.utils.data import DataLoader
 
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.data.prompt_sets import BENIGN, PromptRecord, PromptSet
-from trce_lightning.generation import generate, generate_to, load_images, planned_evaluations, shard
+from trce_lightning.generation import (
+    generate,
+    generate_to,
+    load_images,
+    network_steps,
+    planned_evaluations,
+    shard,
+)
 from trce_lightning.metrics.asr import THRESHOLD, AttackSuccessRate, shows_concept
 from trce_lightning.metrics.collateral import Detection, accuracies, clip_score_interval
 from trce_lightning.metrics.detectors import Detector
@@ -25,6 +32,7 @@ from trce_lightning.metrics.scores import Evaluator
 from trce_lightning.metrics.uncertainty import clustered_rate
 from trce_lightning.sampling import seed_of
 from trce_lightning.storage import write_json
+from trce_lightning.variation import Variation
 
 Scores = dict[str, Any]
 SCORED_SCHEMA = 2
@@ -43,15 +51,22 @@ class Sampling:
     num_steps: int
     batch_size: int
     autocast_dtype: torch.dtype | None
+    variation: Variation = field(default_factory=Variation)
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the generation loop."""
-        return {
+        options = {
             "guidance_scale": self.guidance_scale,
             "num_steps": self.num_steps,
             "batch_size": self.batch_size,
             "autocast_dtype": self.autocast_dtype,
         }
+        # Fingerprints of scores are made of these: those of the usual way stay what they were.
+        return options if self.variation == Variation() else options | {"variation": self.variation}
+
+    def of_set(self, name: str) -> Sampling:
+        """With the pictures of one prompt set."""
+        return replace(self, variation=self.variation.of_set(name))
 
 
 @dataclass
@@ -67,6 +82,8 @@ class Scorer:
     make_evaluator: Callable[[Sequence[str]], Evaluator]
     label_groups: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Labels whose accuracy is told apart, by the group's name."""
+    draws: bool = True
+    """Whether it makes images; else those in the folder are judged."""
     detections: Detections = field(default_factory=dict)
     """Of the last call."""
     network_evaluations: int = 0
@@ -75,7 +92,10 @@ class Scorer:
     @property
     def planned_evaluations(self) -> int:
         """Network evaluations of one call, over all ranks."""
-        options = (self.sampling.num_steps, self.sampling.guidance_scale)
+        if not self.draws:
+            return 0
+        num_steps = network_steps(self.adapter, self.sampling.num_steps, self.sampling.variation)
+        options = (num_steps, self.sampling.guidance_scale)
         return sum(planned_evaluations(prompts.records, *options) for prompts in self.sets)
 
     def records(self, name: str) -> tuple[PromptRecord, ...]:
@@ -100,12 +120,14 @@ class Scorer:
         for prompts in self.sets:
             share = shard(prompts.records, rank, world_size)
             description = f"{title}: {prompts.name} images" if rank == 0 else None
-            options = self.sampling.options() | {"description": description}
+            options = self.sampling.of_set(prompts.name).options() | {"description": description}
             if folder is None:
                 images[prompts.name] = generate(self.adapter, share, **options)
             else:
                 place = folder / prompts.name
-                generate_to(place, self.adapter, prompts.records, rank=rank, world_size=world_size, **options)
+                if self.draws:
+                    options |= {"rank": rank, "world_size": world_size}
+                    generate_to(place, self.adapter, prompts.records, **options)
                 images[prompts.name] = load_images(place, share)
             evaluator.update(prompts.name, images[prompts.name], list(share))
         self.network_evaluations += self.adapter.network_evaluations - counted

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trce_lightning.arguments import did_you_mean
-from trce_lightning.concepts import Concept
+from trce_lightning.concepts import Concept, mentions
 from trce_lightning.schema import DemoConfig, EvalConfig, ModelConfig, TrainConfig
 
 
@@ -44,6 +44,62 @@ def _check_evaluation(config: EvalConfig) -> None:
         _check_model(dataclasses.replace(config.model, path=path), "models")
     for name, file in prompt_files(config.prompts, config.published):
         check_file(name, file, list(config.published))
+    _check_robustness(config)
+
+
+def _check_robustness(config: EvalConfig) -> None:
+    options, limit = config.robustness, config.metrics.final_images_per_set
+    lists = {entry.name: getattr(options, entry.name) for entry in dataclasses.fields(options)}
+    conditions = {
+        name: values
+        for name, values in lists.items()
+        if isinstance(values, list) and name not in ("sets", "filler")
+    }
+    for name, values in conditions.items():
+        named = [Path(value).stem for value in values] if name == "lora" else values
+        if len(set(named)) < len(named):
+            raise ValueError(f"option 'robustness.{name}': expected items of different names, got {values}")
+    if any(conditions.values()) and options.images_per_set > limit:
+        raise ValueError(
+            "option 'robustness.images_per_set': expected at most metrics.final_images_per_set, "
+            f"{limit}, got {options.images_per_set}"
+        )
+    _check_filler(config)
+    _check_picture(config)
+    _check_lora(options.lora)
+
+
+def _check_filler(config: EvalConfig) -> None:
+    concepts = [Concept.from_mapping(dataclasses.asdict(c), source="") for c in config.concept.values()]
+    if config.robustness.long_prompts and not config.robustness.filler:
+        raise ValueError("option 'robustness.filler': expected phrases to make prompts long with, got none")
+    for phrase in config.robustness.filler:
+        if not phrase.strip() or mentions(phrase, concepts):
+            raise ValueError(
+                f"option 'robustness.filler': expected phrases that don't name the concept, got {phrase!r}"
+            )
+
+
+def _check_picture(config: EvalConfig) -> None:
+    options, model = config.robustness, dataclasses.replace(config.model, path=None)
+    if options.picture is not None:
+        _check_file("robustness.picture", options.picture)
+    elif options.strengths and model.hub_id is None and model.judge != "embedded" and model.name != "emoji":
+        raise ValueError(
+            "option 'robustness.picture': expected an image file to start from, since neither model.hub_id "
+            "nor an embedded model names the original, which would draw it"
+        )
+
+
+def _check_lora(paths: list[str]) -> None:
+    for path in paths:
+        if not Path(path).exists():
+            raise FileNotFoundError(f"option 'robustness.lora': no file or folder {path!r}")
+    if paths and importlib.util.find_spec("peft") is None:
+        raise ValueError(
+            "option 'robustness.lora': peft is not installed; "
+            "install it with: pip install 'trce-lightning[lora]'"
+        )
 
 
 def _check_values(node: Any, prefix: str) -> None:
@@ -66,6 +122,8 @@ def _check_value(name: str, value: Any, limits: Any) -> None:
         raise ValueError(f"option {name!r}: expected a finite number, got {value}")
     if limits.get("at_least") is not None and value < limits["at_least"]:
         raise ValueError(f"option {name!r}: expected at least {limits['at_least']}, got {value}")
+    if limits.get("at_most") is not None and value > limits["at_most"]:
+        raise ValueError(f"option {name!r}: expected at most {limits['at_most']}, got {value}")
     if limits.get("above") is not None and value <= limits["above"]:
         raise ValueError(f"option {name!r}: expected more than {limits['above']}, got {value}")
     if limits.get("below") is not None and value >= limits["below"]:

@@ -55,6 +55,11 @@ class StableDiffusionAdapter:
         return self.unet.device
 
     @property
+    def side(self) -> int:
+        """Pixels of an image's side."""
+        return self.latent_shape[-1] * self.pipeline.vae_scale_factor
+
+    @property
     def prediction_type(self) -> str:
         """The network's output space: ``epsilon`` or ``v_prediction``."""
         return str(self.scheduler.config.prediction_type)
@@ -83,6 +88,11 @@ class StableDiffusionAdapter:
             max_length=self.tokenizer.model_max_length,
             return_tensors="pt",
         ).input_ids
+
+    def fits(self, prompt: str) -> bool:
+        """Whether the model reads the whole prompt."""
+        tokens = self.tokenizer(prompt, truncation=False, verbose=False).input_ids
+        return len(tokens) <= self.tokenizer.model_max_length
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, trimmed: bool = False) -> TextStates:
@@ -116,6 +126,12 @@ class StableDiffusionAdapter:
         latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         pixels = self.vae.decode(latents).sample.float()
         return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """uint8 RGB ``[B, 3, H, W]`` → latents, float32: means of the autoencoder's posterior, scaled."""
+        pixels = (images.float() / 127.5 - 1).to(self.vae.device, self.vae.dtype)
+        return self.vae.encode(pixels).latent_dist.mean.float() * self.vae.config.scaling_factor
 
     def text_projections(self) -> dict[str, nn.Linear]:
         """Every cross-attention K and V by name: bias-free, ``[d_out, d]``, fed with raw text states."""
