@@ -94,7 +94,9 @@ def _false_alarm(scores: Scores) -> str:
 def _rate(rate: Mapping[str, float] | None) -> str:
     if rate is None:
         return _ABSENT
-    return f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+    share = f"{100 * rate['rate']:.1f} %"
+    # Rates that others published come without.
+    return f"{share} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]" if "low" in rate else share
 
 
 def _accuracy(key: str, scores: Scores) -> str:
