@@ -50,7 +50,7 @@ def load_adapter(
         pipeline = _open_file(Path(source), config, dtype, revision)
     else:
         _check_folder("model.path", source)
-        refuse_other_pipelines(_index(source, revision), str(source))
+        refuse_other_pipelines(_index("model.path", source, revision), str(source))
         pipeline = StableDiffusionPipeline.from_pretrained(
             str(source), dtype=dtype, revision=revision, variant=_variant(Path(source)), **WITHOUT_CHECKER
         )
@@ -68,7 +68,7 @@ def _open_file(
             "for its tokenizer, scheduler and sizes, got none"
         )
     _check_folder("model.config", config)
-    refuse_other_pipelines(_index(config, revision), str(config))
+    refuse_other_pipelines(_index("model.config", config, revision), str(config))
     try:
         pipeline = StableDiffusionPipeline.from_single_file(
             str(file), config=str(config), dtype=dtype, revision=revision, **WITHOUT_CHECKER
@@ -125,8 +125,15 @@ def _check_folder(option: str, source: str | Path) -> None:
         raise FileNotFoundError(f"{option}: expected a diffusers pipeline folder, got '{source}'")
 
 
-def _index(source: str | Path, revision: str | None) -> dict[str, Any]:
-    return StableDiffusionPipeline.load_config(str(source), revision=revision)
+def _index(option: str, source: str | Path, revision: str | None) -> dict[str, Any]:
+    try:
+        return StableDiffusionPipeline.load_config(str(source), revision=revision)
+    except OSError as error:
+        reason = type(error.__cause__ or error.__context__ or error).__name__
+        raise FileNotFoundError(
+            f"{option}: expected a pipeline in a folder, in the local cache or on the hub, got '{source}', "
+            f"whose {INDEX} can't be read ({reason})"
+        ) from error
 
 
 def _variant(folder: Path) -> str | None:
