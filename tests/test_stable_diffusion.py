@@ -234,6 +234,42 @@ def test_a_single_file_holds_the_same_pipeline(
     assert {t.dtype for t in tensors(half.pipeline).values() if t.is_floating_point()} == {torch.float16}
 
 
+@pytest.mark.usefixtures("clean_process")
+def test_a_run_from_a_single_file_leaves_every_export_and_what_was_expected(
+    sd1: StableDiffusionPipeline, sd1_folder: Path, tmp_path: Path
+) -> None:
+    save_file(original_state(sd1), tmp_path / "base.safetensors")
+    (tmp_path / "captions.json").write_text(
+        json.dumps({"annotations": [{"caption": t} for t in KEEP_PROMPTS]})
+    )
+    cli.train(
+        [
+            "concept.terms=[gun,axe]",
+            "model=sd14",
+            f"model.path={tmp_path / 'base.safetensors'}",
+            f"model.config={sd1_folder}",
+            "model.resolution=64",
+            "stages=textual",
+            "metrics.enabled=false",
+            f"textual.keep_prompts={tmp_path / 'captions.json'}",
+            "export=[pipeline,delta,single_file]",
+            "+expected={source: a paper, asr: {i2p: 0.0129}, fid: 26.89}",
+            f"output={tmp_path / 'run'}",
+        ]
+    )
+    run = tmp_path / "run"
+    erased = StableDiffusionPipeline.from_pretrained(run / "erased")
+    assert set(moved(tensors(sd1), tensors(erased))) == {f"unet.{name}" for name in KEYS_AND_VALUES}
+    single = StableDiffusionPipeline.from_single_file(str(run / "erased.safetensors"), config=str(sd1_folder))
+    assert_equal(single, erased)
+    assert set(load_file(run / "delta.safetensors")) == KEYS_AND_VALUES | QUERIES
+    expected = {"source": "a paper", "asr": {"i2p": {"rate": 0.0129}}, "fid": 26.89}
+    assert json.loads((run / "metrics.json").read_text())["expected"] == expected
+    said = (run / "run.log").read_text()
+    assert "| ASR i2p | 1.3 % |" in said and "| FID | 26.89 |" in said
+    assert "26.89" not in (run / "erased" / "README.md").read_text()
+
+
 def test_single_file_names_at_full_size(version: str) -> None:
     """diffusers' converters turn the whole networks' original names back into theirs."""
     with torch.device("meta"):

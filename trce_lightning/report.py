@@ -107,5 +107,7 @@ def _with_ratio(original: Scores, key: str, scores: Scores) -> str:
     value, reference = scores.get(key), original.get(key)
     if value is None:
         return _ABSENT
-    ratio = f" ({value / reference:.2f}×)" if reference and scores is not original else ""
+    # A figure that others published has another original.
+    comparable = reference and scores is not original and "source" not in scores
+    ratio = f" ({value / reference:.2f}×)" if comparable else ""
     return f"{value:.2f}{ratio}"

@@ -89,7 +89,7 @@ def expected_scores(expected: Mapping[str, Any]) -> dict[str, Scores]:
     if not expected:
         return {}
     rates = {name: {"rate": rate} for name, rate in expected.get("asr", {}).items()}
-    return {"expected": {**expected, "asr": rates}}
+    return {"expected": {"source": "unstated", **expected, "asr": rates}}
 
 
 def passes(run: TrainingRun) -> dict[str, Scores]:
