@@ -13,7 +13,6 @@ from omegaconf import OmegaConf
 from trce_lightning import run, runs
 from trce_lightning.schema import ConceptConfig, ModelConfig, OptimizerConfig, TrainConfig
 
-
 pytestmark = pytest.mark.usefixtures("clean_process")
 
 
