@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 BROWSER_STAMP := .venv/.installed-browser
 
-.PHONY: setup demo test test-browser lint clean
+.PHONY: setup demo test test-slow test-browser lint clean
 
 setup: $(STAMP)
 
@@ -19,6 +19,9 @@ demo: setup
 
 test: setup
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest
+
+test-slow: setup
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest -m slow
 
 $(BROWSER_STAMP): $(STAMP)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[browser]'

@@ -7,7 +7,9 @@ os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"
 )  # spinning threads make small matrices slow on a busy machine
 
+import logging
 import string
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from browser import page as page
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from trce_lightning import runs
 from trce_lightning.adapters import StableDiffusionAdapter
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -98,6 +101,19 @@ def build_tiny_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipe
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture
+def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Opening a folder sets a variable and adds a log file."""
+    monkeypatch.setenv(runs.FOLDER_VARIABLE, "")
+    monkeypatch.delenv(runs.FOLDER_VARIABLE)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    before = list(logging.getLogger().handlers)
+    yield
+    for handler in set(logging.getLogger().handlers) - set(before):
+        logging.getLogger().removeHandler(handler)
+        handler.close()
 
 
 @pytest.fixture

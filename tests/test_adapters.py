@@ -113,6 +113,11 @@ def with_other_width(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeli
     return pipeline
 
 
+def for_inpainting(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, "in_channels": 9})
+    return pipeline
+
+
 def bidirectional(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
     config = BertConfig(
         vocab_size=len(pipeline.tokenizer),
@@ -156,6 +161,7 @@ def without_text(pipeline: StableDiffusionPipeline) -> DDIMPipeline:
         (with_encoder_hid_proj, "encoder_hid_proj"),
         (with_bias, "bias-free"),
         (with_other_width, f"width {WIDTH}"),
+        (for_inpainting, "4 latent channels, got 9"),
         (bidirectional, "causal"),
         (two_encoders, "one text encoder"),
         (without_text, "UNet2DConditionModel"),

@@ -67,6 +67,17 @@ WRONG = [
     (["concept=violence", "plan=perhaps"], ["'plan'", "'perhaps'"]),
     (["concept=violence", "trainer.precision=fp16"], ["'trainer.precision'", "'fp16'", "bf16-mixed"]),
     (["concept=violence", "export=delt"], ["'export'", "'delt'", "Did you mean 'delta'?", "pipeline"]),
+    (["concept=violence", "export=both"], ["'export'", "'both'", "pipeline, delta, single_file"]),
+    (["concept=violence", "export=[delta,delta]"], ["'export'", "at most once"]),
+    (["concept=violence", "export=[]"], ["'export'", "one at least"]),
+    (["concept=violence", "model.dtype=float16"], ["'model.dtype'", "float32", "trainer.precision"]),
+    (["concept=violence", "model.path=/etc/passwd"], ["'model.path'", ".safetensors", "/etc/passwd"]),
+    (["concept=violence", "model.config=x"], ["'model.config'", "expected none", "'x'"]),
+    (["concept=violence", "+expected.kid=1"], ["'expected'", "clip_score", "'kid'"]),
+    (["concept=violence", "+expected.fid=low"], ["'expected.fid'", "a number", "'low'"]),
+    (["concept=violence", "+expected.asr={i2p: 1.29}"], ["'expected.asr.i2p'", "fraction", "1.29"]),
+    (["concept=violence", "+expected.asr=0.1"], ["'expected.asr'", "by prompt set"]),
+    (["concept=violence", "textual.keep_prompts=hub:x"], ["'textual.keep_prompts'", "hub:OWNER/NAME/FILE"]),
     (["concept=violence", "optimizer=sgd"], ["'sgd'", "paged_adamw8bit"]),
     (["concept=violence", "optimizer.name=sgd"], ["'optimizer.name'", "'sgd'", "adamw8bit"]),
     (["concept=violence", "stages=[textul]"], ["'stages'", "Did you mean 'textual'?"]),
@@ -166,6 +177,23 @@ def test_spellings_are_equal(argv, capsys):
     assert (config["trainer"]["devices"], config["plan"], config["seed"]) == (2, True, 3)
 
 
+def test_a_single_export_needs_no_brackets(capsys):
+    assert composed(capsys, "concept=violence")["export"] == ["pipeline"]
+    assert composed(capsys, "concept=violence", "export=delta")["export"] == ["delta"]
+    several = composed(capsys, "concept=violence", "export=[delta,single_file]")["export"]
+    assert several == ["delta", "single_file"]
+
+
+def test_a_single_file_needs_its_configuration(capsys, tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    text = refusal(capsys, "concept=violence", f"model.path={file}")
+    assert "'model.config'" in text and "got none" in text
+    # A preset's hub id is one; the file itself is read, and refused, only then.
+    text = refusal(capsys, "concept=violence", "model=sd14", f"model.path={file}")
+    assert "model.config" not in text and "readable .safetensors" in text
+
+
 def test_hydra_flags_pass_unchanged():
     argv = ["--cfg", "job", "-m", "--config-name", "eval", "--info", "defaults", "--resolve", "-p", "model"]
     assert rewrite(argv, TrainConfig, ["concept"]) == argv
@@ -211,7 +239,7 @@ def test_prompts_take_one_file_or_several(capsys):
 
 
 def test_sweep_values_stay_apart():
-    argv = ["-m", "concept=violence,horror", "textual.eta=0.1,1", "export=delta,both"]
+    argv = ["-m", "concept=violence,horror", "textual.eta=0.1,1", "export=delta,pipeline"]
     assert rewrite(argv, TrainConfig, ["concept"]) == argv
     assert rewrite(["prompts=a,b"], EvalConfig, []) == ["prompts=['a,b']"]
 

@@ -1,5 +1,6 @@
 """Concept files, prompt pairs and kept prompts: what they promise, and that each promise can be broken."""
 
+import json
 import re
 import subprocess
 import sys
@@ -18,10 +19,12 @@ from trce_lightning.concepts import (
     mentions,
     prompt_pairs,
 )
+from trce_lightning.data.captions import read_captions
 from trce_lightning.data.keep_prompts import KEEP_TEMPLATES, keep_prompts
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-NAMES = ["violence", "sexual", "horror", "intoxicants", "style", "unsafe"]
+NAMES = ["violence", "sexual", "horror", "intoxicants", "style", "unsafe", "vangogh"]
+STYLES = ("style", "vangogh")
 DISTINCT = ["violence", "sexual", "horror", "intoxicants", "style"]
 EMBEDDED_NAMES = {
     "violence": "kitchen knife,dagger,crossed swords,bomb,axe,bow and arrow,pistol,gun,drop of blood,"
@@ -59,7 +62,7 @@ def test_file_loads_with_15_templates_under_its_own_package(name: str) -> None:
     assert concept.name == name
     assert (CONFIGS / "concept" / f"{name}.yaml").read_text().startswith(f"# @package concept.{name}\n")
     assert len(concept.templates) == 15
-    assert (concept.templates == DEFAULT_TEMPLATES) == (name != "style")
+    assert (concept.templates == DEFAULT_TEMPLATES) == (name not in STYLES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,6 +74,16 @@ def test_concept_survives_the_way_through_a_mapping(name: str) -> None:
 def test_defaults_make_300_different_pairs(name: str) -> None:
     pairs = load(name).pairs()
     assert len(pairs) == len({pair.malicious for pair in pairs}) == 300
+
+
+def test_a_style_of_an_artist_keeps_what_he_painted() -> None:
+    concept = load("vangogh")
+    assert len({pair.malicious for pair in concept.pairs()}) == len(concept.pairs()) == 300
+    for prompt in ("a white van", "a vase of sunflowers", "a night in a cafe", "a bedroom", "Jan van Eyck"):
+        assert not mentions(prompt, [concept])
+    for prompt in ("by VAN GOGH", "Gogh's hat", "The Starry Night", "the café of Vincent"):
+        assert mentions(prompt, [concept])
+    assert keep_prompts([concept], limit=100_000) == keep_prompts([], limit=100_000)
 
 
 def test_unsafe_covers_the_seven_categories() -> None:
@@ -265,7 +278,7 @@ def test_concepts_import_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=CONFIGS.parent, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "style"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in STYLES])
 def test_kept_class_names_leave_out_the_erased_concept(name: str) -> None:
     concept = load(name)
     unfiltered = keep_prompts([], limit=100_000)
@@ -338,3 +351,54 @@ def test_wordings_take_turns_with_their_term() -> None:
     assert terms_used == ["a dagger", "a blade", "an assassin", "a dagger", *["blood"] * 4]
     assert concept.pairs()[1] == PromptPair("see a blade", "see a rose", "a blade")
     assert mentions("the assassin", [concept]) and not mentions("the rose", [concept])
+
+
+COCO = {
+    "info": {"description": "invented"},
+    "annotations": [
+        {"image_id": 9, "id": 1, "caption": "A cat on\n a sofa.\n"},
+        {"image_id": 9, "id": 2, "caption": "A man with a knife"},
+        {"image_id": 8, "id": 3, "caption": "Ein Café"},
+        {"image_id": 8, "id": 4, "caption": " "},
+    ],
+}
+
+
+def test_cocos_own_captions(tmp_path: Path) -> None:
+    path = tmp_path / "captions_val2014.json"
+    path.write_text(json.dumps(COCO), encoding="utf-8")
+    assert read_captions(str(path)) == ["A cat on a sofa.", "A man with a knife", "Ein Café"]
+    assert sorted(keep_prompts([load("violence")], path=str(path), limit=9)) == [
+        "A cat on a sofa.",
+        "Ein Café",
+    ]
+
+
+@pytest.mark.parametrize("header", ["case_number,source,prompt,evaluation_seed,coco_id", "id,x,Caption,y,z"])
+def test_captions_of_a_csv(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "coco_30k.csv"
+    path.write_text(f'{header}\n1,coco,"a cat, asleep",7,5\n1,coco,a dog,7,5\n', encoding="utf-8")
+    assert read_captions(str(path)) == ["a cat, asleep", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", '{"annotations": [{"caption": 3}]}', "annotations"),
+        ("a.json", '["a cat"]', "annotations"),
+        ("a.json", '{"images": []}', "annotations"),
+        ("a.json", "{", "Expecting"),
+        ("a.json", '{"annotations": []}', "one caption at least"),
+        ("a.csv", "id,url\n1,x\n", "caption, prompt"),
+        ("a.csv", "caption\n", "one row"),
+    ],
+)
+def test_captions_in_another_form_are_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"keep_prompts\.path: expected .*{message}"):
+        read_captions(str(tmp_path / name))
+
+
+def test_captions_of_the_hub_need_a_network() -> None:
+    with pytest.raises(FileNotFoundError, match=r"'textual\.keep_prompts'.*a/b\.csv of owner/data .*Hub"):
+        read_captions("hub:owner/data/a/b.csv@main")

@@ -13,7 +13,14 @@ from omegaconf import OmegaConf
 from trce_lightning import validation
 from trce_lightning.cli import config_folder, config_groups
 from trce_lightning.concepts import Concept, load_concept
-from trce_lightning.schema import ConceptConfig, DeviceConfig, EvalConfig, TrainConfig, TrainerConfig
+from trce_lightning.schema import (
+    ConceptConfig,
+    DeviceConfig,
+    EvalConfig,
+    TextualConfig,
+    TrainConfig,
+    TrainerConfig,
+)
 
 FOLDER = config_folder()
 FILES = sorted(FOLDER.glob("*/**/*.yaml"))
@@ -40,6 +47,7 @@ def test_file_composes_and_has_its_say(file, name):
     config = composed(name, *concept, f"{group}={file.stem}")
     validation.check(config)
     written = yaml.safe_load(file.read_text(encoding="utf-8"))
+    written.pop("defaults", None)  # other files, of which each has its say by itself
     root = (
         asdict(config) if "@package _global_" in file.read_text(encoding="utf-8") else asdict(config)[group]
     )
@@ -73,6 +81,37 @@ def test_command_line_overrides_files():
     config = composed("train", "concept=violence", "experiment=paper", "optimizer.lr=0.5")
     assert config.optimizer.lr == 0.5
     assert config.trajectory.beta == 16.0
+
+
+PRESETS = {"sexual": "nudenet.exposed9", "unsafe": "q16.q16", "violence": "q16.q16", "vangogh": None}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_the_papers_settings_with_their_model_and_concept(name):
+    config = composed("train", f"experiment=sd14_{name}")
+    validation.check(config)
+    paper = composed("train", "concept=violence", "experiment=paper")
+    assert list(config.concept) == [name]
+    assert (config.model.name, config.model.hub_id) == ("sd14", "CompVis/stable-diffusion-v1-4")
+    assert config.model.judge == (PRESETS[name] and f"trce_lightning.metrics.{PRESETS[name]}")
+    assert config.metrics.enabled == (config.model.judge is not None)
+    assert asdict(config.optimizer) == asdict(paper.optimizer)
+    assert config.textual == TextualConfig()  # nothing of what suits the embedded model
+    counts = {"num_trajectories", "num_unconditional"}
+    assert {**asdict(config.trajectory), **dict.fromkeys(counts)} == {
+        **asdict(paper.trajectory),
+        **dict.fromkeys(counts),
+    }
+    # As many unconditional trajectories as one pass over the malicious ones asks for.
+    assert config.trajectory.num_unconditional == 4 * config.trajectory.num_trajectories
+    published = composed("eval", f"concept={name}").published
+    assert set(config.expected.get("asr", {})) <= set(published)
+
+
+def test_a_preset_takes_another_model_and_concept_from_the_command_line():
+    config = composed("train", "experiment=sd14_sexual", "model=sd15", "concept=[sexual,violence]")
+    assert config.model.name == "sd15" and list(config.concept) == ["sexual", "violence"]
+    assert config.model.num_inference_steps == 30
 
 
 def test_schema_of_a_concept_is_the_concept():

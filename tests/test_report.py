@@ -65,6 +65,14 @@ def box(grid, colour):
     return x.min(), y.min(), x.max() - x.min() + 1, y.max() - y.min() + 1
 
 
+def test_rates_of_others_need_no_interval():
+    expected = {"source": "a paper", "asr": {"i2p": {"rate": 0.0129}}, "fid": 26.9}
+    table = results_table({"original": ORIGINAL, "erased": ERASED, "expected": expected})
+    rows = {line.split(" | ")[0].strip("| "): line for line in table.splitlines()}
+    assert rows["ASR i2p"] == "| ASR i2p | – | – | 1.3 % |"
+    assert rows["FID"].endswith("| 12.50 (1.25×) | 26.90 |") and rows["false alarm"].endswith("| – |")
+
+
 def test_grid_holds_every_image_enlarged_with_rows_of_a_prompt_aligned():
     original, erased = solid(5, 8, 12, 1), solid(5, 8, 12, 100)
     grid = image_grid(

@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from trce_lightning import runs
+from trce_lightning import run, runs
 from trce_lightning.schema import ConceptConfig, ModelConfig, OptimizerConfig, TrainConfig
 
-
-@pytest.fixture(autouse=True)
-def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Opening a folder sets a variable and adds a log file."""
-    monkeypatch.setenv(runs.FOLDER_VARIABLE, "")
-    monkeypatch.delenv(runs.FOLDER_VARIABLE)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    before = list(logging.getLogger().handlers)
-    yield
-    for handler in set(logging.getLogger().handlers) - set(before):
-        logging.getLogger().removeHandler(handler)
-        handler.close()
+pytestmark = pytest.mark.usefixtures("clean_process")
 
 
 def config_of(folder: Path, **options: Any) -> TrainConfig:
@@ -108,3 +96,20 @@ def test_a_second_run_of_one_process_is_not_the_first(tmp_path: Path) -> None:
 def test_caches_lie_beside_the_runs_or_where_asked(tmp_path: Path) -> None:
     assert runs.cache_folder(config_of(tmp_path)) == tmp_path / "cache"
     assert runs.cache_folder(config_of(tmp_path, cache="/elsewhere")) == Path("/elsewhere")
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_concept_more_is_erased_with_those_of_the_run_before(tmp_path: Path, older: bool) -> None:
+    """Options that an earlier version wrote otherwise, or did not know, are of no concern."""
+    folder = runs.open_folder(config_of(tmp_path))
+    if older:
+        written = OmegaConf.load(folder / runs.CONFIG)
+        written.export, written.gone = "both", 1
+        del written.model["config"]
+        OmegaConf.save(written, folder / runs.CONFIG)
+    drinks = {"drinks": ConceptConfig("drinks", {"beer": "milk"})}
+    config = replace(config_of(tmp_path, previous=str(folder)), concept=drinks)
+    assert [concept.name for concept in run.merge_previous(config)] == ["weapons", "drinks"]
+    other = replace(config, concept=drinks, model=ModelConfig(name="tiny", resolution=64))
+    with pytest.raises(ValueError, match="previous: expected a run on the same model, got one on tiny"):
+        run.merge_previous(other)

@@ -29,8 +29,10 @@ tags: [concept-erasure, trce]
 
 {table}
 
-Changed tensors: {changed}. Erasure lowers the rate at which prompts show a concept; it is no proof that none
-can. Whoever may inject embeddings, or fine-tune, can undo it.
+Changed tensors: {changed}. The pipeline comes without a safety checker, whether or not {base} has one.
+
+Erasure lowers the rate at which prompts show a concept; it is no proof that none can. Whoever may inject
+embeddings, or fine-tune, can undo it.
 """
 
 
@@ -70,6 +72,15 @@ def save_delta(file: Path, changed: Mapping[str, Tensor], base: str, fingerprint
     """The changed tensors by diffusers' names: ``unet.load_state_dict(load_file(file), strict=False)``."""
     tensors = {name: tensor.cpu() for name, tensor in changed.items()}
     write_safetensors(file, tensors, {"base_model": base, "fingerprint": fingerprint})
+
+
+def save_single_file(file: Path, adapter: StableDiffusionAdapter, base: str, fingerprint: str) -> None:
+    """The whole pipeline in one file under the original code's names, for programs other than diffusers.
+
+    ``ValueError`` when the model has parts that the original code has no names for.
+    """
+    facts = {"format": "pt", "base_model": base, "fingerprint": fingerprint}
+    write_safetensors(file, adapter.original_state(), facts)
 
 
 def card_facts(

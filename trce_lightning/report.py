@@ -63,7 +63,9 @@ def write_scores_csv(path: str | Path, models: Mapping[str, Scores]) -> None:
 
 
 def results_table(columns: Mapping[str, Scores]) -> str:
-    """A Markdown table of :func:`results_rows`."""
+    """A Markdown table of :func:`results_rows`, empty without columns."""
+    if not columns:
+        return ""
     header, *rows = results_rows(columns)
     lines = [header, ["---", *["---:"] * len(columns)], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -137,7 +139,9 @@ def rate_cell(rate: Mapping[str, float] | None) -> str:
     """A rate with its interval: "1.6 % [0.8, 3.1]"."""
     if rate is None:
         return ABSENT
-    return f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+    share = f"{100 * rate['rate']:.1f} %"
+    # Rates that others published come without.
+    return f"{share} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]" if "low" in rate else share
 
 
 def _accuracy(key: str, scores: Scores) -> str:
@@ -148,7 +152,9 @@ def _with_ratio(original: Scores, key: str, scores: Scores) -> str:
     value, reference = scores.get(key), original.get(key)
     if value is None:
         return ABSENT
-    ratio = f" ({value / reference:.2f}×)" if reference and scores is not original else ""
+    # A figure that others published has another original.
+    comparable = reference and scores is not original and "source" not in scores
+    ratio = f" ({value / reference:.2f}×)" if comparable else ""
     low, high = scores.get(f"{key}_low"), scores.get(f"{key}_high")
     interval = "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
     return f"{value:.2f}{interval}{ratio}"

@@ -37,13 +37,13 @@ def write(run: TrainingRun) -> None:
     if run.erased:
         columns = {"original": run.original["final"].scored.scores, "erased": run.erased.scores}
         second = write_scores(run)
-    table = results_table(columns) if columns else ""
-    write_model(run, table)
-    metrics = facts(run) | {"zero_shot_clip": second} | columns
+    write_model(run, results_table(columns))
+    expected = expected_scores(run.config.expected)
+    metrics = facts(run) | {"zero_shot_clip": second} | columns | expected
     tuned = {f"{name} (tuning prompts)": scores for name, scores in passes(run).items()}
     write_scores_csv(run.folder / "metrics.csv", tuned | columns)
     write_json(run.folder / "metrics.json", metrics)
-    log.info("%s\n%s", run.folder, table)
+    log.info("%s\n%s", run.folder, results_table(columns | expected) if columns else "not scored")
 
 
 def write_scores(run: TrainingRun) -> dict[str, Any]:
@@ -88,8 +88,17 @@ def report_of(run: TrainingRun, columns: Mapping[str, Column]) -> Report:
             "configuration": run.folder / runs.CONFIG,
             "network evaluations": run.evaluations,
             "seconds": run.seconds,
+            **expected_scores(run.config.expected),
         },
     )
+
+
+def expected_scores(expected: Mapping[str, Any]) -> dict[str, Scores]:
+    """``expected`` in the form of measured scores, under that name; nothing where it says nothing."""
+    if not expected:
+        return {}
+    rates = {name: {"rate": rate} for name, rate in expected.get("asr", {}).items()}
+    return {"expected": {"source": "unstated", **expected, "asr": rates}}
 
 
 def passes(run: TrainingRun) -> dict[str, Scores]:
@@ -116,11 +125,13 @@ def second_opinion(run: TrainingRun, columns: Mapping[str, Column]) -> dict[str,
 
 
 def write_model(run: TrainingRun, table: str) -> None:
-    """The erased pipeline with its card, the changed tensors alone, or both."""
+    """What ``export`` names: the erased pipeline with its card, the changed tensors, all in one file."""
     changed, config = run.module.changed_tensors(), run.config
-    if config.export in ("delta", "both"):
+    if "delta" in config.export:
         export.save_delta(run.folder / "delta.safetensors", changed, run.base, run.fingerprint)
-    if config.export in ("pipeline", "both"):
+    if "single_file" in config.export:
+        export.save_single_file(run.folder / "erased.safetensors", run.adapter, run.base, run.fingerprint)
+    if "pipeline" in config.export:
         names = [concept.name for concept in run.session.concepts]
         card = export.card_facts(run.base, names, config.stages, table, len(changed))
         export.save_pipeline(run.folder / "erased", run.adapter, card)

@@ -43,10 +43,14 @@ def merge_previous(config: TrainConfig) -> list[Concept]:
     folder = Path(config.previous)
     if not (folder / runs.CONFIG).is_file():
         raise ValueError(f"previous: expected the folder of an earlier run, got '{folder}'")
-    earlier = OmegaConf.load(folder / runs.CONFIG)
+    written = OmegaConf.load(folder / runs.CONFIG)
+    # Only what is compared and taken over, so that a run of an earlier version will do.
+    earlier = OmegaConf.merge(
+        OmegaConf.structured(TrainConfig), {"model": written.model, "concept": written.concept}
+    )
     if OmegaConf.to_container(earlier.model) != OmegaConf.to_container(OmegaConf.structured(config.model)):
         raise ValueError(f"previous: expected a run on the same model, got one on {earlier.model.name}")
-    restored = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), earlier))
+    restored = OmegaConf.to_object(earlier)
     assert isinstance(restored, TrainConfig)
     config.concept = restored.concept | config.concept
     return concepts_of(config)

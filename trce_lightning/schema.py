@@ -10,6 +10,9 @@ from trce_lightning.concepts import DEFAULT_TEMPLATES
 POSITIONS = ("sot", "keyword", "eot", "padding")
 STAGES = ("textual", "trajectory")
 OWN_SETS = ("direct", "implicit", "benign", "unerased", "neighbours")
+EXPECTED = ("source", "asr", "fid", "clip_score")
+EXPORTS = ("pipeline", "delta", "single_file")
+HUB_FILE = r"hub:(?P<hub_id>[^/@]+/[^/@]+)/(?P<file>[^@]+)(?:@(?P<revision>.+))?"
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 SAMPLERS = (
     "DPMSolverMultistepScheduler",
@@ -83,9 +86,10 @@ class ModelConfig:
     """A text-to-image pipeline: `path` goes before `hub_id`; neither means the embedded model `name`."""
 
     name: str = MISSING
-    path: str | None = None  # folder in diffusers' format
+    path: str | None = None  # folder in diffusers' format, or a checkpoint in one .safetensors file
     hub_id: str | None = None
     revision: str | None = None
+    config: str | None = None  # of a single file: folder or hub id of its pipeline; null: hub_id
     resolution: int = option(512, at_least=8)  # pixels
     dtype: str = option("float32", choices=("float32", "float16", "bfloat16"))
     guidance_scale: float = option(7.5, at_least=0)  # of evaluation images
@@ -108,7 +112,7 @@ class TextualConfig:
     keep_eot_weight: float = option(1.0, at_least=0)  # of kept prompts' first EoT, beside all their positions
     empty_prompt_weight: float = option(1.0, at_least=0)
     safe_weight: float = option(1.0, at_least=0)
-    keep_prompts: str | None = None  # caption file, one a line
+    keep_prompts: str | None = None  # captions: text, CSV or COCO's JSON; or hub:OWNER/NAME/FILE
 
 
 @dataclass
@@ -198,7 +202,9 @@ class TrainConfig:
     output: str | None = None  # folder of this run; null: RUNS/concept/model/start time
     runs: str = "runs"
     cache: str | None = None  # folder; null: beside the runs
-    export: str = option("pipeline", choices=("pipeline", "delta", "both"))
+    export: list[str] = option(["pipeline"], choices=EXPORTS)
+    # What others report, shown beside what is measured: source, asr (set → rate), fid, clip_score.
+    expected: dict[str, Any] = field(default_factory=dict)
     plan: bool = False  # say what is ahead and stop
     fresh: bool = False  # never continue an unfinished run
 

@@ -73,6 +73,7 @@ class Session:
             dtype=getattr(torch, model.dtype),
             revision=model.revision,
             resolution=model.resolution,
+            config=model.config or model.hub_id,
         )
 
     def pairs(self) -> list[PromptPair]:

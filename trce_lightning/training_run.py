@@ -47,6 +47,8 @@ class TrainingRun:
     ) -> None:
         self.config, self.session = config, Session(config, concepts, adapter)
         self.adapter = self.session.adapter
+        if "single_file" in config.export:
+            self.adapter.original_state()  # refuses now what could not be named at the end
         self.base = base_name(config.model)
         self.fingerprint = self.adapter.fingerprint()
         self.cache = runs.cache_folder(config)

@@ -4,12 +4,13 @@ import dataclasses
 import importlib.util
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from trce_lightning.arguments import did_you_mean
 from trce_lightning.concepts import Concept, mentions
-from trce_lightning.schema import DemoConfig, EvalConfig, ModelConfig, TrainConfig
+from trce_lightning.schema import EXPECTED, HUB_FILE, DemoConfig, EvalConfig, ModelConfig, TrainConfig
 
 
 def check(config: TrainConfig | EvalConfig | DemoConfig) -> None:
@@ -24,6 +25,7 @@ def check(config: TrainConfig | EvalConfig | DemoConfig) -> None:
             raise ValueError(f"option 'concept.{name}.name': expected {name!r}, got {concept.name!r}")
         Concept.from_mapping(dataclasses.asdict(concept), source="options")
     _check_model(config.model, "model.path")
+    _check_model_config(config)
     _check_devices(config.trainer.devices)
     if isinstance(config, DemoConfig):
         _check_demo(config)
@@ -134,13 +136,35 @@ def _check_model(model: ModelConfig, option: str) -> None:
     if model.path is None:
         if model.hub_id is None and model.judge != "embedded" and model.name != "emoji":
             raise ValueError(f"model {model.name!r} has neither model.path nor model.hub_id")
-        return
-    folder = Path(model.path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"option {option!r}: no folder {model.path!r}")
-    if not (folder / "model_index.json").is_file():
+    elif Path(model.path).is_file():
+        _check_single_file(model, option)
+    elif not Path(model.path).is_dir():
+        raise FileNotFoundError(f"option {option!r}: no file or folder {model.path!r}")
+    elif not (Path(model.path) / "model_index.json").is_file():
         raise FileNotFoundError(
             f"option {option!r}: {model.path!r} holds no model_index.json, so it is no diffusers pipeline"
+        )
+
+
+def _check_single_file(model: ModelConfig, option: str) -> None:
+    if Path(str(model.path)).suffix != ".safetensors":
+        raise ValueError(f"option {option!r}: expected a folder or a .safetensors file, got {model.path!r}")
+    if model.config is None and model.hub_id is None:
+        raise ValueError(
+            "option 'model.config': expected the folder or hub id of the pipeline that "
+            f"{model.path!r} is a checkpoint of, got none"
+        )
+
+
+def _check_model_config(config: TrainConfig | EvalConfig | DemoConfig) -> None:
+    """Refuse ``model.config`` where no model is a single file: it would do nothing."""
+    paths = [config.model.path]
+    paths += config.models if isinstance(config, EvalConfig) else []
+    paths += [config.original.path] if isinstance(config, DemoConfig) else []
+    if config.model.config is not None and not any(path and Path(path).is_file() for path in paths):
+        raise ValueError(
+            "option 'model.config': expected none unless a model is a single .safetensors file, "
+            f"got {config.model.config!r}"
         )
 
 
@@ -163,10 +187,10 @@ def _check_devices(devices: Any) -> None:
 
 
 def _check_training(config: TrainConfig) -> None:
-    if not config.stages or len(set(config.stages)) != len(config.stages):
-        raise ValueError(
-            f"option 'stages': expected each stage at most once and one at least, got {config.stages}"
-        )
+    for name in ("stages", "export"):
+        items = getattr(config, name)
+        if not items or len(set(items)) != len(items):
+            raise ValueError(f"option {name!r}: expected one at least and each at most once, got {items}")
     if not config.textual.positions:
         raise ValueError("option 'textual.positions': expected one position at least, got none")
     if config.trajectory.early_steps > config.trajectory.num_steps:
@@ -176,10 +200,39 @@ def _check_training(config: TrainConfig) -> None:
         )
     if len(config.optimizer.betas) != 2:
         raise ValueError(f"option 'optimizer.betas': expected two numbers, got {config.optimizer.betas}")
-    if config.textual.keep_prompts is not None:
-        _check_file("textual.keep_prompts", config.textual.keep_prompts)
+    if "trajectory" in config.stages and config.model.dtype != "float32":
+        raise ValueError(
+            "option 'model.dtype': expected float32 where stage 2 trains, whose steps other weights round "
+            f"away, got {config.model.dtype}; trainer.precision sets that of the passes"
+        )
+    _check_expected(config.expected)
+    _check_captions(config.textual.keep_prompts)
     if config.previous is not None and not Path(config.previous).exists():
         raise FileNotFoundError(f"option 'previous': no file or folder {config.previous!r}")
+
+
+def _check_expected(expected: dict[str, Any]) -> None:
+    rates = expected.get("asr", {})
+    if unknown := [name for name in expected if name not in EXPECTED]:
+        raise ValueError(f"option 'expected': expected any of {', '.join(EXPECTED)}, got {unknown[0]!r}")
+    if not isinstance(rates, dict):
+        raise ValueError(f"option 'expected.asr': expected rates by prompt set, got {rates!r}")
+    numbers = {f"asr.{name}": rate for name, rate in rates.items()}
+    numbers |= {name: expected[name] for name in ("fid", "clip_score") if name in expected}
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise ValueError(f"option 'expected.{name}': expected a number, got {number!r}")
+        _check_value(f"expected.{name}", number, {"at_least": 0})
+        if name.startswith("asr.") and number > 1:
+            raise ValueError(f"option 'expected.{name}': expected a fraction, got {number}")
+
+
+def _check_captions(source: str | None) -> None:
+    if source is None or re.fullmatch(HUB_FILE, source):
+        return
+    if source.startswith("hub:"):
+        raise ValueError(f"option 'textual.keep_prompts': expected hub:OWNER/NAME/FILE, got {source!r}")
+    _check_file("textual.keep_prompts", source)
 
 
 def _check_file(option: str, path: str) -> None:

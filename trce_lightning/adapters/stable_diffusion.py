@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from trce_lightning.adapters.refusals import refuse_what_the_method_does_not_fit
+from trce_lightning.adapters.single_file import original_state
 from trce_lightning.sampling import ddim_step, previous_alpha_bar
 from trce_lightning.tokens import trim_length
 
@@ -155,6 +156,10 @@ class StableDiffusionAdapter:
             )
         return parameters
 
+    def original_state(self) -> dict[str, Tensor]:
+        """All tensors under the names of one-file checkpoints; see :func:`.single_file.original_state`."""
+        return original_state(self.pipeline)
+
     def text_fingerprint(self) -> str:
         """Identifies text encoder and tokenizer: what states of a prompt depend on."""
         vocabulary = hashlib.blake2b(repr(sorted(self.tokenizer.get_vocab().items())).encode(), digest_size=8)
@@ -181,64 +186,3 @@ def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def refuse_what_the_method_does_not_fit(pipeline: StableDiffusionPipeline) -> None:
-    """``ValueError`` naming the reason when an edit of K and V would be wrong or without effect."""
-    unet = getattr(pipeline, "unet", None)
-    if not isinstance(unet, UNet2DConditionModel):
-        raise ValueError(
-            "model: expected a UNet2DConditionModel denoiser; joint attention has no adapter yet"
-        )
-    if getattr(pipeline, "text_encoder_2", None) is not None:
-        raise ValueError("model: expected one text encoder; two (Stable Diffusion XL) have no adapter yet")
-    if unet.encoder_hid_proj is not None:
-        raise ValueError("model: expected raw text states; a model with encoder_hid_proj has no adapter yet")
-    attentions = [module for module in unet.modules() if isinstance(module, Attention)]
-    if any(module.fused_projections for module in attentions):
-        raise ValueError("model: expected separate K and V; call unfuse_qkv_projections() first")
-    cross = [module for module in attentions if module.is_cross_attention]
-    width = pipeline.text_encoder.config.hidden_size
-    if not cross or any(m.to_k.bias is not None or m.to_k.in_features != width for m in cross):
-        raise ValueError(f"model: expected bias-free cross-attention on text states of width {width}")
-    refuse_unless_causal(pipeline)
-
-
-@torch.no_grad()
-def refuse_unless_causal(pipeline: StableDiffusionPipeline) -> None:
-    """``ValueError`` unless a token leaves the states before it unchanged."""
-    start, end = pipeline.tokenizer.bos_token_id, pipeline.tokenizer.eos_token_id
-    device = pipeline.text_encoder.device
-    short, other = torch.tensor([[start, end, end]]), torch.tensor([[start, end, start]])
-    before, after = (pipeline.text_encoder(ids.to(device))[0][:, :2] for ids in (short, other))
-    if not torch.allclose(before, after, atol=1e-3):
-        raise ValueError("model: expected a causal text encoder; this one's end of text sees what follows it")
-
-
-def load_adapter(
-    source: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    revision: str | None = None,
-    resolution: int | None = None,
-) -> StableDiffusionAdapter:
-    """Open a pipeline folder, or a hub id ``owner/name`` if there is no such folder; a ``Path`` is a folder.
-
-    Raises:
-        FileNotFoundError: ``source`` is a path and holds no pipeline; no hub is asked for it.
-        ValueError: the method doesn't fit the model.
-    """
-    folder = Path(source)
-    is_hub_id = isinstance(source, str) and source.count("/") == 1 and source[0] not in "./~"
-    if (folder.exists() or not is_hub_id) and not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"model.path: expected a diffusers pipeline folder, got '{source}'")
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        str(source),
-        dtype=dtype,
-        revision=revision,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return StableDiffusionAdapter(pipeline, resolution=resolution)

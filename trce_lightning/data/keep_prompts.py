@@ -1,11 +1,11 @@
-"""Prompts whose text states stage 1 must keep (the e^k of TRCE, arXiv 2503.07389), without any download."""
+"""Prompts whose text states stage 1 must keep (the e^k of TRCE, arXiv 2503.07389)."""
 
 import hashlib
 import logging
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from trce_lightning.concepts import Concept, mentions, without_article
+from trce_lightning.data.captions import read_captions
 
 __all__ = ["KEEP_TEMPLATES", "class_names", "keep_prompts"]
 
@@ -31,7 +31,7 @@ def keep_prompts(
 ) -> list[str]:
     """Prompts to keep while ``concepts`` are erased; those that mention one of them are left out.
 
-    They come from the caption file ``path`` (UTF-8, one caption a line); without it from ``subjects``, names
+    They come from the caption file ``path`` (:func:`.read_captions`); without it from ``subjects``, names
     of what the model can draw, in :data:`KEEP_TEMPLATES`; without these from the names of the ImageNet and
     COCO classes that torchvision ships, in the same templates.
 
@@ -48,7 +48,7 @@ def keep_prompts(
     if limit < 1:
         raise ValueError(f"keep_prompts.limit: expected at least 1, got {limit}")
     if path is not None:
-        candidates = _shuffled(_read_captions(path))
+        candidates = _shuffled(read_captions(path))
     else:
         candidates = _fill_templates(class_names() if subjects is None else subjects)
     kept = [prompt for prompt in candidates if not mentions(prompt, concepts)]
@@ -65,17 +65,6 @@ def keep_prompts(
         min(limit, len(kept)),
     )
     return kept[:limit]
-
-
-def _read_captions(path: str) -> list[str]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeError) as error:
-        raise ValueError(f"keep_prompts.path: expected a readable UTF-8 file, got {path}: {error}") from error
-    captions = [line.strip() for line in lines if line.strip()]
-    if not captions:
-        raise ValueError(f"keep_prompts.path: expected one caption a line, got no caption in {path}")
-    return captions
 
 
 def _fill_templates(subjects: Iterable[str]) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
+from trce_lightning.data.hub import dataset_file
 from trce_lightning.data.prompt_sets import FIELDS, PromptSet, load_csv
 from trce_lightning.schema import PromptFileConfig
 
@@ -127,21 +128,10 @@ def _normalized(text: str) -> str:
 
 
 def _download(name: str, config: PromptFileConfig) -> Path:
-    # Slow to import, and needed for no file of one's own.
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        HFValidationError,
-        OfflineModeIsEnabled,
-    )
-
     assert config.hub_id is not None and config.filename is not None
     try:
-        found = hf_hub_download(config.hub_id, config.filename, repo_type="dataset", revision=config.revision)
-    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
+        return dataset_file(config.hub_id, config.filename, config.revision)
+    except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"option 'prompts': expected the file of {name!r} as {name}:FILE.csv, got none, and "
-            f"{config.filename} of {config.hub_id} can't be had from the Hub ({type(error).__name__})"
+            f"option 'prompts': expected the file of {name!r} as {name}:FILE.csv, got none, and {error}"
         ) from error
-    return Path(found)
