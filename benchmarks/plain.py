@@ -1,11 +1,11 @@
 """The authors' procedure, for measuring only: our own, plain implementation of what their released code does.
 
 It is written from a description of TRCE (arXiv 2503.07389) and of its released code, at their settings:
-prompts are encoded one at a time, stage 1 is accumulated layer by layer and pair by pair in float32 and inverted
-for each layer, every trajectory is sampled in full under guidance, and a training iteration holds three networks
-and evaluates one latent at a time. Where their code is merely wrong and the cost is the same, this is right, so
-that results can be compared: end of text by token position, one η, λ as an argument, gradients cleared. Slots
-of weight zero are left out of stage 1, which favours it.
+prompts are encoded one at a time, stage 1 is accumulated layer by layer and pair by pair in float32 and
+inverted for each layer, every trajectory is sampled in full under guidance, and a training iteration holds
+three networks and evaluates one latent at a time. Where their code is merely wrong and the cost is the same,
+this is right, so that results can be compared: end of text by token position, one η, λ as an argument,
+gradients cleared. Slots of weight zero are left out of stage 1, which favours it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def end_of_text_state(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, pro
 
 @dataclass(frozen=True)
 class KeptSums:
-    """What the authors download: Σ W e eᵀ ``[d_out, d]`` of each layer and Σ e eᵀ ``[d, d]`` of kept states."""
+    """What the authors download: sums over kept states, Σ W e eᵀ ``[d_out, d]`` by layer and Σ e eᵀ."""
 
     values: list[Tensor]
     states: Tensor
@@ -76,7 +76,8 @@ def sample_trajectory(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Every (latent, guided noise, timestep) of one trajectory.
 
-    ``states`` are those of ∅ and the prompt, ``[2, L, d]``. The prompt may be ∅ itself: both halves are evaluated all the same.
+    ``states`` are those of ∅ and the prompt, ``[2, L, d]``. The prompt may be ∅ itself: both halves are
+    evaluated all the same.
     """
     kept = []
     for timestep in scheduler.timesteps:

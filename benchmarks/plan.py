@@ -1,15 +1,14 @@
-"""Network evaluations of the paper's sexual setting: 100 malicious trajectories, one step of each in 3 epochs."""
+"""Network evaluations of the paper's sexual setting: 100 malicious trajectories, 3 epochs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import hydra
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from benchmarks import networks, plain
+from benchmarks.fitting import compose
 from benchmarks.report import Row
 from trce_lightning import cli
 from trce_lightning.concepts import load_concept
@@ -55,10 +54,7 @@ def plain_training() -> int:
 
 def paper() -> tuple[TrainConfig, TrajectoryPlan]:
     """`train.py concept=sexual model=sd14 experiment=paper`, composed and drawn."""
-    with hydra.initialize_config_dir(str(cli.config_folder()), version_base="1.3"):
-        options = cli.overrides("train", TrainConfig, ["concept=sexual", "model=sd14", "experiment=paper"])
-        config = OmegaConf.to_object(hydra.compose("train", options))
-    assert isinstance(config, TrainConfig)
+    config = compose("concept=sexual", "model=sd14", "experiment=paper")
     concept = load_concept(cli.config_folder() / "concept" / "sexual.yaml")
     return config, draw_plan(concept.pairs(), config.trajectory, config.seed)
 

@@ -25,7 +25,7 @@ from trce_lightning.closed_form import (
     pair_statistics,
     solve_edit,
 )
-from trce_lightning.concepts import load_concept, prompt_pairs
+from trce_lightning.concepts import Concept, load_concept, prompt_pairs
 from trce_lightning.data.keep_prompts import keep_prompts
 from trce_lightning.schema import TextualConfig
 from trce_lightning.textual import apply_edit_, pair_states, textual_statistics
@@ -45,12 +45,12 @@ class Stage1:
 
     adapter: StableDiffusionAdapter
     cache: Path
+    concept: Concept
+    kept_prompts: Sequence[str]
     config: TextualConfig = field(default_factory=TextualConfig)
 
     def __post_init__(self) -> None:
-        self.concept = load_concept(config_folder() / "concept" / "sexual.yaml")
         self.pairs = prompt_pairs([self.concept])[self.concept.name]
-        self.kept_prompts = keep_prompts([self.concept], limit=KEPT_PROMPTS)
         self.projections = list(self.adapter.text_projections().values())
         self.original = [layer.weight.data.clone() for layer in self.projections]
         statistics = textual_statistics(
@@ -134,7 +134,9 @@ def check(stage1: Stage1) -> None:
 def run() -> list[Row]:
     """Text encoding and algebra together, and the algebra alone."""
     with tempfile.TemporaryDirectory() as folder:
-        stage1 = Stage1(StableDiffusionAdapter(networks.pipeline()), Path(folder))
+        concept = load_concept(config_folder() / "concept" / "sexual.yaml")
+        kept_prompts = keep_prompts([concept], limit=KEPT_PROMPTS)
+        stage1 = Stage1(StableDiffusionAdapter(networks.pipeline()), Path(folder), concept, kept_prompts)
         check(stage1)
         algebra = in_turns(
             {
