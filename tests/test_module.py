@@ -297,7 +297,7 @@ class CountForwards(pl.Callback):
         self.calls = {"block": 0, "text": 0}
         self.steps: list[dict[str, int]] = []
         self.modes: set[bool] = set()
-        adapter.unet.up_blocks[-1].resnets[0].register_forward_hook(lambda *_: self._count("block"))
+        adapter.unet.up_blocks[-1].resnets[0].register_forward_pre_hook(lambda *_: self._count("block"))
         adapter.text_encoder.register_forward_hook(lambda *_: self._count("text"))
 
     def _count(self, part: str) -> None:
