@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import networks, plain
 from benchmarks.fitting import Fit, StepsInTurns, small
-from benchmarks.processes import alone, forget_peak, peak_gb
+from benchmarks.processes import alone, available_gb, forget_peak, peak_gb
 from benchmarks.report import Row
 from benchmarks.step import evaluation
 from trce_lightning.adapters import StableDiffusionAdapter
@@ -36,7 +36,8 @@ class Peak:
 
 def limit() -> None:
     """Fail with an error rather than take the machine's memory."""
-    resource.setrlimit(resource.RLIMIT_DATA, (int(LIMIT_GB * 1e9),) * 2)
+    most = min(LIMIT_GB, available_gb() - 2)
+    resource.setrlimit(resource.RLIMIT_DATA, (int(most * 1e9),) * 2)
 
 
 def ours(side: int, rows: int, checkpointing: bool, epochs: int = 1) -> Peak:

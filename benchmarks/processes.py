@@ -33,3 +33,9 @@ def peak_gb() -> float:
     """This process's peak of resident memory in GB (Linux)."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
+
+
+def available_gb() -> float:
+    """What the machine can still give, in GB (Linux)."""
+    memory = Path("/proc/meminfo").read_text()
+    return int(memory.partition("MemAvailable:")[2].split()[0]) * 1024 / 1e9

@@ -17,7 +17,7 @@ from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
 from trce_lightning.emoji.package import weights_folder
 
 SHARE = 1.15
-LATENT_SIDES = (16, 32)
+LATENT_SIDES = (16,)
 ROWS = 5
 """Of a batch: one malicious latent and four unconditional ones, as in the paper."""
 
@@ -25,7 +25,7 @@ ROWS = 5
 def stable_diffusion(latent_side: int) -> tuple[float, float]:
     """Plain and ours at full size."""
     adapter = StableDiffusionAdapter(networks.pipeline(), resolution=8 * latent_side)
-    return fit_in_turns(adapter, small(ROWS, epochs=6 if latent_side <= 16 else 4))
+    return fit_in_turns(adapter, small(ROWS, epochs=5))
 
 
 def embedded() -> tuple[float, float]:

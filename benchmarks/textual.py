@@ -31,7 +31,7 @@ from trce_lightning.schema import TextualConfig
 from trce_lightning.textual import apply_edit_, pair_states, textual_statistics
 
 log = logging.getLogger(__name__)
-REPEATS = 3
+REPEATS, ENCODING_REPEATS = 3, 2
 KEPT_PROMPTS = 64
 SINGLE_TOLERANCE = 1e-2
 """Relative difference to the plain implementation in float32, which inverts B explicitly."""
@@ -126,9 +126,9 @@ def check(stage1: Stage1) -> None:
     moved = difference(ours, stage1.original)
     log.info("stage 1: differences %s by tolerance, edit of %.3g", found, moved)
     assert all(value <= tolerance for tolerance, value in found.items()) and moved > 10 * SINGLE_TOLERANCE
-    alone = stage1.plain_states()
-    for ours_states, plain_states in zip(stage1.states, zip(*alone, strict=True), strict=True):
-        torch.testing.assert_close(ours_states, torch.stack(plain_states), atol=1e-3, rtol=1e-3)
+    alone = (torch.stack(states) for states in zip(*stage1.plain_states(), strict=True))
+    moments, expected = pair_statistics(*stage1.states), pair_statistics(*alone)
+    assert difference([moments.s, moments.m], [expected.s, expected.m]) < 1e-4
 
 
 def run() -> list[Row]:
@@ -147,7 +147,7 @@ def run() -> list[Row]:
             },
             REPEATS,
         )
-        whole = in_turns({"encoding": stage1.plain_states, "ours": stage1.ours}, REPEATS)
+        whole = in_turns({"encoding": stage1.plain_states, "ours": stage1.ours}, ENCODING_REPEATS)
     encoded = whole["encoding"] + algebra["plain"]
     return [
         Row("stage 1 with text encoding", whole["ours"], "s", encoded, least_gain=8),
