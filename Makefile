@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 BROWSER_STAMP := .venv/.installed-browser
 
-.PHONY: setup demo test test-browser lint clean
+.PHONY: setup demo test test-browser benchmark lint clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,9 @@ test-browser:
 	  { echo "test-browser: expected chromium on PATH, got none; Debian has it as the package chromium" >&2; exit 2; }
 	$(MAKE) $(BROWSER_STAMP)
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest -m browser
+
+benchmark: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
 
 lint: setup
 	$(BIN)/ruff check .

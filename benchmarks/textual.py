@@ -31,7 +31,8 @@ from trce_lightning.schema import TextualConfig
 from trce_lightning.textual import apply_edit_, pair_states, textual_statistics
 
 log = logging.getLogger(__name__)
-REPEATS, ENCODING_REPEATS = 3, 2
+REPEATS, ENCODING_REPEATS = 3, 1
+CHECKED_PAIRS = 8
 KEPT_PROMPTS = 64
 SINGLE_TOLERANCE = 1e-2
 """Relative difference to the plain implementation in float32, which inverts B explicitly."""
@@ -85,15 +86,15 @@ class Stage1:
         transform = self.solve().transform
         return [apply_edit(weight, transform) for weight in self.original]
 
-    def plain_states(self) -> list[tuple[Tensor, Tensor]]:
-        """Prompts encoded one at a time."""
+    def plain_states(self, count: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Prompts encoded one at a time: those of the first ``count`` pairs, or of all."""
         tokenizer, encoder = self.adapter.tokenizer, self.adapter.text_encoder
         return [
             (
                 plain.end_of_text_state(tokenizer, encoder, pair.malicious),
                 plain.end_of_text_state(tokenizer, encoder, pair.safe),
             )
-            for pair in self.pairs
+            for pair in self.pairs[:count]
         ]
 
     def plain_algebra(self, copies: bool = True) -> list[Tensor]:
@@ -126,9 +127,9 @@ def check(stage1: Stage1) -> None:
     moved = difference(ours, stage1.original)
     log.info("stage 1: differences %s by tolerance, edit of %.3g", found, moved)
     assert all(value <= tolerance for tolerance, value in found.items()) and moved > 10 * SINGLE_TOLERANCE
-    alone = (torch.stack(states) for states in zip(*stage1.plain_states(), strict=True))
-    moments, expected = pair_statistics(*stage1.states), pair_statistics(*alone)
-    assert difference([moments.s, moments.m], [expected.s, expected.m]) < 1e-4
+    alone = zip(*stage1.plain_states(CHECKED_PAIRS), strict=True)
+    for batched, single in zip(stage1.states, alone, strict=True):
+        torch.testing.assert_close(batched[:CHECKED_PAIRS], torch.stack(single), atol=1e-3, rtol=1e-3)
 
 
 def run() -> list[Row]:
