@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 BROWSER_STAMP := .venv/.installed-browser
 
-.PHONY: setup demo test test-slow test-browser lint clean
+.PHONY: setup demo test test-slow test-browser benchmark bench-table lint clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,16 @@ test-browser:
 	  { echo "test-browser: expected chromium on PATH, got none; Debian has it as the package chromium" >&2; exit 2; }
 	$(MAKE) $(BROWSER_STAMP)
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest -m browser
+
+benchmark: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
+
+TABLE := runs/table
+bench-table: setup
+	$(BIN)/python train.py concept=violence output=$(TABLE)/both
+	$(BIN)/python train.py concept=violence output=$(TABLE)/textual stages=[textual]
+	$(BIN)/python train.py concept=violence output=$(TABLE)/trajectory stages=[trajectory]
+	$(BIN)/python -m benchmarks.readme $(TABLE)/both $(TABLE)/textual $(TABLE)/trajectory
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """What a user types: accepted spellings, and refusals in a few lines with exit code 2, without torch."""
 
+import contextlib
 import os
 import resource
 import subprocess
@@ -259,6 +260,17 @@ def test_help_is_fast_and_complete(script, empty_folder):
     assert "violence" in result.stdout and "precision: auto" in result.stdout
     assert seconds < 1.0
     assert not list(empty_folder.iterdir())
+
+
+@pytest.mark.parametrize("command", [cli.train, cli.evaluate, cli.demonstrate])
+def test_help_is_what_hydra_would_print(command, capsys, monkeypatch):
+    texts = []
+    for ours in (cli._HELP, frozenset()):
+        monkeypatch.setattr(cli, "_HELP", ours)
+        with contextlib.suppress(SystemExit):  # Hydra's way out
+            command(["--help", "seed=4", "model=sd14"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and "seed: 4" in texts[0] and "name: sd14" in texts[0]
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["concept=violence", "seed=-1"], ["concept=violense"]])

@@ -311,6 +311,82 @@ def test_bf16_mixed_keeps_float32_weights_and_losses(sampled: Sampled, tmp_path:
     assert mixed.record.losses != full.record.losses
 
 
+class CountForwards(pl.Callback):
+    """How often parts of the pipeline ran in each step, and where offloaded parts were sent."""
+
+    def __init__(self, fit: "Fit") -> None:
+        adapter = fit.adapter
+        self.calls = {"block": 0, "text": 0}
+        self.steps: list[dict[str, int]] = []
+        self.modes: set[bool] = set()
+        adapter.unet.up_blocks[-1].resnets[0].register_forward_pre_hook(lambda *_: self._count("block"))
+        adapter.text_encoder.register_forward_hook(lambda *_: self._count("text"))
+
+    def _count(self, part: str) -> None:
+        self.calls[part] += 1
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.calls = dict.fromkeys(self.calls, 0)
+        self.modes.add(pl_module.unet.training)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.steps.append(self.calls.copy())
+
+
+def test_gradient_checkpointing_computes_twice_and_changes_nothing(sampled: Sampled, tmp_path: Path) -> None:
+    kept = Fit(sampled)
+    counts = CountForwards(kept)
+    kept.run(tmp_path, counts)
+    recomputed = Fit(sampled, trajectory_config(gradient_checkpointing=True))
+    twice = CountForwards(recomputed)
+    recomputed.run(tmp_path, twice)
+    assert [step["block"] for step in counts.steps] == [1] * 4
+    assert [step["block"] for step in twice.steps] == [2] * 4
+    # In evaluation mode, so that no dropout differs between the two.
+    assert counts.modes == twice.modes == {False}
+    assert_same(recomputed.changed(), kept.changed(), atol=1e-6, rtol=1e-5)
+    assert not recomputed.adapter.unet.is_gradient_checkpointing
+
+
+class WhereTo(pl.Callback):
+    """Where the text encoder and the decoder were last sent, in each step and after each epoch."""
+
+    def __init__(self, fit: "Fit", monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sent: dict[str, str] = {}
+        self.in_steps: list[dict[str, str]] = []
+        self.after_epochs: list[dict[str, str]] = []
+        for name, network in (("text", fit.adapter.text_encoder), ("vae", fit.adapter.vae)):
+            monkeypatch.setattr(network, "to", self._recorded(name, network.to))
+
+    def _recorded(self, name: str, move: Any) -> Any:
+        def to(*args: Any, **kwargs: Any) -> Any:
+            self.sent[name] = "the CPU" if args == ("cpu",) else "the device"
+            return move(*args, **kwargs)
+
+        return to
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.in_steps.append(self.sent.copy())
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self.after_epochs.append(self.sent.copy())
+
+
+def test_offloaded_networks_are_away_in_steps_and_back_after_each_epoch(
+    sampled: Sampled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU is the only device of this test, so what counts is where the networks are sent."""
+    kept = Fit(sampled).run(tmp_path)
+    config = trajectory_config(offload=True, uncond_hinge_weight=0.0)
+    offloaded = Fit(sampled, config)
+    where, counts = WhereTo(offloaded, monkeypatch), CountForwards(offloaded)
+    offloaded.run(tmp_path, where, counts)
+    assert where.in_steps == [{"text": "the CPU", "vae": "the CPU"}] * 4
+    assert where.after_epochs == [{"text": "the device", "vae": "the device"}] * 2
+    assert [step["text"] for step in counts.steps] == [0] * 4
+    assert_same(offloaded.changed(), kept.changed())
+
+
 def test_two_processes_train_as_one_does(sampled: Sampled, tmp_path: Path) -> None:
     # The ∅ hinge leaves rows of the first step out: a rank may have none left.
     config = trajectory_config(uncond_hinge_weight=0.5)

@@ -41,7 +41,7 @@ def training(run: TrainingRun) -> None:
         log.info(
             "ahead: %-36s %8d network evaluations, about %s", part, evaluations, _time(evaluations * seconds)
         )
-    disk = cache_bytes(run) if run.plan else 0
+    disk = run.plan.stored_bytes(math.prod(adapter.latent_shape)) if run.plan else 0
     weights = sum(tensor.numel() * tensor.element_size() for tensor in adapter.unet.parameters())
     log.info(
         "ahead: %s in all; trajectories of %.0f MB on disk; one network of %.0f MB in memory, with gradients "
@@ -81,7 +81,7 @@ def ahead(run: TrainingRun) -> dict[str, int]:
     parts = {}
     if run.plan is not None:
         parts["trajectories"] = missing_evaluations(run)
-        parts["training"] = training_evaluations(run)
+        parts["training"] = run.plan.training_evaluations(run.config.trajectory)
     for title, scorer in run.scorers.items():
         if not run.is_scored(scorer):
             parts[f"original model, {title}"] = scorer.planned_evaluations
@@ -97,24 +97,3 @@ def missing_evaluations(run: TrainingRun) -> int:
     assert run.plan is not None
     missing = missing_shards(run.plan, run.trajectory_folder, run.config.trajectory.shard_size, run.generator)
     return sum(row.network_evaluations for _, rows in missing for row in rows)
-
-
-def training_evaluations(run: TrainingRun) -> int:
-    """Of all epochs: (z_t, c_m), (z_t, ∅) off the first step where the ∅ hinge is on, and (z_u, ∅)."""
-    assert run.plan is not None
-    trajectory = run.config.trajectory
-    items = len(run.plan.malicious) * trajectory.draws_per_epoch
-    size = min(trajectory.batch_size, items)
-    served = trajectory.epochs * -(-items // size) * size
-    later = sum(step_index > 0 for row in run.plan.malicious for step_index in row.step_indices)
-    preserve = trajectory.unconditional_per_malicious if trajectory.preserve_weight else 0
-    return served * (1 + preserve) + (later if trajectory.uncond_hinge_weight else 0)
-
-
-def cache_bytes(run: TrainingRun) -> int:
-    """Size of the planned trajectories on disk: latents and predictions in float32."""
-    assert run.plan is not None
-    numbers = math.prod(run.adapter.latent_shape)
-    malicious = sum(len(row.step_indices) for row in run.plan.malicious)
-    unconditional = sum(len(row.step_indices) for row in run.plan.unconditional)
-    return 4 * numbers * (4 * malicious + 2 * unconditional)

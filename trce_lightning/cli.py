@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import hydra
@@ -26,6 +27,7 @@ from trce_lightning.resources import explain_machine
 from trce_lightning.schema import DemoConfig, EvalConfig, TrainConfig
 
 PACKAGE = Path(__file__).resolve().parent
+_HELP = frozenset({"--help", "-h"})
 
 
 def train(argv: Sequence[str] | None = None) -> None:
@@ -78,11 +80,30 @@ def _main(name: str, schema: type, argv: Sequence[str] | None) -> None:
         folder = config_folder()
         rewritten = overrides(name, schema, typed[1:] if argv is None else list(argv))
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and we explain
+        options = [word for word in rewritten if word not in _HELP]
+        if len(options) < len(rewritten) and not any(word.startswith("-") for word in options):
+            _show_help(name, folder, options)
+            return
         try:
             sys.argv[1:] = rewritten
             hydra.main(config_path=str(folder), config_name=name, version_base="1.3")(job)()
         finally:
             sys.argv[:] = typed
+
+
+def _show_help(name: str, folder: Path, options: list[str]) -> None:
+    """Print what Hydra prints for --help, which copies all that its store holds for each group it lists."""
+    with hydra.initialize_config_dir(str(folder), version_base="1.3"):
+        config = hydra.compose(name, options, return_hydra_config=True)
+    choices: dict[str, list[str]] = {}
+    for file in sorted(folder.glob("*/*.yaml")):
+        choices.setdefault(file.parent.name, []).append(file.stem)
+    groups = "".join(f"{group}: {', '.join(names)}\n" for group, names in choices.items())
+    options_alone = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    text = Template(config.hydra.help.template).substitute(
+        APP_CONFIG_GROUPS=groups, CONFIG=OmegaConf.to_yaml(options_alone)
+    )
+    sys.stdout.write(f"{text}\n")
 
 
 def _run(name: str, config: Any) -> None:

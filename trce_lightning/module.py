@@ -64,6 +64,25 @@ class TRCE(pl.LightningModule):
         self.unet.requires_grad_(False)
         for parameter in self.trainable.values():
             parameter.requires_grad_(True)
+        if self.trajectory.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+
+    def teardown(self, stage: str) -> None:
+        """Leave the denoiser as others know it."""
+        if self.trajectory.gradient_checkpointing:
+            self.unet.disable_gradient_checkpointing()
+
+    def on_train_epoch_start(self) -> None:
+        """An epoch's steps need the denoiser alone: with ``offload`` the rest leaves the device."""
+        if self.trajectory.offload:
+            self._empty_states()
+            for network in (self.adapter.text_encoder, self.adapter.vae):
+                network.to("cpu")
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
+        """After the epoch's last step everything is back, before callbacks draw images."""
+        if self.trajectory.offload and self.trainer.is_last_batch:
+            self.adapter.to(self.device)
 
     def changed_tensors(self) -> dict[str, Tensor]:
         """Edited and trainable tensors by their name in the denoiser."""

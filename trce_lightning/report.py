@@ -6,7 +6,7 @@ the last is like one entry of ``asr``. Rates and accuracies are fractions. Whate
 """
 
 import csv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,12 +62,13 @@ def write_scores_csv(path: str | Path, models: Mapping[str, Scores]) -> None:
         writer.writerows(rows)
 
 
-def results_table(columns: Mapping[str, Scores]) -> str:
-    """A Markdown table of :func:`results_rows`, empty without columns."""
+def results_table(columns: Mapping[str, Scores], titles: Collection[str] = ()) -> str:
+    """A Markdown table of :func:`results_rows`, of those ``titles`` alone if any; empty without columns."""
     if not columns:
         return ""
     header, *rows = results_rows(columns)
-    lines = [header, ["---", *["---:"] * len(columns)], *rows]
+    shown = [row for row in rows if not titles or row[0] in titles]
+    lines = [header, ["---", *["---:"] * len(columns)], *shown]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -135,6 +135,8 @@ class TrajectoryConfig:
     epochs: int = option(3, at_least=1)
     trainable: str = "*.to_q"  # fnmatch pattern of module names
     shard_size: int = option(16, at_least=1)  # trajectories a file
+    gradient_checkpointing: bool = False  # activations are computed again in the backward pass
+    offload: bool = False  # text encoder and decoder wait on the CPU while an epoch trains
 
 
 @dataclass

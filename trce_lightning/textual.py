@@ -29,7 +29,7 @@ from trce_lightning.schema import TextualConfig
 from trce_lightning.storage import write_safetensors
 from trce_lightning.tokens import position_mask
 
-ENCODE_BATCH = 64
+ENCODE_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -79,36 +79,51 @@ def textual_statistics(
 def pair_states(
     adapter: StableDiffusionAdapter, pairs: Sequence[PromptPair], positions: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
-    """States of ``pairs`` at ``positions``, ``[n, d]`` twice, row by row.
+    """States of ``pairs`` at ``positions``, ``[n, d]`` twice: row by row, by position, then pair.
 
     SoT pairs with SoT and the first EoT with the first EoT. Padding pairs position by position, where both
     prompts are padded. Keywords differ in number of tokens: each pairs with the safe prompt's first EoT.
     """
-    malicious, safe = [], []
-    for start in tqdm(range(0, len(pairs), ENCODE_BATCH), "encoding pairs", leave=False):
-        batch = pairs[start : start + ENCODE_BATCH]
+    parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {which: [] for which in positions}
+    lengths = torch.tensor([_num_tokens(adapter, pair) for pair in pairs])
+    batches = lengths.argsort(stable=True).split(ENCODE_BATCH)  # of like length, to trim most
+    for rows in tqdm(batches, "encoding pairs", leave=False):
+        batch = [pairs[row] for row in rows.tolist()]
         trimmed = "padding" not in positions
         source = adapter.encode([pair.malicious for pair in batch], trimmed=trimmed)
         target = adapter.encode([pair.safe for pair in batch], trimmed=trimmed)
         keyword = keyword_mask(adapter, source.input_ids, [pair.term for pair in batch])
         for which in positions:
-            rows_m, rows_s = _aligned(which, source, target, keyword, adapter.tokenizer.eos_token_id)
-            malicious.append(rows_m)
-            safe.append(rows_s)
+            aligned = _aligned(which, source, target, keyword, adapter.tokenizer.eos_token_id)
+            parts[which].append((*aligned[:2], rows.repeat_interleave(aligned[2])))
+    ordered = [_in_order(*(torch.cat(part) for part in zip(*found, strict=True))) for found in parts.values()]
+    malicious, safe = zip(*ordered, strict=True)
     return torch.cat(malicious), torch.cat(safe)
+
+
+def _num_tokens(adapter: StableDiffusionAdapter, pair: PromptPair) -> int:
+    """Of the longer prompt."""
+    return max(len(ids) for ids in adapter.tokenizer([pair.malicious, pair.safe], truncation=True).input_ids)
+
+
+def _in_order(malicious: Tensor, safe: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    order = rows.argsort(stable=True).to(malicious.device)
+    return malicious[order], safe[order]
 
 
 def _aligned(
     which: str, source: TextStates, target: TextStates, keyword: Tensor, eos_token_id: int
-) -> tuple[Tensor, Tensor]:
-    """States of malicious prompts at one kind of position, and the safe prompts' that they pair with."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """States of malicious prompts at one kind of position, the safe prompts' states that they pair with, and
+    how many rows each pair gives."""
     mask = position_mask(source.input_ids, eos_token_id, [which], keyword)
     if which == "padding":
         mask = mask & position_mask(target.input_ids, eos_token_id, ["padding"])
-        return source.states[mask], target.states[mask]
+        return source.states[mask], target.states[mask], mask.sum(1)
     ends = position_mask(target.input_ids, eos_token_id, ["sot" if which == "sot" else "eot"])
-    counts = mask.sum(1).to(target.states.device)
-    return source.states[mask], target.states[ends].repeat_interleave(counts, dim=0)
+    counts = mask.sum(1)
+    paired = target.states[ends].repeat_interleave(counts.to(target.states.device), dim=0)
+    return source.states[mask], paired, counts
 
 
 def keyword_mask(adapter: StableDiffusionAdapter, input_ids: Tensor, terms: Sequence[str]) -> Tensor:

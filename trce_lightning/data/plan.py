@@ -58,6 +58,20 @@ class TrajectoryPlan:
         """Exactly what sampling all of it costs."""
         return sum(row.network_evaluations for row in (*self.malicious, *self.unconditional))
 
+    def training_evaluations(self, config: TrajectoryConfig) -> int:
+        """Forward passes of all epochs: (z_t, c_m), (z_t, ∅) later with the ∅ hinge on, and (z_u, ∅)."""
+        items = len(self.malicious) * config.draws_per_epoch
+        served = config.epochs * -(-items // config.batch_size) * config.batch_size
+        later = sum(step_index > 0 for row in self.malicious for step_index in row.step_indices)
+        preserve = config.unconditional_per_malicious if config.preserve_weight else 0
+        return served * (1 + preserve) + (later if config.uncond_hinge_weight else 0)
+
+    def stored_bytes(self, latent_numbers: int) -> int:
+        """Size on disk of the latents and predictions, in float32, of ``latent_numbers`` numbers each."""
+        malicious = sum(len(row.step_indices) for row in self.malicious)
+        unconditional = sum(len(row.step_indices) for row in self.unconditional)
+        return 4 * latent_numbers * (4 * malicious + 2 * unconditional)
+
     def fingerprint(self, generator: str) -> str:
         """Identifies the cache that sampling this plan with this generator gives."""
         text = json.dumps([generator, asdict(self)], sort_keys=True)

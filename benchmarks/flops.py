@@ -1,0 +1,75 @@
+"""Operations of each stage at Stable Diffusion 1.4's size, counted without weights, and estimates.
+
+A multiplication and an addition are two operations. The estimates are not measured: operations by the
+manufacturers' rates and an assumed utilisation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import networks, plan
+from benchmarks.plain import trained_parameters
+from benchmarks.report import Row
+from trce_lightning.session import KEEP_LIMIT
+
+PEAK_TFLOPS = {"RTX 4090": 165.2, "H100 SXM": 989.4}
+"""Dense bfloat16 with float32 accumulation."""
+UTILISATION = 0.35
+PAIRS, PAIR_TOKENS = 300, 24
+"""Pairs of a concept, and tokens of their longest prompt."""
+
+
+def denoiser(trains: str | None) -> float:
+    """TFLOP of one evaluation at 512 px: forward, and backward where "Q" or what "authors" train is free."""
+    with torch.device("meta"):
+        unet = networks.unet().requires_grad_(False)
+        side = networks.LATENT_SIDE
+        inputs = torch.randn(1, 4, side, side), torch.zeros(1), torch.randn(1, networks.TOKENS, 768)
+    queries = [value for name, value in unet.named_parameters() if name.endswith("to_q.weight")]
+    for parameter in {None: [], "Q": queries, "authors": trained_parameters(unet)}[trains]:
+        parameter.requires_grad_(True)
+    with FlopCounterMode(display=False) as counter:
+        output = unet(*inputs).sample
+        if trains:
+            output.sum().backward()
+    return counter.get_total_flops() / 1e12
+
+
+def text(tokens: int) -> float:
+    """TFLOP of encoding one prompt."""
+    with torch.device("meta"):
+        encoder = networks.text_encoder()
+        input_ids = torch.zeros(1, tokens, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder(input_ids)
+    return counter.get_total_flops() / 1e12
+
+
+def run() -> list[Row]:
+    """Counts, then estimates."""
+    config, drawn = plan.paper()
+    forward, step, their_step = denoiser(None), denoiser("Q"), denoiser("authors")
+    passes = drawn.training_evaluations(config.trajectory)
+    pairs = 2 * PAIRS * text(PAIR_TOKENS), 2 * PAIRS * text(networks.TOKENS)
+    kept = KEEP_LIMIT * text(networks.TOKENS)
+    sampling = drawn.network_evaluations * forward / 1e3, plan.plain_sampling() * forward / 1e3
+    theirs = plan.ITERATIONS * (7 * forward + 6 * their_step) / 1e3
+    training = passes * step / 1e3, theirs
+    rows = [
+        Row("one evaluation at 512 px, forward", forward, "TFLOP"),
+        Row("… forward and backward", step, "TFLOP", their_step),
+        Row("stage 1: encoding the pairs", pairs[0], "TFLOP", pairs[1]),
+        Row("stage 1: encoding the kept prompts, once per text encoder", kept, "TFLOP"),
+        Row("stage 2: trajectories", sampling[0], "PFLOP", sampling[1]),
+        Row("stage 2: training", training[0], "PFLOP", training[1]),
+    ]
+    for device, peak in PEAK_TFLOPS.items():
+        minutes = [
+            work * 1e3 / (peak * UTILISATION) / 60
+            for work in (sampling[0] + training[0], sampling[1] + training[1])
+        ]
+        title = f"estimate for one {device}: trajectories and training in bfloat16"
+        rows.append(Row(title, minutes[0], "min", minutes[1]))
+    return rows

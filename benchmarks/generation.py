@@ -1,0 +1,60 @@
+"""Images a second, embedded model: our batched loop against diffusers' pipeline, one image at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.report import Row
+from benchmarks.timing import in_turns
+from trce_lightning.adapters import load_adapter
+from trce_lightning.data.prompt_sets import PromptRecord, benign_subjects
+from trce_lightning.emoji.package import weights_folder
+from trce_lightning.generation import generate
+from trce_lightning.image_folder import image_seed
+from trce_lightning.sampling import noise
+
+IMAGES, ALONE, REPEATS = 64, 16, 5
+GUIDANCE, STEPS = 3.0, 20
+TOLERANCE = 0.5
+"""Mean absolute difference of the images, in levels of 0 … 255."""
+
+
+class Generation:
+    """Both loops on equal prompts, noise and schedule."""
+
+    def __init__(self) -> None:
+        self.adapter = load_adapter(weights_folder())
+        self.adapter.pipeline.scheduler = self.adapter.scheduler
+        subjects = benign_subjects([])[:IMAGES]
+        self.records = [PromptRecord(id=name, prompt=f"a picture of {name}") for name in subjects]
+
+    def ours(self) -> Tensor:
+        """All records in one batch, uint8 ``[N, 3, H, W]``."""
+        return generate(
+            self.adapter, self.records, guidance_scale=GUIDANCE, num_steps=STEPS, batch_size=IMAGES
+        )
+
+    def plain(self) -> Tensor:
+        """The first records one by one, likewise."""
+        images = [
+            self.adapter.pipeline(
+                record.prompt,
+                latents=noise((1, *self.adapter.latent_shape), image_seed(record)),
+                guidance_scale=GUIDANCE,
+                num_inference_steps=STEPS,
+                output_type="pt",
+            ).images
+            for record in self.records[:ALONE]
+        ]
+        return (torch.cat(images) * 255).round().to(torch.uint8)
+
+
+def run() -> list[Row]:
+    """Rates, after a check that both draw the same."""
+    loops = Generation()
+    difference = (loops.ours()[:ALONE].float() - loops.plain().float()).abs().mean()
+    assert difference < TOLERANCE, f"expected the same images, got a mean difference of {difference}"
+    times = in_turns({"plain": loops.plain, "ours": loops.ours}, REPEATS)
+    rates = len(loops.records) / times["ours"], ALONE / times["plain"]
+    return [Row("images drawn, embedded model, 20 steps", rates[0], "/s", rates[1], rate=True, least_gain=2)]

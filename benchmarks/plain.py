@@ -1,0 +1,141 @@
+"""The authors' procedure, for measuring only: our own, plain implementation of what their released code does.
+
+It is written from a description of TRCE (arXiv 2503.07389) and of its released code, at their settings:
+prompts are encoded one at a time, stage 1 is accumulated layer by layer and pair by pair in float32 and
+inverted for each layer, every trajectory is sampled in full under guidance, and a training iteration holds
+three networks and evaluates one latent at a time. Where their code is merely wrong and the cost is the same,
+this is right, so that results can be compared: end of text by token position, one η, λ as an argument,
+gradients cleared. Slots of weight zero are left out of stage 1, which favours it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(latents ``[B, C, H, W]``, timestep, text states ``[B, L, d]``) → predicted noise ``[B, C, H, W]``."""
+
+
+@torch.no_grad()
+def end_of_text_state(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompt: str) -> Tensor:
+    """The first end of text's state ``[d]`` of one padded prompt."""
+    input_ids = tokenizer(
+        prompt, padding="max_length", truncation=True, max_length=tokenizer.model_max_length
+    ).input_ids
+    states = text_encoder(torch.tensor([input_ids]))[0]
+    return states[0, input_ids.index(tokenizer.eos_token_id)]
+
+
+@dataclass(frozen=True)
+class KeptSums:
+    """What the authors download: sums over kept states, Σ W e eᵀ ``[d_out, d]`` by layer and Σ e eᵀ."""
+
+    values: list[Tensor]
+    states: Tensor
+
+
+@torch.no_grad()
+def edit_projections(
+    projections: Sequence[nn.Linear],
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    kept: KeptSums,
+    eta: float,
+    ridge: float,
+    copies: bool = True,
+) -> list[Tensor]:
+    """W' = (mean W e_s e_mᵀ + η Σ W e eᵀ + λ W)(mean e_m e_mᵀ + η Σ e eᵀ + λ I)⁻¹ for each layer.
+
+    ``copies`` copies all matrices for each pair, as the released code does and as nothing needs.
+    """
+    prepared = []
+    for malicious, safe in pairs:
+        layers = [copy.deepcopy(layer) for layer in projections] if copies else projections
+        prepared.append((malicious, [layer(safe) for layer in layers]))
+    edited = []
+    for index, layer in enumerate(projections):
+        left = eta * kept.values[index] + ridge * layer.weight
+        right = eta * kept.states + ridge * torch.eye(kept.states.shape[0], dtype=kept.states.dtype)
+        for malicious, values in prepared:
+            left += torch.outer(values[index], malicious) / len(pairs)
+            right += torch.outer(malicious, malicious) / len(pairs)
+        edited.append(left @ torch.inverse(right))
+    return edited
+
+
+@torch.no_grad()
+def sample_trajectory(
+    network: Network, scheduler: DDIMScheduler, states: Tensor, z_t: Tensor, guidance_scale: float
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Every (latent, guided noise, timestep) of one trajectory.
+
+    ``states`` are those of ∅ and the prompt, ``[2, L, d]``. The prompt may be ∅ itself: both halves are
+    evaluated all the same.
+    """
+    kept = []
+    for timestep in scheduler.timesteps:
+        uncond, cond = network(torch.cat([z_t, z_t]), timestep, states).chunk(2)
+        noise = uncond + guidance_scale * (cond - uncond)
+        kept.append((z_t, noise, timestep))
+        z_t = scheduler.step(noise, timestep, z_t).prev_sample
+    return kept
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The original, the one after stage 1, and the one that trains: three of full size in memory."""
+
+    original: Network
+    edited: Network
+    trained: Network
+
+
+@dataclass(frozen=True)
+class Point:
+    """A latent ``[1, C, H, W]`` with its timestep."""
+
+    z_t: Tensor
+    timestep: Tensor
+
+
+def training_loss(
+    networks: Networks, point: Point, kept: Sequence[Point], states: dict[str, Tensor], guidance: float = 15.0
+) -> Tensor:
+    """Loss of one iteration, with ``states`` of "uncond", "malicious" and "safe".
+
+    Without gradient it takes three evaluations of the original network and one of the edited for each kept
+    point; with gradient two, and one for each kept point.
+    """
+    z_t, timestep = point.z_t, point.timestep
+    with torch.no_grad():
+        uncond, malicious, safe = (
+            networks.original(z_t, timestep, states[kind]) for kind in ("uncond", "malicious", "safe")
+        )
+        f_safe, f_unsafe = (cond + guidance * (cond - uncond) for cond in (safe, malicious))
+        references = [networks.edited(row.z_t, row.timestep, states["uncond"]) for row in kept]
+    hinges = []
+    for kind in ("malicious", "uncond"):
+        prediction = networks.trained(z_t, timestep, states[kind])
+        difference = F.mse_loss(prediction, f_safe) - F.mse_loss(prediction, f_unsafe)
+        hinges.append((difference + 0.01).clamp_min(0))
+    preserve = [
+        F.mse_loss(networks.trained(row.z_t, row.timestep, states["uncond"]), reference)
+        for row, reference in zip(kept, references, strict=True)
+    ]
+    return torch.stack(hinges).mean() + 100 * torch.stack(preserve).mean()
+
+
+def trained_parameters(unet: nn.Module) -> list[nn.Parameter]:
+    """All of self-attention and cross-attention's Q."""
+    return [
+        parameter
+        for name, parameter in unet.named_parameters()
+        if ".attn1." in name or name.endswith("attn2.to_q.weight")
+    ]

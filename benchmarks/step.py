@@ -1,0 +1,82 @@
+"""A training step against forward and backward of the same network, and against the authors' iteration."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from benchmarks import networks, plain
+from benchmarks.fitting import compose, fit_in_turns, small
+from benchmarks.processes import alone
+from benchmarks.report import Row
+from benchmarks.timing import in_turns
+from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
+from trce_lightning.emoji.package import weights_folder
+
+SHARE = 1.15
+LATENT_SIDES = (16,)
+ROWS = 5
+"""Of a batch: one malicious latent and four unconditional ones, as in the paper."""
+
+
+def stable_diffusion(latent_side: int) -> tuple[float, float]:
+    """Plain and ours at full size."""
+    adapter = StableDiffusionAdapter(networks.pipeline(), resolution=8 * latent_side)
+    return fit_in_turns(adapter, small(ROWS, epochs=5))
+
+
+def embedded() -> tuple[float, float]:
+    """Plain and ours on the embedded model, at the batch size that it is tuned to."""
+    config = compose("concept=violence").trajectory
+    short = dataclasses.replace(config, num_trajectories=32, num_unconditional=16)
+    return fit_in_turns(load_adapter(weights_folder()), short)
+
+
+def authors() -> tuple[float, float]:
+    """Seconds of the authors' iteration, and of the network's work that ours takes for the same latents."""
+    adapter = load_adapter(weights_folder())
+    original, edited = copy.deepcopy(adapter.unet), copy.deepcopy(adapter.unet)
+    texts = adapter.encode(["", "a dagger", "a rose"]).states.split(1)
+    states = dict(zip(("uncond", "malicious", "safe"), texts, strict=True))
+    points = [
+        plain.Point(torch.randn(1, *adapter.latent_shape), torch.tensor(500 + 50 * i)) for i in range(ROWS)
+    ]
+    three = plain.Networks(*(evaluation(unet) for unet in (original, edited, adapter.unet)))
+    for parameter in adapter.trainable("*.to_q").values():
+        parameter.requires_grad_(True)
+
+    def theirs() -> None:
+        plain.training_loss(three, points[0], points[1:], states).backward()
+
+    def ours() -> None:
+        z_t, timestep = torch.cat([row.z_t for row in points]), torch.stack([row.timestep for row in points])
+        text = torch.cat([states["malicious"], states["uncond"].expand(ROWS - 1, -1, -1)])
+        adapter.predict(z_t, timestep, text).square().mean().backward()
+
+    times = in_turns({"plain": theirs, "ours": ours}, repeats=9)
+    return times["plain"], times["ours"]
+
+
+def evaluation(unet: UNet2DConditionModel) -> plain.Network:
+    """As the plain implementation calls a network."""
+    return lambda z_t, timestep, states: unet(z_t, timestep, encoder_hidden_states=states).sample
+
+
+def run() -> list[Row]:
+    """Whole steps of Lightning's loop: data, forward, backward, optimizer, logging."""
+    rows = []
+    for side in LATENT_SIDES:
+        forward_backward, step = alone(stable_diffusion, side)
+        what = (
+            f"training step, SD 1.4 at {side}×{side} latents, {ROWS} in a batch, against forward + backward"
+        )
+        rows.append(Row(what, step, "s", forward_backward, most_share=SHARE))
+    forward_backward, step = alone(embedded)
+    what = "training step, embedded model, 48 in a batch, against forward + backward"
+    rows.append(Row(what, step, "s", forward_backward, most_share=SHARE))
+    theirs, ours = alone(authors)
+    rows.append(Row("network's work for one iteration's latents, embedded model", ours, "s", theirs))
+    return rows

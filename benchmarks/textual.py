@@ -1,0 +1,159 @@
+"""Stage 1 at Stable Diffusion 1.4's size: 300 pairs, 32 matrices, sums of kept prompts at hand."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import networks, plain
+from benchmarks.report import Row
+from benchmarks.timing import in_turns
+from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.cli import config_folder
+from trce_lightning.closed_form import (
+    Edit,
+    KeepStatistics,
+    apply_edit,
+    merge_keep,
+    pair_statistics,
+    solve_edit,
+)
+from trce_lightning.concepts import Concept, load_concept, prompt_pairs
+from trce_lightning.data.keep_prompts import keep_prompts
+from trce_lightning.schema import TextualConfig
+from trce_lightning.textual import apply_edit_, pair_states, textual_statistics
+
+log = logging.getLogger(__name__)
+REPEATS, ENCODING_REPEATS = 3, 1
+CHECKED_PAIRS = 8
+KEPT_PROMPTS = 64
+SINGLE_TOLERANCE = 1e-2
+"""Relative difference to the plain implementation in float32, which inverts B explicitly."""
+DOUBLE_TOLERANCE = 1e-5
+"""In float64, rounded to float32 like ours."""
+
+
+@dataclass
+class Stage1:
+    """Both implementations on one model; the kept states' K is that of ours in both."""
+
+    adapter: StableDiffusionAdapter
+    cache: Path
+    concept: Concept
+    kept_prompts: Sequence[str]
+    config: TextualConfig = field(default_factory=TextualConfig)
+
+    def __post_init__(self) -> None:
+        self.pairs = prompt_pairs([self.concept])[self.concept.name]
+        self.projections = list(self.adapter.text_projections().values())
+        self.original = [layer.weight.data.clone() for layer in self.projections]
+        statistics = textual_statistics(
+            self.adapter, [self.concept], self.kept_prompts, self.config, self.cache
+        )
+        self.keep = statistics.keep
+        self.states = pair_states(self.adapter, self.pairs, self.config.positions)
+        k = self.keep.k.float()
+        self.sums = plain.KeptSums([weight @ k for weight in self.original], k)
+
+    def ours(self) -> None:
+        """Encode, solve, edit in place."""
+        statistics = textual_statistics(
+            self.adapter, [self.concept], self.kept_prompts, self.config, self.cache
+        )
+        apply_edit_(self.adapter, statistics.solve(self.config))
+        self.restore()
+
+    def restore(self) -> None:
+        """Undo an edit in place."""
+        for layer, weight in zip(self.projections, self.original, strict=True):
+            layer.weight.data.copy_(weight)
+
+    def solve(self) -> Edit:
+        """The algebra up to T: the pairs' sums, their part of K as a stand-in for merging, and the solve."""
+        pairs = pair_statistics(*self.states)
+        keep = merge_keep([KeepStatistics(self.keep.k, self.keep.weight)])
+        return solve_edit(pairs, keep, eta=self.config.eta, ridge=self.config.ridge)
+
+    def algebra(self) -> list[Tensor]:
+        """From states to edited weights."""
+        transform = self.solve().transform
+        return [apply_edit(weight, transform) for weight in self.original]
+
+    def plain_states(self, count: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Prompts encoded one at a time: those of the first ``count`` pairs, or of all."""
+        tokenizer, encoder = self.adapter.tokenizer, self.adapter.text_encoder
+        return [
+            (
+                plain.end_of_text_state(tokenizer, encoder, pair.malicious),
+                plain.end_of_text_state(tokenizer, encoder, pair.safe),
+            )
+            for pair in self.pairs[:count]
+        ]
+
+    def plain_algebra(self, copies: bool = True) -> list[Tensor]:
+        """From states to edited weights."""
+        states = list(zip(*self.states, strict=True))
+        return plain.edit_projections(
+            self.projections, states, self.sums, self.config.eta, self.config.ridge, copies
+        )
+
+    def double(self, count: int) -> list[Tensor]:
+        """The plain implementation's first ``count`` layers in float64."""
+        layers = [copy.deepcopy(layer).double() for layer in self.projections[:count]]
+        sums = plain.KeptSums([layer.weight.data @ self.keep.k for layer in layers], self.keep.k)
+        states = [(m.double(), s.double()) for m, s in zip(*self.states, strict=True)]
+        return plain.edit_projections(layers, states, sums, self.config.eta, self.config.ridge, copies=False)
+
+
+def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest relative Frobenius norm of a difference between matrices."""
+    return max(
+        ((a.double() - b.double()).norm() / b.double().norm()).item()
+        for a, b in zip(found, expected, strict=False)
+    )
+
+
+def check(stage1: Stage1) -> None:
+    """Both give the same weights. ``AssertionError`` otherwise."""
+    ours, single, double = stage1.algebra(), stage1.plain_algebra(copies=False), stage1.double(4)
+    found = {SINGLE_TOLERANCE: difference(ours, single), DOUBLE_TOLERANCE: difference(ours, double)}
+    moved = difference(ours, stage1.original)
+    log.info("stage 1: differences %s by tolerance, edit of %.3g", found, moved)
+    assert all(value <= tolerance for tolerance, value in found.items()) and moved > 10 * SINGLE_TOLERANCE
+    alone = zip(*stage1.plain_states(CHECKED_PAIRS), strict=True)
+    for batched, each in zip(stage1.states, alone, strict=True):
+        torch.testing.assert_close(batched[:CHECKED_PAIRS], torch.stack(each), atol=1e-3, rtol=1e-3)
+
+
+def run() -> list[Row]:
+    """Text encoding and algebra together, and the algebra alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        concept = load_concept(config_folder() / "concept" / "sexual.yaml")
+        kept_prompts = keep_prompts([concept], limit=KEPT_PROMPTS)
+        stage1 = Stage1(StableDiffusionAdapter(networks.pipeline()), Path(folder), concept, kept_prompts)
+        check(stage1)
+        algebra = in_turns(
+            {
+                "plain": stage1.plain_algebra,
+                "no copies": lambda: stage1.plain_algebra(copies=False),
+                "ours": stage1.algebra,
+                "solve": stage1.solve,
+            },
+            REPEATS,
+        )
+        whole = in_turns({"encoding": stage1.plain_states, "ours": stage1.ours}, ENCODING_REPEATS)
+    encoded = whole["encoding"] + algebra["plain"]
+    return [
+        Row("stage 1 with text encoding", whole["ours"], "s", encoded, least_gain=8),
+        Row("stage 1, algebra alone", algebra["ours"], "s", algebra["plain"], least_gain=50),
+        Row("… against plain without its needless copies", algebra["ours"], "s", algebra["no copies"]),
+        Row("… in seconds", algebra["ours"], "s", most=1.0),
+        Row("… of which solving for T", algebra["solve"], "s"),
+    ]

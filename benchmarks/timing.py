@@ -1,0 +1,24 @@
+"""Timing of alternatives in turns, so that whatever else the machine does slows all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Wall-clock time of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def in_turns(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median wall-clock seconds of each function, called in turns ``repeats`` times."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            times[name].append(seconds(function))
+    return {name: statistics.median(values) for name, values in times.items()}

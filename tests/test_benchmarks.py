@@ -1,0 +1,152 @@
+"""The plain implementation gives what ours gives, counts are the paper's, and the table is put in place."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_tiny_pipeline
+from tiny_runs import WEAPONS
+from torch import Tensor
+
+from benchmarks import plain, plan, report
+from benchmarks.fitting import fit_in_turns, forward_backward, inputs, small
+from benchmarks.plan import Counter
+from benchmarks.report import Row
+from benchmarks.textual import Stage1, check, difference
+from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.concepts import prompt_pairs
+from trce_lightning.losses import guided_prediction, steering_hinge
+from trce_lightning.sampling import noise
+
+
+@pytest.fixture(scope="module")
+def stage1(tmp_path_factory: pytest.TempPathFactory) -> Stage1:
+    adapter = StableDiffusionAdapter(build_tiny_pipeline())
+    return Stage1(adapter, tmp_path_factory.mktemp("cache"), WEAPONS, ["a dog", "one red car", "tea"])
+
+
+def test_plain_and_ours_edit_alike(stage1: Stage1) -> None:
+    check(stage1)
+    assert len(stage1.pairs) == len(prompt_pairs([WEAPONS])["weapons"])
+    copied = stage1.plain_algebra()
+    assert difference(copied, stage1.plain_algebra(copies=False)) == 0
+    # The check would see it: η enters twice, λ is left out.
+    k = stage1.sums.states
+    twice = plain.KeptSums([value * 2 for value in stage1.sums.values], k * 2)
+    states = list(zip(*stage1.states, strict=True))
+    config = stage1.config
+    other = plain.edit_projections(stage1.projections, states, twice, config.eta, config.ridge)
+    assert difference(other, copied) > 0.01
+
+
+def test_ours_leaves_the_weights_for_the_next_repeat(stage1: Stage1) -> None:
+    stage1.ours()
+    assert difference([layer.weight.data for layer in stage1.projections], stage1.original) == 0
+
+
+@torch.no_grad()
+def test_the_plain_loop_samples_as_diffusers_does(tiny_adapter: StableDiffusionAdapter) -> None:
+    z_t = noise((1, *tiny_adapter.latent_shape), 0)
+    scheduler = tiny_adapter.scheduler
+    scheduler.set_timesteps(3)
+    states = tiny_adapter.encode(["", "a gun"]).states
+    steps = plain.sample_trajectory(tiny_adapter.predict, scheduler, states, z_t, guidance_scale=3.0)
+    expected = tiny_adapter.pipeline.__class__(**tiny_adapter.pipeline.components)
+    expected.scheduler = scheduler
+    latents = expected(
+        "a gun", latents=z_t, num_inference_steps=3, guidance_scale=3.0, output_type="latent"
+    ).images
+    last = scheduler.step(steps[-1][1], steps[-1][2], steps[-1][0]).prev_sample
+    torch.testing.assert_close(last, latents, atol=1e-4, rtol=1e-4)
+    assert len(steps) == 3 and torch.equal(steps[0][0], z_t)
+
+
+def test_the_papers_counts() -> None:
+    assert plan.plain_sampling() == 210_000
+    assert plan.plain_training() == 3_900
+    network = Counter()
+    network(torch.zeros(2, 1, 1, 1), torch.tensor(0), torch.zeros(2, 1, 1))
+    assert network.evaluations == 2
+
+
+@torch.no_grad()
+def test_the_plain_loss_is_ours_at_the_authors_weights(tiny_adapter: StableDiffusionAdapter) -> None:
+    network = tiny_adapter.predict
+
+    def trained(z_t: Tensor, timestep: Tensor, states: Tensor) -> Tensor:
+        return network(z_t, timestep, states) + 0.1
+
+    empty, first, second = tiny_adapter.encode(["", "a gun", "tea"]).states.split(1)
+    points = [plain.Point(noise((1, *tiny_adapter.latent_shape), i), torch.tensor(400)) for i in range(3)]
+    z_t, timestep = points[0].z_t, points[0].timestep
+    hinges = []
+    # Whatever is predicted, one of both orders has an active hinge.
+    for malicious, safe in ((first, second), (second, first)):
+        states = {"uncond": empty, "malicious": malicious, "safe": safe}
+        loss = plain.training_loss(plain.Networks(network, network, trained), points[0], points[1:], states)
+        uncond = network(z_t, timestep, empty)
+        f_safe, f_unsafe = (
+            guided_prediction(uncond, network(z_t, timestep, text), 16.0) for text in (safe, malicious)
+        )
+        predictions = torch.cat([trained(z_t, timestep, text) for text in (malicious, empty)])
+        hinges.append(
+            steering_hinge(predictions, f_safe.repeat(2, 1, 1, 1), f_unsafe.repeat(2, 1, 1, 1), 0.01)
+        )
+        torch.testing.assert_close(loss, hinges[-1].mean() + 100 * 0.1**2, rtol=1e-3, atol=1e-4)
+    assert max(float(hinge.mean()) for hinge in hinges) > 0.009
+
+
+def test_steps_are_timed_in_turns_on_one_batch() -> None:
+    adapter = StableDiffusionAdapter(build_tiny_pipeline())
+    forward_alone, step = fit_in_turns(adapter, small(rows=3, epochs=3))
+    assert forward_alone > 0 and step > 0
+    z_t = torch.zeros(2, *adapter.latent_shape)
+    batch = {
+        "malicious_z_t": z_t[:1],
+        "unconditional_z_t": z_t,
+        "malicious_timestep": torch.zeros(1, dtype=torch.int64),
+        "unconditional_timestep": torch.ones(2, dtype=torch.int64),
+        "malicious_states": adapter.encode(["a gun"]).states,
+    }
+    assert [len(part) for part in inputs(adapter, batch)] == [3, 3, 3]
+    before = adapter.trainable("*.to_q")
+    forward_backward(adapter, batch)
+    assert all(parameter.grad is not None for parameter in before.values())
+
+
+@pytest.mark.parametrize(
+    ("row", "cells"),
+    [
+        (Row("a", 2.0, "s", 20.0, least_gain=8), ["a", "20 s", "2 s", "10×", "≥ 8×", "yes"]),
+        (Row("a", 4.0, "s", 20.0, least_gain=8), ["a", "20 s", "4 s", "5×", "≥ 8×", "**no**"]),
+        (Row("a", 6.0, "/s", 2.0, rate=True, least_gain=2), ["a", "2 /s", "6 /s", "3×", "≥ 2×", "yes"]),
+        (Row("a", 1.5, "s", most=1.0), ["a", "", "1.5 s", "", "≤ 1 s", "**no**"]),
+        (
+            Row("a", 1.1, "s", 1.0, most_share=1.15),
+            ["a", "1 s", "1.1 s", "0.909×", "ours ≤ 1.15 plain", "yes"],
+        ),
+        (
+            Row("a", 1.2, "s", 1.0, most_share=1.15),
+            ["a", "1 s", "1.2 s", "0.833×", "ours ≤ 1.15 plain", "**no**"],
+        ),
+        (Row("a", 9176, "", 210_000), ["a", "210,000", "9,176", "22.9×", "", ""]),
+    ],
+)
+def test_rows_and_goals(row: Row, cells: list[str]) -> None:
+    assert row.cells() == cells
+
+
+def test_the_table_is_refreshed_between_its_marks(tmp_path: Path) -> None:
+    page, file = tmp_path / "page.md", tmp_path / "results.json"
+    page.write_text("before\n<!-- benchmarks: begin -->\nold\n<!-- benchmarks: end -->\nafter\n")
+    rows = [Row("a", 2.0, "s", 20.0, least_gain=8)]
+    report.save({"textual": rows}, {"cores": "2"}, file)
+    assert report.load(file) == {"textual": rows}
+    for _ in range(2):
+        report.refresh(report.table(rows), page)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.count("| a | 20 s | 2 s | 10× | ≥ 8× | yes |") == 1
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="expected the lines"):
+        report.refresh("x", page)
