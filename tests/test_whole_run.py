@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,19 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     folder, said = train(mine)
     assert "continuing" in said
     same_run(folder, finished[0])
+
+
+def test_torchrun_starts_the_processes_just_as_well(
+    finished: tuple[Path, str], runs: Path, tmp_path: Path
+) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "train.py")]
+    options = [*OPTIONS, "trainer.devices=2", "trainer.accelerator=cpu", f"cache={runs / 'cache'}"]
+    run = partial(subprocess.run, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
+    refused = run([*launcher, *options, f"runs={tmp_path}"])
+    assert "output: expected a folder that all processes share" in refused.stderr
+    done = run([*launcher, *options, f"output={tmp_path / 'run'}"])
+    assert done.returncode == 0, done.stderr
+    same_run(tmp_path / "run", finished[0], atol=1e-4, rtol=1e-3)
 
 
 def test_a_run_whose_second_process_dies_ends_with_the_cause_and_goes_on(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 
 import diffusers
 import transformers
 
+from trce_lightning.runs import process_rank
+
 
 def set_up_logging() -> None:
     """Ours at INFO with times; what libraries repeat at every start, not at all."""
-    level = logging.INFO if int(os.environ.get("LOCAL_RANK", "0")) == 0 else logging.WARNING
+    level = logging.INFO if process_rank() == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     for noisy in ("lightning.pytorch", "httpx", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from omegaconf import OmegaConf
 
 from trce_lightning import __version__
@@ -28,8 +29,13 @@ NOT_COMPARED = ("plan", "fresh", "output", "runs", "checkpoint_minutes")
 def choose_folder(config: Any) -> Path:
     """``output``, the newest unfinished run of an equal configuration, or a new folder.
 
-    ``ValueError`` when ``output`` holds a run of another configuration.
+    ``ValueError`` when ``output`` holds a run of another configuration, or is needed and not given.
     """
+    if config.output is None and (launcher := other_launcher()):
+        raise ValueError(
+            f"output: expected a folder that all processes share, since {launcher} started them apart from "
+            f"each other, got none"
+        )
     if int(os.environ.get("LOCAL_RANK", "0")) > 0 and FOLDER_VARIABLE in os.environ:
         return Path(os.environ[FOLDER_VARIABLE])
     parent = Path(config.runs) / "+".join(config.concept) / config.model.name
@@ -55,7 +61,7 @@ def open_folder(config: Any) -> Path:
     folder = choose_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     os.environ[FOLDER_VARIABLE] = str(folder)
-    if config.fresh:
+    if config.fresh and process_rank() == 0:
         for stale in ("checkpoints/last.ckpt", FINISHED):
             (folder / stale).unlink(missing_ok=True)
     text = OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
@@ -64,6 +70,23 @@ def open_folder(config: Any) -> Path:
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
     return folder
+
+
+def process_rank() -> int:
+    """This process among all of the run, as its launcher says; 0 where none does."""
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
+def other_launcher() -> str | None:
+    """What started several processes in place of Lightning, if anything did."""
+    for environment, count, name in (
+        (TorchElasticEnvironment, "WORLD_SIZE", "torchrun"),
+        (SLURMEnvironment, "SLURM_NTASKS", "srun"),
+    ):
+        if environment.detect() and int(os.environ.get(count, "1")) > 1:
+            return name
+    return None
 
 
 def cache_folder(config: Any) -> Path:

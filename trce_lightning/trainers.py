@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
+from trce_lightning.runs import process_rank
 from trce_lightning.schema import DeviceConfig, LoggerConfig, TrainerConfig
 from trce_lightning.storage import replacing
 
@@ -88,7 +89,7 @@ def make_loggers(config: LoggerConfig, folder: Path, name: str) -> list[Logger]:
     loggers: list[Logger] = [CSVLogger(folder, name="logs")]
     if config.tensorboard:
         loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
-    if config.wandb and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if config.wandb and process_rank() == 0:
         loggers.append(_wandb_logger(config, folder, name))
     return loggers
 
