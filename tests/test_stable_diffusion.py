@@ -16,6 +16,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from diffusers.utils import is_peft_available
 from formulas import TEXTUAL, EditByHand, erase_by_both_stages, worst_edit
 from published_models import (
     KEYS_AND_VALUES,
@@ -365,9 +366,11 @@ def test_a_safety_checker_changes_nothing(
     np.testing.assert_allclose(images(opened), images(copy_of(sd1)), atol=1e-5)
 
 
+@pytest.mark.skipif(not is_peft_available(), reason="needs the package peft")
 def test_a_fused_lora_is_its_merged_weights(sd1: StableDiffusionPipeline) -> None:
     """LoRA on denoiser and text encoder, fused by diffusers, against W + B A added by hand."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     fused, merged = copy_of(sd1), copy_of(sd1)
     names = {"unet": ["to_k", "to_v", "to_q"], "text_encoder": ["q_proj", "v_proj"]}
     for network, targets in names.items():
