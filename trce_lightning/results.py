@@ -43,7 +43,7 @@ def write(run: TrainingRun) -> None:
     tuned = {f"{name} (tuning prompts)": scores for name, scores in passes(run).items()}
     write_scores_csv(run.folder / "metrics.csv", tuned | columns)
     write_json(run.folder / "metrics.json", metrics)
-    log.info("%s\n%s", run.folder, results_table(columns | expected) if columns else "not scored")
+    log.info("%s\n%s", run.folder, results_table(columns | expected) or "not scored")
 
 
 def write_scores(run: TrainingRun) -> dict[str, Any]:
