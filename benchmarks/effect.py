@@ -1,4 +1,4 @@
-"""Do the plan's economies change the result? `python -m benchmarks.effect [OPTION …]`, options as of `train.py`.
+"""Do the plan's economies change the result? `python -m benchmarks.effect [OPTION …]`, as of `train.py`.
 
 Two of them are exact: stopping at the last drawn step, and evaluating the safe prompt at drawn steps alone.
 Rows of a plan that stores every step are compared with ours. The third, several points of one unconditional

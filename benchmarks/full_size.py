@@ -21,5 +21,4 @@ def run() -> list[Row]:
     return [
         Row(what, peaks[False].gb, "GB", most=LIMIT_GB),
         Row("… with gradient checkpointing", peaks[True].gb, "GB", peaks[False].gb),
-        Row("… seconds a step with it, against without", peaks[True].seconds, "s", peaks[False].seconds),
     ]

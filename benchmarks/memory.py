@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import networks, plain
-from benchmarks.fitting import Fit, StepsInTurns, small
+from benchmarks.fitting import Fit, small
 from benchmarks.processes import alone, available_gb, forget_peak, peak_gb
 from benchmarks.report import Row
 from benchmarks.step import evaluation
@@ -26,7 +26,6 @@ class Peak:
     """Of one training step."""
 
     gb: float
-    seconds: float
     shard_bytes: int
     """On disk, of all trajectories."""
     planned_bytes: int
@@ -46,9 +45,8 @@ def ours(side: int, rows: int, checkpointing: bool, epochs: int = 1) -> Peak:
         fit = Fit(adapter, small(rows, epochs, gradient_checkpointing=checkpointing), Path(folder))
         stored = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
         forget_peak()
-        steps = StepsInTurns(compare=False)
-        fit.run(steps)
-    return Peak(peak_gb(), min(steps.ours), stored, fit.plan.stored_bytes(4 * side**2))
+        fit.run()
+    return Peak(peak_gb(), stored, fit.plan.stored_bytes(4 * side**2))
 
 
 def authors(side: int) -> float:
@@ -77,5 +75,4 @@ def run() -> list[Row]:
     return [
         Row(what, kept.gb, "GB", plain_gb),
         Row("… with gradient checkpointing", recomputed.gb, "GB", plain_gb),
-        Row("… seconds a step with it, against without", recomputed.seconds, "s", kept.seconds),
     ]
