@@ -13,7 +13,7 @@ import torch
 from benchmarks.processes import alone
 from benchmarks.report import load, refresh, save, table
 
-NAMES = ("textual", "plan", "step", "memory", "generation", "options", "flops", "help")
+NAMES = ("textual", "plan", "step", "memory", "full_size", "generation", "options", "flops", "help")
 
 
 def main() -> None:

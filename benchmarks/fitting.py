@@ -71,8 +71,7 @@ class Fit:
 class StepsInTurns(pl.Callback):
     """Times whole steps of the loop, and after each, the same network's forward and backward on its batch."""
 
-    def __init__(self, compare: bool = True) -> None:
-        self.compare = compare
+    def __init__(self) -> None:
         self.ours: list[float] = []
         self.plain: list[float] = []
 
@@ -85,12 +84,11 @@ class StepsInTurns(pl.Callback):
     ) -> None:
         """From the end of the last measurement, so that data, logging and optimizer count."""
         self.ours.append(time.perf_counter() - self.since)
-        if self.compare:
-            assert isinstance(pl_module, TRCE)
-            adapter = pl_module.adapter
-            pl_module.zero_grad()
-            self.plain.append(seconds(lambda: forward_backward(adapter, batch)))
-            pl_module.zero_grad()
+        assert isinstance(pl_module, TRCE)
+        adapter = pl_module.adapter
+        pl_module.zero_grad()
+        self.plain.append(seconds(lambda: forward_backward(adapter, batch)))
+        pl_module.zero_grad()
         self.since = time.perf_counter()
 
     def medians(self) -> tuple[float, float]:

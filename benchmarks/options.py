@@ -34,6 +34,7 @@ class Step:
     """Forward and backward of one network on one batch, Q alone free."""
 
     def __init__(self, unet: UNet2DConditionModel, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+        self.unet = unet
         self.network: Callable[..., Any] = unet
         self.inputs = inputs
         unet.requires_grad_(False)
@@ -52,16 +53,24 @@ class Step:
         with sdpa_kernel(SDPBackend.MATH):
             return self()
 
+    def recomputed(self) -> Tensor:
+        """With gradient checkpointing."""
+        self.unet.enable_gradient_checkpointing()
+        gradients = self()
+        self.unet.disable_gradient_checkpointing()
+        return gradients
+
 
 def layout_and_attention(name: str) -> list[Row]:
-    """Channels last, and explicit attention."""
+    """Channels last, explicit attention, gradient checkpointing."""
     unet, inputs = network_and_inputs(name)
     plain, other = Step(unet, inputs), copy.deepcopy(unet).to(memory_format=torch.channels_last)
     last = Step(other, (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:]))
-    times = compare({"plain": plain, "last": last, "explicit": plain.explicit})
+    times = compare({"plain": plain, "last": last, "explicit": plain.explicit, "again": plain.recomputed})
     return [
         Row(f"forward + backward, {name}: channels_last", times["last"], "s", times["plain"]),
         Row(f"… {name}: the fused attention kernel (default)", times["plain"], "s", times["explicit"]),
+        Row(f"… {name}: gradient checkpointing", times["again"], "s", times["plain"]),
     ]
 
 

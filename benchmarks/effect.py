@@ -1,0 +1,93 @@
+"""Do the plan's economies change the result? `python -m benchmarks.effect [OPTION …]`, as of `train.py`.
+
+Two of them are exact: stopping at the last drawn step, and evaluating the safe prompt at drawn steps alone.
+Rows of a plan that stores every step are compared with ours. The third, several points of one unconditional
+trajectory, is a choice: the embedded model is trained with it and with a trajectory for each point, and both
+are scored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.fitting import CPU, compose
+from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
+from trce_lightning.data.plan import Trajectory, TrajectoryPlan, draw_plan
+from trce_lightning.data.trajectories import load_rows, sample_missing
+from trce_lightning.emoji.package import weights_folder
+from trce_lightning.report import one_line
+from trce_lightning.schema import TrainConfig
+from trce_lightning.session import concepts_of
+from trce_lightning.trainers import make_trainer
+from trce_lightning.training_run import TrainingRun
+
+log = logging.getLogger(__name__)
+COMPARED = 8
+"""Trajectories whose rows are compared."""
+
+
+def whole(row: Trajectory, num_steps: int) -> Trajectory:
+    """The same trajectory with every step stored."""
+    return dataclasses.replace(row, step_indices=tuple(range(num_steps)))
+
+
+def rows_of(adapter: StableDiffusionAdapter, plan: TrajectoryPlan, kind: str) -> dict[str, Tensor]:
+    """Sampled rows, by trajectory, then draw."""
+    with tempfile.TemporaryDirectory() as folder:
+        sample_missing(make_trainer(CPU, Path(folder)), adapter, plan, Path(folder), COMPARED)
+        return load_rows(plan, Path(folder), COMPARED, kind)
+
+
+def largest_difference(config: TrainConfig) -> float:
+    """Between latents and predictions of our plan and of one that stores every step, at the drawn steps."""
+    pairs = [pair for concept in concepts_of(config) for pair in concept.pairs()]
+    drawn = draw_plan(pairs, config.trajectory, config.seed)
+    ours = dataclasses.replace(drawn, malicious=drawn.malicious[:COMPARED], unconditional=())
+    every = tuple(whole(row, ours.num_steps) for row in ours.malicious)
+    adapter = load_adapter(weights_folder())
+    found = rows_of(adapter, ours, "malicious")
+    expected = rows_of(adapter, dataclasses.replace(ours, malicious=every), "malicious")
+    at = found["trajectory"] * ours.num_steps + found["step_index"]
+    assert torch.equal(expected["step_index"][at], found["step_index"])
+    kinds = ("z_t", "uncond", "malicious", "safe")
+    return max((found[kind] - expected[kind][at]).abs().max().item() for kind in kinds)
+
+
+def scores(config: TrainConfig, folder: Path) -> str:
+    """One run of `train.py` without its files; its scores and what its trajectories took, in one line."""
+    config.runs, config.cache = str(folder / "runs"), str(folder)
+    run = TrainingRun(config, concepts_of(config))
+    run.open()
+    run.sample_trajectories()
+    run.score_original()
+    run.solve()
+    run.fit()
+    run.score_erased()
+    assert run.erased is not None and run.plan is not None
+    return f"{run.plan.network_evaluations} evaluations: {one_line(run.erased.scores)}"
+
+
+def main() -> None:
+    """Both comparisons, on stderr."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = ("concept=violence", *sys.argv[1:])
+    config = compose(*options)
+    log.info("largest difference to every step stored: %.2g", largest_difference(config))
+    trajectory = config.trajectory
+    draws = trajectory.num_trajectories * trajectory.draws_per_epoch * trajectory.epochs
+    points = draws * trajectory.unconditional_per_malicious
+    with tempfile.TemporaryDirectory() as folder:
+        for title, count in (("ours", trajectory.num_unconditional), ("a trajectory for each point", points)):
+            result = scores(compose(*options, f"trajectory.num_unconditional={count}"), Path(folder))
+            log.info("%s: %s", title, result)
+
+
+if __name__ == "__main__":
+    main()
