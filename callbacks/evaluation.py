@@ -29,9 +29,11 @@ class EpochEvaluation(pl.Callback):
         self.images: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Score stage 1 alone, if there is one and no interrupted run has done so."""
+        """Score stage 1 alone, if there is one, and an epoch that an interrupted run has trained unscored."""
         if self.after_textual is None and pl_module.edit is not None:
             self.after_textual = self._evaluate(trainer, pl_module, "after stage 1")
+        if len(self.epochs) < trainer.current_epoch:
+            self.epochs.append(self._evaluate(trainer, pl_module, f"epoch {trainer.current_epoch}"))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Score the epoch."""

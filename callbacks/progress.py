@@ -15,6 +15,20 @@ log = logging.getLogger(__name__)
 LAST = "last"
 
 
+class SaveBeforeScoring(pl.Callback):
+    """Keeps an epoch's training before its images are drawn, which may take longer than a notice of SIGTERM.
+
+    Comes before the evaluation in the trainer's list; a run that continues scores that epoch first.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / f"{LAST}.ckpt"
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """As `ModelCheckpoint` does after the other callbacks."""
+        trainer.save_checkpoint(self.file)
+
+
 def progress_checkpoints(folder: Path, minutes: float) -> list[ModelCheckpoint]:
     """What keeps ``folder/last.ckpt`` up to date: after each epoch, every ``minutes``, and on SIGTERM."""
     options: dict[str, Any] = {"dirpath": folder, "filename": LAST, "enable_version_counter": False}
@@ -42,11 +56,10 @@ class ProgressCheckpoint(ModelCheckpoint):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Save what SIGTERM ends: Lightning raises it between two steps, other exceptions come anywhere."""
-        if (
-            isinstance(exception, SIGTERMException)
-            and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        ):
+        """Save what SIGTERM ends: Lightning raises it between two batches, other exceptions come anywhere."""
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        whole = progress.current.ready % trainer.accumulate_grad_batches == 0
+        if isinstance(exception, SIGTERMException) and whole and not progress.is_last_batch:
             file = Path(str(self.dirpath)) / f"{LAST}.ckpt"
             trainer.save_checkpoint(file)
             log.info("told to stop after step %d: saved in %s", trainer.global_step, file)

@@ -26,6 +26,7 @@ from trce_lightning.data.prompt_sets import (
 from trce_lightning.emoji.subjects import STYLES, SUBJECTS
 from trce_lightning.image_folder import claim, image_seed, manifest, write_png
 from trce_lightning.metrics.collateral import Detection, accuracies
+from trce_lightning.metrics.distance import distances
 from trce_lightning.metrics.uncertainty import wilson_rate
 from trce_lightning.scoring import Column, Scored, further_scores
 
@@ -179,10 +180,10 @@ def test_distances_are_zero_for_equal_images_and_grow_with_the_change(pictures, 
     measure_distances(Means(), [prompts], columns)
     assert columns["original"].scored.scores == floor
     assert columns["much"].scored.scores == found["much"]
+    few = PromptSet("benign", once.records[:3])
+    assert distances_to_original(Means(), few, *[tmp_path / "much" / "benign"] * 2) == {}
     with pytest.raises(ValueError, match="at least four images"):
-        distances_to_original(
-            Means(), PromptSet("benign", once.records[:3]), *[tmp_path / "much" / "benign"] * 2
-        )
+        distances(Means(), [pictures[:3]], [pictures[:3]])
 
 
 def test_comparison_pairs_images(pictures) -> None:

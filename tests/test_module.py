@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import KEEP_PROMPTS, WEAPONS, cpu_trainer, one_thread, plan_of, sample_plan, trajectory_config
 from torch import Tensor
 
-from callbacks import RanksAgree, progress_checkpoints
+from callbacks import RanksAgree, SaveBeforeScoring, progress_checkpoints
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.closed_form import Edit
 from trce_lightning.data.datamodule import TrajectoryDataModule
@@ -232,6 +232,28 @@ def test_a_checkpoint_holds_changed_tensors_alone(sampled: Sampled, tmp_path: Pa
     names = {f"unet.{name}" for name, _ in fit.adapter.unet.named_parameters() if name.endswith(endings)}
     assert set(state) == names
     assert_same({name.removeprefix("unet."): tensor for name, tensor in state.items()}, fit.changed())
+
+
+def test_sigterm_within_an_accumulated_gradient_saves_nothing(sampled: Sampled, tmp_path: Path) -> None:
+    config = trajectory_config(batch_size=2)
+    checkpoints = progress_checkpoints(tmp_path, minutes=1e9)
+    with pytest.raises(SIGTERMException):
+        Fit(sampled, config).run(tmp_path, Interrupt(0, True), *checkpoints, accumulate_grad_batches=2)
+    resumed = Fit(sampled, config).run(tmp_path, ckpt_path=tmp_path / "last.ckpt", accumulate_grad_batches=2)
+    assert len(resumed.record.losses) == 4  # the whole second epoch
+
+
+def test_a_fit_goes_on_after_an_epoch_that_was_not_scored(sampled: Sampled, tmp_path: Path) -> None:
+    class Scoring(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
+            raise RuntimeError("killed while scoring")
+
+    whole = Fit(sampled).run(tmp_path)
+    with pytest.raises(RuntimeError, match="while scoring"):
+        Fit(sampled).run(tmp_path, SaveBeforeScoring(tmp_path), Scoring())
+    resumed = Fit(sampled).run(tmp_path, ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.record.losses == whole.record.losses[2:]
+    assert_same(resumed.changed(), whole.changed())
 
 
 @pytest.mark.parametrize("sigterm", [False, True])

@@ -9,6 +9,7 @@ from trce_lightning.metrics.uncertainty import (
     holm,
     mean_interval,
     paired_difference,
+    paired_rate_difference,
     wilson_rate,
 )
 
@@ -30,6 +31,30 @@ def test_copies_of_an_image_make_nothing_surer() -> None:
     assert (copies["low"], copies["high"]) == pytest.approx((once["low"], once["high"]), abs=0.03)
     unaware = wilson_rate(60, 200)
     assert copies["high"] - copies["low"] > 2 * (unaware["high"] - unaware["low"])
+
+
+def test_fewer_hits_are_never_less_sure_of_being_few() -> None:
+    """256 prompts of two images: the upper end rises with the hits; without any, prompts count."""
+    highs = []
+    for hits in range(6):
+        flat = [prompt < hits and image == 0 for prompt in range(256) for image in range(2)]
+        assert sum(flat) == hits
+        highs.append(clustered_rate(flat, [prompt for prompt in range(256) for _ in range(2)])["high"])
+    assert highs[1:] == sorted(highs[1:])
+    assert highs[0] == pytest.approx(wilson_rate(0, 256)["high"])
+    assert highs[1] == pytest.approx(wilson_rate(1, 512)["high"], rel=0.02)
+
+
+def test_rate_difference_by_hand_and_with_nothing_changed() -> None:
+    first, second = [True] * 30 + [False] * 10, [True] * 24 + [False] * 16
+    found = paired_rate_difference(first, second, range(40))
+    half = norm.ppf(0.975) * np.sqrt(7 - 36 / 42) / 42  # b = 6, c = 0, m = 42
+    assert found["difference"] == pytest.approx(-0.15)
+    assert (found["low"], found["high"]) == pytest.approx((-6 / 42 - half, -6 / 42 + half))
+    same = paired_rate_difference(first, first, range(40))
+    assert same["low"] < 0 < same["high"] and same["difference"] == 0
+    doubled = paired_rate_difference(first * 2, second * 2, [*range(40)] * 2)
+    assert (doubled["low"], doubled["high"]) == pytest.approx((found["low"], found["high"]), abs=1e-3)
 
 
 def test_prompts_that_all_agree_still_leave_doubt() -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from trce_lightning.data.prompt_sets import BENIGN, PromptRecord, PromptSet
 from trce_lightning.image_folder import load_images
 from trce_lightning.metrics.asr import paired_test
-from trce_lightning.metrics.distance import distances
-from trce_lightning.metrics.uncertainty import holm, paired_difference
+from trce_lightning.metrics.distance import LEAST_IMAGES, distances
+from trce_lightning.metrics.uncertainty import holm, paired_difference, paired_rate_difference
 from trce_lightning.scoring import Column, Scored
 
 Comparison = dict[str, Any]
@@ -42,10 +42,10 @@ def p_values(comparison: Comparison) -> dict[str, float]:
 
 
 def one_line(comparison: Comparison) -> str:
-    """For a log: "direct -97.9 points [-99.0, -96.5], p = 1e-150; …"."""
+    """For a log: "direct -97.9 points [-99.0, -96.5], p (Holm) = 1e-150; …"."""
     return "; ".join(
         f"{name} {100 * row['difference']:+.1f} points [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}], "
-        f"p = {row['p_value_holm']:.2g}"
+        f"p (Holm) = {row['p_value_holm']:.2g}"
         for name, row in comparison["detected"].items()
     )
 
@@ -74,7 +74,8 @@ def distances_to_original(
 ) -> dict[str, float]:
     """How far images have moved: ``fid_to_original``, ``kid_to_original``, ``kid_to_original_std``.
 
-    Of each prompt's first image, as :func:`~.metrics.distance.distances` says; 0 where nothing changed.
+    Of each prompt's first image, as :func:`~.metrics.distance.distances` says; 0 where nothing changed, and
+    empty with fewer images than that needs.
 
     Args:
         features: FID's feature network.
@@ -83,6 +84,8 @@ def distances_to_original(
         folder: the other model's.
     """
     records = [record for record in prompts.records if record.sample_of is None]
+    if len(records) < LEAST_IMAGES:
+        return {}
     found = distances(features, _batches(original, records), _batches(folder, records))
     return {
         "fid_to_original": found["fid"],
@@ -94,11 +97,11 @@ def distances_to_original(
 def same_model_floor(features: nn.Module, prompts: PromptSet, folder: Path) -> dict[str, float]:
     """Distances between a model's first and second images of each prompt: what other noise alone does.
 
-    ``fid_floor``, ``kid_floor``; empty with one image a prompt.
+    ``fid_floor``, ``kid_floor``; empty with one image a prompt, or few.
     """
     first = [record for record in prompts.records if record.sample_of is None]
     second = {record.prompt_id: record for record in reversed(prompts.records) if record.sample_of}
-    if not second:
+    if len(second) < LEAST_IMAGES:
         return {}
     found = distances(features, _batches(folder, first), _batches(folder, list(second.values())))
     return {"fid_floor": found["fid"], "kid_floor": found["kid"]}
@@ -111,8 +114,9 @@ def _batches(folder: Path, records: Sequence[PromptRecord], size: int = 64) -> I
 
 def _detected(first: Scored, second: Scored, prompts: PromptSet) -> dict[str, float]:
     hits = [model.hits(prompts.name) for model in (first, second)]
-    values = [[float(rows[record.id]) for record in prompts.records] for rows in hits]
-    return paired_difference(values[0], values[1], prompts.prompt_ids) | {"p_value": paired_test(*hits)}
+    before, after = ([rows[record.id] for record in prompts.records] for rows in hits)
+    difference = paired_rate_difference(before, after, prompts.prompt_ids)
+    return difference | {"p_value": paired_test(*hits)}
 
 
 def _clip_scores(first: Scored, second: Scored, prompts: PromptSet) -> Mapping[str, float]:

@@ -66,9 +66,7 @@ def conditions(
     ``ValueError`` when the concept has none of the sets asked for, or one can't be for this model.
     """
     sets = tuple(
-        PromptSet(prompts.name, prompts.records[: options.images_per_set])
-        for prompts in scorer.sets
-        if prompts.name in options.sets
+        prompts.first(options.images_per_set) for prompts in scorer.sets if prompts.name in options.sets
     )
     if not sets:
         raise ValueError(f"robustness.sets: expected one of the concept's sets, got {options.sets}")

@@ -72,6 +72,10 @@ class TRCE(pl.LightningModule):
         if self.trajectory.gradient_checkpointing:
             self.unet.disable_gradient_checkpointing()
 
+    def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
+        """An epoch that continues in the middle doesn't start again."""
+        self.on_train_epoch_start()
+
     def on_train_epoch_start(self) -> None:
         """An epoch's steps need the denoiser alone: with ``offload`` the rest leaves the device."""
         if self.trajectory.offload:

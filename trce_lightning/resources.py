@@ -7,7 +7,10 @@ _CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _IN_TEXT = re.compile(rf"os error (?:{'|'.join(map(str, _CODES))})\b")  # as safetensors says it
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 _PEER_GONE = re.compile(r"connection (?:reset|closed|refused) by peer|remote process exited", re.IGNORECASE)
-_GOES_ON = "nothing that is there is lost: the same command continues"
+_GOES_ON = (
+    "the same command continues where this ended; one with other options starts a new run, which reuses the "
+    "trajectories and images that they don't change"
+)
 
 
 def explain_machine(error: BaseException) -> list[str] | None:
@@ -25,7 +28,7 @@ def explain_machine(error: BaseException) -> list[str] | None:
         return [
             f"out of memory: {first}",
             "lower trajectory.batch_size if it was training (trainer.accumulate_grad_batches makes up for "
-            "it), metrics.batch_size if it was drawing; model.dtype=float16 halves a model on a GPU",
+            "it), metrics.batch_size if it was drawing",
             _GOES_ON,
         ]
     if isinstance(error, RuntimeError) and _PEER_GONE.search(str(error)):

@@ -36,8 +36,9 @@ def write(run: TrainingRun) -> None:
         save_loss_curves(logs, run.folder / "losses.png")
     if run.erased:
         columns = {"original": run.original["final"].scored.scores, "erased": run.erased.scores}
+    write_model(run, results_table(columns))  # first: nothing that is drawn may cost the model
+    if run.erased:
         second = write_scores(run)
-    write_model(run, results_table(columns))
     expected = expected_scores(run.config.expected)
     metrics = facts(run) | {"zero_shot_clip": second} | columns | expected
     tuned = {f"{name} (tuning prompts)": scores for name, scores in passes(run).items()}

@@ -44,7 +44,8 @@ class Robustness:
     ) -> None:
         self.config, self.sources, self.images = config, sources, images
         self.folder = folder / "robustness" / str(config.robustness.images_per_set)
-        given = [images[label] for label, path in sources.items() if path is None]
+        # The first of several models is the one that the others are compared with.
+        given = [images[label] for label, path in sources.items() if path is None or len(sources) > 1]
         if config.robustness.picture is not None:
             given = [Path(config.robustness.picture)]
         self.draws_pictures = bool(config.robustness.strengths) and not given

@@ -31,9 +31,10 @@ def choose_folder(config: Any) -> Path:
 
     ``ValueError`` when ``output`` holds a run of another configuration, or is needed and not given.
     """
-    if config.output is None and (launcher := other_launcher()):
+    launcher = other_launcher() or ("trainer.num_nodes" if config.trainer.num_nodes > 1 else None)
+    if config.output is None and launcher:
         raise ValueError(
-            f"output: expected a folder that all processes share, since {launcher} started them apart from "
+            f"output: expected a folder that all processes share, since {launcher} starts them apart from "
             f"each other, got none"
         )
     if int(os.environ.get("LOCAL_RANK", "0")) > 0 and FOLDER_VARIABLE in os.environ:
@@ -73,9 +74,9 @@ def open_folder(config: Any) -> Path:
 
 
 def process_rank() -> int:
-    """This process among all of the run, as its launcher says; 0 where none does."""
-    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+    """0 for the first process of a run, as its launcher says, and where there is no other; else above."""
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
+    return next((rank for name in names if (rank := int(os.environ.get(name, "0")))), 0)
 
 
 def other_launcher() -> str | None:

@@ -200,7 +200,7 @@ class TrainConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     seed: int = option(0, at_least=0)
     checkpoint_minutes: float = option(10.0, above=0)  # while training, beside each epoch's end
-    previous: str | None = None  # an earlier run's edit.safetensors, or its folder
+    previous: str | None = None  # an earlier run's folder
     output: str | None = None  # folder of this run; null: RUNS/concept/model/start time
     runs: str = "runs"
     cache: str | None = None  # folder; null: beside the runs

@@ -25,7 +25,7 @@ from trce_lightning.generation import (
     planned_evaluations,
     shard,
 )
-from trce_lightning.metrics.asr import THRESHOLD, AttackSuccessRate, shows_concept
+from trce_lightning.metrics.asr import THRESHOLD, shows_concept
 from trce_lightning.metrics.collateral import Detection, accuracies, clip_score_interval
 from trce_lightning.metrics.detectors import Detector
 from trce_lightning.metrics.scores import Evaluator
@@ -222,10 +222,9 @@ def detection_rates(
     """How often another detector sees the concept in images that are there, by set, for one process alone."""
     rates = {}
     for prompts in sets:
-        rate = AttackSuccessRate(sync_on_compute=False)
-        for images in load_images(folder / prompts.name, prompts.records).split(64):
-            rate.update(detector(images))
-        rates[prompts.name] = rate.compute()
+        images = load_images(folder / prompts.name, prompts.records).split(64)
+        hits = shows_concept(torch.cat([detector(part).cpu() for part in images]))
+        rates[prompts.name] = clustered_rate(hits.tolist(), prompts.prompt_ids)
     return rates
 
 

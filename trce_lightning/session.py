@@ -114,9 +114,12 @@ class Session:
     def scorer(self, split: Split, size: int) -> Scorer:
         """Scores this session's model."""
         sets = [prompts.sampled(self.config.metrics.samples_per_prompt) for prompts in self.sets(split, size)]
+        groups = {}
         if self.embedded:
             check_labels(sets, Judge.vocabulary["subject"])
-        groups = label_groups(self.concepts)
+            groups = label_groups(self.concepts)
+        elif self.config.model.clip is not None:
+            check_labels(sets, self._nameable())
         return Scorer(self.adapter, sets, self.sampling(), self.evaluator_factory(), groups)
 
     def evaluator_factory(self) -> Callable[[Sequence[str]], Evaluator]:
@@ -152,9 +155,13 @@ class Session:
                 )
             fid = inception_fid(Path(model.inception))
             load_real(fid, Path(model.real_images), cache_folder(self.config) / "real")
-        clip = None if model.clip is None else load_clip(model.clip)
-        judge = None if clip is None else ClipJudge(clip, self._nameable())
-        return Evaluator(detector, names, judge=judge, fid=fid, clip=clip)
+        judge = self._clip_judge
+        return Evaluator(detector, names, judge=judge, fid=fid, clip=None if judge is None else judge.clip)
+
+    @cached_property
+    def _clip_judge(self) -> ClipJudge | None:
+        source = self.config.model.clip
+        return None if source is None else ClipJudge(load_clip(source), self._nameable())
 
     def _nameable(self) -> list[str]:
         """What zero-shot CLIP may answer: benign class names, the concepts' neighbours and their terms."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,7 +18,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A name beside ``path``, with its suffix, whose file takes the place of ``path`` when all went well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{os.getpid()}.{path.name}")
+    aside = path.with_name(f".{uuid4().hex}.{path.name}")  # process ids may be equal on two machines
     try:
         yield aside
         aside.replace(path)

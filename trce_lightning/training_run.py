@@ -11,9 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lightning.pytorch as pl
-import torch
 
-from callbacks import EpochEvaluation, ImageGrid, PromptTable, RanksAgree, progress_checkpoints
+from callbacks import (
+    EpochEvaluation,
+    ImageGrid,
+    PromptTable,
+    RanksAgree,
+    SaveBeforeScoring,
+    progress_checkpoints,
+)
 from trce_lightning import export, results, runs
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.closed_form import Edit
@@ -23,7 +29,7 @@ from trce_lightning.data.plan import TrajectoryPlan, draw_plan
 from trce_lightning.data.trajectories import generator_of, sample_missing
 from trce_lightning.module import TRCE
 from trce_lightning.schema import TrainConfig
-from trce_lightning.scoring import SCORED_SCHEMA, Scored, Scorer, log_scores
+from trce_lightning.scoring import SCORED_SCHEMA, Scored, Scorer, log_scores, score_on_all_ranks
 from trce_lightning.session import Session, base_name
 from trce_lightning.textual import TextualStatistics, textual_statistics
 from trce_lightning.trainers import make_loggers, make_trainer
@@ -77,13 +83,6 @@ class TrainingRun:
         self.loggers = make_loggers(self.config.logger, self.folder, self.folder.name)
 
     @property
-    def ranks(self) -> dict[str, int]:
-        """This process among those of the run; alone until Lightning has launched the others."""
-        if not torch.distributed.is_initialized():
-            return {"rank": 0, "world_size": 1}
-        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
-
-    @property
     def trajectory_folder(self) -> Path:
         """Shared by all runs of an equal plan and model."""
         assert self.plan is not None
@@ -126,8 +125,7 @@ class TrainingRun:
         folder = self._original_folder(scorer)
         file = self._original_scores(scorer)
         if not self.is_scored(scorer):
-            self.adapter.to(self.trainer.strategy.root_device)
-            scores, _ = scorer(f"original model, {title}", folder=folder, **self.ranks)
+            scores = score_on_all_ranks(self.trainer, scorer, folder, f"original model, {title}")
             if self.trainer.is_global_zero:
                 Scored(scores, scorer.detections).save(file)
             self.trainer.strategy.barrier()
@@ -186,16 +184,16 @@ class TrainingRun:
             return [RanksAgree(), *checkpoints]
         self.evaluation = EpochEvaluation(self.scorers["epochs"])
         grid = ImageGrid(self.evaluation, self.original["epochs"].folder, self.folder / "grid.png")
-        return [RanksAgree(), self.evaluation, grid, PromptTable(self.evaluation), *checkpoints]
+        before = SaveBeforeScoring(self.folder / "checkpoints")
+        return [RanksAgree(), before, self.evaluation, grid, PromptTable(self.evaluation), *checkpoints]
 
     def score_erased(self) -> None:
         """The erased model on the report split, whose prompts and noise no choice has seen."""
         if "final" not in self.scorers:
             return
-        self.adapter.to(self.trainer.strategy.root_device)
         with self._stage("final"):
             scorer = self.scorers["final"]
-            scores, _ = scorer("erased model", folder=self.folder / "images", **self.ranks)
+            scores = score_on_all_ranks(self.trainer, scorer, self.folder / "images", "erased model")
             self.erased = Scored(scores, scorer.detections)
         log_scores(self.loggers, scores, step=self.trainer.global_step, prefix="final/")
 

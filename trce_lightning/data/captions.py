@@ -36,10 +36,10 @@ def read_captions(source: str) -> list[str]:
         captions = readers.get(path.suffix.lower(), _read_lines)(path)
     except (OSError, UnicodeError, ValueError) as error:
         raise ValueError(
-            f"keep_prompts.path: expected a readable caption file, got {path}: {error}"
+            f"textual.keep_prompts: expected a readable caption file, got {path}: {error}"
         ) from error
     if not captions:
-        raise ValueError(f"keep_prompts.path: expected one caption at least, got none in {path}")
+        raise ValueError(f"textual.keep_prompts: expected one caption at least, got none in {path}")
     return captions
 
 

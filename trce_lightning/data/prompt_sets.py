@@ -98,6 +98,11 @@ class PromptSet:
         """What each image's prompt is known by: the clusters of images that are not independent."""
         return [record.prompt_id for record in self.records]
 
+    def first(self, prompts: int) -> "PromptSet":
+        """The first ``prompts`` prompts with all of their images."""
+        kept = set(list(dict.fromkeys(self.prompt_ids))[:prompts])
+        return replace(self, records=tuple(record for record in self.records if record.prompt_id in kept))
+
     def sampled(self, samples: int) -> "PromptSet":
         """Every prompt ``samples`` times: its own noise first, then noise derived from ids like ``7~1``."""
         repeats = [

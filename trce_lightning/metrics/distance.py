@@ -11,6 +11,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 SUBSETS, SUBSET_SIZE = 100, 100
+LEAST_IMAGES = 4
 
 
 def distances(features: nn.Module, first: Iterable[Tensor], second: Iterable[Tensor]) -> dict[str, float]:
@@ -34,7 +35,7 @@ def distances(features: nn.Module, first: Iterable[Tensor], second: Iterable[Ten
     """
     batches = list(first), list(second)
     count = min(sum(len(batch) for batch in side) for side in batches)
-    if count < 4:
+    if count < LEAST_IMAGES:
         raise ValueError(f"distance between models: expected at least four images of each, got {count}")
     fid = FrechetInceptionDistance(feature=features, sync_on_compute=False)
     with warnings.catch_warnings():  # that it keeps features in memory: few, of our size

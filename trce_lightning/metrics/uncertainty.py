@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import bootstrap, norm
 
 CONFIDENCE_LEVEL = 0.95
 RESAMPLES = 2000
+Z = float(norm.ppf(0.5 + CONFIDENCE_LEVEL / 2))
 Clusters = Sequence[Hashable]
 """What each value belongs to: values of one prompt are not independent."""
 
 
-def wilson_rate(successes: int, images: int) -> dict[str, float]:
-    """A fraction with its Wilson 95 % interval, for independent images.
+def wilson_rate(successes: int, images: int, effective_images: float | None = None) -> dict[str, float]:
+    """A fraction p = k/n with its Wilson 95 % interval.
 
-    Of k in n images, with z = 1.96: (k + z²/2 ± z √(k (n − k) / n + z²/4)) / (n + z²).
+    (p + z²/2m ± z √(p (1 − p)/m + z²/4m²)) / (1 + z²/m) with z = 1.96 and m independent images: all n, or
+    fewer where several are of one prompt.
 
     Returns:
         ``successes`` and ``images`` (counts); ``rate``, ``low`` and ``high`` in [0, 1].
@@ -27,32 +30,42 @@ def wilson_rate(successes: int, images: int) -> dict[str, float]:
     """
     if images == 0:
         raise ValueError("rate: expected at least one image, got none")
-    interval = binomtest(successes, images).proportion_ci(CONFIDENCE_LEVEL, method="wilson")
-    low, high = float(interval.low), float(interval.high)
+    rate, m = successes / images, effective_images or images
+    centre = rate + Z**2 / (2 * m)
+    half = Z * math.sqrt(rate * (1 - rate) / m + Z**2 / (4 * m**2))
+    low, high = ((centre + sign * half) / (1 + Z**2 / m) for sign in (-1, 1))
     return {
         "successes": successes,
         "images": images,
-        "rate": successes / images,
-        "low": low,
-        "high": high,
+        "rate": rate,
+        "low": max(low, 0.0) if successes else 0.0,
+        "high": min(high, 1.0) if successes < images else 1.0,
     }
 
 
 def clustered_rate(hits: Sequence[bool], clusters: Clusters) -> dict[str, float]:
-    """Like :func:`wilson_rate` for images of which several may be of one prompt.
+    """:func:`wilson_rate` of images of which several may be of one prompt, by :func:`effective_images`.
 
-    With one image a prompt it is Wilson's interval, else :func:`mean_interval` over prompts. Where all
-    prompts have one rate, resampling says nothing; then it is Wilson's of as many images as prompts.
+    Near 0 and 1, where erased models lie, resampling prompts gives intervals that are too narrow.
     """
-    rate = wilson_rate(sum(hits), len(hits))
-    means = cluster_means([float(hit) for hit in hits], clusters)
-    if len(means) == len(hits):
-        return rate
-    if np.ptp(means) == 0:
-        of_prompts = wilson_rate(round(float(means.sum())), len(means))
-        return rate | {"low": of_prompts["low"], "high": of_prompts["high"]}
-    low, high = mean_interval([float(hit) for hit in hits], clusters)
-    return rate | {"low": low, "high": high}
+    values = [float(hit) for hit in hits]
+    return wilson_rate(sum(hits), len(hits), effective_images(values, clusters) if values else None)
+
+
+def effective_images(values: Sequence[float], clusters: Clusters) -> float:
+    """How many independent images tell as much: the images' variance over the prompts' mean's squared error.
+
+    Between the number of prompts and that of images; the former where all values are equal, which says
+    nothing about how alike a prompt's images are.
+    """
+    means = cluster_means(values, clusters)
+    if len(means) == len(values):
+        return float(len(values))
+    if np.ptp(values) == 0 or len(means) == 1:
+        return float(len(means))
+    squared_error = np.var(means, ddof=1) / len(means)
+    found = np.var(values) / squared_error if squared_error > 0 else len(values)
+    return float(np.clip(found, len(means), len(values)))
 
 
 def mean_interval(values: Sequence[float], clusters: Clusters) -> tuple[float, float]:
@@ -93,6 +106,28 @@ def paired_difference(
     differences = [b - a for a, b in zip(first, second, strict=True)]
     low, high = mean_interval(differences, clusters)
     return {"difference": float(np.mean(differences)), "low": low, "high": high}
+
+
+def paired_rate_difference(
+    first: Sequence[bool], second: Sequence[bool], clusters: Clusters
+) -> dict[str, float]:
+    """Difference of two rates on the same images, second − first, with a 95 % interval.
+
+    Agresti and Min's: b images are hits of the first model alone and c of the second, and half an image is
+    added to each of the four cells, m = n + 2: d = (c − b)/m ± z √((b + c + 1) − (c − b)²/m)/m. So the
+    interval has a width where no image differs. Counts are scaled by :func:`effective_images`.
+    """
+    changes = [float(b) - float(a) for a, b in zip(first, second, strict=True)]
+    scale = effective_images(changes, clusters) / len(changes)
+    lost, gained = scale * changes.count(-1.0), scale * changes.count(1.0)
+    m = scale * len(changes) + 2
+    centre = (gained - lost) / m
+    half = Z * math.sqrt(max(lost + gained + 1 - (gained - lost) ** 2 / m, 0.0)) / m
+    return {
+        "difference": float(np.mean(changes)),
+        "low": max(centre - half, -1.0),
+        "high": min(centre + half, 1.0),
+    }
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
