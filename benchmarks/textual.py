@@ -128,8 +128,8 @@ def check(stage1: Stage1) -> None:
     log.info("stage 1: differences %s by tolerance, edit of %.3g", found, moved)
     assert all(value <= tolerance for tolerance, value in found.items()) and moved > 10 * SINGLE_TOLERANCE
     alone = zip(*stage1.plain_states(CHECKED_PAIRS), strict=True)
-    for batched, each in zip(stage1.states, alone, strict=True):
-        torch.testing.assert_close(batched[:CHECKED_PAIRS], torch.stack(each), atol=1e-3, rtol=1e-3)
+    for batched, one_by_one in zip(stage1.states, alone, strict=True):
+        torch.testing.assert_close(batched[:CHECKED_PAIRS], torch.stack(one_by_one), atol=1e-3, rtol=1e-3)
 
 
 def run() -> list[Row]:
