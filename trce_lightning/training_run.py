@@ -27,6 +27,7 @@ from trce_lightning.concepts import Concept
 from trce_lightning.data.datamodule import TrajectoryDataModule
 from trce_lightning.data.plan import TrajectoryPlan, draw_plan
 from trce_lightning.data.trajectories import generator_of, sample_missing
+from trce_lightning.metrics.real_images import source_fingerprint
 from trce_lightning.module import TRCE
 from trce_lightning.schema import TrainConfig
 from trce_lightning.scoring import SCORED_SCHEMA, Scored, Scorer, log_scores, score_on_all_ranks
@@ -113,7 +114,8 @@ class TrainingRun:
     def _original_scores(self, scorer: Scorer) -> Path:
         # Beside the images, which other judges, and concepts with other neighbours, may share.
         model = self.config.model
-        judge = repr((SCORED_SCHEMA, model, self.session.concepts))
+        real = model.real_images and source_fingerprint(Path(model.real_images))
+        judge = repr((SCORED_SCHEMA, model, real, self.session.concepts))
         name = hashlib.blake2b(judge.encode(), digest_size=4).hexdigest()
         return self._original_folder(scorer) / f"detections-{name}.json"
 

@@ -27,7 +27,8 @@ def load_real(metric: FrechetInceptionDistance, source: Path, cache: Path) -> No
         FileNotFoundError: no such file or folder.
         ValueError: a folder without pictures, an unreadable picture, or statistics of another network.
     """
-    file = source if source.is_file() else cache / f"{_fingerprint(metric, source)}.safetensors"
+    name = f"{fingerprint(metric.inception)}{source_fingerprint(source)}.safetensors"
+    file = source if source.is_file() else cache / name
     if not file.is_file():
         for picture in tqdm(_pictures(source), desc="real images", unit="image"):
             metric.update(read_image(picture)[None].to(metric.device), real=True)
@@ -35,10 +36,11 @@ def load_real(metric: FrechetInceptionDistance, source: Path, cache: Path) -> No
     load_real_statistics(metric, file)
 
 
-def _fingerprint(metric: FrechetInceptionDistance, folder: Path) -> str:
-    rows = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _pictures(folder)]
-    text = repr((fingerprint(metric.inception), rows))
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+def source_fingerprint(source: Path) -> str:
+    """Identifies real images by the files' names, sizes and times; raises as :func:`load_real` does."""
+    files = [source] if source.is_file() else _pictures(source)
+    rows = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.blake2b(repr(rows).encode(), digest_size=8).hexdigest()
 
 
 def _pictures(folder: Path) -> list[Path]:

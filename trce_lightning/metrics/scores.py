@@ -57,7 +57,7 @@ class DetectionsByImage(Metric):
         super().reset()
         # A rank with an empty list would leave out the gathering that the others wait in.
         self.keys.append(torch.empty(0, dtype=torch.int64, device=self.device))
-        self.rows.append(torch.empty((0, len(Detection._fields)), dtype=torch.float64, device=self.device))
+        self.rows.append(torch.empty((0, len(Detection._fields)), device=self.device))
 
     def update(
         self,
@@ -72,7 +72,7 @@ class DetectionsByImage(Metric):
         columns = [probability, *(seen.get(name, unseen) for name in ATTRIBUTES)]
         columns.append(unscored if clip_score is None else clip_score.to(probability.device))
         self.keys.append(torch.tensor(keys, dtype=torch.int64, device=probability.device))
-        self.rows.append(torch.stack([column.double() for column in columns], 1))
+        self.rows.append(torch.stack([column.float() for column in columns], 1))
 
     def compute(self) -> dict[int, Detection]:
         """By ``seed_of(record.id, 0)``, an image's key on every rank."""
