@@ -37,7 +37,8 @@ ACCURACIES = {
     "benign_accuracy_unkept": "benign accuracy, unkept",
 }
 _PLAIN = {"fid": "FID", "clip_score": "CLIP-S"}
-_DISTANCES = {"fid_to_original": "FID to the original", "kid_to_original": "KID to the original, 10⁻³"}
+# Not KID, which is below zero for images from the same noise: metrics.json has it.
+_DISTANCES = {"fid_to_original": "FID to the original"}
 _GROUPS = {
     "subject": "accuracy",
     "near": "near neighbours of the concept",
@@ -121,11 +122,10 @@ def _group(name: str, group: str, scores: Scores) -> str:
 
 
 def _distance(key: str, scores: Scores) -> str:
-    factor = 1000 if key.startswith("kid") else 1
     if key in scores:
-        return f"{factor * scores[key]:.2f}"
+        return f"{scores[key]:.2f}"
     floor = scores.get(key.replace("to_original", "floor"))
-    return ABSENT if floor is None else f"floor {factor * floor:.2f}"
+    return ABSENT if floor is None else f"floor {floor:.2f}"
 
 
 def _asr(name: str, scores: Scores) -> str:
