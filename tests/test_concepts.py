@@ -327,7 +327,7 @@ def test_bad_caption_file_is_refused(tmp_path: Path, content: bytes | None) -> N
     path = tmp_path / "captions.txt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"keep_prompts\.path: expected .*captions\.txt"):
+    with pytest.raises(ValueError, match=r"textual\.keep_prompts: expected .*captions\.txt"):
         keep_prompts([], path=str(path), limit=10)
 
 
@@ -395,7 +395,7 @@ def test_captions_of_a_csv(tmp_path: Path, header: str) -> None:
 )
 def test_captions_in_another_form_are_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=rf"keep_prompts\.path: expected .*{message}"):
+    with pytest.raises(ValueError, match=rf"textual\.keep_prompts: expected .*{message}"):
         read_captions(str(tmp_path / name))
 
 

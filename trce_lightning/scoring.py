@@ -203,7 +203,12 @@ def score_on_all_ranks(trainer: pl.Trainer, scorer: Scorer, folder: Path, title:
     """
     module = _ScoringModule(scorer, folder, title)
     loader: DataLoader[int] = DataLoader(range(trainer.world_size), batch_size=None)  # type: ignore[arg-type]
+    bar = trainer.progress_bar_callback
+    if bar is not None:
+        bar.disable()  # the scorer's own tells network evaluations
     trainer.predict(module, loader, return_predictions=False)
+    if bar is not None:
+        bar.enable()
     return module.scores
 
 
