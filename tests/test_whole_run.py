@@ -213,8 +213,9 @@ def test_a_run_whose_second_process_dies_ends_with_the_cause_and_goes_on(
     for child in children:
         os.kill(int(child), signal.SIGKILL)
     said, _ = process.communicate(timeout=DEADLINE_SECONDS)
-    assert process.returncode == 2, said
-    assert "error: another process of this run has ended" in "\n".join(said.splitlines()[-4:])
+    # Whoever is first: the other process, at its next message, or Lightning, which looks after the first.
+    causes = {2: "error: another process of this run has ended", -9: "[rank: 1] Child process with PID"}
+    assert causes[process.returncode] in "\n".join(said.splitlines()[-4:]), said
     folder, said = train(mine, *two)
     assert "continuing" in said
     same_run(folder, finished[0], atol=1e-4, rtol=1e-3)
