@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from trce_lightning.emoji.package import weights_folder
+from trce_lightning.emoji.unet import build_scheduler
 
 LATENT_SIDE = 64
 TOKENS = 77
@@ -39,18 +40,6 @@ def tokenizer_77() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(str(weights_folder() / "tokenizer"), model_max_length=TOKENS)
 
 
-def scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-
-
 def pipeline(denoiser: UNet2DConditionModel | None = None) -> StableDiffusionPipeline:
     """All of it; the decoder alone is a small one, which neither stage evaluates."""
     torch.manual_seed(0)
@@ -66,7 +55,7 @@ def pipeline(denoiser: UNet2DConditionModel | None = None) -> StableDiffusionPip
         text_encoder=text_encoder(tokens),
         tokenizer=tokens,
         unet=denoiser or unet(),
-        scheduler=scheduler(),
+        scheduler=build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

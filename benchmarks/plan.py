@@ -13,6 +13,7 @@ from benchmarks.report import Row
 from trce_lightning import cli
 from trce_lightning.concepts import load_concept
 from trce_lightning.data.plan import TrajectoryPlan, draw_plan
+from trce_lightning.emoji.unet import build_scheduler
 from trce_lightning.schema import TrainConfig
 
 UNCONDITIONAL_SAMPLED = 2000
@@ -37,7 +38,7 @@ class Counter:
 
 def plain_sampling() -> int:
     """Evaluations of the authors' preparation: all trajectories cost what this one is counted to take."""
-    network, scheduler = Counter(), networks.scheduler()
+    network, scheduler = Counter(), build_scheduler()
     scheduler.set_timesteps(STEPS)
     plain.sample_trajectory(network, scheduler, torch.zeros(2, 1, 1), torch.zeros(1, 1, 1, 1), 3.0)
     return (MALICIOUS + UNCONDITIONAL_SAMPLED) * network.evaluations

@@ -74,7 +74,8 @@ class TRCE(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
         """An epoch that continues in the middle doesn't start again."""
-        self.on_train_epoch_start()
+        if self.adapter.text_encoder.device.type != "cpu":
+            self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
         """An epoch's steps need the denoiser alone: with ``offload`` the rest leaves the device."""

@@ -23,12 +23,7 @@ def train(config: TrainConfig) -> None:
     announce.training(run)
     if config.plan:
         return
-    run.open()
-    run.sample_trajectories()
-    run.score_original()
-    run.solve()
-    run.fit()
-    run.score_erased()
+    run.erase_and_score()
     run.write()
 
 

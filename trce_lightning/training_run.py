@@ -47,7 +47,7 @@ class Original:
 
 
 class TrainingRun:
-    """One run of ``train.py``: each step is a method, in the order in which :func:`train` calls them."""
+    """One run of ``train.py``: each step is a method, in the order of :meth:`erase_and_score`."""
 
     def __init__(
         self, config: TrainConfig, concepts: list[Concept], adapter: StableDiffusionAdapter | None = None
@@ -77,6 +77,15 @@ class TrainingRun:
         self.evaluations: dict[str, int] = {}
         self.edit: Edit | None = None
         self.statistics: TextualStatistics | None = None
+
+    def erase_and_score(self) -> None:
+        """All steps but writing the results."""
+        self.open()
+        self.sample_trajectories()
+        self.score_original()
+        self.solve()
+        self.fit()
+        self.score_erased()
 
     def open(self) -> None:
         """Choose and create the folder."""
