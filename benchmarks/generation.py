@@ -24,8 +24,9 @@ class Generation:
     """Both loops on equal prompts, noise and schedule."""
 
     def __init__(self) -> None:
-        self.adapter = load_adapter(weights_folder())
-        self.adapter.pipeline.scheduler = self.adapter.scheduler
+        self.adapter = load_adapter(weights_folder(), channels_last=True)
+        self.pipeline = load_adapter(weights_folder()).pipeline
+        self.pipeline.scheduler = self.adapter.scheduler
         subjects = benign_subjects([])[:IMAGES]
         self.records = [PromptRecord(id=name, prompt=f"a picture of {name}") for name in subjects]
 
@@ -38,7 +39,7 @@ class Generation:
     def plain(self) -> Tensor:
         """The first records one by one, likewise."""
         images = [
-            self.adapter.pipeline(
+            self.pipeline(
                 record.prompt,
                 latents=noise((1, *self.adapter.latent_shape), image_seed(record)),
                 guidance_scale=GUIDANCE,

@@ -32,12 +32,12 @@ def embedded() -> tuple[float, float]:
     """Plain and ours on the embedded model, at the batch size that it is tuned to."""
     config = compose("concept=violence").trajectory
     short = dataclasses.replace(config, num_trajectories=32, num_unconditional=16)
-    return fit_in_turns(load_adapter(weights_folder()), short)
+    return fit_in_turns(load_adapter(weights_folder(), channels_last=True), short)
 
 
 def authors() -> tuple[float, float]:
     """Seconds of the authors' iteration, and of the network's work that ours takes for the same latents."""
-    adapter = load_adapter(weights_folder())
+    adapter = load_adapter(weights_folder(), channels_last=True)
     original, edited = copy.deepcopy(adapter.unet), copy.deepcopy(adapter.unet)
     texts = adapter.encode(["", "a dagger", "a rose"]).states.split(1)
     states = dict(zip(("uncond", "malicious", "safe"), texts, strict=True))

@@ -213,6 +213,15 @@ def test_loads_what_was_saved(tiny_pipeline: StableDiffusionPipeline, tmp_path: 
     assert adapter.latent_shape == (4, 8, 8)
     assert load_adapter(str(tmp_path), resolution=24).latent_shape == (4, 12, 12)
     assert load_adapter(tmp_path, dtype=torch.float16).unet.dtype == torch.float16
+    last = load_adapter(tmp_path, channels_last=True)
+    weights = [network.conv_in.weight for network in (last.unet, last.vae.decoder)]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    assert last.fingerprint() == adapter.fingerprint()
+    z_t, states = torch.randn(2, *adapter.latent_shape), adapter.encode(["a cat", "a dog"]).states
+    for call in (lambda model: model.predict(z_t, 5, states), lambda model: model.decode(z_t).float()):
+        torch.testing.assert_close(call(last), call(adapter), atol=1e-5, rtol=1e-4)
+    last.pipeline.save_pretrained(tmp_path / "again")
+    assert load_adapter(tmp_path / "again").fingerprint() == adapter.fingerprint()
     with pytest.raises(ValueError, match=r"model\.resolution.*multiple of 2.*25"):
         load_adapter(tmp_path, resolution=25)
 

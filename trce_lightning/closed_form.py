@@ -49,7 +49,7 @@ class KeepStatistics:
 class Edit:
     """The solved edit and how well it does.
 
-    `transform` is T, [d, d] float64. `condition_number` is that of B in the 2-norm (≥ 1).
+    `transform` is T, [d, d] float64. `condition_number` is ‖B‖₁ ‖B⁻¹‖₁ (≥ 1).
     `erase_residual` = mean ‖T e_m − e_s‖² / mean ‖e_s‖², 0 when each malicious state lands on its safe one.
     `keep_residual` = mean ‖T e_k − e_k‖² / mean ‖e_k‖², 0 when the kept states do not move.
     """
@@ -135,33 +135,38 @@ def solve_edit(pairs: PairStatistics, keep: KeepStatistics, *, eta: float, ridge
     _check_mergeable([pairs.m, keep.k])
     regulariser = eta * keep.k + ridge * torch.eye(keep.k.shape[0], dtype=torch.float64)
     a, b = pairs.s + regulariser, pairs.m + regulariser
-    condition_number = _condition_number(b, eta, ridge)
-    transform = torch.cholesky_solve(a.mT, torch.linalg.cholesky(b)).mT.contiguous()
+    factor, failed = torch.linalg.cholesky_ex(b)
+    condition_number = math.inf if failed else _condition_number(b, factor)
+    # A singular matrix can survive factorisation by rounding.
+    if not condition_number < 1 / (b.shape[0] * torch.finfo(b.dtype).eps):
+        raise ValueError(
+            f"M + eta K + ridge I is not positive definite with eta={eta} and ridge={ridge} (condition "
+            f"number {condition_number:.3g}): give a larger ridge, or more kept states and eta > 0"
+        )
+    transform = torch.cholesky_solve(a.mT, factor).mT.contiguous()
     erase_residual, keep_residual = _erase_residual(transform, pairs), _keep_residual(transform, keep)
     return Edit(transform, condition_number, erase_residual, keep_residual)
 
 
 def apply_edit(weight: Tensor, transform: Tensor) -> Tensor:
-    """W' = W T for `weight` [d_out, d], computed in float64, in the weight's dtype and on its device.
+    """W' = W T for `weight` [d_out, d], in its dtype and on its device.
+
+    Computed as W + W (T − I) in float32, or in float64 for a weight in float64, so that rounding is relative
+    to the change.
 
     Raises ValueError when `weight` is not [d_out, d] for `transform` [d, d].
     """
     d = transform.shape[0]
     if weight.ndim != 2 or weight.shape[1] != d:
         raise ValueError(f"weight must be [d_out, {d}] to fit the transform, got {[*weight.shape]}")
-    return (weight.detach().cpu().double() @ transform).to(weight.dtype).to(weight.device)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    w, shift = weight.detach().to("cpu", dtype), (transform - torch.eye(d, dtype=transform.dtype)).to(dtype)
+    return (w + w @ shift).to(weight)
 
 
-def _condition_number(b: Tensor, eta: float, ridge: float) -> float:
-    eigenvalues = torch.linalg.eigvalsh(b)
-    smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
-    # A singular matrix can survive Cholesky by rounding; its eigenvalues tell.
-    if not smallest > b.shape[0] * torch.finfo(b.dtype).eps * largest:
-        raise ValueError(
-            f"M + eta K + ridge I is not positive definite with eta={eta} and ridge={ridge} (eigenvalues "
-            f"{smallest:.3g} … {largest:.3g}): give a larger ridge, or more kept states and eta > 0"
-        )
-    return largest / smallest
+def _condition_number(b: Tensor, factor: Tensor) -> float:
+    norms = [torch.linalg.matrix_norm(matrix, 1) for matrix in (b, torch.cholesky_inverse(factor))]
+    return (norms[0] * norms[1]).item()
 
 
 def _erase_residual(t: Tensor, pairs: PairStatistics) -> float:

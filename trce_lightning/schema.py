@@ -92,6 +92,7 @@ class ModelConfig:
     config: str | None = None  # of a single file: folder or hub id of its pipeline; null: hub_id
     resolution: int = option(512, at_least=8)  # pixels
     dtype: str = option("float32", choices=("float32", "float16", "bfloat16"))
+    channels_last: bool = False  # memory layout of denoiser and decoder: NHWC, faster or slower by device
     guidance_scale: float = option(7.5, at_least=0)  # of evaluation images
     num_inference_steps: int = option(50, at_least=1)  # of evaluation images
     judge: str | None = None  # "embedded", or the dotted name of a detector class

@@ -74,6 +74,7 @@ class Session:
             revision=model.revision,
             resolution=model.resolution,
             config=model.config or model.hub_id,
+            channels_last=model.channels_last,
         )
 
     def pairs(self) -> list[PromptPair]:
