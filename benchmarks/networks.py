@@ -1,16 +1,23 @@
-"""Stable Diffusion 1.4's networks with random weights: the true shapes, and nothing to download."""
+"""Stable Diffusion 1.4's networks with random weights: true shapes and tokens, and nothing to download."""
 
 from __future__ import annotations
+
+import gzip
+import importlib.util
+from itertools import chain
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from trce_lightning.emoji.package import weights_folder
 from trce_lightning.emoji.unet import build_scheduler
 
 LATENT_SIDE = 64
 TOKENS = 77
+VOCABULARY = 49408
+START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def unet() -> UNet2DConditionModel:
@@ -20,9 +27,9 @@ def unet() -> UNet2DConditionModel:
 
 def text_encoder(tokenizer: CLIPTokenizer | None = None) -> CLIPTextModel:
     """CLIP ViT-L/14's text encoder, 123.1 M parameters."""
-    tokens = tokenizer or tokenizer_77()
+    tokens = tokenizer or clip_tokenizer()
     config = CLIPTextConfig(
-        vocab_size=49408,
+        vocab_size=VOCABULARY,
         hidden_size=768,
         intermediate_size=3072,
         num_hidden_layers=12,
@@ -35,15 +42,40 @@ def text_encoder(tokenizer: CLIPTokenizer | None = None) -> CLIPTextModel:
     return CLIPTextModel(config).eval()
 
 
-def tokenizer_77() -> CLIPTokenizer:
-    """The embedded model's, padding to 77. Its small vocabulary gives longer prompts than CLIP's would."""
-    return CLIPTokenizer.from_pretrained(str(weights_folder() / "tokenizer"), model_max_length=TOKENS)
+def clip_tokenizer() -> CLIPTokenizer:
+    """CLIP's, padding to 77 as in Stable Diffusion 1.x, from the merges that the package open_clip brings.
+
+    Token ids follow the merges' order: 256 bytes, the bytes that end a word, merged pairs, start and end.
+    """
+    file = _open_clip() / "bpe_simple_vocab_16e6.txt.gz"
+    lines = gzip.decompress(file.read_bytes()).decode().splitlines()
+    letters = list(bytes_to_unicode().values())
+    merges = [tuple(line.split()) for line in lines[1 : 1 + VOCABULARY - 2 * len(letters) - 2]]
+    ends = (f"{letter}</w>" for letter in letters)
+    tokens = chain(letters, ends, ("".join(pair) for pair in merges), (START, END))
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=merges,
+        unk_token=END,
+        bos_token=START,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=TOKENS,
+    )
+
+
+def _open_clip() -> Path:
+    """Its folder; the package itself, which is slow to import, is not run."""
+    found = importlib.util.find_spec("open_clip")
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError("benchmarks: expected open-clip-torch, for CLIP's vocabulary, got none")
+    return Path(found.submodule_search_locations[0])
 
 
 def pipeline(denoiser: UNet2DConditionModel | None = None) -> StableDiffusionPipeline:
     """All of it; the decoder alone is a small one, which neither stage evaluates."""
     torch.manual_seed(0)
-    tokens = tokenizer_77()
+    tokens = clip_tokenizer()
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),
         norm_num_groups=4,

@@ -8,7 +8,7 @@ from conftest import build_tiny_pipeline
 from tiny_runs import WEAPONS
 from torch import Tensor
 
-from benchmarks import plain, plan, report
+from benchmarks import networks, plain, plan, report
 from benchmarks.fitting import fit_in_turns, forward_backward, inputs, small
 from benchmarks.plan import Counter
 from benchmarks.report import Row
@@ -150,3 +150,12 @@ def test_the_table_is_refreshed_between_its_marks(tmp_path: Path) -> None:
     page.write_text("no marks")
     with pytest.raises(ValueError, match="expected the lines"):
         report.refresh("x", page)
+
+
+def test_prompts_of_benchmarks_are_clips_tokens() -> None:
+    """Ids as published for CLIP: the vocabulary's order is right, not its size alone."""
+    tokenizer = networks.clip_tokenizer()
+    assert len(tokenizer) == networks.VOCABULARY
+    expected = [49406, 320, 1125, 539, 320, 2368, 49407]
+    padded = tokenizer("a photo of a cat", padding="max_length").input_ids
+    assert padded == expected + [49407] * (networks.TOKENS - len(expected))
