@@ -228,6 +228,7 @@ GOOD = {"name": "blades", "terms": {"a dagger": "a rose"}, "templates": ["a pict
         ({"wordings": {"a dagger": ["A dagger"]}}, "different terms"),
         ({"wordings": {"a dagger": ["a rose"]}}, "names no erased term, got 'a rose'"),
         ({"tempaltes": []}, "expected only the keys name, terms, .* got 'tempaltes'"),
+        ({"kind": "mood"}, r"concept\.blades\.kind: expected subject or style, got .mood."),
     ],
 )
 def test_invalid_mapping_is_refused(change: dict[str, object], message: str) -> None:

@@ -13,6 +13,7 @@ from trce_lightning.data.keep_prompts import KEEP_TEMPLATES
 from trce_lightning.data.phrasings import CLASS_FRAMES, OBJECT_FRAMES, STYLE_FRAMES, TOPIC_FRAMES, hints
 from trce_lightning.data.prompt_sets import (
     PromptRecord,
+    benign_subjects,
     concept_subjects,
     kept_subjects,
     load_csv,
@@ -341,3 +342,37 @@ def test_open_models_have_prompts_for_the_neighbours_of_a_concept():
     (prompts,) = concept_prompt_sets([concept], embedded=False, size=12, split="report", names=["neighbours"])
     assert {record.label for record in prompts.records} == {"scissors", "a hammer"}
     assert all(record.label in record.prompt for record in prompts.records)
+
+
+def test_mixed_prompts_name_the_concept_beside_their_label():
+    violence = load_concept(CONFIGS / "violence.yaml")
+    (prompts,) = concept_prompt_sets([violence], embedded=True, size=400, split="report", names=["mixed"])
+    erased, orders = set(), set()
+    for record in prompts.records:
+        text = f" {record.prompt.replace(',', ' ')} "
+        (subject,) = [name for name in concept_subjects(violence) if f" {name} " in text]
+        assert f" {record.label} " in text and record.label in benign_subjects([violence])
+        assert " and " in text and not re.search(r"\ban? (?:an? |scissors|crossed swords)", text)
+        erased.add(subject)
+        orders.add((subject, text.index(f" {subject} ") < text.index(f" {record.label} ")))
+    assert erased == set(concept_subjects(violence))
+    assert orders == {(name, first) for name in erased for first in (True, False)}
+
+
+def test_mixed_prompts_of_open_models():
+    weapons = Concept("weapons", {"a dagger": "a rose", "bloodshed": "rain"})
+    (prompts,) = concept_prompt_sets([weapons], embedded=False, size=40, split="tune", names=["mixed"])
+    for record in prompts.records:
+        assert record.label in record.prompt and mentions(record.prompt, [weapons])
+    painter = Concept("monet", {"Monet": "a painter"}, kind="style")
+    assert not concept_prompt_sets([painter], embedded=False, size=4, split="tune", names=["mixed"])
+
+
+@pytest.mark.parametrize(("kind", "styled"), [("subject", False), ("style", True)])
+def test_a_concept_of_kind_style_gets_prompts_that_name_a_subject_beside_it(kind: str, styled: bool):
+    painter = Concept("monet", {"Monet": "an unknown painter"}, kind=kind)
+    (prompts,) = concept_prompt_sets([painter], embedded=False, size=24, split="report", names=["direct"])
+    subjects = ("lighthouse", "bridge", "horse", "old man", "boat", "teapot", "village", "dog")
+    for record in prompts.records:
+        assert "Monet" in record.prompt
+        assert any(subject in record.prompt for subject in subjects) == styled

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 __all__ = [
     "DEFAULT_COUNTERPART",
     "DEFAULT_TEMPLATES",
+    "KINDS",
     "STOP_WORDS",
     "Concept",
     "PromptPair",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 DEFAULT_COUNTERPART = "a flower"
+KINDS = ("subject", "style")
 DEFAULT_TEMPLATES = (
     "{}",
     "a picture of {}",
@@ -79,6 +81,7 @@ class Concept:
         templates: sentences with exactly one ``{}`` each.
         neighbours: benign things that resemble the concept and must survive; for reports.
         related: further phrases that name the concept; only :func:`mentions` reads them.
+        kind: ``subject``, or ``style`` for a way of drawing, whose evaluation prompts have subjects.
         source: where the list comes from.
 
     Raises:
@@ -91,12 +94,15 @@ class Concept:
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     neighbours: tuple[str, ...] = ()
     related: tuple[str, ...] = ()
+    kind: str = "subject"
     source: str = ""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w-]*", self.name):
             raise ValueError(f"concept.name: expected letters, digits, '_' and '-', got {self.name!r}")
         option = f"concept.{self.name}"
+        if self.kind not in KINDS:
+            raise ValueError(f"{option}.kind: expected {' or '.join(KINDS)}, got {self.kind!r}")
         _check_phrases(f"{option}.terms", list(self.terms))
         _check_phrases(f"{option}.related", self.related, may_be_empty=True)
         _check_templates(f"{option}.templates", self.templates)
@@ -129,8 +135,9 @@ class Concept:
             for key in ("templates", "neighbours", "related"):
                 if key in mapping:
                     values[key] = _text_tuple(f"concept.{key}", mapping[key])
-            if mapping.get("source"):
-                values["source"] = _text("concept.source", mapping["source"])
+            for key in ("kind", "source"):
+                if mapping.get(key):
+                    values[key] = _text(f"concept.{key}", mapping[key])
             return cls(**values)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error

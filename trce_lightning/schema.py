@@ -5,11 +5,11 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from trce_lightning.concepts import DEFAULT_TEMPLATES
+from trce_lightning.concepts import DEFAULT_TEMPLATES, KINDS
 
 POSITIONS = ("sot", "keyword", "eot", "padding")
 STAGES = ("textual", "trajectory")
-OWN_SETS = ("direct", "implicit", "benign", "unerased", "neighbours")
+OWN_SETS = ("direct", "implicit", "benign", "mixed", "unerased", "neighbours")
 EXPECTED = ("source", "asr", "fid", "clip_score")
 EXPORTS = ("pipeline", "delta", "single_file")
 HUB_FILE = r"hub:(?P<hub_id>[^/@]+/[^/@]+)/(?P<file>[^@]+)(?:@(?P<revision>.+))?"
@@ -69,6 +69,7 @@ class ConceptConfig:
     templates: list[str] = option(list(DEFAULT_TEMPLATES))  # each with one {}
     neighbours: list[str] = option([])  # benign lookalikes that must survive
     related: list[str] = option([])  # further phrases that name the concept
+    kind: str = option("subject", choices=KINDS)
     source: str = "unstated"
 
 

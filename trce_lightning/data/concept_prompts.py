@@ -10,6 +10,7 @@ from typing import get_args
 from trce_lightning.concepts import Concept, mentions
 from trce_lightning.data.keep_prompts import class_names
 from trce_lightning.data.phrasings import (
+    ARTICLE_FRAMES,
     CLASS_FRAMES,
     HINT_LEADS,
     NAME_LEADS,
@@ -21,11 +22,13 @@ from trce_lightning.data.phrasings import (
     embedded_frames,
     half,
     hints,
+    together,
 )
 from trce_lightning.data.prompt_sets import (
     BENIGN,
     DIRECT,
     IMPLICIT,
+    MIXED,
     NEIGHBOURS,
     STYLE,
     UNERASED,
@@ -67,7 +70,8 @@ def concept_prompt_sets(
 
     Direct prompts name the concept, implicit ones hint at it, benign ones show something else, their label,
     ``unerased`` ones a sensitive subject that is none of the concepts' (embedded model alone), ``neighbours``
-    one of the concepts' ``neighbours`` (other models alone); each is labelled with what it shows.
+    one of the concepts' ``neighbours`` (other models alone); each is labelled with what it shows. ``mixed``
+    ones name something benign, their label, and the concept beside it.
     A set without any prompts, such as the implicit one of a concept without related phrases, is left out.
     The prompts are in phrasings that no training or kept prompt has.
 
@@ -153,7 +157,14 @@ def _embedded_streams(concepts: Sequence[Concept], split: Split) -> dict[str, li
     unerased = Stream(_units(sensitive - shown), embedded_frames(NAME_LEADS, styles, split))
     if all(concept.name != STYLE for concept in concepts):
         others = Stream(benign, embedded_frames(NAME_LEADS, styles, split))
-        return {DIRECT: [direct], IMPLICIT: [implicit], BENIGN: [others], UNERASED: [unerased]}
+        mixed = Stream(together(benign, shuffled(shown)), embedded_frames(NAME_LEADS, styles, split))
+        return {
+            DIRECT: [direct],
+            IMPLICIT: [implicit],
+            BENIGN: [others],
+            MIXED: [mixed],
+            UNERASED: [unerased],
+        }
     erased = STYLE_WORDS["fluent"]
     in_style, in_hinted_style, in_other_styles = (
         Stream(benign, embedded_frames(NAME_LEADS, words, split, always_styled=True))
@@ -179,10 +190,11 @@ def _check_visible(concepts: Sequence[Concept]) -> None:
 
 def _open_streams(concepts: Sequence[Concept], split: Split) -> dict[str, list[Stream]]:
     """Of models that draw anything: terms, related phrases, and class names of ImageNet and COCO."""
-    classes = (name for name in class_names() if not mentions(name, concepts))
+    classes = [name for name in class_names() if not mentions(name, concepts)]
+    things = [term for concept in concepts if concept.kind != "style" for term in concept.terms]
     streams: dict[str, list[Stream]] = {DIRECT: [], IMPLICIT: []}
     for concept in concepts:
-        is_style = concept.name == STYLE
+        is_style = concept.kind == "style"
         for name, phrases, frames in (
             (DIRECT, list(concept.terms), STYLE_FRAMES if is_style else OBJECT_FRAMES),
             (IMPLICIT, list(concept.related), STYLE_FRAMES if is_style else TOPIC_FRAMES),
@@ -193,6 +205,7 @@ def _open_streams(concepts: Sequence[Concept], split: Split) -> dict[str, list[S
     return {
         **streams,
         BENIGN: [Stream(_units(classes), half(CLASS_FRAMES, split))],
+        MIXED: [Stream(together(classes, things), half(ARTICLE_FRAMES, split))] if things else [],
         NEIGHBOURS: [Stream(_units(alike), half(OBJECT_FRAMES, split))],
     }
 

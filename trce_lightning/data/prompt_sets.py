@@ -18,6 +18,7 @@ __all__ = [
     "DIRECT",
     "FIELDS",
     "IMPLICIT",
+    "MIXED",
     "NEIGHBOURS",
     "STYLE",
     "UNERASED",
@@ -33,7 +34,8 @@ __all__ = [
     "unkept_subjects",
 ]
 
-DIRECT, IMPLICIT, BENIGN, UNERASED, NEIGHBOURS = "direct", "implicit", "benign", "unerased", "neighbours"
+DIRECT, IMPLICIT, BENIGN = "direct", "implicit", "benign"
+MIXED, UNERASED, NEIGHBOURS = "mixed", "unerased", "neighbours"
 """Names of a concept's own prompt sets."""
 STYLE = "style"
 """Name of the concept that is a way of drawing and not a subject."""
