@@ -183,7 +183,7 @@ def test_distances_are_zero_for_equal_images_and_grow_with_the_change(pictures, 
     few = PromptSet("benign", once.records[:3])
     assert distances_to_original(Means(), few, *[tmp_path / "much" / "benign"] * 2) == {}
     with pytest.raises(ValueError, match="at least four images"):
-        distances(Means(), [pictures[:3]], [pictures[:3]])
+        distances(Means(), [pictures[:3]], [pictures[:3]], 3)
 
 
 def test_comparison_pairs_images(pictures) -> None:

@@ -10,6 +10,7 @@ from conftest import build_tiny_pipeline
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.data.prompt_sets import PromptRecord
 from trce_lightning.generation import generate, generate_to, load_images, planned_evaluations, shard
+from trce_lightning.image_folder import image_batches
 from trce_lightning.sampling import noise, seed_of
 
 NUM_STEPS = 3
@@ -118,6 +119,15 @@ def test_ranks_fill_one_folder_and_the_manifest_pairs(tiny_adapter, tmp_path) ->
     assert largest_difference(backwards, whole.flip(0)[:-1]) <= 1
     assert largest_difference(whole[0], whole[1]) > 1
     assert len(load_images(tmp_path, ())) == 0
+
+
+def test_images_are_read_a_few_at_a_time(tiny_adapter, tmp_path, capsys) -> None:
+    generate_to(tmp_path, tiny_adapter, RECORDS, batch_size=2, **SETTINGS)
+    parts = list(image_batches(tmp_path, RECORDS, "looking", size=2))
+    assert [len(images) for _, images in parts] == [2, 2, 1]
+    assert [record for rows, _ in parts for record in rows] == list(RECORDS)
+    assert torch.equal(torch.cat([images for _, images in parts]), load_images(tmp_path, RECORDS))
+    assert "looking: 100%" in capsys.readouterr().err
 
 
 def test_other_folders_are_refused(tiny_adapter, tmp_path) -> None:

@@ -133,6 +133,14 @@ def test_each_condition_changes_one_thing(tiny_adapter, tmp_path, caplog) -> Non
         (r"'robustness\.filler'.*got none", ["robustness.filler=[]"]),
         (r"'robustness\.filler'.*'sharp dagger'", ["robustness.filler=[sharp dagger]"]),
         (r"'robustness\.picture'.*no file 'no\.png'", ["robustness.picture=no.png"]),
+        (
+            r"'robustness\.picture'.*robustness\.strengths beside it",
+            ["robustness.strengths=[]", "robustness.picture={weights}/model_index.json"],
+        ),
+        (
+            r"'robustness\.misspellings'.*direct among.*\['benign'\]",
+            ["robustness.sets=[benign]", "robustness.misspellings=[swap]"],
+        ),
         (r"'robustness\.picture'.*neither", ["model=sd14", "model.hub_id=null", "model.path={weights}"]),
         (r"'robustness\.lora'.*'no\.bin'", ["robustness.lora=[no.bin]"]),
         (r"'robustness\.lora'.*different", ["robustness.lora=[a/x.bin,b/x.bin]"]),

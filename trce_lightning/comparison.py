@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trce_lightning.data.prompt_sets import BENIGN, PromptRecord, PromptSet
-from trce_lightning.image_folder import load_images
+from trce_lightning.image_folder import image_batches
 from trce_lightning.metrics.asr import paired_test
 from trce_lightning.metrics.distance import LEAST_IMAGES, distances
 from trce_lightning.metrics.uncertainty import holm, paired_difference, paired_rate_difference
@@ -86,7 +86,7 @@ def distances_to_original(
     records = [record for record in prompts.records if record.sample_of is None]
     if len(records) < LEAST_IMAGES:
         return {}
-    found = distances(features, _batches(original, records), _batches(folder, records))
+    found = distances(features, _images(original, records), _images(folder, records), len(records))
     return {
         "fid_to_original": found["fid"],
         "kid_to_original": found["kid"],
@@ -103,13 +103,13 @@ def same_model_floor(features: nn.Module, prompts: PromptSet, folder: Path) -> d
     second = {record.prompt_id: record for record in reversed(prompts.records) if record.sample_of}
     if len(second) < LEAST_IMAGES:
         return {}
-    found = distances(features, _batches(folder, first), _batches(folder, list(second.values())))
+    images = _images(folder, first), _images(folder, list(second.values()))
+    found = distances(features, *images, len(second))
     return {"fid_floor": found["fid"], "kid_floor": found["kid"]}
 
 
-def _batches(folder: Path, records: Sequence[PromptRecord], size: int = 64) -> Iterator[Tensor]:
-    for start in range(0, len(records), size):
-        yield load_images(folder, records[start : start + size])
+def _images(folder: Path, records: Sequence[PromptRecord]) -> Iterator[Tensor]:
+    return (images for _, images in image_batches(folder, records))
 
 
 def _detected(first: Scored, second: Scored, prompts: PromptSet) -> dict[str, float]:

@@ -7,7 +7,7 @@ names or the order of files.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from tqdm.auto import tqdm
 
 from trce_lightning.data.prompt_sets import PromptRecord
 from trce_lightning.sampling import seed_of
@@ -38,6 +39,17 @@ def load_images(folder: Path, records: Sequence[PromptRecord]) -> Tensor:
     """
     images = [read_image(file) for file in image_files(folder, records)]
     return torch.stack(images) if images else torch.empty((0, 3, 0, 0), dtype=torch.uint8)
+
+
+def image_batches(
+    folder: Path, records: Sequence[PromptRecord], description: str | None = None, size: int = 64
+) -> Iterator[tuple[Sequence[PromptRecord], Tensor]]:
+    """Those images with their records, ``size`` at a time; ``description`` shows a progress bar of images."""
+    with tqdm(total=len(records), desc=description, unit="image", disable=description is None) as progress:
+        for start in range(0, len(records), size):
+            rows = records[start : start + size]
+            yield rows, load_images(folder, rows)
+            progress.update(len(rows))
 
 
 def image_files(folder: Path, records: Sequence[PromptRecord]) -> list[Path]:

@@ -17,14 +17,8 @@ from torch.utils.data import DataLoader
 
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.data.prompt_sets import BENIGN, PromptRecord, PromptSet
-from trce_lightning.generation import (
-    generate,
-    generate_to,
-    load_images,
-    network_steps,
-    planned_evaluations,
-    shard,
-)
+from trce_lightning.generation import generate, generate_to, network_steps, planned_evaluations, shard
+from trce_lightning.image_folder import image_batches
 from trce_lightning.metrics.asr import THRESHOLD, shows_concept
 from trce_lightning.metrics.collateral import Detection, accuracies, clip_score_interval
 from trce_lightning.metrics.detectors import Detector
@@ -110,9 +104,10 @@ class Scorer:
     def __call__(
         self, title: str, rank: int = 0, world_size: int = 1, folder: Path | None = None
     ) -> tuple[Scores, dict[str, Tensor]]:
-        """Scores over all ranks, and this rank's images by set.
+        """Scores over all ranks, and without ``folder`` this rank's images by set.
 
-        With ``folder`` images are files in it, and those that are there are not made again.
+        With ``folder`` images are files in it, of which few are in memory at once; those that are there are
+        not made again.
         """
         counted = self.adapter.network_evaluations
         evaluator = self.make_evaluator([prompts.name for prompts in self.sets]).to(self.adapter.device)
@@ -123,13 +118,14 @@ class Scorer:
             options = self.sampling.of_set(prompts.name).options() | {"description": description}
             if folder is None:
                 images[prompts.name] = generate(self.adapter, share, **options)
-            else:
-                place = folder / prompts.name
-                if self.draws:
-                    options |= {"rank": rank, "world_size": world_size}
-                    generate_to(place, self.adapter, prompts.records, **options)
-                images[prompts.name] = load_images(place, share)
-            evaluator.update(prompts.name, images[prompts.name], list(share))
+                evaluator.update(prompts.name, images[prompts.name], share)
+                continue
+            if self.draws:
+                options |= {"rank": rank, "world_size": world_size}
+                generate_to(folder / prompts.name, self.adapter, prompts.records, **options)
+            judged = f"{title}: judging {prompts.name}" if rank == 0 else None
+            for rows, batch in image_batches(folder / prompts.name, share, judged):
+                evaluator.update(prompts.name, batch, rows)
         self.network_evaluations += self.adapter.network_evaluations - counted
         self.detections = {prompts.name: self._detections(evaluator, prompts) for prompts in self.sets}
         scores = evaluator.compute()
@@ -227,8 +223,8 @@ def detection_rates(
     """How often another detector sees the concept in images that are there, by set, for one process alone."""
     rates = {}
     for prompts in sets:
-        images = load_images(folder / prompts.name, prompts.records).split(64)
-        hits = shows_concept(torch.cat([detector(part).cpu() for part in images]))
+        batches = image_batches(folder / prompts.name, prompts.records)
+        hits = shows_concept(torch.cat([detector(images).cpu() for _, images in batches]))
         rates[prompts.name] = clustered_rate(hits.tolist(), prompts.prompt_ids)
     return rates
 

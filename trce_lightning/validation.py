@@ -66,6 +66,11 @@ def _check_robustness(config: EvalConfig) -> None:
             "option 'robustness.images_per_set': expected at most metrics.final_images_per_set, "
             f"{limit}, got {options.images_per_set}"
         )
+    if options.misspellings and "direct" not in options.sets:
+        raise ValueError(
+            "option 'robustness.misspellings': expected direct among robustness.sets, whose prompts they "
+            f"misspell, got {options.sets}"
+        )
     _check_filler(config)
     _check_picture(config)
     _check_lora(options.lora)
@@ -86,6 +91,8 @@ def _check_picture(config: EvalConfig) -> None:
     options, model = config.robustness, dataclasses.replace(config.model, path=None)
     if options.picture is not None:
         _check_file("robustness.picture", options.picture)
+        if not options.strengths:
+            raise ValueError("option 'robustness.picture': expected robustness.strengths beside it, got none")
     elif options.strengths and model.hub_id is None and model.judge != "embedded" and model.name != "emoji":
         raise ValueError(
             "option 'robustness.picture': expected an image file to start from, since neither model.hub_id "

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trce_lightning.data.prompt_sets import PromptRecord
-from trce_lightning.image_folder import MANIFEST, META, image_files, load_images
+from trce_lightning.image_folder import MANIFEST, META, image_batches, image_files
 from trce_lightning.metrics.asr import CURVE_THRESHOLDS, AttackSuccessRate
 from trce_lightning.metrics.class_detectors import ClassDetector, class_columns
 from trce_lightning.storage import replacing, write_json
@@ -82,8 +82,8 @@ def detect(
         found = read_detections(file)
         _check_same(file, found, source, ids)
         return found
-    parts = [records[start : start + batch_size] for start in range(0, len(records), batch_size)]
-    scores = [_scores(detector, load_images(folder, part)) for part in parts]
+    batches = image_batches(folder, records, size=batch_size)
+    scores = [_scores(detector, images) for _, images in batches]
     detections = Detections(source, ids, torch.cat([torch.empty(0, len(detector.classes)), *scores]))
     _write(file, detections)
     return detections

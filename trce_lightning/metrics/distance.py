@@ -14,7 +14,9 @@ SUBSETS, SUBSET_SIZE = 100, 100
 LEAST_IMAGES = 4
 
 
-def distances(features: nn.Module, first: Iterable[Tensor], second: Iterable[Tensor]) -> dict[str, float]:
+def distances(
+    features: nn.Module, first: Iterable[Tensor], second: Iterable[Tensor], count: int
+) -> dict[str, float]:
     """FID and KID between two models' images, uint8 ``[B, 3, H, W]`` batches.
 
     KID is the unbiased squared maximum mean discrepancy with the kernel (xᵀy/d + 1)³ on the d features, over
@@ -25,7 +27,8 @@ def distances(features: nn.Module, first: Iterable[Tensor], second: Iterable[Ten
     Args:
         features: uint8 images → features ``[B, d]``, with ``num_features`` = d.
         first: images of the model to measure from.
-        second: as many of the other.
+        second: those of the other.
+        count: images of each.
 
     Returns:
         ``fid``, ``kid`` and ``kid_std`` over the subsets.
@@ -33,8 +36,6 @@ def distances(features: nn.Module, first: Iterable[Tensor], second: Iterable[Ten
     Raises:
         ValueError: fewer than four images.
     """
-    batches = list(first), list(second)
-    count = min(sum(len(batch) for batch in side) for side in batches)
     if count < LEAST_IMAGES:
         raise ValueError(f"distance between models: expected at least four images of each, got {count}")
     fid = FrechetInceptionDistance(feature=features, sync_on_compute=False)
@@ -43,7 +44,7 @@ def distances(features: nn.Module, first: Iterable[Tensor], second: Iterable[Ten
         kid = KernelInceptionDistance(
             feature=features, subsets=SUBSETS, subset_size=min(SUBSET_SIZE, count // 2), sync_on_compute=False
         )
-    for side, real in zip(batches, (True, False), strict=True):
+    for side, real in ((first, True), (second, False)):
         for batch in side:
             fid.update(batch, real=real)
             kid.update(batch, real=real)
