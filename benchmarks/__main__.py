@@ -13,7 +13,18 @@ import torch
 from benchmarks.processes import alone
 from benchmarks.report import load, refresh, save, table
 
-NAMES = ("textual", "plan", "step", "memory", "full_size", "generation", "options", "flops", "help")
+NAMES = (
+    "textual",
+    "plan",
+    "step",
+    "memory",
+    "full_size",
+    "generation",
+    "scaling",
+    "options",
+    "flops",
+    "help",
+)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.report import Row
 from benchmarks.timing import in_turns
@@ -18,6 +19,7 @@ IMAGES, ALONE, REPEATS = 64, 16, 5
 GUIDANCE, STEPS = 3.0, 20
 TOLERANCE = 0.5
 """Mean absolute difference of the images, in levels of 0 … 255."""
+MATRIX_SIDE = 2048
 
 
 class Generation:
@@ -56,6 +58,14 @@ def run() -> list[Row]:
     loops = Generation()
     difference = (loops.ours()[:ALONE].float() - loops.plain().float()).abs().mean()
     assert difference < TOLERANCE, f"expected the same images, got a mean difference of {difference}"
-    times = in_turns({"plain": loops.plain, "ours": loops.ours}, REPEATS)
+    matrix = torch.randn(MATRIX_SIDE, MATRIX_SIDE)
+    times = in_turns({"plain": loops.plain, "ours": loops.ours, "product": lambda: matrix @ matrix}, REPEATS)
     rates = len(loops.records) / times["ours"], ALONE / times["plain"]
-    return [Row("images drawn, embedded model, 20 steps", rates[0], "/s", rates[1], rate=True, least_gain=2)]
+    with FlopCounterMode(display=False) as counter:
+        loops.ours()
+    work = counter.get_total_flops() / 1e9 / times["ours"], 2 * MATRIX_SIDE**3 / 1e9 / times["product"]
+    return [
+        Row("images drawn, embedded model, 20 steps", rates[0], "/s", rates[1], rate=True, least_gain=2),
+        Row(f"… in all, {IMAGES} images", times["ours"], "s", most=8.0),
+        Row("… operations, against a large matrix product's", work[0], "GFLOP/s", work[1], rate=True),
+    ]

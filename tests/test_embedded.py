@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from trce_lightning.adapters import load_adapter
+from trce_lightning.adapters.lora import Lora, lora_applied
 from trce_lightning.emoji.captions import HELD_OUT_LEADS, captions
 from trce_lightning.emoji.fillers import FillerPart, FillerSwap, content_words, unknown_words, words_in
 from trce_lightning.emoji.judge import Judge
@@ -98,3 +99,13 @@ def test_it_draws_what_prompts_in_unknown_words_name(embedded):
     shown = JudgedSamples(embedded.pipeline, judge)(embedded.unet.state_dict(), prompts)
     assert (shown == wanted).float().mean() >= 0.9
     assert (shown == wanted.roll(1)).float().mean() < 0.1
+
+
+def test_a_benign_lora_can_be_trained_and_put_on_top(embedded, tmp_path):
+    lora = pytest.importorskip("trce_lightning.emoji.lora", exc_type=ImportError)
+    lora.train(tmp_path, steps=2, count=16)
+    z_t, states = torch.randn(1, *embedded.latent_shape), embedded.encode(["a cat"]).states
+    before = embedded.predict(z_t, 500, states)
+    with lora_applied(embedded, Lora(str(tmp_path / "pytorch_lora_weights.safetensors"))):
+        assert not torch.allclose(embedded.predict(z_t, 500, states), before)
+    assert torch.equal(embedded.predict(z_t, 500, states), before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trce_lightning.trainers import choose_precision, native_dtype
 
@@ -67,8 +69,6 @@ def fit(
     validate_every_n_steps: int = 2500,
 ) -> None:
     """Train ``part`` for its ``max_steps``; a killed fit goes on from ``folder/last.ckpt``."""
-    # On a CPU the backward of flash attention costs several times that of the plain formula.
-    torch.backends.cuda.enable_flash_sdp(torch.cuda.is_available())
     checkpoint = ModelCheckpoint(
         folder, save_last=True, train_time_interval=timedelta(minutes=3), save_top_k=1
     )
@@ -90,5 +90,9 @@ def fit(
         default_root_dir=folder,
     )
     last = folder / "last.ckpt"
-    trainer.fit(part, batches, validation, ckpt_path=str(last) if last.exists() else None, weights_only=False)
+    # On a CPU the backward of flash attention costs several times that of the plain formula.
+    with nullcontext() if torch.cuda.is_available() else sdpa_kernel(SDPBackend.MATH):
+        trainer.fit(
+            part, batches, validation, ckpt_path=str(last) if last.exists() else None, weights_only=False
+        )
     part.eval()

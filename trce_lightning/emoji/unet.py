@@ -76,12 +76,7 @@ class UNetPart(Part):
         states = bank[rows, torch.randint(0, bank.shape[1], (len(rows),), device=self.device)]
         dropped = torch.rand(len(rows), 1, 1, device=self.device) < CAPTION_DROPOUT
         states = torch.where(dropped, self.empty_states, states)
-        z_0, eps = latents * self.scaling_factor, torch.randn_like(latents)
-        timestep = torch.randint(0, 1000, (len(z_0),), device=self.device)
-        z_t = self.scheduler.add_noise(z_0, eps, timestep).contiguous(memory_format=torch.channels_last)
-        prediction = self.unet(z_t, timestep, states).sample.float()
-        snr = compute_snr(self.scheduler, timestep)
-        loss = (snr.clamp(max=MIN_SNR_GAMMA) / snr * (prediction - eps).square().mean((1, 2, 3))).mean()
+        loss = denoising_loss(self.unet, self.scheduler, latents * self.scaling_factor, states)
         self.log("loss", loss, prog_bar=True)
         return loss
 
@@ -90,6 +85,21 @@ class UNetPart(Part):
         prompts, subject = batch
         shown = self.subjects_of_samples(self.unet.state_dict(), prompts)
         self.log("sample_accuracy", (shown == subject).float().mean(), batch_size=len(prompts), prog_bar=True)
+
+
+def denoising_loss(
+    unet: UNet2DConditionModel, scheduler: DDIMScheduler, z_0: Tensor, states: Tensor
+) -> Tensor:
+    """mean min(SNR, 5)/SNR ‖ε̂(z_t, c, t) − ε‖² at random timesteps (Min-SNR, arXiv 2303.09556).
+
+    ``z_0``: scaled latents ``[B, C, H, W]``; ``states``: ``[B, L, d]``.
+    """
+    eps = torch.randn_like(z_0)
+    timestep = torch.randint(0, scheduler.config.num_train_timesteps, (len(z_0),), device=z_0.device)
+    z_t = scheduler.add_noise(z_0, eps, timestep).contiguous(memory_format=torch.channels_last)
+    prediction = unet(z_t, timestep, states).sample.float()
+    snr = compute_snr(scheduler, timestep)
+    return (snr.clamp(max=MIN_SNR_GAMMA) / snr * (prediction - eps).square().mean((1, 2, 3))).mean()
 
 
 @torch.no_grad()
