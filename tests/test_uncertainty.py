@@ -27,6 +27,9 @@ def test_copies_of_an_image_make_nothing_surer() -> None:
     hits = [True] * 12 + [False] * 28
     once, copies = clustered_rate(hits, range(40)), clustered_rate(hits * 5, [*range(40)] * 5)
     assert once == wilson_rate(12, 40)
+    resampled = mean_interval([float(hit) for hit in hits * 5], [*range(40)] * 5)
+    assert (copies["bootstrap_low"], copies["bootstrap_high"]) == resampled
+    assert resampled == pytest.approx((once["low"], once["high"]), abs=0.03)
     assert copies["rate"] == once["rate"] == 0.3
     assert (copies["low"], copies["high"]) == pytest.approx((once["low"], once["high"]), abs=0.03)
     unaware = wilson_rate(60, 200)

@@ -46,10 +46,16 @@ def wilson_rate(successes: int, images: int, effective_images: float | None = No
 def clustered_rate(hits: Sequence[bool], clusters: Clusters) -> dict[str, float]:
     """:func:`wilson_rate` of images of which several may be of one prompt, by :func:`effective_images`.
 
-    Near 0 and 1, where erased models lie, resampling prompts gives intervals that are too narrow.
+    Near 0 and 1, where erased models lie, resampling prompts gives intervals that are too narrow. Where
+    several images are of one prompt, ``bootstrap_low`` and ``bootstrap_high`` of :func:`mean_interval` stand
+    beside the others.
     """
     values = [float(hit) for hit in hits]
-    return wilson_rate(sum(hits), len(hits), effective_images(values, clusters) if values else None)
+    if len(set(clusters)) == len(values):
+        return wilson_rate(sum(hits), len(hits))
+    low, high = mean_interval(values, clusters)
+    rate = wilson_rate(sum(hits), len(hits), effective_images(values, clusters))
+    return rate | {"bootstrap_low": low, "bootstrap_high": high}
 
 
 def effective_images(values: Sequence[float], clusters: Clusters) -> float:
