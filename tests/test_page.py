@@ -167,7 +167,7 @@ def test_conditions_of_use_have_a_table_if_there_are_any(report, file, tmp_path)
     write_page(tmp_path / "other.html", replace(report, robustness=rows))
     text = (tmp_path / "other.html").read_text()
     Tags(text)
-    assert '<th scope="row">negative_prompt=&lt;b&gt;</th><td>erased</td><td>5.0 %</td>' in text
+    assert '<th scope="row">negative_prompt=&lt;b&gt;</th><td>erased</td><td>5.0\u00a0%</td>' in text
 
 
 def test_an_unreadable_image_is_named_and_leaves_no_page(report, tmp_path):
