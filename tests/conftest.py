@@ -103,17 +103,22 @@ def build_tiny_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipe
     return pipeline
 
 
-@pytest.fixture
-def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Opening a folder sets a variable and adds a log file."""
-    monkeypatch.setenv(runs.FOLDER_VARIABLE, "")
-    monkeypatch.delenv(runs.FOLDER_VARIABLE)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+@pytest.fixture(autouse=True)
+def no_handler_stays() -> Iterator[None]:
+    """A run adds its log file to the root logger, and libraries add what writes to this test's stderr."""
     before = list(logging.getLogger().handlers)
     yield
     for handler in set(logging.getLogger().handlers) - set(before):
         logging.getLogger().removeHandler(handler)
         handler.close()
+
+
+@pytest.fixture
+def clean_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening a folder sets a variable."""
+    monkeypatch.setenv(runs.FOLDER_VARIABLE, "")
+    monkeypatch.delenv(runs.FOLDER_VARIABLE)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
 
 
 @pytest.fixture
