@@ -1,6 +1,7 @@
 """`python -m benchmarks.readme RUN STAGE_RUN …`: the README's tables of results, from finished runs.
 
-The first run makes the table of results; all of them make the table by stage.
+The first run makes the table of results; all of them make the table by stage, with tests of the first
+against the second.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks.report import refresh
-from trce_lightning.compare import load_runs
+from trce_lightning.compare import load_runs, paired_tests
 from trce_lightning.report import results_table
 
 RESULTS = (
@@ -36,10 +37,14 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     runs = parser.parse_args().runs
     (original, erased) = load_runs(runs[:1]).values()
-    columns = {"original": original.scores, "erased": erased.scores}
-    refresh(results_table(columns, RESULTS), README, "results")
-    by_stage = {title: scored.scores for title, scored in load_runs([*runs[1:], runs[0]]).items()}
-    refresh(results_table(by_stage, STAGES), README, "stages")
+    both = {"original": original.scores, "erased": erased.scores}
+    refresh(results_table(both, RESULTS), README, "results")
+    columns = load_runs([*runs[1:], runs[0]])
+    scores = {title: scored.scores for title, scored in columns.items()}
+    _, first, *_, last = columns
+    tests = paired_tests({name: columns[name] for name in (first, last)})
+    text = "\n".join([results_table(scores, STAGES), "Exact McNemar tests, paired by image:", "", *tests])
+    refresh(text, README, "stages")
 
 
 if __name__ == "__main__":
