@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from trce_lightning.arguments import did_you_mean
-from trce_lightning.concepts import Concept, mentions
+from trce_lightning.concepts import Concept
+from trce_lightning.naming import mentions
 from trce_lightning.schema import EXPECTED, HUB_FILE, DemoConfig, EvalConfig, ModelConfig, TrainConfig
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-from trce_lightning.concepts import Concept, mentions, without_article
+from trce_lightning.concepts import Concept
 from trce_lightning.emoji.subjects import NEAR_VIOLENCE, SENSITIVE, SUBJECTS
+from trce_lightning.naming import mentions, without_article
 
 __all__ = [
     "BENIGN",
