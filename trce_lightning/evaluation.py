@@ -30,7 +30,8 @@ from trce_lightning.page import Report, write_page
 from trce_lightning.report import results_table, write_scores_csv
 from trce_lightning.robustness import Robustness, robustness_rows, robustness_table
 from trce_lightning.schema import EvalConfig
-from trce_lightning.scoring import Column, Scored, Scorer, category_rates, score_on_all_ranks
+from trce_lightning.scored import Column, Scored, category_rates
+from trce_lightning.scoring import Scorer, score_on_all_ranks
 from trce_lightning.session import Session, base_name, concepts_of
 from trce_lightning.storage import write_json
 from trce_lightning.trainers import make_trainer
