@@ -11,12 +11,12 @@ from trce_lightning.concepts import Concept, load_concept
 from trce_lightning.data.concept_prompts import concept_prompt_sets, embedded_keep_captions
 from trce_lightning.data.keep_prompts import KEEP_TEMPLATES
 from trce_lightning.data.phrasings import CLASS_FRAMES, OBJECT_FRAMES, STYLE_FRAMES, TOPIC_FRAMES, hints
+from trce_lightning.data.prompt_files import load_csv
 from trce_lightning.data.prompt_sets import (
     PromptRecord,
     benign_subjects,
     concept_subjects,
     kept_subjects,
-    load_csv,
     near_subjects,
     unkept_subjects,
 )

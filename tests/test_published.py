@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from trce_lightning import cli, validation
 from trce_lightning.concepts import load_concept
-from trce_lightning.data.prompt_sets import PromptRecord, PromptSet, load_csv
+from trce_lightning.data.prompt_files import load_csv
+from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
 from trce_lightning.data.published import check_file, load_file, log_sets, prompt_files, summarize_sets
 from trce_lightning.schema import EvalConfig, ModelConfig, PromptFileConfig
 from trce_lightning.session import Session
