@@ -42,7 +42,7 @@ def option(
     above: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A dataclass field together with the values that `trce_lightning.validation` accepts for it.
+    """A dataclass field together with the values that `trce_lightning.option_checks` accepts for it.
 
     `choices` holds for each item of a list; `at_least` and `at_most` are inclusive, `above` and
     `below` are not.
