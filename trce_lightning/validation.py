@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trce_lightning.concepts import Concept
+from trce_lightning.evaluation_schema import EvalConfig
 from trce_lightning.naming import mentions
 from trce_lightning.option_checks import (
     check_devices,
@@ -16,7 +17,7 @@ from trce_lightning.option_checks import (
     check_values,
     check_writable,
 )
-from trce_lightning.schema import EXPECTED, HUB_FILE, DemoConfig, EvalConfig, TrainConfig
+from trce_lightning.schema import EXPECTED, HUB_FILE, DemoConfig, TrainConfig
 
 
 def check(config: TrainConfig | EvalConfig | DemoConfig) -> None:
