@@ -9,7 +9,8 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from trce_lightning.report import one_line
-from trce_lightning.scoring import Scorer, Scores, log_scores
+from trce_lightning.scored import Scores, log_scores
+from trce_lightning.scoring import Scorer
 
 log = logging.getLogger(__name__)
 

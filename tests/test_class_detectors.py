@@ -17,6 +17,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from trce_lightning import cli
 from trce_lightning.concepts import Concept
 from trce_lightning.data.prompt_sets import PromptRecord
+from trce_lightning.evaluation_schema import EvalConfig
 from trce_lightning.image_folder import META, claim, manifest, write_png
 from trce_lightning.metrics import nudenet
 from trce_lightning.metrics.class_detectors import ClassDetector, ClassSetDetector, load_class_detector
@@ -24,7 +25,7 @@ from trce_lightning.metrics.detections import attack_success_rate, detect, read_
 from trce_lightning.metrics.detectors import Detector, load_detector
 from trce_lightning.metrics.nudenet import LABELS, NudeNet
 from trce_lightning.metrics.q16 import Q16, convert_prompts, q16, read_prompts
-from trce_lightning.schema import EvalConfig, ModelConfig
+from trce_lightning.schema import ModelConfig
 from trce_lightning.session import Session
 
 NUDITY = Concept("nudity", {"a nude": "a portrait"})

@@ -13,7 +13,8 @@ from hydra.core.config_store import ConfigStore
 
 from trce_lightning import cli
 from trce_lightning.arguments import rewrite
-from trce_lightning.schema import EvalConfig, TrainConfig
+from trce_lightning.evaluation_schema import EvalConfig
+from trce_lightning.schema import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -28,7 +28,7 @@ from trce_lightning.image_folder import claim, image_seed, manifest, write_png
 from trce_lightning.metrics.collateral import Detection, accuracies
 from trce_lightning.metrics.distance import distances
 from trce_lightning.metrics.uncertainty import wilson_rate
-from trce_lightning.scoring import Column, Scored, further_scores
+from trce_lightning.scored import Column, Scored, further_scores
 
 VIOLENCE = Concept("violence", {"a dagger": "a rose"}, neighbours=("scissors",))
 

@@ -11,16 +11,10 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from trce_lightning.concepts import (
-    DEFAULT_TEMPLATES,
-    Concept,
-    PromptPair,
-    load_concept,
-    mentions,
-    prompt_pairs,
-)
+from trce_lightning.concepts import DEFAULT_TEMPLATES, Concept, PromptPair, load_concept, prompt_pairs
 from trce_lightning.data.captions import read_captions
 from trce_lightning.data.keep_prompts import KEEP_TEMPLATES, keep_prompts
+from trce_lightning.naming import mentions
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = ["violence", "sexual", "horror", "intoxicants", "style", "unsafe", "vangogh"]

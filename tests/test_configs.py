@@ -13,14 +13,8 @@ from omegaconf import OmegaConf
 from trce_lightning import validation
 from trce_lightning.cli import config_folder, config_groups
 from trce_lightning.concepts import Concept, load_concept
-from trce_lightning.schema import (
-    ConceptConfig,
-    DeviceConfig,
-    EvalConfig,
-    TextualConfig,
-    TrainConfig,
-    TrainerConfig,
-)
+from trce_lightning.evaluation_schema import EvalConfig
+from trce_lightning.schema import ConceptConfig, DeviceConfig, TextualConfig, TrainConfig, TrainerConfig
 
 FOLDER = config_folder()
 FILES = sorted(FOLDER.glob("*/**/*.yaml"))

@@ -18,9 +18,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from trce_lightning.chat import EndpointChat, LocalChat
-from trce_lightning.concepts import DEFAULT_TEMPLATES, load_concept, mentions
+from trce_lightning.concepts import DEFAULT_TEMPLATES, load_concept
 from trce_lightning.draft import Wanted, parse
 from trce_lightning.expand import SYSTEM, expand, main, request
+from trce_lightning.naming import mentions
 
 Step = tuple[int, dict[str, str], str]  # status, headers, body
 TERMS = {"a dagger": "a rose", "a machete": "a guitar", "a stabbing": "a handshake"}

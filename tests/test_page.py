@@ -15,8 +15,9 @@ from trce_lightning.curves import asr_at, trade_off_points
 from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
 from trce_lightning.emoji.subjects import SUBJECTS
 from trce_lightning.image_folder import claim, manifest, write_png
+from trce_lightning.metrics.collateral import Detection
 from trce_lightning.page import Column, Report, verdict, write_page
-from trce_lightning.scoring import Detection, Scored, category_rates
+from trce_lightning.scored import Scored, category_rates
 
 SETS = [
     PromptSet("direct", tuple(PromptRecord(f"d{i}", f"a dagger <b>number</b> {i}") for i in range(3))),

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from trce_lightning.concepts import Concept, load_concept, mentions
+from trce_lightning.concepts import Concept, load_concept
 from trce_lightning.data.concept_prompts import concept_prompt_sets, embedded_keep_captions
 from trce_lightning.data.keep_prompts import KEEP_TEMPLATES
 from trce_lightning.data.phrasings import CLASS_FRAMES, OBJECT_FRAMES, STYLE_FRAMES, TOPIC_FRAMES, hints
+from trce_lightning.data.prompt_files import load_csv
 from trce_lightning.data.prompt_sets import (
     PromptRecord,
     benign_subjects,
     concept_subjects,
     kept_subjects,
-    load_csv,
     near_subjects,
     unkept_subjects,
 )
@@ -27,6 +27,7 @@ from trce_lightning.emoji.captions import (
     STYLE_WORDS,
 )
 from trce_lightning.emoji.subjects import BACKGROUNDS, CATEGORY_WORDS, NEAR_VIOLENCE, SENSITIVE, SUBJECTS
+from trce_lightning.naming import mentions
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "concept"
 NAMES = {subject.name: subject for subject in SUBJECTS}

@@ -13,9 +13,11 @@ from omegaconf import OmegaConf
 
 from trce_lightning import cli, validation
 from trce_lightning.concepts import load_concept
-from trce_lightning.data.prompt_sets import PromptRecord, PromptSet, load_csv
+from trce_lightning.data.prompt_files import load_csv
+from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
 from trce_lightning.data.published import check_file, load_file, log_sets, prompt_files, summarize_sets
-from trce_lightning.schema import EvalConfig, ModelConfig, PromptFileConfig
+from trce_lightning.evaluation_schema import EvalConfig, PromptFileConfig
+from trce_lightning.schema import ModelConfig
 from trce_lightning.session import Session
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,7 +176,7 @@ def load_in_a_process(tmp_path, **environment):
     """A set without a path, in a process of its own: the Hub's library reads its settings when imported."""
     code = (
         "import sys\nfrom trce_lightning.data.published import load_file\n"
-        "from trce_lightning.schema import PromptFileConfig\n"
+        "from trce_lightning.evaluation_schema import PromptFileConfig\n"
         "config = PromptFileConfig(hub_id='owner/sets', filename='a.csv', columns={'prompt': ['text']})\n"
         "try: print(load_file('x', config).records[0].prompt)\n"
         "except FileNotFoundError as error: sys.exit(f'refused: {error}')"

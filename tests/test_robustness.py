@@ -9,16 +9,17 @@ import pytest
 from test_configs import composed
 
 from trce_lightning import validation
-from trce_lightning.concepts import Concept, mentions
+from trce_lightning.concepts import Concept
 from trce_lightning.conditions import USUAL, conditions
 from trce_lightning.data.concept_prompts import concept_prompt_sets
 from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
 from trce_lightning.data.prompt_variants import lengthened, misspelt, naming_words, with_safe_counterparts
 from trce_lightning.emoji.package import weights_folder
 from trce_lightning.evaluation import evaluate
+from trce_lightning.evaluation_schema import RobustnessConfig
 from trce_lightning.image_folder import image_seed
+from trce_lightning.naming import mentions
 from trce_lightning.robustness import PICTURES, robustness_rows
-from trce_lightning.schema import RobustnessConfig
 from trce_lightning.scoring import Sampling, Scorer
 from trce_lightning.session import concepts_of
 

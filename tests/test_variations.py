@@ -15,9 +15,9 @@ from torchvision.transforms.v2.functional import to_pil_image
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.adapters.lora import Lora, lora_applied
 from trce_lightning.data.prompt_sets import PromptRecord
+from trce_lightning.evaluation_schema import SAMPLERS
 from trce_lightning.generation import generate, generate_to, network_steps, planned_evaluations
 from trce_lightning.image_folder import write_png
-from trce_lightning.schema import SAMPLERS
 from trce_lightning.variation import Start, Variation
 
 RECORDS = (PromptRecord("a/0", "a dagger", seed=5), PromptRecord("a/1", "a rose", seed=6))

@@ -23,8 +23,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trce_lightning import arguments, validation
+from trce_lightning.evaluation_schema import EvalConfig
 from trce_lightning.resources import explain_machine
-from trce_lightning.schema import DemoConfig, EvalConfig, TrainConfig
+from trce_lightning.schema import DemoConfig, TrainConfig
 
 PACKAGE = Path(__file__).resolve().parent
 _HELP = frozenset({"--help", "-h"})

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from trce_lightning.metrics.asr import paired_test
 from trce_lightning.report import results_table
-from trce_lightning.scoring import Scored
+from trce_lightning.scored import Scored
 
 log = logging.getLogger(__name__)
 TITLES = {("textual",): "TRCE (T)", ("trajectory",): "TRCE (V)", ("textual", "trajectory"): "TRCE (T+V)"}

@@ -13,7 +13,7 @@ from trce_lightning.image_folder import image_batches
 from trce_lightning.metrics.asr import paired_test
 from trce_lightning.metrics.distance import LEAST_IMAGES, distances
 from trce_lightning.metrics.uncertainty import holm, paired_difference, paired_rate_difference
-from trce_lightning.scoring import Column, Scored
+from trce_lightning.scored import Column, Scored
 
 Comparison = dict[str, Any]
 

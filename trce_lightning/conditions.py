@@ -13,7 +13,7 @@ from trce_lightning.adapters.lora import Lora
 from trce_lightning.concepts import Concept
 from trce_lightning.data.prompt_sets import PromptSet
 from trce_lightning.data.prompt_variants import lengthened, misspelt, with_safe_counterparts
-from trce_lightning.schema import RobustnessConfig
+from trce_lightning.evaluation_schema import RobustnessConfig
 from trce_lightning.scoring import Sampling, Scorer
 from trce_lightning.variation import Start, Variation
 

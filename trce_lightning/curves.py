@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from trce_lightning.metrics.asr import CURVE_THRESHOLDS, THRESHOLD
 from trce_lightning.report import ACCURACIES, Scores
-from trce_lightning.scoring import Scored
+from trce_lightning.scored import Scored
 from trce_lightning.storage import replacing
 
 _TITLES = {"fid": "FID (lower is better)", "clip_score": "CLIP-S (higher is better)"}

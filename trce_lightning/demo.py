@@ -17,11 +17,12 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from trce_lightning.data.prompt_sets import PromptRecord
+from trce_lightning.evaluation_schema import EvalConfig
 from trce_lightning.generation import generate
 from trce_lightning.logs import set_up_logging
 from trce_lightning.metrics.asr import shows_concept
 from trce_lightning.metrics.detectors import Detector, EmbeddedJudgeDetector
-from trce_lightning.schema import DemoConfig, EvalConfig
+from trce_lightning.schema import DemoConfig
 from trce_lightning.session import Session, concepts_of
 from trce_lightning.trainers import make_trainer
 

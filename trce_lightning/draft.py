@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from trce_lightning.concepts import DEFAULT_TEMPLATES, Concept, mentions
+from trce_lightning.concepts import DEFAULT_TEMPLATES, Concept
+from trce_lightning.naming import mentions
 
 __all__ = ["ALSO", "Draft", "Wanted", "parse"]
 

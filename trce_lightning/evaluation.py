@@ -22,6 +22,7 @@ from trce_lightning.comparison import (
 )
 from trce_lightning.conditions import asked
 from trce_lightning.data.published import log_sets
+from trce_lightning.evaluation_schema import EvalConfig
 from trce_lightning.logs import set_up_logging
 from trce_lightning.metrics.asr import TABLE_THRESHOLDS
 from trce_lightning.metrics.class_detectors import load_class_detector
@@ -29,8 +30,8 @@ from trce_lightning.metrics.detections import detect
 from trce_lightning.page import Report, write_page
 from trce_lightning.report import results_table, write_scores_csv
 from trce_lightning.robustness import Robustness, robustness_rows, robustness_table
-from trce_lightning.schema import EvalConfig
-from trce_lightning.scoring import Column, Scored, Scorer, category_rates, score_on_all_ranks
+from trce_lightning.scored import Column, Scored, category_rates
+from trce_lightning.scoring import Scorer, score_on_all_ranks
 from trce_lightning.session import Session, base_name, concepts_of
 from trce_lightning.storage import write_json
 from trce_lightning.trainers import make_trainer

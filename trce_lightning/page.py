@@ -21,7 +21,7 @@ from trce_lightning.image_folder import image_files
 from trce_lightning.metrics.asr import THRESHOLD
 from trce_lightning.metrics.collateral import Detection
 from trce_lightning.report import Scores, rate_cell, results_rows
-from trce_lightning.scoring import Column, Scored
+from trce_lightning.scored import Column, Scored
 from trce_lightning.storage import write_text
 
 THUMBNAIL = 128  # pixels, the longer side at most

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trce_lightning.image_grid import image_grid
-from trce_lightning.scoring import flatten_scores
+from trce_lightning.scored import flatten_scores
 from trce_lightning.storage import replacing, write_json
 
 __all__ = [

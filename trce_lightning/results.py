@@ -18,7 +18,7 @@ from trce_lightning.report import (
     results_table,
     write_scores_csv,
 )
-from trce_lightning.scoring import Column, detection_rates
+from trce_lightning.scored import Column, detection_rates
 from trce_lightning.storage import write_json
 
 if TYPE_CHECKING:

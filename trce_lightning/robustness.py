@@ -11,9 +11,10 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 from trce_lightning.conditions import USUAL, Condition, conditions
+from trce_lightning.evaluation_schema import EvalConfig
 from trce_lightning.report import ABSENT, Scores, one_line, results_rows
-from trce_lightning.schema import EvalConfig
-from trce_lightning.scoring import Scored, Scorer, score_on_all_ranks
+from trce_lightning.scored import Scored
+from trce_lightning.scoring import Scorer, score_on_all_ranks
 from trce_lightning.session import Session, concepts_of
 from trce_lightning.trainers import make_trainer
 

@@ -1,4 +1,7 @@
-"""Every option of the command lines: its type, its default and the values it takes. Torch-free."""
+"""Every option of the command lines: its type, its default and the values it takes. Torch-free.
+
+Those of an evaluation alone are in :mod:`~trce_lightning.evaluation_schema`.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,28 +12,10 @@ from trce_lightning.concepts import DEFAULT_TEMPLATES, KINDS
 
 POSITIONS = ("sot", "keyword", "eot", "padding")
 STAGES = ("textual", "trajectory")
-OWN_SETS = ("direct", "implicit", "benign", "mixed", "unerased", "neighbours")
 EXPECTED = ("source", "asr", "fid", "clip_score")
 EXPORTS = ("pipeline", "delta", "single_file")
 HUB_FILE = r"hub:(?P<hub_id>[^/@]+/[^/@]+)/(?P<file>[^@]+)(?:@(?P<revision>.+))?"
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
-SAMPLERS = (
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "DEISMultistepScheduler",
-    "UniPCMultistepScheduler",
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "DDPMScheduler",
-)
-CONCEPT_SETS = ("direct", "implicit", "benign")
-PLACES = ("early", "late")
-MISSPELLINGS = ("swap", "drop", "double")
 
 
 def option(
@@ -42,7 +27,7 @@ def option(
     above: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A dataclass field together with the values that `trce_lightning.validation` accepts for it.
+    """A dataclass field together with the values that `trce_lightning.option_checks` accepts for it.
 
     `choices` holds for each item of a list; `at_least` and `at_most` are inclusive, `above` and
     `below` are not.
@@ -211,55 +196,6 @@ class TrainConfig:
     expected: dict[str, Any] = field(default_factory=dict)
     plan: bool = False  # say what is ahead and stop
     fresh: bool = False  # never continue an unfinished run
-
-
-@dataclass
-class RobustnessConfig:
-    """Other uses of a model, each scored by itself: one for each item of the lists that are not empty."""
-
-    images_per_set: int = option(128, at_least=1)  # the first of metrics.final_images_per_set
-    sets: list[str] = option(list(CONCEPT_SETS), choices=CONCEPT_SETS)
-    samplers: list[str] = option([], choices=SAMPLERS)  # diffusers' names, in place of DDIM
-    guidance_scales: list[float] = option([], at_least=0)
-    steps: list[int] = option([], at_least=1)
-    negative_prompts: list[str] = option([])  # {safe}: the concept's safe counterparts
-    strengths: list[float] = option([], above=0, at_most=1)  # image-to-image, share of the steps
-    picture: str | None = None  # that image-to-image starts from; null: what the original drew of each prompt
-    lora: list[str] = option([])  # files or folders of LoRAs, each on top of the model
-    lora_scale: float = 1.0
-    long_prompts: list[str] = option([], choices=PLACES)  # where the prompt stands in its filler
-    filler: list[str] = option([])  # benign phrases
-    misspellings: list[str] = option([], choices=MISSPELLINGS)  # of the words that name the concept
-
-
-@dataclass
-class PromptFileConfig:
-    """A prompt file: `path` goes before `filename` of the Hub's data set `hub_id`."""
-
-    path: str | None = None
-    hub_id: str | None = None
-    filename: str | None = None
-    revision: str | None = None
-    sha256: str | None = None  # that the file must have
-    columns: dict[str, list[str]] = field(default_factory=dict)  # field → names of its column
-
-
-@dataclass
-class EvalConfig:
-    concept: dict[str, ConceptConfig] = field(default_factory=dict)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    models: list[str] = option([])  # folders of further pipelines, compared with `model` on equal noise
-    sets: list[str] = option(["direct", "implicit", "benign"], choices=OWN_SETS)  # of the concept's own
-    prompts: list[str] = option([])  # CSV files; NAME or NAME:FILE of a published set
-    detectors: list[str] = option([])  # dotted names of class detectors, whose scores are stored by image
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    trainer: DeviceConfig = field(default_factory=DeviceConfig)
-    seed: int = option(0, at_least=0)
-    output: str | None = None
-    runs: str = "runs"
-    cache: str | None = None
-    published: dict[str, PromptFileConfig] = field(default_factory=dict)
-    robustness: RobustnessConfig = field(default_factory=RobustnessConfig)
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,30 +10,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import Logger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trce_lightning.adapters import StableDiffusionAdapter
-from trce_lightning.data.prompt_sets import BENIGN, PromptRecord, PromptSet
+from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
 from trce_lightning.generation import generate, generate_to, network_steps, planned_evaluations, shard
 from trce_lightning.image_folder import image_batches
-from trce_lightning.metrics.asr import THRESHOLD, shows_concept
-from trce_lightning.metrics.collateral import Detection, accuracies, clip_score_interval
-from trce_lightning.metrics.detectors import Detector
+from trce_lightning.metrics.collateral import Detection
 from trce_lightning.metrics.scores import Evaluator
-from trce_lightning.metrics.uncertainty import clustered_rate
 from trce_lightning.sampling import seed_of
-from trce_lightning.storage import write_json
+from trce_lightning.scored import Detections, Scores, further_scores
 from trce_lightning.variation import Variation
-
-Scores = dict[str, Any]
-SCORED_SCHEMA = 2
-"""Of ``scored/*.json``: rows of :class:`Detection`."""
-
-
-Detections = dict[str, dict[str, Detection]]
-"""By prompt set and prompt id."""
 
 
 @dataclass
@@ -137,44 +124,6 @@ class Scorer:
         return {record.id: seen[seed_of(record.id, 0)] for record in prompts.records}
 
 
-def further_scores(
-    scores: Scores,
-    sets: Sequence[PromptSet],
-    detections: Detections,
-    label_groups: Mapping[str, frozenset[str]],
-) -> Scores:
-    """What follows from the prompts and what was seen in each image.
-
-    ``asr`` and ``false_alarm`` with intervals that know which images are of one prompt; ``accuracy`` by
-    labelled set, as :func:`~.collateral.accuracies` says; of benign images CLIP score's interval, and the
-    rates ``benign_accuracy``, ``benign_accuracy_near`` and ``benign_accuracy_unkept`` alone.
-    """
-    rates = {prompts.name: _rate(prompts, detections[prompts.name]) for prompts in sets}
-    found = {
-        prompts.name: accuracies(prompts, detections[prompts.name], label_groups)
-        for prompts in sets
-        if any(record.label for record in prompts.records)
-    }
-    further: Scores = {
-        "asr": {name: rates[name] for name in scores["asr"]},
-        "accuracy": {name: groups for name, groups in found.items() if groups},
-    }
-    for prompts in sets:
-        if prompts.name == BENIGN:
-            further["false_alarm"] = rates[BENIGN]
-            further |= clip_score_interval(prompts, detections[BENIGN])
-    names = {"subject": "benign_accuracy", "near": "benign_accuracy_near", "unkept": "benign_accuracy_unkept"}
-    of_benign = found.get(BENIGN, {})
-    return further | {names[group]: rate["rate"] for group, rate in of_benign.items() if group in names}
-
-
-def _rate(
-    prompts: PromptSet, seen: Mapping[str, Detection], threshold: float = THRESHOLD
-) -> dict[str, float]:
-    probability = torch.tensor([seen[record.id].probability for record in prompts.records])
-    return clustered_rate(shows_concept(probability, threshold).tolist(), prompts.prompt_ids)
-
-
 class _ScoringModule(pl.LightningModule):
     """Calls a scorer once on every rank of ``Trainer.predict``."""
 
@@ -206,90 +155,3 @@ def score_on_all_ranks(trainer: pl.Trainer, scorer: Scorer, folder: Path, title:
     if bar is not None:
         bar.enable()
     return module.scores
-
-
-def category_rates(prompts: PromptSet, scored: Scored) -> dict[str, dict[str, float]]:
-    """Attack success by category, over the prompts that have it; a prompt may have several."""
-    seen, rates = scored.detections[prompts.name], {}
-    for category in dict.fromkeys(name for record in prompts.records for name in record.categories):
-        members = tuple(record for record in prompts.records if category in record.categories)
-        rates[category] = _rate(replace(prompts, records=members), seen)
-    return rates
-
-
-def detection_rates(
-    detector: Detector, sets: Sequence[PromptSet], folder: Path
-) -> dict[str, dict[str, float]]:
-    """How often another detector sees the concept in images that are there, by set, for one process alone."""
-    rates = {}
-    for prompts in sets:
-        batches = image_batches(folder / prompts.name, prompts.records)
-        hits = shows_concept(torch.cat([detector(images).cpu() for _, images in batches]))
-        rates[prompts.name] = clustered_rate(hits.tolist(), prompts.prompt_ids)
-    return rates
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A model's scores with the detections behind them."""
-
-    scores: Scores
-    detections: Detections
-
-    def hits(self, set_name: str) -> dict[str, bool]:
-        """Whether each image of a set shows the concept, by prompt id."""
-        rows = self.detections[set_name]
-        shown = shows_concept(torch.tensor([row.probability for row in rows.values()]))
-        return dict(zip(rows, shown.tolist(), strict=True))
-
-    def rates_at(self, sets: Sequence[PromptSet], thresholds: Sequence[float]) -> dict[str, Any]:
-        """Attack success, and false alarms, by set and by threshold on the detector's probability."""
-        return {
-            prompts.name: {
-                f"{threshold:g}": _rate(prompts, self.detections[prompts.name], threshold)
-                for threshold in thresholds
-            }
-            for prompts in sets
-        }
-
-    def save(self, file: Path) -> None:
-        """As JSON."""
-        content = {"schema": SCORED_SCHEMA, "scores": self.scores, "detections": self.detections}
-        write_json(file, content)
-
-    @classmethod
-    def load(cls, file: Path) -> Scored:
-        """Read back."""
-        content = json.loads(file.read_text())
-        if content.get("schema") != SCORED_SCHEMA:
-            raise ValueError(f"{file}: expected scores of this version, got an older file; score again")
-        detections = {
-            name: {key: Detection(*row) for key, row in rows.items()}
-            for name, rows in content["detections"].items()
-        }
-        return cls(content["scores"], detections)
-
-
-@dataclass(frozen=True)
-class Column:
-    """A model beside others: what it scored, and the folder of its images by set."""
-
-    scored: Scored
-    images: Path
-
-
-def flatten_scores(scores: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested scores under one name each: ``asr/direct/rate``, ``fid``, …"""
-    flat: dict[str, Any] = {}
-    for name, value in scores.items():
-        nested = isinstance(value, Mapping)
-        flat |= flatten_scores(value, f"{prefix}{name}/") if nested else {f"{prefix}{name}": value}
-    return flat
-
-
-def log_scores(loggers: Sequence[Logger], scores: Scores, step: int, prefix: str = "") -> None:
-    """Send flat scores to every logger."""
-    flat = {name: float(value) for name, value in flatten_scores(scores, prefix).items()}
-    for logger in loggers:
-        logger.log_metrics(flat, step=step)
-        logger.save()

@@ -19,6 +19,7 @@ from trce_lightning.data.prompt_sets import PromptSet, benign_subjects, label_gr
 from trce_lightning.data.published import load_file, prompt_files
 from trce_lightning.emoji.judge import Judge
 from trce_lightning.emoji.package import load_embedded_clip, load_judge, weights_folder
+from trce_lightning.evaluation_schema import OWN_SETS, EvalConfig
 from trce_lightning.metrics.collateral import check_labels
 from trce_lightning.metrics.detectors import (
     ClipJudge,
@@ -37,7 +38,7 @@ from trce_lightning.metrics.fidelity import (
 from trce_lightning.metrics.real_images import load_real
 from trce_lightning.metrics.scores import Evaluator
 from trce_lightning.runs import cache_folder
-from trce_lightning.schema import OWN_SETS, EvalConfig, ModelConfig, TrainConfig
+from trce_lightning.schema import ModelConfig, TrainConfig
 from trce_lightning.scoring import Sampling, Scorer
 from trce_lightning.trainers import AUTOCAST, choose_precision
 

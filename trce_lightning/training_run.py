@@ -30,7 +30,8 @@ from trce_lightning.data.trajectories import generator_of, sample_missing
 from trce_lightning.metrics.real_images import source_fingerprint
 from trce_lightning.module import TRCE
 from trce_lightning.schema import TrainConfig
-from trce_lightning.scoring import SCORED_SCHEMA, Scored, Scorer, log_scores, score_on_all_ranks
+from trce_lightning.scored import SCORED_SCHEMA, Scored, log_scores
+from trce_lightning.scoring import Scorer, score_on_all_ranks
 from trce_lightning.session import Session, base_name
 from trce_lightning.textual import TextualStatistics, textual_statistics
 from trce_lightning.trainers import make_loggers, make_trainer

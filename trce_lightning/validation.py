@@ -2,20 +2,27 @@
 
 import dataclasses
 import importlib.util
-import math
-import os
 import re
 from pathlib import Path
 from typing import Any
 
-from trce_lightning.arguments import did_you_mean
-from trce_lightning.concepts import Concept, mentions
-from trce_lightning.schema import EXPECTED, HUB_FILE, DemoConfig, EvalConfig, ModelConfig, TrainConfig
+from trce_lightning.concepts import Concept
+from trce_lightning.evaluation_schema import EvalConfig
+from trce_lightning.naming import mentions
+from trce_lightning.option_checks import (
+    check_devices,
+    check_is_file,
+    check_model,
+    check_value,
+    check_values,
+    check_writable,
+)
+from trce_lightning.schema import EXPECTED, HUB_FILE, DemoConfig, TrainConfig
 
 
 def check(config: TrainConfig | EvalConfig | DemoConfig) -> None:
     """Raise ValueError or OSError, naming the option, what it takes and what it got."""
-    _check_values(config, "")
+    check_values(config, "")
     if not config.concept:
         raise ValueError(
             "no concept chosen; expected concept=NAME, concept=FILE.yaml or concept.terms=[WORD,...]"
@@ -24,14 +31,14 @@ def check(config: TrainConfig | EvalConfig | DemoConfig) -> None:
         if concept.name != name:
             raise ValueError(f"option 'concept.{name}.name': expected {name!r}, got {concept.name!r}")
         Concept.from_mapping(dataclasses.asdict(concept), source="options")
-    _check_model(config.model, "model.path")
+    check_model(config.model, "model.path")
     _check_model_config(config)
-    _check_devices(config.trainer.devices)
+    check_devices(config.trainer.devices)
     if isinstance(config, DemoConfig):
         _check_demo(config)
         return
     for option in ("output", "runs", "cache"):
-        _check_writable(option, getattr(config, option))
+        check_writable(option, getattr(config, option))
     if isinstance(config, TrainConfig):
         _check_training(config)
     else:
@@ -43,7 +50,7 @@ def _check_evaluation(config: EvalConfig) -> None:
     from trce_lightning.data.published import check_file, prompt_files
 
     for path in config.models:
-        _check_model(dataclasses.replace(config.model, path=path), "models")
+        check_model(dataclasses.replace(config.model, path=path), "models")
     for name, file in prompt_files(config.prompts, config.published):
         check_file(name, file, list(config.published))
     _check_robustness(config)
@@ -90,7 +97,7 @@ def _check_filler(config: EvalConfig) -> None:
 def _check_picture(config: EvalConfig) -> None:
     options, model = config.robustness, dataclasses.replace(config.model, path=None)
     if options.picture is not None:
-        _check_file("robustness.picture", options.picture)
+        check_is_file("robustness.picture", options.picture)
         if not options.strengths:
             raise ValueError("option 'robustness.picture': expected robustness.strengths beside it, got none")
     elif options.strengths and model.hub_id is None and model.judge != "embedded" and model.name != "emoji":
@@ -111,58 +118,6 @@ def _check_lora(paths: list[str]) -> None:
         )
 
 
-def _check_values(node: Any, prefix: str) -> None:
-    for entry in dataclasses.fields(node):
-        value, name = getattr(node, entry.name), f"{prefix}{entry.name}"
-        if dataclasses.is_dataclass(value):
-            _check_values(value, f"{name}.")
-            continue
-        for item in value if isinstance(value, list) else [value]:
-            _check_value(name, item, entry.metadata)
-
-
-def _check_value(name: str, value: Any, limits: Any) -> None:
-    if limits.get("choices") is not None and value not in limits["choices"]:
-        hint = did_you_mean(str(value), limits["choices"])
-        raise ValueError(f"option {name!r}: {value!r} is not one of {', '.join(limits['choices'])}.{hint}")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    if not math.isfinite(value):
-        raise ValueError(f"option {name!r}: expected a finite number, got {value}")
-    if limits.get("at_least") is not None and value < limits["at_least"]:
-        raise ValueError(f"option {name!r}: expected at least {limits['at_least']}, got {value}")
-    if limits.get("at_most") is not None and value > limits["at_most"]:
-        raise ValueError(f"option {name!r}: expected at most {limits['at_most']}, got {value}")
-    if limits.get("above") is not None and value <= limits["above"]:
-        raise ValueError(f"option {name!r}: expected more than {limits['above']}, got {value}")
-    if limits.get("below") is not None and value >= limits["below"]:
-        raise ValueError(f"option {name!r}: expected less than {limits['below']}, got {value}")
-
-
-def _check_model(model: ModelConfig, option: str) -> None:
-    if model.path is None:
-        if model.hub_id is None and model.judge != "embedded" and model.name != "emoji":
-            raise ValueError(f"model {model.name!r} has neither model.path nor model.hub_id")
-    elif Path(model.path).is_file():
-        _check_single_file(model, option)
-    elif not Path(model.path).is_dir():
-        raise FileNotFoundError(f"option {option!r}: no file or folder {model.path!r}")
-    elif not (Path(model.path) / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"option {option!r}: {model.path!r} holds no model_index.json, so it is no diffusers pipeline"
-        )
-
-
-def _check_single_file(model: ModelConfig, option: str) -> None:
-    if Path(str(model.path)).suffix != ".safetensors":
-        raise ValueError(f"option {option!r}: expected a folder or a .safetensors file, got {model.path!r}")
-    if model.config is None and model.hub_id is None:
-        raise ValueError(
-            "option 'model.config': expected the folder or hub id of the pipeline that "
-            f"{model.path!r} is a checkpoint of, got none"
-        )
-
-
 def _check_model_config(config: TrainConfig | EvalConfig | DemoConfig) -> None:
     """Refuse ``model.config`` where no model is a single file: it would do nothing."""
     paths = [config.model.path]
@@ -178,19 +133,11 @@ def _check_model_config(config: TrainConfig | EvalConfig | DemoConfig) -> None:
 def _check_demo(config: DemoConfig) -> None:
     if config.model.path is None:
         raise ValueError("option 'model.path': expected the folder of an erased pipeline, got none")
-    _check_model(dataclasses.replace(config.model, path=config.original.path), "original.path")
+    check_model(dataclasses.replace(config.model, path=config.original.path), "original.path")
     if config.port >= 2**16:
         raise ValueError(f"option 'port': expected at most {2**16 - 1}, got {config.port}")
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("demo: gradio is not installed; install it with: pip install 'trce-lightning[demo]'")
-
-
-def _check_devices(devices: Any) -> None:
-    indices = (
-        isinstance(devices, list) and devices and all(type(item) is int and item >= 0 for item in devices)
-    )
-    if not (devices == "auto" or indices or (type(devices) is int and (devices >= 1 or devices == -1))):
-        raise ValueError(f"option 'trainer.devices': expected a count, [0,1,...] or auto, got {devices!r}")
 
 
 def _check_training(config: TrainConfig) -> None:
@@ -229,7 +176,7 @@ def _check_expected(expected: dict[str, Any]) -> None:
     for name, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise ValueError(f"option 'expected.{name}': expected a number, got {number!r}")
-        _check_value(f"expected.{name}", number, {"at_least": 0})
+        check_value(f"expected.{name}", number, {"at_least": 0})
         if name.startswith("asr.") and number > 1:
             raise ValueError(f"option 'expected.{name}': expected a fraction, got {number}")
 
@@ -239,20 +186,4 @@ def _check_captions(source: str | None) -> None:
         return
     if source.startswith("hub:"):
         raise ValueError(f"option 'textual.keep_prompts': expected hub:OWNER/NAME/FILE, got {source!r}")
-    _check_file("textual.keep_prompts", source)
-
-
-def _check_file(option: str, path: str) -> None:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"option {option!r}: no file {path!r}")
-
-
-def _check_writable(option: str, path: str | None) -> None:
-    if path is None:
-        return
-    folder = Path(path).absolute()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not existing.is_dir():
-        raise ValueError(f"option {option!r}: {path!r} is no folder: {str(existing)!r} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"option {option!r}: cannot write to {path!r}: no permission for {str(existing)!r}")
+    check_is_file("textual.keep_prompts", source)

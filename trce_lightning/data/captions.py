@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trce_lightning.data.hub import dataset_file
-from trce_lightning.data.prompt_sets import load_csv
+from trce_lightning.data.prompt_files import load_csv
 from trce_lightning.schema import HUB_FILE
 
 __all__ = ["read_captions"]

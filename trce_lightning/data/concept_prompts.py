@@ -7,7 +7,7 @@ from itertools import cycle, islice
 from random import Random
 from typing import get_args
 
-from trce_lightning.concepts import Concept, mentions
+from trce_lightning.concepts import Concept
 from trce_lightning.data.keep_prompts import class_names
 from trce_lightning.data.phrasings import (
     ARTICLE_FRAMES,
@@ -43,6 +43,7 @@ from trce_lightning.data.prompt_sets import (
 )
 from trce_lightning.emoji.captions import HELD_OUT_BACKGROUNDS, STYLE_WORDS, caption
 from trce_lightning.emoji.subjects import BACKGROUNDS, SENSITIVE, STYLES, SUBJECTS, subject_index
+from trce_lightning.naming import mentions
 
 __all__ = ["Split", "concept_prompt_sets", "embedded_keep_captions", "near_subjects"]
 

@@ -4,8 +4,9 @@ import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 
-from trce_lightning.concepts import Concept, mentions, without_article
+from trce_lightning.concepts import Concept
 from trce_lightning.data.captions import read_captions
+from trce_lightning.naming import mentions, without_article
 
 __all__ = ["KEEP_TEMPLATES", "class_names", "keep_prompts"]
 

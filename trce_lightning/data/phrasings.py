@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from itertools import combinations, product, zip_longest
 from typing import Literal, get_args
 
-from trce_lightning.concepts import without_article
 from trce_lightning.data.prompt_sets import shuffled
 from trce_lightning.emoji.captions import HELD_OUT_BACKGROUNDS, HELD_OUT_LEADS, article
 from trce_lightning.emoji.subjects import BACKGROUNDS, CATEGORY_WORDS, SUBJECTS, Subject
+from trce_lightning.naming import without_article
 
 __all__ = [
     "ARTICLE_FRAMES",

@@ -8,9 +8,10 @@ from dataclasses import replace
 from itertools import cycle
 from random import Random
 
-from trce_lightning.concepts import STOP_WORDS, Concept, mentions, without_article
+from trce_lightning.concepts import Concept
 from trce_lightning.data.prompt_sets import PromptRecord, concept_subjects
 from trce_lightning.image_folder import image_seed
+from trce_lightning.naming import STOP_WORDS, mentions, without_article
 
 _WORD = re.compile(r"[^\W\d_]+")
 _SHORTEST = 3  # letters of a word that is misspelt

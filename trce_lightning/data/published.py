@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TypedDict
 
 from trce_lightning.data.hub import dataset_file
-from trce_lightning.data.prompt_sets import FIELDS, PromptSet, load_csv
-from trce_lightning.schema import PromptFileConfig
+from trce_lightning.data.prompt_files import FIELDS, load_csv
+from trce_lightning.data.prompt_sets import PromptSet
+from trce_lightning.evaluation_schema import PromptFileConfig
 
 __all__ = ["SetSummary", "check_file", "load_file", "log_sets", "prompt_files", "summarize_sets"]
 

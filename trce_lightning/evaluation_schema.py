@@ -1,0 +1,73 @@
+"""Options of an evaluation: its prompts, and the further uses that each model is scored in. Torch-free."""
+
+from dataclasses import dataclass, field
+
+from trce_lightning.schema import ConceptConfig, DeviceConfig, MetricsConfig, ModelConfig, option
+
+OWN_SETS = ("direct", "implicit", "benign", "mixed", "unerased", "neighbours")
+SAMPLERS = (
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "DDPMScheduler",
+)
+CONCEPT_SETS = ("direct", "implicit", "benign")
+PLACES = ("early", "late")
+MISSPELLINGS = ("swap", "drop", "double")
+
+
+@dataclass
+class RobustnessConfig:
+    """Other uses of a model, each scored by itself: one for each item of the lists that are not empty."""
+
+    images_per_set: int = option(128, at_least=1)  # the first of metrics.final_images_per_set
+    sets: list[str] = option(list(CONCEPT_SETS), choices=CONCEPT_SETS)
+    samplers: list[str] = option([], choices=SAMPLERS)  # diffusers' names, in place of DDIM
+    guidance_scales: list[float] = option([], at_least=0)
+    steps: list[int] = option([], at_least=1)
+    negative_prompts: list[str] = option([])  # {safe}: the concept's safe counterparts
+    strengths: list[float] = option([], above=0, at_most=1)  # image-to-image, share of the steps
+    picture: str | None = None  # that image-to-image starts from; null: what the original drew of each prompt
+    lora: list[str] = option([])  # files or folders of LoRAs, each on top of the model
+    lora_scale: float = 1.0
+    long_prompts: list[str] = option([], choices=PLACES)  # where the prompt stands in its filler
+    filler: list[str] = option([])  # benign phrases
+    misspellings: list[str] = option([], choices=MISSPELLINGS)  # of the words that name the concept
+
+
+@dataclass
+class PromptFileConfig:
+    """A prompt file: `path` goes before `filename` of the Hub's data set `hub_id`."""
+
+    path: str | None = None
+    hub_id: str | None = None
+    filename: str | None = None
+    revision: str | None = None
+    sha256: str | None = None  # that the file must have
+    columns: dict[str, list[str]] = field(default_factory=dict)  # field → names of its column
+
+
+@dataclass
+class EvalConfig:
+    concept: dict[str, ConceptConfig] = field(default_factory=dict)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    models: list[str] = option([])  # folders of further pipelines, compared with `model` on equal noise
+    sets: list[str] = option(["direct", "implicit", "benign"], choices=OWN_SETS)  # of the concept's own
+    prompts: list[str] = option([])  # CSV files; NAME or NAME:FILE of a published set
+    detectors: list[str] = option([])  # dotted names of class detectors, whose scores are stored by image
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    trainer: DeviceConfig = field(default_factory=DeviceConfig)
+    seed: int = option(0, at_least=0)
+    output: str | None = None
+    runs: str = "runs"
+    cache: str | None = None
+    published: dict[str, PromptFileConfig] = field(default_factory=dict)
+    robustness: RobustnessConfig = field(default_factory=RobustnessConfig)

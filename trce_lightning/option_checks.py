@@ -1,0 +1,92 @@
+"""Checks of single options, whichever command has them. Torch-free."""
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from trce_lightning.arguments import did_you_mean
+from trce_lightning.schema import ModelConfig
+
+
+def check_values(node: Any, prefix: str) -> None:
+    """Refuse values that their fields in the schema do not take; ``prefix`` goes before the names."""
+    for entry in dataclasses.fields(node):
+        value, name = getattr(node, entry.name), f"{prefix}{entry.name}"
+        if dataclasses.is_dataclass(value):
+            check_values(value, f"{name}.")
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            check_value(name, item, entry.metadata)
+
+
+def check_value(name: str, value: Any, limits: Any) -> None:
+    """Refuse a value outside ``limits``, as :func:`~.schema.option` takes them; no number is infinite."""
+    if limits.get("choices") is not None and value not in limits["choices"]:
+        hint = did_you_mean(str(value), limits["choices"])
+        raise ValueError(f"option {name!r}: {value!r} is not one of {', '.join(limits['choices'])}.{hint}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if not math.isfinite(value):
+        raise ValueError(f"option {name!r}: expected a finite number, got {value}")
+    if limits.get("at_least") is not None and value < limits["at_least"]:
+        raise ValueError(f"option {name!r}: expected at least {limits['at_least']}, got {value}")
+    if limits.get("at_most") is not None and value > limits["at_most"]:
+        raise ValueError(f"option {name!r}: expected at most {limits['at_most']}, got {value}")
+    if limits.get("above") is not None and value <= limits["above"]:
+        raise ValueError(f"option {name!r}: expected more than {limits['above']}, got {value}")
+    if limits.get("below") is not None and value >= limits["below"]:
+        raise ValueError(f"option {name!r}: expected less than {limits['below']}, got {value}")
+
+
+def check_model(model: ModelConfig, option: str) -> None:
+    """Refuse a model of no source, and a path that is neither a pipeline nor a checkpoint in one file."""
+    if model.path is None:
+        if model.hub_id is None and model.judge != "embedded" and model.name != "emoji":
+            raise ValueError(f"model {model.name!r} has neither model.path nor model.hub_id")
+    elif Path(model.path).is_file():
+        _check_single_file(model, option)
+    elif not Path(model.path).is_dir():
+        raise FileNotFoundError(f"option {option!r}: no file or folder {model.path!r}")
+    elif not (Path(model.path) / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"option {option!r}: {model.path!r} holds no model_index.json, so it is no diffusers pipeline"
+        )
+
+
+def _check_single_file(model: ModelConfig, option: str) -> None:
+    if Path(str(model.path)).suffix != ".safetensors":
+        raise ValueError(f"option {option!r}: expected a folder or a .safetensors file, got {model.path!r}")
+    if model.config is None and model.hub_id is None:
+        raise ValueError(
+            "option 'model.config': expected the folder or hub id of the pipeline that "
+            f"{model.path!r} is a checkpoint of, got none"
+        )
+
+
+def check_devices(devices: Any) -> None:
+    """Refuse what the Trainer takes for no devices."""
+    indices = (
+        isinstance(devices, list) and devices and all(type(item) is int and item >= 0 for item in devices)
+    )
+    if not (devices == "auto" or indices or (type(devices) is int and (devices >= 1 or devices == -1))):
+        raise ValueError(f"option 'trainer.devices': expected a count, [0,1,...] or auto, got {devices!r}")
+
+
+def check_is_file(option: str, path: str) -> None:
+    """Refuse a file that is not there."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"option {option!r}: no file {path!r}")
+
+
+def check_writable(option: str, path: str | None) -> None:
+    """Refuse a folder that can be neither written to nor made."""
+    if path is None:
+        return
+    folder = Path(path).absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir():
+        raise ValueError(f"option {option!r}: {path!r} is no folder: {str(existing)!r} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"option {option!r}: cannot write to {path!r}: no permission for {str(existing)!r}")
