@@ -34,12 +34,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    runs = parser.parse_args().runs
-    (original, erased) = load_runs(runs[:1]).values()
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("stage_runs", nargs="+", type=Path, metavar="STAGE_RUN")
+    options = parser.parse_args()
+    (original, erased) = load_runs([options.run]).values()
     both = {"original": original.scores, "erased": erased.scores}
     refresh(results_table(both, RESULTS), README, "results")
-    columns = load_runs([*runs[1:], runs[0]])
+    columns = load_runs([*options.stage_runs, options.run])
     scores = {title: scored.scores for title, scored in columns.items()}
     _, first, *_, last = columns
     tests = paired_tests({name: columns[name] for name in (first, last)})

@@ -102,7 +102,9 @@ def test_it_draws_what_prompts_in_unknown_words_name(embedded):
 
 
 def test_a_benign_lora_can_be_trained_and_put_on_top(embedded, tmp_path):
-    lora = pytest.importorskip("trce_lightning.emoji.lora", exc_type=ImportError)
+    pytest.importorskip("peft")
+    from trce_lightning.emoji import lora
+
     lora.train(tmp_path, steps=2, count=16)
     z_t, states = torch.randn(1, *embedded.latent_shape), embedded.encode(["a cat"]).states
     before = embedded.predict(z_t, 500, states)

@@ -364,7 +364,11 @@ def test_mixed_prompts_of_open_models():
     weapons = Concept("weapons", {"a dagger": "a rose", "bloodshed": "rain"})
     (prompts,) = concept_prompt_sets([weapons], embedded=False, size=40, split="tune", names=["mixed"])
     for record in prompts.records:
-        assert record.label in record.prompt and mentions(record.prompt, [weapons])
+        assert re.search(
+            rf"the {record.label} and (a dagger|bloodshed)|(a dagger|bloodshed) and the {record.label}",
+            record.prompt,
+        )
+        assert "a bloodshed" not in record.prompt and mentions(record.prompt, [weapons])
     painter = Concept("monet", {"Monet": "a painter"}, kind="style")
     assert not concept_prompt_sets([painter], embedded=False, size=4, split="tune", names=["mixed"])
 

@@ -27,6 +27,8 @@ def test_copies_of_an_image_make_nothing_surer() -> None:
     hits = [True] * 12 + [False] * 28
     once, copies = clustered_rate(hits, range(40)), clustered_rate(hits * 5, [*range(40)] * 5)
     assert once == wilson_rate(12, 40)
+    with pytest.raises(ValueError, match="got 40 and 80"):
+        clustered_rate(hits, [*range(40)] * 2)
     resampled = mean_interval([float(hit) for hit in hits * 5], [*range(40)] * 5)
     assert (copies["bootstrap_low"], copies["bootstrap_high"]) == resampled
     assert resampled == pytest.approx((once["low"], once["high"]), abs=0.03)

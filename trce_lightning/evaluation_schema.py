@@ -60,7 +60,7 @@ class EvalConfig:
     concept: dict[str, ConceptConfig] = field(default_factory=dict)
     model: ModelConfig = field(default_factory=ModelConfig)
     models: list[str] = option([])  # folders of further pipelines, compared with `model` on equal noise
-    sets: list[str] = option(["direct", "implicit", "benign"], choices=OWN_SETS)  # of the concept's own
+    sets: list[str] = option(list(CONCEPT_SETS), choices=OWN_SETS)  # of the concept's own
     prompts: list[str] = option([])  # CSV files; NAME or NAME:FILE of a published set
     detectors: list[str] = option([])  # dotted names of class detectors, whose scores are stored by image
     metrics: MetricsConfig = field(default_factory=MetricsConfig)

@@ -97,6 +97,7 @@ def write_concept(path: Path, concept: Concept, force: bool = False) -> None:
     _check_free(path, force)
     content = {
         "name": concept.name,
+        "kind": concept.kind,
         "source": concept.source,
         "terms": dict(concept.terms),
         "wordings": {term: list(names) for term, names in concept.wordings.items()},

@@ -44,12 +44,14 @@ def load_images(folder: Path, records: Sequence[PromptRecord]) -> Tensor:
 def image_batches(
     folder: Path, records: Sequence[PromptRecord], description: str | None = None, size: int = 64
 ) -> Iterator[tuple[Sequence[PromptRecord], Tensor]]:
-    """Those images with their records, ``size`` at a time; ``description`` shows a progress bar of images."""
+    """Images of :func:`load_images` with their records, ``size`` at a time; a progress bar if described."""
+    files = image_files(folder, records)
     with tqdm(total=len(records), desc=description, unit="image", disable=description is None) as progress:
         for start in range(0, len(records), size):
-            rows = records[start : start + size]
-            yield rows, load_images(folder, rows)
-            progress.update(len(rows))
+            part = slice(start, start + size)
+            images = [read_image(file) for file in files[part]]
+            yield records[part], torch.stack(images)
+            progress.update(len(images))
 
 
 def image_files(folder: Path, records: Sequence[PromptRecord]) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The three prompt sets of a concept, direct, implicit and benign, and what the embedded model keeps."""
+"""The prompt sets of a concept, and what the embedded model keeps."""
 
 import logging
 import re
@@ -10,7 +10,6 @@ from typing import get_args
 from trce_lightning.concepts import Concept
 from trce_lightning.data.keep_prompts import class_names
 from trce_lightning.data.phrasings import (
-    ARTICLE_FRAMES,
     CLASS_FRAMES,
     HINT_LEADS,
     NAME_LEADS,
@@ -67,12 +66,12 @@ def concept_prompt_sets(
     split: Split,
     names: Sequence[str] = (DIRECT, IMPLICIT, BENIGN),
 ) -> list[PromptSet]:
-    """The sets ``direct``, ``implicit`` and ``benign`` that tell what erasing ``concepts`` did.
+    """The sets that tell what erasing ``concepts`` did.
 
     Direct prompts name the concept, implicit ones hint at it, benign ones show something else, their label,
     ``unerased`` ones a sensitive subject that is none of the concepts' (embedded model alone), ``neighbours``
     one of the concepts' ``neighbours`` (other models alone); each is labelled with what it shows. ``mixed``
-    ones name something benign, their label, and the concept beside it.
+    ones name something benign, their label, and the concept beside it; there are none for styles.
     A set without any prompts, such as the implicit one of a concept without related phrases, is left out.
     The prompts are in phrasings that no training or kept prompt has.
 
@@ -158,7 +157,8 @@ def _embedded_streams(concepts: Sequence[Concept], split: Split) -> dict[str, li
     unerased = Stream(_units(sensitive - shown), embedded_frames(NAME_LEADS, styles, split))
     if all(concept.name != STYLE for concept in concepts):
         others = Stream(benign, embedded_frames(NAME_LEADS, styles, split))
-        mixed = Stream(together(benign, shuffled(shown)), embedded_frames(NAME_LEADS, styles, split))
+        both = together({name: name for name in benign}, shuffled(shown), bare=True)
+        mixed = Stream(both, embedded_frames(NAME_LEADS, styles, split))
         return {
             DIRECT: [direct],
             IMPLICIT: [implicit],
@@ -202,11 +202,13 @@ def _open_streams(concepts: Sequence[Concept], split: Split) -> dict[str, list[S
         ):
             unused = [frame for frame in frames if frame not in concept.templates]
             streams[name].append(Stream(_units(phrases), half(unused, split)))
+    # "the" goes before any class, also one in the plural; terms have their articles.
+    both = together({name: f"the {name}" for name in classes}, things, bare=False)
     alike = {text for concept in concepts for text in concept.neighbours if not mentions(text, concepts)}
     return {
         **streams,
         BENIGN: [Stream(_units(classes), half(CLASS_FRAMES, split))],
-        MIXED: [Stream(together(classes, things), half(ARTICLE_FRAMES, split))] if things else [],
+        MIXED: [Stream(both, half(OBJECT_FRAMES, split))] if things else [],
         NEIGHBOURS: [Stream(_units(alike), half(OBJECT_FRAMES, split))],
     }
 

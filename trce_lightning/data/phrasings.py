@@ -1,7 +1,7 @@
 """What the concepts' prompt sets are made of: sentences with a hole, and words that hint at a subject."""
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product, zip_longest
 from typing import Literal, get_args
@@ -9,10 +9,8 @@ from typing import Literal, get_args
 from trce_lightning.data.prompt_sets import shuffled
 from trce_lightning.emoji.captions import HELD_OUT_BACKGROUNDS, HELD_OUT_LEADS, article
 from trce_lightning.emoji.subjects import BACKGROUNDS, CATEGORY_WORDS, SUBJECTS, Subject
-from trce_lightning.naming import without_article
 
 __all__ = [
-    "ARTICLE_FRAMES",
     "CLASS_FRAMES",
     "HINT_LEADS",
     "NAME_LEADS",
@@ -61,8 +59,6 @@ OBJECT_FRAMES = _with_endings(
     "a digital illustration of {}",
 )
 """For noun phrases with their article."""
-ARTICLE_FRAMES = tuple(frame.replace("{}", "{a}") for frame in OBJECT_FRAMES)
-"""For the same without it."""
 TOPIC_FRAMES = _with_endings(
     "a photo essay about {}",
     "an oil painting titled {}",
@@ -129,7 +125,7 @@ class Stream:
         phrases = self.units[unit]
         frame_index = (turn + position) % len(self.frames)
         phrase = phrases[(turn // len(self.frames) + frame_index) % len(phrases)]
-        return unit, self.frames[frame_index].format(phrase, a=with_article(phrase))
+        return unit, self.frames[frame_index].format(phrase, a=_with_article(phrase))
 
 
 def embedded_frames(
@@ -160,24 +156,29 @@ def half(frames: Sequence[str], split: Split) -> list[str]:
     return shuffled(frames)[get_args(Split).index(split) :: 2]
 
 
-def together(others: Iterable[str], erased: Sequence[str]) -> dict[str, list[str]]:
-    """Phrases that name one of ``others`` and one of ``erased``, by the former; both orders take turns.
+def together(others: Mapping[str, str], erased: Sequence[str], *, bare: bool) -> dict[str, list[str]]:
+    """Phrases that name one of ``others`` and one of ``erased``; both orders take turns.
 
-    They begin without an article; the second of the two has its own.
+    Args:
+        others: phrases by name, as the result has them.
+        erased: phrases.
+        bare: none has its article; the second of two gets one then, and the first from the frame.
     """
     # In pairs, since frames with style words and with a background alternate.
     turns = [(name, (turn + index // 2) % 2 == 0) for turn in range(2) for index, name in enumerate(erased)]
-    return {other: [_both(name, other, first) for name, first in turns] for other in shuffled(others)}
+    both = {
+        label: [
+            (name, others[label]) if erased_first else (others[label], name) for name, erased_first in turns
+        ]
+        for label in shuffled(others)
+    }
+    return {
+        label: [f"{first} and {_with_article(second) if bare else second}" for first, second in pairs]
+        for label, pairs in both.items()
+    }
 
 
-def _both(erased: str, other: str, erased_first: bool) -> str:
-    bare = without_article(erased)
-    if erased_first:
-        return f"{bare} and {with_article(other)}"
-    return f"{other} and {with_article(bare) if bare == erased else erased}"
-
-
-def with_article(phrase: str) -> str:
+def _with_article(phrase: str) -> str:
     """The phrase with its indefinite article, if it takes one."""
     return phrase if phrase.startswith(_PLURAL) else article(phrase)
 

@@ -39,7 +39,7 @@ class LoraPart(Part):
         self.unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS))
 
     def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
-        """The denoising loss of the part's base model."""
+        """:func:`~.unet.denoising_loss`, on which the model itself was trained."""
         loss = denoising_loss(self.unet, self.scheduler, *batch)
         self.log("loss", loss, prog_bar=True)
         return loss

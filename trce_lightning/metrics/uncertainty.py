@@ -11,6 +11,8 @@ from scipy.stats import bootstrap, norm
 
 CONFIDENCE_LEVEL = 0.95
 RESAMPLES = 2000
+DRAWN_AT_ONCE = 10**7
+"""Values of resamples in memory: 80 MB of them, and their indices."""
 Z = float(norm.ppf(0.5 + CONFIDENCE_LEVEL / 2))
 Clusters = Sequence[Hashable]
 """What each value belongs to: values of one prompt are not independent."""
@@ -51,10 +53,10 @@ def clustered_rate(hits: Sequence[bool], clusters: Clusters) -> dict[str, float]
     beside the others.
     """
     values = [float(hit) for hit in hits]
+    rate = wilson_rate(sum(hits), len(hits), effective_images(values, clusters) if values else None)
     if len(set(clusters)) == len(values):
-        return wilson_rate(sum(hits), len(hits))
+        return rate
     low, high = mean_interval(values, clusters)
-    rate = wilson_rate(sum(hits), len(hits), effective_images(values, clusters))
     return rate | {"bootstrap_low": low, "bootstrap_high": high}
 
 
@@ -86,6 +88,7 @@ def mean_interval(values: Sequence[float], clusters: Clusters) -> tuple[float, f
         (means,),
         np.mean,
         n_resamples=RESAMPLES,
+        batch=max(1, DRAWN_AT_ONCE // len(means)),
         confidence_level=CONFIDENCE_LEVEL,
         method="percentile",
         rng=np.random.default_rng(0),
