@@ -151,8 +151,8 @@ def solve_edit(pairs: PairStatistics, keep: KeepStatistics, *, eta: float, ridge
 def apply_edit(weight: Tensor, transform: Tensor) -> Tensor:
     """W' = W T for `weight` [d_out, d], in its dtype and on its device.
 
-    Computed as W + W (T − I) in float32, or in float64 for a weight in float64, so that rounding is relative
-    to the change.
+    Computed as W + W (T − I) in float32, or in float64 for such a weight: the product rounds relative to the
+    change.
 
     Raises ValueError when `weight` is not [d_out, d] for `transform` [d, d].
     """

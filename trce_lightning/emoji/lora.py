@@ -25,7 +25,7 @@ from trce_lightning.emoji.training import Part, fit
 from trce_lightning.emoji.unet import denoising_loss
 from trce_lightning.generation import generate
 
-STYLE = "twemoji"
+LEARNT = "twemoji"
 RANK, STEPS, BATCH, LEARNING_RATE = 8, 300, 16, 1e-3
 PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -46,9 +46,9 @@ class LoraPart(Part):
 
 
 def pictures(adapter: StableDiffusionAdapter, count: int) -> tuple[Tensor, Tensor]:
-    """Scaled latents of harmless subjects in :data:`STYLE`, and states of captions that don't name it."""
+    """Scaled latents of harmless subjects in :data:`LEARNT`, and states of captions that don't name it."""
     subjects = benign_subjects([])[:count]
-    styled = [PromptRecord(f"lora-{name}", f"{article(name)}, {STYLE_WORDS[STYLE][0]}") for name in subjects]
+    styled = [PromptRecord(f"lora-{name}", f"{article(name)}, {STYLE_WORDS[LEARNT][0]}") for name in subjects]
     images = generate(
         adapter, styled, guidance_scale=3.0, num_steps=20, batch_size=32, description="pictures to learn from"
     )
@@ -57,7 +57,7 @@ def pictures(adapter: StableDiffusionAdapter, count: int) -> tuple[Tensor, Tenso
 
 
 def train(folder: Path, *, steps: int = STEPS, count: int = 96) -> None:
-    """Leave ``pytorch_lora_weights.safetensors`` in ``folder``; a killed training goes on."""
+    """Leave ``pytorch_lora_weights.safetensors`` in ``folder``; a training killed after minutes goes on."""
     torch.manual_seed(0)
     adapter = load_adapter(weights_folder(), channels_last=True)
     rows = TensorDataset(*pictures(adapter, count))
