@@ -5,7 +5,7 @@ prompts are encoded one at a time, stage 1 is accumulated layer by layer and pai
 inverted for each layer, every trajectory is sampled in full under guidance, and a training iteration holds
 three networks and evaluates one latent at a time. Where their code is merely wrong and the cost is the same,
 this is right, so that results can be compared: end of text by token position, one η, λ as an argument,
-gradients cleared. Slots of weight zero are left out of stage 1, which favours it.
+gradients cleared. Slots of weight zero can be left out of stage 1, which favours it.
 """
 
 from __future__ import annotations
@@ -50,22 +50,28 @@ def edit_projections(
     eta: float,
     ridge: float,
     copies: bool = True,
+    weights: Sequence[float] = (1.0,),
 ) -> list[Tensor]:
     """W' = (mean W e_s e_mᵀ + η Σ W e eᵀ + λ W)(mean e_m e_mᵀ + η Σ e eᵀ + λ I)⁻¹ for each layer.
 
-    ``copies`` copies all matrices for each pair, as the released code does and as nothing needs.
+    Args:
+        copies: copy all matrices for each pair, as the released code does and as nothing needs.
+        weights: of a pair's slots, all of which have its states here. The released code has four, start of
+            text, first and last end of text, and keyword, of weight 0 but for the second; whether it spends
+            time on the others isn't known.
     """
     prepared = []
     for malicious, safe in pairs:
         layers = [copy.deepcopy(layer) for layer in projections] if copies else projections
-        prepared.append((malicious, [layer(safe) for layer in layers]))
+        for weight in weights:
+            prepared.append((weight / len(pairs), malicious, [layer(safe) for layer in layers]))
     edited = []
     for index, layer in enumerate(projections):
         left = eta * kept.values[index] + ridge * layer.weight
         right = eta * kept.states + ridge * torch.eye(kept.states.shape[0], dtype=kept.states.dtype)
-        for malicious, values in prepared:
-            left += torch.outer(values[index], malicious) / len(pairs)
-            right += torch.outer(malicious, malicious) / len(pairs)
+        for weight, malicious, values in prepared:
+            left += weight * torch.outer(values[index], malicious)
+            right += weight * torch.outer(malicious, malicious)
         edited.append(left @ torch.inverse(right))
     return edited
 
