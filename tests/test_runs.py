@@ -84,6 +84,9 @@ def test_further_processes_use_the_folder_of_the_first(
     (folder / "metrics.json").write_text("{}")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert runs.choose_folder(config_of(tmp_path)) == folder
+    # What a process before all of this run left, which torchrun's processes inherit.
+    elsewhere = str(tmp_path / "elsewhere")
+    assert runs.choose_folder(config_of(tmp_path, output=elsewhere)) == Path(elsewhere)
 
 
 def test_a_second_run_of_one_process_is_not_the_first(tmp_path: Path) -> None:

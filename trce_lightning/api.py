@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import hydra
 from diffusers import StableDiffusionPipeline
 from omegaconf import OmegaConf
 
-from trce_lightning import cli, validation
+from trce_lightning import cli, runs, validation
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.concepts import Concept
 from trce_lightning.schema import ConceptConfig, TrainConfig
@@ -40,11 +41,17 @@ def erase(
         places = [f"runs={folder}", f"cache={cache or folder}"]
         config = compose(concept, "metrics.enabled=false", *places, *options)
         validation.check(config)
-        run = TrainingRun(config, concepts_of(config), StableDiffusionAdapter(pipeline))
-        run.open()
-        run.sample_trajectories()
-        run.solve()
-        run.fit()
+        adapter = StableDiffusionAdapter(pipeline)
+        if config.model.channels_last:
+            adapter.to_channels_last()
+        run = TrainingRun(config, concepts_of(config), adapter)
+        try:
+            run.open()
+            run.sample_trajectories()
+            run.solve()
+            run.fit()
+        finally:
+            os.environ.pop(runs.FOLDER_VARIABLE, None)  # for processes of this run alone
     return pipeline
 
 

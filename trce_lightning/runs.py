@@ -37,7 +37,7 @@ def choose_folder(config: Any) -> Path:
             f"output: expected a folder that all processes share, since {launcher} starts them apart from "
             f"each other, got none"
         )
-    if int(os.environ.get("LOCAL_RANK", "0")) > 0 and FOLDER_VARIABLE in os.environ:
+    if config.output is None and int(os.environ.get("LOCAL_RANK", "0")) > 0 and FOLDER_VARIABLE in os.environ:
         return Path(os.environ[FOLDER_VARIABLE])
     parent = Path(config.runs) / "+".join(config.concept) / config.model.name
     if config.output is not None:

@@ -57,10 +57,8 @@ def load_adapter(
             str(source), dtype=dtype, revision=revision, variant=_variant(Path(source)), **WITHOUT_CHECKER
         )
     pipeline.set_progress_bar_config(disable=True)
-    if channels_last:
-        pipeline.unet.to(memory_format=torch.channels_last)
-        pipeline.vae.to(memory_format=torch.channels_last)
-    return StableDiffusionAdapter(pipeline, resolution=resolution)
+    adapter = StableDiffusionAdapter(pipeline, resolution=resolution)
+    return adapter.to_channels_last() if channels_last else adapter
 
 
 def _open_file(

@@ -80,6 +80,12 @@ class StableDiffusionAdapter:
         self.pipeline.to(device)
         return self
 
+    def to_channels_last(self) -> StableDiffusionAdapter:
+        """Lay denoiser and decoder out as NHWC, which changes speed and last bits alone."""
+        for network in (self.unet, self.vae):
+            network.to(memory_format=torch.channels_last)
+        return self
+
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids padded (and truncated) to the model's length, ``[B, L]`` on the CPU."""
         return self.tokenizer(
