@@ -12,12 +12,12 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from trce_lightning.emoji.clip import tokenizer_of
 from trce_lightning.emoji.unet import build_scheduler
 
 LATENT_SIDE = 64
 TOKENS = 77
 VOCABULARY = 49408
-START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def unet() -> UNet2DConditionModel:
@@ -52,16 +52,8 @@ def clip_tokenizer() -> CLIPTokenizer:
     letters = list(bytes_to_unicode().values())
     merges = [tuple(line.split()) for line in lines[1 : 1 + VOCABULARY - 2 * len(letters) - 2]]
     ends = (f"{letter}</w>" for letter in letters)
-    tokens = chain(letters, ends, ("".join(pair) for pair in merges), (START, END))
-    return CLIPTokenizer(
-        vocab={token: index for index, token in enumerate(tokens)},
-        merges=merges,
-        unk_token=END,
-        bos_token=START,
-        eos_token=END,
-        pad_token=END,
-        model_max_length=TOKENS,
-    )
+    tokens = chain(letters, ends, ("".join(pair) for pair in merges))
+    return tokenizer_of(tokens, merges, TOKENS)
 
 
 def _open_clip() -> Path:

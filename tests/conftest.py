@@ -19,8 +19,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from trce_lightning import runs
 from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.emoji.clip import tokenizer_of
 
-START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_LENGTH = 32
 WIDTH = 32
 
@@ -28,16 +28,8 @@ WIDTH = 32
 def build_tiny_tokenizer() -> CLIPTokenizer:
     """One token a printable character, inside a word and at its end."""
     characters = [c for c in string.printable if not c.isspace()]
-    tokens = [*characters, *(f"{c}</w>" for c in characters), START, END]
-    return CLIPTokenizer(
-        vocab={token: index for index, token in enumerate(tokens)},
-        merges=[],
-        unk_token=END,
-        bos_token=START,
-        eos_token=END,
-        pad_token=END,
-        model_max_length=MAX_LENGTH,
-    )
+    tokens = [*characters, *(f"{c}</w>" for c in characters)]
+    return tokenizer_of(tokens, [], MAX_LENGTH)
 
 
 def build_tiny_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:

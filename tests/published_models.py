@@ -12,7 +12,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-START, END = "<|startoftext|>", "<|endoftext|>"
+from trce_lightning.emoji import clip
+
 VERSIONS = ("sd1", "sd2")
 WIDTH = {"sd1": 768, "sd2": 1024}
 PREDICTION = {"sd1": "epsilon", "sd2": "v_prediction"}
@@ -55,16 +56,8 @@ QUERIES = {f"{block}.transformer_blocks.0.attn{number}.to_q.weight" for block in
 def tokenizer_of(version: str) -> CLIPTokenizer:
     """One token a printable character, "!" the first as in CLIP; 2.x pads with it, 1.x with EoT."""
     characters = ["!", *(c for c in string.printable if not c.isspace() and c != "!")]
-    tokens = [*characters, *(f"{c}</w>" for c in characters), START, END]
-    return CLIPTokenizer(
-        vocab={token: index for index, token in enumerate(tokens)},
-        merges=[],
-        unk_token=END,
-        bos_token=START,
-        eos_token=END,
-        pad_token={"sd1": END, "sd2": "!"}[version],
-        model_max_length=77,
-    )
+    tokens = [*characters, *(f"{c}</w>" for c in characters)]
+    return clip.tokenizer_of(tokens, [], 77, pad_token={"sd1": clip.END, "sd2": "!"}[version])
 
 
 def unet_of(version: str, *, small: bool = False) -> UNet2DConditionModel:

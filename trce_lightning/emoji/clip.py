@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from random import Random
 
 import torch
@@ -40,15 +40,21 @@ def build_tokenizer(corpus: Sequence[str], num_merges: int = 1500) -> CLIPTokeni
     bpe.train_from_iterator(corpus, trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = dict.fromkeys([*alphabet, *(f"{byte}</w>" for byte in alphabet), *("".join(m) for m in merges)])
-    vocabulary = {token: index for index, token in enumerate([*tokens, START, END])}
+    return tokenizer_of(tokens, merges, MAX_LENGTH)
+
+
+def tokenizer_of(
+    tokens: Iterable[str], merges: list[tuple[str, ...]], max_length: int, pad_token: str = END
+) -> CLIPTokenizer:
+    """CLIP's kind: ids in the order of ``tokens``, then start and end of text."""
     return CLIPTokenizer(
-        vocab=vocabulary,
+        vocab={token: index for index, token in enumerate([*tokens, START, END])},
         merges=merges,
         unk_token=END,
         bos_token=START,
         eos_token=END,
-        pad_token=END,
-        model_max_length=MAX_LENGTH,
+        pad_token=pad_token,
+        model_max_length=max_length,
     )
 
 
