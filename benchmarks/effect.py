@@ -2,8 +2,8 @@
 
 Two of them are exact: stopping at the last drawn step, and evaluating the safe prompt at drawn steps alone.
 Rows of a plan that stores every step are compared with ours. The third, several points of one unconditional
-trajectory, is a choice: the embedded model is trained with it and with a trajectory for each point, and both
-are scored.
+trajectory, is a choice: the embedded model is trained with it, with a trajectory for each point, and with
+those of another seed, which tells what noise is; all three are scored, on one stage 1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trce_lightning.data.trajectories import load_rows, sample_missing
 from trce_lightning.emoji.package import weights_folder
 from trce_lightning.report import one_line
 from trce_lightning.schema import TrainConfig
-from trce_lightning.session import concepts_of
+from trce_lightning.session import Session, concepts_of
 from trce_lightning.trainers import make_trainer
 from trce_lightning.training_run import TrainingRun
 
@@ -79,8 +79,19 @@ def main() -> None:
     draws = trajectory.num_trajectories * trajectory.draws_per_epoch * trajectory.epochs
     points = draws * trajectory.unconditional_per_malicious
     with tempfile.TemporaryDirectory() as folder:
-        for title, count in (("ours", trajectory.num_unconditional), ("a trajectory for each point", points)):
-            result = scores(compose(*options, f"trajectory.num_unconditional={count}"), Path(folder))
+        kept = Path(folder) / "kept.txt"  # the captions drawn depend on the seed
+        kept.write_text("\n".join(Session(config, concepts_of(config)).keep_prompts()))
+        for title, count, seed in (
+            ("ours", trajectory.num_unconditional, config.seed),
+            ("a trajectory for each point", points, config.seed),
+            ("another seed's", points, config.seed + 1),
+        ):
+            changed = (
+                f"trajectory.num_unconditional={count}",
+                f"seed={seed}",
+                f"textual.keep_prompts={kept}",
+            )
+            result = scores(compose(*options, *changed), Path(folder))
             log.info("%s: %s", title, result)
 
 
