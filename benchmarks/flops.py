@@ -6,19 +6,22 @@ manufacturers' rates and an assumed utilisation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import networks, plan
 from benchmarks.plain import trained_parameters
 from benchmarks.report import Row
+from trce_lightning.cli import config_folder
+from trce_lightning.concepts import load_concept
 from trce_lightning.session import KEEP_LIMIT
+from trce_lightning.textual import ENCODE_BATCH
 
 PEAK_TFLOPS = {"RTX 4090": 165.2, "H100 SXM": 989.4}
 """Dense bfloat16 with float32 accumulation."""
 UTILISATION = 0.35
-PAIRS, PAIR_TOKENS = 300, 24
-"""Pairs of a concept, and tokens of their longest prompt."""
 
 
 def denoiser(trains: str | None) -> float:
@@ -37,14 +40,21 @@ def denoiser(trains: str | None) -> float:
     return counter.get_total_flops() / 1e12
 
 
-def text(tokens: int) -> float:
-    """TFLOP of encoding one prompt."""
+def text(lengths: Sequence[int], tokens: int | None = None) -> float:
+    """TFLOP of encoding prompts of such lengths in tokens, batched as stage 1 does, or all of ``tokens``."""
     with torch.device("meta"):
         encoder = networks.text_encoder()
-        input_ids = torch.zeros(1, tokens, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        encoder(input_ids)
+        for batch in torch.tensor(sorted(lengths)).split(ENCODE_BATCH):
+            encoder(torch.zeros(len(batch), tokens or int(batch.max()), dtype=torch.int64, device="meta"))
     return counter.get_total_flops() / 1e12
+
+
+def pair_lengths() -> list[int]:
+    """Tokens of every malicious and safe prompt of 300 pairs."""
+    pairs = load_concept(config_folder() / "concept" / "sexual.yaml").pairs()
+    prompts = [prompt for pair in pairs for prompt in (pair.malicious, pair.safe)]
+    return [len(input_ids) for input_ids in networks.clip_tokenizer()(prompts).input_ids]
 
 
 def run() -> list[Row]:
@@ -52,8 +62,9 @@ def run() -> list[Row]:
     config, drawn = plan.paper()
     forward, step, their_step = denoiser(None), denoiser("Q"), denoiser("authors")
     passes = drawn.training_evaluations(config.trajectory)
-    pairs = 2 * PAIRS * text(PAIR_TOKENS), 2 * PAIRS * text(networks.TOKENS)
-    kept = KEEP_LIMIT * text(networks.TOKENS)
+    lengths = pair_lengths()
+    pairs = text(lengths), text(lengths, networks.TOKENS)
+    kept = text([networks.TOKENS] * KEEP_LIMIT)
     sampling = drawn.network_evaluations * forward / 1e3, plan.plain_sampling() * forward / 1e3
     theirs = plan.ITERATIONS * (7 * forward + 6 * their_step) / 1e3
     training = passes * step / 1e3, theirs

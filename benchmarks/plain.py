@@ -5,7 +5,7 @@ prompts are encoded one at a time, stage 1 is accumulated layer by layer and pai
 inverted for each layer, every trajectory is sampled in full under guidance, and a training iteration holds
 three networks and evaluates one latent at a time. Where their code is merely wrong and the cost is the same,
 this is right, so that results can be compared: end of text by token position, one η, λ as an argument,
-gradients cleared. Slots of weight zero can be left out of stage 1, which favours it.
+gradients cleared.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ def end_of_text_state(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, pro
     return states[0, input_ids.index(tokenizer.eos_token_id)]
 
 
+SLOTS = (0.0, 1.0, 0.0, 0.0)
+"""Weights of a prompt's start of text, first end of text, last end of text, and keyword."""
+
+
 @dataclass(frozen=True)
 class KeptSums:
     """What the authors download: sums over kept states, Σ W e eᵀ ``[d_out, d]`` by layer and Σ e eᵀ."""
@@ -50,15 +54,14 @@ def edit_projections(
     eta: float,
     ridge: float,
     copies: bool = True,
-    weights: Sequence[float] = (1.0,),
+    weights: Sequence[float] = SLOTS,
 ) -> list[Tensor]:
     """W' = (mean W e_s e_mᵀ + η Σ W e eᵀ + λ W)(mean e_m e_mᵀ + η Σ e eᵀ + λ I)⁻¹ for each layer.
 
     Args:
         copies: copy all matrices for each pair, as the released code does and as nothing needs.
-        weights: of a pair's slots, all of which have its states here. The released code has four, start of
-            text, first and last end of text, and keyword, of weight 0 but for the second; whether it spends
-            time on the others isn't known.
+        weights: of a pair's slots, all of which have its states here. The released code multiplies out and
+            adds up those of weight 0 as well.
     """
     prepared = []
     for malicious, safe in pairs:

@@ -1,7 +1,7 @@
-"""Training by one process against two, each on one thread, by `train.py` itself.
+"""Sampling and training by one process against two, each on one thread, by `train.py` itself.
 
-What more trajectories take is measured, which leaves out what a fit begins with. Sampling is not measured: it
-begins with the start of the second process, which takes longer, and varies more, than a small sampling does.
+Of training, what more trajectories take is measured, which leaves out what a fit begins with. Of sampling,
+the time from each process's first shard on, which leaves out the start of the second process.
 """
 
 from __future__ import annotations
@@ -16,13 +16,19 @@ from pathlib import Path
 from benchmarks.report import Row
 
 TRAIN = Path(__file__).parents[1] / "train.py"
-OPTIONS = ("concept=violence", "trainer=cpu", "metrics.enabled=false", "trajectory.epochs=1")
+OPTIONS = (
+    "concept=violence",
+    "trainer=cpu",
+    "metrics.enabled=false",
+    "trajectory.epochs=1",
+    "trajectory.shard_size=8",
+)
 FEW, MANY = 32, 224
 """Trajectories."""
 
 
-def seconds(devices: int, trajectories: int) -> float:
-    """Wall clock of training on so many processes."""
+def seconds(devices: int, trajectories: int) -> dict[str, float]:
+    """Wall clock of training, and of sampling a shard, on so many processes."""
     with tempfile.TemporaryDirectory() as folder:
         options = [
             f"output={folder}/run",
@@ -36,12 +42,25 @@ def seconds(devices: int, trajectories: int) -> float:
             stdout=subprocess.DEVNULL,
             check=True,
         )
-        found: dict[str, float] = json.loads((Path(folder) / "run" / "metrics.json").read_text())["seconds"]
-    return found["training"]
+        stages = json.loads((Path(folder) / "run" / "metrics.json").read_text())["seconds"]
+        shards = Path(folder, "cache", "trajectories").rglob("malicious-*.safetensors")
+        written = sorted(file.stat().st_mtime for file in shards)
+    return {
+        "training": stages["training"],
+        "shard": (written[-1] - written[0]) / (len(written) - devices),
+    }
 
 
 def run() -> list[Row]:
     """Gain 2 is perfect: processes meet in every step."""
-    one, two = (seconds(devices, MANY) - seconds(devices, FEW) for devices in (1, 2))
-    what = f"training on {MANY - FEW} more trajectories by two processes, against one"
-    return [Row(what, two, "s", one)]
+    many, few = ([seconds(devices, count) for devices in (1, 2)] for count in (MANY, FEW))
+    one, two = (more["training"] - less["training"] for more, less in zip(many, few, strict=True))
+    return [
+        Row(
+            "sampling of 8 trajectories by two processes, against one",
+            many[1]["shard"],
+            "s",
+            many[0]["shard"],
+        ),
+        Row(f"training on {MANY - FEW} more trajectories by two processes, against one", two, "s", one),
+    ]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import KEEP_PROMPTS, WEAPONS
 from torch import Tensor
 
+from trce_lightning import textual
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.closed_form import merge_pairs, solve_edit
 from trce_lightning.concepts import Concept
@@ -84,7 +85,10 @@ def test_eta_trades_kept_states_against_malicious_ones(tiny_adapter: StableDiffu
 
 
 @pytest.mark.parametrize("position", ["sot", "eot"])
-def test_pairs_at_one_position_each(tiny_adapter: StableDiffusionAdapter, position: str) -> None:
+def test_pairs_at_one_position_each(
+    tiny_adapter: StableDiffusionAdapter, position: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(textual, "ENCODE_BATCH", 4)  # several batches, by length
     malicious, safe = pair_states(tiny_adapter, WEAPONS.pairs(), [position])
     for index, kind in enumerate((malicious, safe)):
         expected = torch.stack([state_at(tiny_adapter, pair[index], position) for pair in WEAPONS.pairs()])

@@ -17,7 +17,7 @@ All statistics are float64 on the CPU, whatever the states' dtype and device.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -149,19 +149,28 @@ def solve_edit(pairs: PairStatistics, keep: KeepStatistics, *, eta: float, ridge
 
 
 def apply_edit(weight: Tensor, transform: Tensor) -> Tensor:
-    """W' = W T for `weight` [d_out, d], in its dtype and on its device.
+    """W' = W T for `weight` [d_out, d], in its dtype and on its device; see `apply_edits`."""
+    (edited,) = apply_edits([weight], transform)
+    return edited
+
+
+def apply_edits(weights: Iterable[Tensor], transform: Tensor) -> Iterator[Tensor]:
+    """W' = W T for each W [d_out, d] of `weights`, in its dtype and on its device.
 
     Computed as W + W (T − I) in float32, or in float64 for such a weight: the product rounds relative to the
     change.
 
-    Raises ValueError when `weight` is not [d_out, d] for `transform` [d, d].
+    Raises ValueError when a weight is not [d_out, d] for `transform` [d, d].
     """
     d = transform.shape[0]
-    if weight.ndim != 2 or weight.shape[1] != d:
-        raise ValueError(f"weight must be [d_out, {d}] to fit the transform, got {[*weight.shape]}")
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    w, shift = weight.detach().to("cpu", dtype), (transform - torch.eye(d, dtype=transform.dtype)).to(dtype)
-    return (w + w @ shift).to(weight)
+    shift = transform - torch.eye(d, dtype=transform.dtype)
+    rounded = {dtype: shift.to(dtype) for dtype in (torch.float32, torch.float64)}
+    for weight in weights:
+        if weight.ndim != 2 or weight.shape[1] != d:
+            raise ValueError(f"weight must be [d_out, {d}] to fit the transform, got {[*weight.shape]}")
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        w = weight.detach().to("cpu", dtype)
+        yield torch.addmm(w, w, rounded[dtype]).to(weight)
 
 
 def _condition_number(b: Tensor, factor: Tensor) -> float:

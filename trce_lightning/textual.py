@@ -17,7 +17,7 @@ from trce_lightning.closed_form import (
     Edit,
     KeepStatistics,
     PairStatistics,
-    apply_edit,
+    apply_edits,
     keep_statistics,
     merge_keep,
     merge_pairs,
@@ -84,46 +84,43 @@ def pair_states(
     SoT pairs with SoT and the first EoT with the first EoT. Padding pairs position by position, where both
     prompts are padded. Keywords differ in number of tokens: each pairs with the safe prompt's first EoT.
     """
-    parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {which: [] for which in positions}
-    lengths = torch.tensor([_num_tokens(adapter, pair) for pair in pairs])
-    batches = lengths.argsort(stable=True).split(ENCODE_BATCH)  # of like length, to trim most
-    for rows in tqdm(batches, "encoding pairs", leave=False):
-        batch = [pairs[row] for row in rows.tolist()]
-        trimmed = "padding" not in positions
-        source = adapter.encode([pair.malicious for pair in batch], trimmed=trimmed)
-        target = adapter.encode([pair.safe for pair in batch], trimmed=trimmed)
-        keyword = keyword_mask(adapter, source.input_ids, [pair.term for pair in batch])
-        for which in positions:
-            aligned = _aligned(which, source, target, keyword, adapter.tokenizer.eos_token_id)
-            parts[which].append((*aligned[:2], rows.repeat_interleave(aligned[2])))
-    ordered = [_in_order(*(torch.cat(part) for part in zip(*found, strict=True))) for found in parts.values()]
-    malicious, safe = zip(*ordered, strict=True)
+    prompts = [pair.malicious for pair in pairs] + [pair.safe for pair in pairs]
+    texts = _encode_each(adapter, prompts, trimmed="padding" not in positions)
+    aligned = [
+        _aligned(adapter, which, pair.term, source, target)
+        for which in positions
+        for pair, source, target in zip(pairs, texts[: len(pairs)], texts[len(pairs) :], strict=True)
+    ]
+    malicious, safe = zip(*aligned, strict=True)
     return torch.cat(malicious), torch.cat(safe)
 
 
-def _num_tokens(adapter: StableDiffusionAdapter, pair: PromptPair) -> int:
-    """Of the longer prompt."""
-    return max(len(ids) for ids in adapter.tokenizer([pair.malicious, pair.safe], truncation=True).input_ids)
-
-
-def _in_order(malicious: Tensor, safe: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    order = rows.argsort(stable=True).to(malicious.device)
-    return malicious[order], safe[order]
+def _encode_each(
+    adapter: StableDiffusionAdapter, prompts: Sequence[str], *, trimmed: bool
+) -> list[TextStates]:
+    """Every prompt's states ``[1, L, d]``, encoded together with prompts of like length, to trim most."""
+    lengths = torch.tensor([len(ids) for ids in adapter.tokenizer(list(prompts), truncation=True).input_ids])
+    encoded: dict[int, TextStates] = {}
+    for batch in tqdm(lengths.argsort(stable=True).split(ENCODE_BATCH), "encoding pairs", leave=False):
+        rows = batch.tolist()
+        text = adapter.encode([prompts[row] for row in rows], trimmed=trimmed)
+        one_by_one = zip(text.states.split(1), text.input_ids.split(1), strict=True)
+        encoded |= {row: TextStates(*one) for row, one in zip(rows, one_by_one, strict=True)}
+    return [encoded[row] for row in range(len(prompts))]
 
 
 def _aligned(
-    which: str, source: TextStates, target: TextStates, keyword: Tensor, eos_token_id: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """States of malicious prompts at one kind of position, the safe prompts' states that they pair with, and
-    how many rows each pair gives."""
+    adapter: StableDiffusionAdapter, which: str, term: str, source: TextStates, target: TextStates
+) -> tuple[Tensor, Tensor]:
+    """A malicious prompt's states at one kind of position, and the safe prompt's that they pair with."""
+    eos_token_id = adapter.tokenizer.eos_token_id
+    keyword = keyword_mask(adapter, source.input_ids, [term]) if which == "keyword" else None
     mask = position_mask(source.input_ids, eos_token_id, [which], keyword)
     if which == "padding":
         mask = mask & position_mask(target.input_ids, eos_token_id, ["padding"])
-        return source.states[mask], target.states[mask], mask.sum(1)
-    ends = position_mask(target.input_ids, eos_token_id, ["sot" if which == "sot" else "eot"])
-    counts = mask.sum(1)
-    paired = target.states[ends].repeat_interleave(counts.to(target.states.device), dim=0)
-    return source.states[mask], paired, counts
+        return source.states[mask], target.states[mask]
+    end = position_mask(target.input_ids, eos_token_id, ["sot" if which == "sot" else "eot"])
+    return source.states[mask], target.states[end].expand(int(mask.sum()), -1)
 
 
 def keyword_mask(adapter: StableDiffusionAdapter, input_ids: Tensor, terms: Sequence[str]) -> Tensor:
@@ -170,6 +167,7 @@ def _cached_keep(
 def apply_edit_(adapter: StableDiffusionAdapter, edit: Edit) -> list[str]:
     """Replace W by W T in place for every cross-attention K and V; returns their names."""
     projections = adapter.text_projections()
-    for projection in projections.values():
-        projection.weight.data.copy_(apply_edit(projection.weight.data, edit.transform))
+    weights = [projection.weight.data for projection in projections.values()]
+    for weight, edited in zip(weights, apply_edits(weights, edit.transform), strict=True):
+        weight.copy_(edited)
     return [f"{name}.weight" for name in projections]
