@@ -50,6 +50,8 @@ def rewrite(argv: list[str], schema: type, groups: Iterable[str]) -> list[str]:
         elif key == "concept":
             result.append(f"{sign}concept={_concepts(value)}")
         elif key.startswith(("hydra.", "hydra/")) or "@" in key or key in groups:
+            if key in groups:
+                _check_names(key, _parse_override(argument))
             result.append(argument)
         else:
             result.append(f"{sign}{key}={_value(value, annotation(schema, key, groups), multirun)}")
@@ -127,8 +129,20 @@ def _starts_option(argument: str, roots: set[str]) -> bool:
     return argument.startswith("--") or is_override or argument in _HYDRA_FLAGS | _HYDRA_OPTIONS
 
 
+def _parse_override(argument: str) -> Any:
+    return OverridesParser.create().parse_overrides([argument])[0].value()
+
+
+def _check_names(group: str, value: Any) -> None:
+    """Hydra looks for a choice of each name, and breaks on what is no text."""
+    items = value.list if isinstance(value, ChoiceSweep) else value if isinstance(value, list) else [value]
+    for item in items:
+        if item is None or isinstance(item, int | float):
+            raise ValueError(f"option {group!r}: expected the name of a choice, or [NAME,...], got {item}")
+
+
 def _parse(argument: str) -> Any:
-    value = OverridesParser.create().parse_overrides([argument])[0].value()
+    value = _parse_override(argument)
     if isinstance(value, ChoiceSweep):
         raise ValueError(f"{argument!r}: write a list in brackets")
     return value
@@ -151,7 +165,8 @@ def _concepts(text: str) -> str:
     """The value of `concept=` with each path replaced by the choice that it has become."""
     if Path(text).is_file() or (_is_path(text) and text[0] != "[" and "," not in text):
         return _store(load_concept(text))
-    value = OverridesParser.create().parse_overrides([f"concept={text}"])[0].value()
+    value = _parse_override(f"concept={text}")
+    _check_names("concept", value)
     items: Any = value.list if isinstance(value, ChoiceSweep) else value
     if not isinstance(items, list) or any(not isinstance(item, str | QuotedString) for item in items):
         return text

@@ -19,7 +19,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trce_lightning import arguments, validation
@@ -29,6 +29,7 @@ from trce_lightning.schema import DemoConfig, TrainConfig
 
 PACKAGE = Path(__file__).resolve().parent
 _HELP = frozenset({"--help", "-h"})
+_EXPECTED = {BooleanNode: "true or false", IntegerNode: "a whole number", FloatNode: "a number"}
 
 
 def train(argv: Sequence[str] | None = None) -> None:
@@ -184,6 +185,8 @@ def _explain_choice(error: MissingConfigException) -> list[str]:
 def _explain_option(error: Exception) -> list[str]:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        return [f"option {cause.full_key!r}: {lines[0]}"]
-    return lines
+    if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
+        return lines
+    expected = _EXPECTED.get(type(cause.child_node))
+    said = f"expected {expected}, got {cause.value!r}" if expected else lines[0]
+    return [f"option {cause.full_key!r}: {said}"]
