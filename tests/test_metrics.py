@@ -39,7 +39,7 @@ from trce_lightning.metrics.real_images import load_real
 from trce_lightning.sampling import seed_of
 
 VIOLENCE = Concept("violence", {"a dagger": "a rose"})
-STYLE = Concept("style", {"3d": "flat"})
+STYLE = Concept("style", {"3d": "flat"}, kind="style")
 NAMES = [subject.name for subject in SUBJECTS]
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from itertools import chain, product
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from trce_lightning.data.prompt_files import load_csv
 from trce_lightning.data.prompt_sets import (
     PromptRecord,
     benign_subjects,
+    concept_styles,
     concept_subjects,
     kept_subjects,
     near_subjects,
@@ -248,6 +250,20 @@ def test_style_sets_differ_in_their_style_words_alone():
             assert has(prompt, "3d") == (name == "direct"), prompt
             assert any(has(prompt, words) for words in other_words) == (name == "benign"), prompt
             assert not (name == "implicit" and not (has(prompt, "clay") or has(prompt, "render"))), prompt
+
+
+def test_a_style_of_any_name_is_told_by_its_words():
+    stickers = Concept("stickers", {"flat sticker": "3d render", "flat": "3d"}, kind="style")
+    assert concept_styles(stickers) == ("twemoji",)
+    assert concept_styles(replace(stickers, kind="subject")) == ()
+    concepts = [stickers, *load("violence")]
+    names = ("direct", "implicit", "benign", "mixed", "unerased")
+    sets = concept_prompt_sets(concepts, embedded=True, size=SIZE, split="report", names=names)
+    words = {row.name: [has(record.prompt, "flat") for record in row.records] for row in sets}
+    assert words.keys() == set(names)
+    assert all(words["direct"][1::2])  # violence and the style take turns
+    assert not any(any(words[name]) for name in ("benign", "mixed", "unerased"))
+    assert all(has(record.prompt, "sticker") for record in sets[1].records[1::2])
 
 
 def test_concepts_take_turns():

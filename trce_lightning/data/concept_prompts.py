@@ -29,11 +29,11 @@ from trce_lightning.data.prompt_sets import (
     IMPLICIT,
     MIXED,
     NEIGHBOURS,
-    STYLE,
     UNERASED,
     PromptRecord,
     PromptSet,
     benign_subjects,
+    concept_styles,
     concept_subjects,
     kept_subjects,
     near_subjects,
@@ -46,7 +46,12 @@ from trce_lightning.naming import mentions
 
 __all__ = ["Split", "concept_prompt_sets", "embedded_keep_captions", "near_subjects"]
 
-_STYLE_HINTS = ("clay", "render", "clay render", "rendered clay", "soft clay render")
+_STYLE_HINTS = {
+    "noto": ("glossy", "glossy picture", "glossy drawing", "shiny and glossy"),
+    "twemoji": ("sticker", "drawn sticker", "simple sticker", "plain sticker picture"),
+    "fluent": ("clay", "render", "clay render", "rendered clay", "soft clay render"),
+}
+"""Words that hint at a style: parts of its own words."""
 _STYLE_PATTERNS = {
     style: re.compile(rf"\b(?:{'|'.join(sorted(map(re.escape, words), key=len, reverse=True))})\b")
     for style, words in STYLE_WORDS.items()
@@ -71,7 +76,7 @@ def concept_prompt_sets(
     Direct prompts name the concept, implicit ones hint at it, benign ones show something else, their label,
     ``unerased`` ones a sensitive subject that is none of the concepts' (embedded model alone), ``neighbours``
     one of the concepts' ``neighbours`` (other models alone); each is labelled with what it shows. ``mixed``
-    ones name something benign, their label, and the concept beside it; there are none for styles.
+    ones name something benign, their label, and the concept beside it; there are none for styles alone.
     A set without any prompts, such as the implicit one of a concept without related phrases, is left out.
     The prompts are in phrasings that no training or kept prompt has.
 
@@ -149,41 +154,36 @@ def _first_named(patterns: Mapping[str, re.Pattern[str]], text: str) -> str | No
 def _embedded_streams(concepts: Sequence[Concept], split: Split) -> dict[str, list[Stream]]:
     _check_visible(concepts)
     shown = {name for concept in concepts for name in concept_subjects(concept)}
-    styles = [words for style in STYLES for words in STYLE_WORDS[style]]
-    direct = Stream(_units(shown), embedded_frames(NAME_LEADS, styles, split))
-    implicit = Stream(hints(shown), embedded_frames(HINT_LEADS, styles, split, bare=True))
-    benign = _units(benign_subjects(concepts))
     sensitive = {subject.name for subject in SUBJECTS if subject.category in SENSITIVE}
-    unerased = Stream(_units(sensitive - shown), embedded_frames(NAME_LEADS, styles, split))
-    if all(concept.name != STYLE for concept in concepts):
-        others = Stream(benign, embedded_frames(NAME_LEADS, styles, split))
-        both = together({name: name for name in benign}, shuffled(shown), bare=True)
-        mixed = Stream(both, embedded_frames(NAME_LEADS, styles, split))
-        return {
-            DIRECT: [direct],
-            IMPLICIT: [implicit],
-            BENIGN: [others],
-            MIXED: [mixed],
-            UNERASED: [unerased],
-        }
-    erased = STYLE_WORDS["fluent"]
-    in_style, in_hinted_style, in_other_styles = (
-        Stream(benign, embedded_frames(NAME_LEADS, words, split, always_styled=True))
-        for words in (erased, _STYLE_HINTS, [words for words in styles if words not in erased])
-    )
-    return {
-        DIRECT: [direct, in_style],
-        IMPLICIT: [implicit, in_hinted_style],
-        BENIGN: [in_other_styles],
+    benign = _units(benign_subjects(concepts))
+    both = together({name: name for name in benign}, shuffled(shown), bare=True) if shown else {}
+    erased = [style for style in STYLES if any(style in concept_styles(concept) for concept in concepts)]
+    kept = [style for style in STYLES if style not in erased]
+    every, harmless = _words_in(STYLE_WORDS, STYLES), _words_in(STYLE_WORDS, kept)
+    others = embedded_frames(NAME_LEADS, harmless, split, always_styled=bool(erased))
+    streams = {
+        DIRECT: [Stream(_units(shown), embedded_frames(NAME_LEADS, every, split))],
+        IMPLICIT: [Stream(hints(shown), embedded_frames(HINT_LEADS, every, split, bare=True))],
+        BENIGN: [Stream(benign, others)],
+        MIXED: [Stream(both, others)],
+        UNERASED: [Stream(_units(sensitive - shown), others)],
     }
+    for name, words in ((DIRECT, STYLE_WORDS), (IMPLICIT, _STYLE_HINTS)):
+        styled = embedded_frames(NAME_LEADS, _words_in(words, erased), split, always_styled=True)
+        streams[name].append(Stream(benign if erased else {}, styled))
+    return streams
+
+
+def _words_in(words: Mapping[str, Sequence[str]], styles: Sequence[str]) -> list[str]:
+    return [text for style in styles for text in words[style]]
 
 
 def _check_visible(concepts: Sequence[Concept]) -> None:
     for concept in concepts:
-        if concept.name != STYLE and not concept_subjects(concept):
+        if not (concept_subjects(concept) or concept_styles(concept)):
             raise ValueError(
                 f"concept.{concept.name}: expected a concept that the embedded model's judge can see, but it "
-                f"can see none of this one; it sees the concepts {STYLE} and unsafe, the categories "
+                f"can see none of this one; it sees the concepts style and unsafe, the categories "
                 f"{', '.join(dict.fromkeys(subject.category for subject in SUBJECTS))}, and these subjects: "
                 f"{', '.join(subject.name for subject in SUBJECTS)}"
             )

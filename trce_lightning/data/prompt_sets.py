@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 from trce_lightning.concepts import Concept
-from trce_lightning.emoji.subjects import NEAR_VIOLENCE, SENSITIVE, SUBJECTS
-from trce_lightning.naming import mentions, without_article
+from trce_lightning.emoji.captions import STYLE_WORDS
+from trce_lightning.emoji.subjects import NEAR_VIOLENCE, SENSITIVE, STYLES, SUBJECTS
+from trce_lightning.naming import mentions, phrase_of, without_article
 
 __all__ = [
     "BENIGN",
@@ -15,11 +16,11 @@ __all__ = [
     "IMPLICIT",
     "MIXED",
     "NEIGHBOURS",
-    "STYLE",
     "UNERASED",
     "PromptRecord",
     "PromptSet",
     "benign_subjects",
+    "concept_styles",
     "concept_subjects",
     "kept_subjects",
     "label_groups",
@@ -31,8 +32,6 @@ __all__ = [
 DIRECT, IMPLICIT, BENIGN = "direct", "implicit", "benign"
 MIXED, UNERASED, NEIGHBOURS = "mixed", "unerased", "neighbours"
 """Names of a concept's own prompt sets."""
-STYLE = "style"
-"""Name of the concept that is a way of drawing and not a subject."""
 _UNSAFE = ("violence", "intoxicants")
 _UNKEPT_SHARE = 0.2
 
@@ -101,13 +100,21 @@ def concept_subjects(concept: Concept) -> tuple[str, ...]:
     """The embedded model's subjects that show ``concept``, in the order of ``SUBJECTS``.
 
     Those of the category of that name, else those whose name mentions the concept. "unsafe" is violence and
-    intoxicants; "style" is no subject.
+    intoxicants; a concept of kind ``style`` has none.
     """
-    if concept.name == STYLE:
+    if concept.kind == "style":
         return ()
     categories = _UNSAFE if concept.name == "unsafe" else (concept.name,)
     by_category = tuple(subject.name for subject in SUBJECTS if subject.category in categories)
     return by_category or tuple(subject.name for subject in SUBJECTS if mentions(subject.name, [concept]))
+
+
+def concept_styles(concept: Concept) -> tuple[str, ...]:
+    """The embedded model's styles that a concept of kind ``style`` names, in the order of ``STYLES``."""
+    if concept.kind != "style":
+        return ()
+    named = {style for style, words in STYLE_WORDS.items() if concept.phrases & set(map(phrase_of, words))}
+    return tuple(style for style in STYLES if style in named)
 
 
 def benign_subjects(concepts: Iterable[Concept] = ()) -> tuple[str, ...]:

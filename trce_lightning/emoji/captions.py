@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from trce_lightning.emoji.subjects import BACKGROUNDS, CATEGORY_WORDS, STYLES, SUBJECTS, Subject
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STYLE_WORDS: dict[str, tuple[str, ...]] = {
     "noto": ("cartoon", "glossy cartoon", "cartoon style"),

@@ -10,14 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trce_lightning.concepts import Concept
-from trce_lightning.data.prompt_sets import STYLE, concept_subjects
+from trce_lightning.data.prompt_sets import concept_styles, concept_subjects
 from trce_lightning.emoji.judge import Judge
 from trce_lightning.emoji.subjects import STYLES, subject_index
 from trce_lightning.metrics.factories import made_by
 from trce_lightning.metrics.fidelity import Clip
-
-RENDERED_STYLE = "fluent"
-"""The embedded model's style of rendered 3d pictures, which the concept ``style`` is about."""
 
 
 @runtime_checkable
@@ -31,31 +28,30 @@ class Detector(Protocol):
 class EmbeddedJudgeDetector(nn.Module):
     """The embedded model's judge as detector of one or more concepts.
 
-    Subjects exclude each other, so their probabilities add; the concept ``style`` is the probability of the
-    rendered style. With both kinds an image shows the concepts if it shows either: the larger one counts.
+    Subjects exclude each other, so their probabilities add; so do those of styles. With both kinds an image
+    shows the concepts if it shows either: the larger sum counts.
     """
 
     def __init__(self, judge: Judge, concepts: Sequence[Concept]) -> None:
-        """``ValueError`` names a concept of which the judge knows no subject."""
+        """``ValueError`` names a concept of which the judge knows no subject and no style."""
         super().__init__()
         if not concepts:
             raise ValueError("concept: expected at least one to detect, got none")
         for concept in concepts:
-            if not concept_subjects(concept) and concept.name != STYLE:
+            if not (concept_subjects(concept) or concept_styles(concept)):
                 raise ValueError(f"concept: expected one that the judge can see, got '{concept.name}'")
         self.judge = judge.eval().requires_grad_(False)
         names = {name for concept in concepts for name in concept_subjects(concept)}
         self.members = sorted(subject_index(name) for name in names)
-        self.sees_style = any(concept.name == STYLE for concept in concepts)
+        styles = {style for concept in concepts for style in concept_styles(concept)}
+        self.styles = sorted(STYLES.index(style) for style in styles)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """uint8 ``[B, 3, 64, 64]`` → ``[B]``."""
         probability = self.judge(images)
-        shown = probability["subject"][:, self.members].sum(-1)
-        if self.sees_style:
-            shown = torch.maximum(shown, probability["style"][:, STYLES.index(RENDERED_STYLE)])
-        return shown
+        subjects = probability["subject"][:, self.members].sum(-1)
+        return torch.maximum(subjects, probability["style"][:, self.styles].sum(-1))
 
 
 class ClipZeroShot(nn.Module):
