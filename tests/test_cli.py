@@ -52,6 +52,8 @@ WRONG = [
     (["concept=[violence"], ["cannot read", "concept=[violence"]),
     (["violence"], ["'violence'", "concept=violence"]),
     (["concept.terms=[]"], ["concept.terms"]),
+    (["concept.terms=3"], ["concept.terms", "a list of texts", "3"]),
+    (["concept.terms=[cubism]", "concept.kind=mood"], ["concept.kind", "subject or style", "'mood'"]),
     (["concept=violence", "concept.terms=[knife]"], ["concept.NAME.terms"]),
     (["concept=violence", "concept.violence.templates=[abc]"], ["concept.violence.templates", "'abc'"]),
     (["model=sd144"], ["'sd144'", "Did you mean 'sd14'?", "emoji"]),

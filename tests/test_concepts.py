@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from trce_lightning.concepts import DEFAULT_TEMPLATES, Concept, PromptPair, load_concept, prompt_pairs
+from trce_lightning.concept_defaults import DEFAULT_TEMPLATES
+from trce_lightning.concepts import Concept, PromptPair, load_concept, prompt_pairs
 from trce_lightning.data.captions import read_captions
 from trce_lightning.data.keep_prompts import KEEP_TEMPLATES, keep_prompts
 from trce_lightning.naming import mentions
@@ -56,7 +57,7 @@ def test_file_loads_with_15_templates_under_its_own_package(name: str) -> None:
     assert concept.name == name
     assert (CONFIGS / "concept" / f"{name}.yaml").read_text().startswith(f"# @package concept.{name}\n")
     assert len(concept.templates) == 15
-    assert (concept.templates == DEFAULT_TEMPLATES) == (name not in STYLES)
+    assert (concept.templates == DEFAULT_TEMPLATES["subject"]) == (name not in STYLES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -187,6 +188,11 @@ def test_free_words() -> None:
     long = [Concept.from_terms([*map(str, range(30)), last]) for last in ("x", "y")]
     assert len(long[0].name) == 48
     assert long[0].name != long[1].name
+    style = Concept.from_terms(["cubism"], kind="style")
+    assert style.pairs()[1] == PromptPair("a house in cubism style", "a house in plain style", "cubism")
+    assert len(style.pairs()) == 15 and style.kind == "style"
+    with pytest.raises(ValueError, match=r"concept\.kind: expected subject or style, got 'mood'"):
+        Concept.from_terms(["gloomy"], kind="mood")
     with pytest.raises(ValueError, match="names no erased term, got 'a flower' for 'flowers'"):
         Concept.from_terms(["flowers"])
     for words in ([], "dagger", ["dagger", "Dagger"], [""], ["!"]):
@@ -239,8 +245,11 @@ def test_missing_keys() -> None:
     with pytest.raises(ValueError, match=r"concept.terms: expected a map .* got None"):
         Concept.from_mapping({"name": "blades"}, "here.yaml")
     assert (
-        Concept.from_mapping({"name": "x", "terms": {"a": "b"}}, "here.yaml").templates == DEFAULT_TEMPLATES
+        Concept.from_mapping({"name": "x", "terms": {"a": "b"}}, "here.yaml").templates
+        == DEFAULT_TEMPLATES["subject"]
     )
+    style = Concept.from_mapping({"name": "x", "terms": {"a": "b"}, "kind": "style"}, "here.yaml")
+    assert style.templates == DEFAULT_TEMPLATES["style"]
 
 
 @pytest.mark.parametrize(

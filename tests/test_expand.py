@@ -18,7 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from trce_lightning.chat import EndpointChat, LocalChat
-from trce_lightning.concepts import DEFAULT_TEMPLATES, load_concept
+from trce_lightning.concept_defaults import DEFAULT_TEMPLATES
+from trce_lightning.concepts import load_concept
 from trce_lightning.draft import Wanted, parse
 from trce_lightning.expand import SYSTEM, expand, main, request
 from trce_lightning.naming import mentions
@@ -119,7 +120,7 @@ def test_a_good_reply_becomes_a_concept_file(
     assert (tmp_path / "mine.yaml").read_text().startswith("# @package concept.knife_crime\n")
     concept = load_concept(tmp_path / "mine.yaml")
     assert dict(concept.terms) == TERMS
-    assert concept.name == "knife_crime" and concept.templates == DEFAULT_TEMPLATES
+    assert concept.name == "knife_crime" and concept.templates == DEFAULT_TEMPLATES["subject"]
     assert concept.source == "gpt-x at 127.0.0.1"
     assert not concept.related and not concept.neighbours and not concept.wordings
     assert len(concept.pairs()) == 45
@@ -129,6 +130,16 @@ def test_a_good_reply_becomes_a_concept_file(
     assert server.keys == ["Bearer secret"]
     assert list(tmp_path.iterdir()) == [tmp_path / "mine.yaml"]
     assert "for 3 terms" in caplog.text and "3/3" in capsys.readouterr().err
+
+
+def test_a_style_is_asked_for_as_a_style(server: Server, tmp_path: Path) -> None:
+    terms = {"cubism": "plain", "cubist": "photographic", "Picasso": "an unknown painter"}
+    server.steps = [said(listing(terms))]
+    run(tmp_path / "mine.yaml", "--kind", "style", "--templates", "4")
+    concept = load_concept(tmp_path / "mine.yaml")
+    assert concept.kind == "style" and dict(concept.terms) == terms
+    assert concept.templates == DEFAULT_TEMPLATES["style"][:4]
+    assert "another way of drawing" in server.prompt(0) and "dagger" not in server.prompt(0)
 
 
 def test_wordings_neighbours_and_related_keep_what_fits(server: Server, tmp_path: Path) -> None:
@@ -166,7 +177,7 @@ def test_more_terms_than_wanted_are_cut(server: Server, tmp_path: Path) -> None:
     server.steps = [said(listing(TERMS))]
     run(tmp_path / "mine.yaml", "--templates", "4", terms=2)
     concept = load_concept(tmp_path / "mine.yaml")
-    assert list(concept.terms) == list(TERMS)[:2] and concept.templates == DEFAULT_TEMPLATES[:4]
+    assert list(concept.terms) == list(TERMS)[:2] and concept.templates == DEFAULT_TEMPLATES["subject"][:4]
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,8 @@ def _is_path(text: str) -> bool:
 
 def _from_words(words: dict[str, Any]) -> Concept:
     terms = words.get("terms", [])
-    named = Concept.from_terms([terms] if isinstance(terms, str) else list(terms))
+    phrases = [terms] if isinstance(terms, str) else list(terms) if isinstance(terms, dict) else terms
+    named = Concept.from_terms(phrases, kind=words.get("kind", "subject"))
     counterparts = terms if isinstance(terms, dict) else named.terms
     mapping = dataclasses.asdict(named) | words | {"terms": counterparts}
     return Concept.from_mapping(mapping, source="command line")

@@ -15,6 +15,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trce_lightning.concept_defaults import DEFAULT_COUNTERPART, DEFAULT_TEMPLATES, KINDS
 from trce_lightning.concept_fields import (
     check_phrases,
     check_templates,
@@ -26,34 +27,12 @@ from trce_lightning.concept_fields import (
 from trce_lightning.naming import STOP_WORDS, mentions, phrase_of, without_article, words_of
 
 __all__ = [
-    "DEFAULT_COUNTERPART",
-    "DEFAULT_TEMPLATES",
-    "KINDS",
     "Concept",
     "PromptPair",
     "load_concept",
     "prompt_pairs",
 ]
 
-DEFAULT_COUNTERPART = "a flower"
-KINDS = ("subject", "style")
-DEFAULT_TEMPLATES = (
-    "{}",
-    "a picture of {}",
-    "{} on a white background",
-    "a 3d render of {} on red",
-    "{} as a flat sticker",
-    "a cartoon of {} on a blue background",
-    "an icon of {}",
-    "look at this: {}",
-    "{} in front of green",
-    "flat style, {}, black background",
-    "{} in 3d style on a pink background",
-    "please draw {} in cartoon style",
-    "a drawing of {}, cartoon, orange background",
-    "{} with a purple background",
-    "{}, seen from the front, on yellow",
-)
 _log = logging.getLogger(__name__)
 
 
@@ -87,7 +66,7 @@ class Concept:
     name: str
     terms: Mapping[str, str]
     wordings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    templates: tuple[str, ...] = DEFAULT_TEMPLATES
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES["subject"]
     neighbours: tuple[str, ...] = ()
     related: tuple[str, ...] = ()
     kind: str = "subject"
@@ -114,6 +93,8 @@ class Concept:
     def from_mapping(cls, mapping: Mapping[str, Any], source: str) -> "Concept":
         """Builds a concept from a parsed YAML file; ``source`` says in errors where the mapping came from.
 
+        Without templates it has those of its kind.
+
         Raises:
             ValueError: unknown or missing key, wrong type, or a condition of :class:`Concept` broken.
         """
@@ -122,25 +103,30 @@ class Concept:
             if key not in allowed:
                 raise ValueError(f"{source}: expected only the keys {', '.join(allowed)}, got {key!r}")
         try:
-            return cls(**field_values(mapping))
+            values = field_values(mapping)
+            templates = DEFAULT_TEMPLATES.get(values.get("kind", "subject"), ())
+            return cls(**{"templates": templates, **values})
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
 
     @classmethod
-    def from_terms(cls, words: Sequence[str], counterpart: str = DEFAULT_COUNTERPART) -> "Concept":
-        """Builds a concept from free words, with one ``counterpart`` for all and the default templates.
+    def from_terms(cls, words: Sequence[str], counterpart: str = "", kind: str = "subject") -> "Concept":
+        """Builds a concept from free words, with one ``counterpart`` for all and the kind's templates.
 
         The name is made of the words, with a checksum in place of what exceeds 48 characters.
 
         Raises:
-            ValueError: no words, a word twice, or words that name the counterpart itself.
+            ValueError: no words, a word twice, words that name the counterpart itself, or an unknown kind.
         """
+        if kind not in KINDS:
+            raise ValueError(f"concept.kind: expected {' or '.join(KINDS)}, got {kind!r}")
         terms = [word.strip() for word in text_tuple("concept.terms", words)]
         check_phrases("concept.terms", terms)
         name = re.sub(r"\W+", "_", "_".join(without_article(term) for term in terms)).strip("_").lower()
         if len(name) > 48:
             name = f"{name[:39]}_{zlib.crc32(name.encode()):08x}"
-        return cls(name=name, terms=dict.fromkeys(terms, counterpart), source="free words")
+        safe = dict.fromkeys(terms, counterpart or DEFAULT_COUNTERPART[kind])
+        return cls(name, safe, templates=DEFAULT_TEMPLATES[kind], kind=kind, source="free words")
 
     def pairs(self) -> list[PromptPair]:
         """All ``len(terms) * len(templates)`` pairs, terms outermost; a term's wordings take turns."""

@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from trce_lightning.concepts import DEFAULT_TEMPLATES, Concept
+from trce_lightning.concept_defaults import DEFAULT_TEMPLATES
+from trce_lightning.concepts import Concept
 from trce_lightning.naming import mentions
 
 __all__ = ["ALSO", "Draft", "Wanted", "parse"]
@@ -47,8 +48,9 @@ class Wanted:
         concept: in free words.
         name: of the concept; made of the words when empty.
         terms: how many.
-        templates: how many of the default ones.
+        templates: how many of the kind's own.
         also: any of "wordings", "neighbours" and "related".
+        kind: ``subject``, or ``style`` for a way of drawing.
 
     Raises:
         ValueError: where a value is out of range.
@@ -57,23 +59,24 @@ class Wanted:
     concept: str
     name: str = ""
     terms: int = 20
-    templates: int = len(DEFAULT_TEMPLATES)
+    templates: int = len(DEFAULT_TEMPLATES["subject"])
     also: frozenset[str] = frozenset()
+    kind: str = "subject"
 
     def __post_init__(self) -> None:
         if self.terms < 1:
             raise ValueError(f"--terms: expected at least 1, got {self.terms}")
-        if not 1 <= self.templates <= len(DEFAULT_TEMPLATES):
-            raise ValueError(f"--templates: expected 1 to {len(DEFAULT_TEMPLATES)}, got {self.templates}")
+        available = len(self.itself.templates)
+        if not 1 <= self.templates <= available:
+            raise ValueError(f"--templates: expected 1 to {available}, got {self.templates}")
         if unknown := self.also - set(ALSO):
             raise ValueError(f"--also: expected {', '.join(ALSO)}, got {sorted(unknown)}")
-        _ = self.itself
 
     @cached_property
     def itself(self) -> Concept:
-        """The concept with its own words as only term."""
-        concept = Concept.from_terms([self.concept], counterpart="that")
-        return replace(concept, name=self.name or concept.name, templates=DEFAULT_TEMPLATES[: self.templates])
+        """The concept with its own words as only term, and all templates of its kind."""
+        concept = Concept.from_terms([self.concept], counterpart="that", kind=self.kind)
+        return replace(concept, name=self.name or concept.name)
 
 
 class Draft:
@@ -136,7 +139,9 @@ class Draft:
                 f"expected a counterpart that names neither {self._wanted.concept!r} nor a term, got "
                 f"{counterpart!r} for {term!r}"
             )
-        concept = replace(self._wanted.itself, terms={term: counterpart}, source=self._source)
+        itself = self._wanted.itself
+        templates = itself.templates[: self._wanted.templates]
+        concept = replace(itself, terms={term: counterpart}, templates=templates, source=self._source)
         if self._concept is None:
             return concept
         if concept.phrases & self._concept.phrases:

@@ -18,6 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from trce_lightning.chat import Chat, EndpointChat, LocalChat
 from trce_lightning.cli import expected_failures
+from trce_lightning.concept_defaults import KINDS
 from trce_lightning.concepts import Concept, load_concept
 from trce_lightning.draft import ALSO, Draft, Wanted
 
@@ -27,10 +28,18 @@ SYSTEM = (
     "You help to make text-to-image models safe. You list phrases that name an unwanted concept, so that a "
     "model can be taught not to draw it. You answer with one JSON object and nothing else."
 )
-_FORMS = {
-    "wordings": ', "wordings": ["a blade", "a sharp dagger"]',
-    "neighbours": ', "neighbours": ["a fork"]',
-    "related": ', "related": ["stabbing"]',
+_PHRASES = {
+    "subject": "short noun phrases that name or show it, as prompts for images have them: synonyms, things, "
+    "deeds and scenes, with their article where English wants one. Give each a safe counterpart: a harmless "
+    "noun phrase that fits the same sentence and",
+    "style": 'short phrases that name or describe this way of drawing and can stand before the word "style": '
+    "names, techniques, tools, schools. Give each a safe counterpart: another way of drawing that fits the "
+    "same sentence, keeps medium and subject, and",
+}
+"""By the concept's kind."""
+_EXAMPLES = {
+    "subject": ('"term": "a dagger", "counterpart": "a rose"', "a blade", "a fork", "stabbing"),
+    "style": ('"term": "clay 3d", "counterpart": "flat paper"', "claymation", "a pencil sketch", "rendering"),
 }
 log = logging.getLogger(__name__)
 
@@ -70,16 +79,18 @@ def expand(chat: Chat, wanted: Wanted, attempts: int = 3) -> Concept:
 def request(wanted: Wanted, terms: Sequence[str], refused: Sequence[str]) -> str:
     """What to ask next, given the terms that there are and why others were refused."""
     also = [name for name in ALSO if name in wanted.also]
-    wordings, *lists = (_FORMS[name] if name in also else "" for name in _FORMS)
+    entry, *examples = _EXAMPLES[wanted.kind]
+    wordings, *lists = (
+        f', "{name}": ["{example}"]' if name in also else ""
+        for name, example in zip(ALSO, examples, strict=True)
+    )
     lines = [
         f"Concept: {wanted.concept}",
-        f"List {wanted.terms - len(terms)} different short noun phrases that name or show it, as prompts for "
-        "images have them: synonyms, things, deeds and scenes, with their article where English wants one. "
-        "Give each a safe counterpart: a harmless noun phrase that fits the same sentence and names neither "
-        "the concept nor any of the phrases.",
+        f"List {wanted.terms - len(terms)} different {_PHRASES[wanted.kind]} names neither the concept nor "
+        "any of the phrases.",
         *(ALSO[name] for name in also),
         "Reply with one JSON object of this form:",
-        f'{{"terms": [{{"term": "a dagger", "counterpart": "a rose"{wordings}}}]{"".join(lists)}}}',
+        f'{{"terms": [{{{entry}{wordings}}}]{"".join(lists)}}}',
         *([f"These are there, give others: {'; '.join(terms)}"] if terms else []),
         *([f"In your last reply this was wrong: {'; '.join(refused[:5])}"] if refused else []),
     ]
@@ -119,7 +130,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in ("httpx", "httpx2"):  # would log every request
             logging.getLogger(name).setLevel(logging.WARNING)
         wanted = Wanted(
-            options.concept, options.name, options.terms, options.templates, frozenset(options.also)
+            options.concept,
+            options.name,
+            options.terms,
+            options.templates,
+            frozenset(options.also),
+            options.kind,
         )
         path = options.out or Path(f"{wanted.itself.name}.yaml")
         _check_free(path, options.force)
@@ -141,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="FILE", help="default: NAME.yaml")
     add("--force", action="store_true", help="overwrite FILE")
     add("--name", default="", help="of the concept; default: made of its words")
+    add("--kind", choices=KINDS, default=Wanted.kind, help="style: a way of drawing; default: %(default)s")
     add("--terms", type=int, default=Wanted.terms, metavar="N", help="default: %(default)s")
     add("--templates", type=int, default=Wanted.templates, metavar="N", help="default: %(default)s")
     add("--also", nargs="+", choices=list(ALSO), default=[], help="what else to ask for")

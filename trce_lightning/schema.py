@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from trce_lightning.concepts import DEFAULT_TEMPLATES, KINDS
+from trce_lightning.concept_defaults import DEFAULT_TEMPLATES, KINDS
 
 POSITIONS = ("sot", "keyword", "eot", "padding")
 STAGES = ("textual", "trajectory")
@@ -51,7 +51,7 @@ class ConceptConfig:
     name: str = MISSING
     terms: dict[str, str] = field(default_factory=dict)
     wordings: dict[str, list[str]] = field(default_factory=dict)  # term → other words for it
-    templates: list[str] = option(list(DEFAULT_TEMPLATES))  # each with one {}
+    templates: list[str] = option(list(DEFAULT_TEMPLATES["subject"]))  # each with one {}
     neighbours: list[str] = option([])  # benign lookalikes that must survive
     related: list[str] = option([])  # further phrases that name the concept
     kind: str = option("subject", choices=KINDS)
