@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from trce_lightning.data.prompt_sets import BENIGN, DIRECT, IMPLICIT, MIXED, NEIGHBOURS, UNERASED
 from trce_lightning.schema import ConceptConfig, DeviceConfig, MetricsConfig, ModelConfig, option
 
-OWN_SETS = ("direct", "implicit", "benign", "mixed", "unerased", "neighbours")
 SAMPLERS = (
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
@@ -19,7 +19,8 @@ SAMPLERS = (
     "PNDMScheduler",
     "DDPMScheduler",
 )
-CONCEPT_SETS = ("direct", "implicit", "benign")
+CONCEPT_SETS = (DIRECT, IMPLICIT, BENIGN)
+OWN_SETS = (*CONCEPT_SETS, MIXED, UNERASED, NEIGHBOURS)
 PLACES = ("early", "late")
 MISSPELLINGS = ("swap", "drop", "double")
 
