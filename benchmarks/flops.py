@@ -16,8 +16,8 @@ from benchmarks.plain import trained_parameters
 from benchmarks.report import Row
 from trce_lightning.cli import config_folder
 from trce_lightning.concepts import load_concept
+from trce_lightning.kept import ENCODE_BATCH
 from trce_lightning.session import KEEP_LIMIT
-from trce_lightning.textual import ENCODE_BATCH
 
 PEAK_TFLOPS = {"RTX 4090": 165.2, "H100 SXM": 989.4}
 """Dense bfloat16 with float32 accumulation."""

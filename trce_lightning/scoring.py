@@ -11,7 +11,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
@@ -19,6 +18,7 @@ from trce_lightning.generation import generate, generate_to, network_steps, plan
 from trce_lightning.image_folder import image_batches
 from trce_lightning.metrics.collateral import Detection
 from trce_lightning.metrics.scores import Evaluator
+from trce_lightning.ranks import on_each_rank
 from trce_lightning.sampling import seed_of
 from trce_lightning.scored import Detections, Scores, further_scores
 from trce_lightning.variation import Variation
@@ -124,34 +124,15 @@ class Scorer:
         return {record.id: seen[seed_of(record.id, 0)] for record in prompts.records}
 
 
-class _ScoringModule(pl.LightningModule):
-    """Calls a scorer once on every rank of ``Trainer.predict``."""
-
-    def __init__(self, scorer: Scorer, folder: Path, title: str) -> None:
-        super().__init__()
-        self.scorer, self.folder, self.title = scorer, folder, title
-        self.unet = scorer.adapter.unet
-        self.scores: Scores = {}
-
-    def predict_step(self, rank: int, batch_index: int) -> None:
-        self.scorer.adapter.to(self.device)
-        ranks = {"rank": self.global_rank, "world_size": self.trainer.world_size}
-        # The scorer's own sampling says what runs in half precision; judges do not.
-        with torch.autocast(self.device.type, enabled=False):
-            self.scores, _ = self.scorer(self.title, folder=self.folder, **ranks)
-
-
 def score_on_all_ranks(trainer: pl.Trainer, scorer: Scorer, folder: Path, title: str) -> Scores:
     """Scores of all ranks' images, the same on every rank; images are files in ``folder``.
 
     ``title`` stands in the progress bar.
     """
-    module = _ScoringModule(scorer, folder, title)
-    loader: DataLoader[int] = DataLoader(range(trainer.world_size), batch_size=None)  # type: ignore[arg-type]
-    bar = trainer.progress_bar_callback
-    if bar is not None:
-        bar.disable()  # the scorer's own tells network evaluations
-    trainer.predict(module, loader, return_predictions=False)
-    if bar is not None:
-        bar.enable()
-    return module.scores
+
+    def score(rank: pl.LightningModule) -> Scores:
+        scorer.adapter.to(rank.device)
+        scores, _ = scorer(title, rank.global_rank, trainer.world_size, folder)
+        return scores
+
+    return on_each_rank(trainer, score)

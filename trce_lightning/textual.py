@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,11 +23,9 @@ from trce_lightning.closed_form import (
     solve_edit,
 )
 from trce_lightning.concepts import Concept, PromptPair, prompt_pairs
+from trce_lightning.kept import ENCODE_BATCH, kept_statistics
 from trce_lightning.schema import TextualConfig
-from trce_lightning.storage import write_safetensors
 from trce_lightning.tokens import position_mask
-
-ENCODE_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ def textual_statistics(
         malicious, safe_states = pair_states(adapter, rows, config.positions)
         pairs[name] = pair_statistics(malicious, safe_states)
         safe.append(safe_states)
-    every, eot = _cached_keep(adapter, keep_prompts, cache)
+    every, eot = kept_statistics(adapter, keep_prompts, cache)
     parts = [
         (1.0, every),
         (config.keep_eot_weight, eot),
@@ -134,34 +130,6 @@ def keyword_mask(adapter: StableDiffusionAdapter, input_ids: Tensor, terms: Sequ
         for start in (windows == word).all(1).nonzero().flatten().tolist():
             mask[row, start : start + len(word)] = True
     return mask
-
-
-def _cached_keep(
-    adapter: StableDiffusionAdapter, prompts: Sequence[str], cache: Path | None
-) -> tuple[KeepStatistics, KeepStatistics]:
-    """Means over every position of the padded prompts and over their first EoT.
-
-    They come from ``cache`` if the same encoder has seen the same prompts.
-    """
-    if not prompts:
-        raise ValueError("textual.keep_prompts: expected at least one prompt to keep, got none")
-    key = hashlib.blake2b(
-        "\n".join([adapter.text_fingerprint(), *prompts]).encode(), digest_size=8
-    ).hexdigest()
-    file = cache / f"kept-{key}.safetensors" if cache else None
-    if file and file.exists():
-        means = load_file(file)
-        return KeepStatistics(means["every"], 1.0), KeepStatistics(means["eot"], 1.0)
-    every, eot = [], []
-    for start in tqdm(range(0, len(prompts), ENCODE_BATCH), "encoding prompts to keep", leave=False):
-        text = adapter.encode(prompts[start : start + ENCODE_BATCH])
-        every.append(keep_statistics(text.states.flatten(0, 1)))
-        ends = position_mask(text.input_ids, adapter.tokenizer.eos_token_id, ["eot"])
-        eot.append(keep_statistics(text.states[ends]))
-    means = {"every": merge_keep(every).k, "eot": merge_keep(eot).k}
-    if file:
-        write_safetensors(file, means)
-    return KeepStatistics(means["every"], 1.0), KeepStatistics(means["eot"], 1.0)
 
 
 def apply_edit_(adapter: StableDiffusionAdapter, edit: Edit) -> list[str]:
