@@ -1,7 +1,7 @@
 """Sampling and training by one process against two, each on one thread, by `train.py` itself.
 
 Of training, what more trajectories take is measured, which leaves out what a fit begins with. Of sampling,
-the time from each process's first shard on, which leaves out the start of the second process.
+the time from the first shard to the last, which leaves out the start of the second process.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from pathlib import Path
 from benchmarks.report import Row
 
 TRAIN = Path(__file__).parents[1] / "train.py"
+SHARD = 8
 OPTIONS = (
     "concept=violence",
     "trainer=cpu",
     "metrics.enabled=false",
     "trajectory.epochs=1",
-    "trajectory.shard_size=8",
+    f"trajectory.shard_size={SHARD}",
 )
 FEW, MANY = 32, 224
-"""Trajectories."""
+"""Trajectories; ``SHARD`` of them are a file."""
 
 
 def seconds(devices: int, trajectories: int) -> dict[str, float]:
@@ -57,7 +58,7 @@ def run() -> list[Row]:
     one, two = (more["training"] - less["training"] for more, less in zip(many, few, strict=True))
     return [
         Row(
-            "sampling of 8 trajectories by two processes, against one",
+            f"sampling of {SHARD} trajectories by two processes, against one",
             many[1]["shard"],
             "s",
             many[0]["shard"],

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import networks, plain
+from benchmarks.fitting import CPU
 from benchmarks.report import Row
 from benchmarks.timing import in_turns
 from trce_lightning.adapters import StableDiffusionAdapter
@@ -27,8 +28,10 @@ from trce_lightning.closed_form import (
 )
 from trce_lightning.concepts import Concept, load_concept, prompt_pairs
 from trce_lightning.data.keep_prompts import keep_prompts
+from trce_lightning.kept import cached_kept
 from trce_lightning.schema import TextualConfig
-from trce_lightning.textual import apply_edit_, pair_states, textual_statistics
+from trce_lightning.textual import TextualStatistics, apply_edit_, pair_states, textual_statistics
+from trce_lightning.trainers import make_trainer
 
 log = logging.getLogger(__name__)
 REPEATS, ENCODING_REPEATS = 3, 1
@@ -55,21 +58,21 @@ class Stage1:
         self.pairs = prompt_pairs([self.concept])[self.concept.name]
         self.projections = list(self.adapter.text_projections().values())
         self.original = [layer.weight.data.clone() for layer in self.projections]
-        statistics = textual_statistics(
-            self.adapter, [self.concept], self.kept_prompts, self.config, self.cache
-        )
-        self.keep = statistics.keep
+        self.trainer = make_trainer(CPU, self.cache)
+        self.keep = self.statistics().keep
         self.states = pair_states(self.adapter, self.pairs, self.config.positions)
         k = self.keep.k.float()
         self.sums = plain.KeptSums([weight @ k for weight in self.original], k)
 
     def ours(self) -> None:
         """Encode, solve, edit in place."""
-        statistics = textual_statistics(
-            self.adapter, [self.concept], self.kept_prompts, self.config, self.cache
-        )
-        apply_edit_(self.adapter, statistics.solve(self.config))
+        apply_edit_(self.adapter, self.statistics().solve(self.config))
         self.restore()
+
+    def statistics(self) -> TextualStatistics:
+        """Of the pairs, and of the kept prompts, which are encoded the first time."""
+        kept = cached_kept(self.trainer, self.adapter, self.kept_prompts, self.cache)
+        return textual_statistics(self.adapter, [self.concept], kept, self.config)
 
     def restore(self) -> None:
         """Undo an edit in place."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from published_models import states_of
-from tiny_runs import KEEP_PROMPTS, WEAPONS, cpu_trainer, sample_plan, trajectory_config
+from tiny_runs import KEEP_PROMPTS, WEAPONS, cpu_trainer, sample_plan, stage1_statistics, trajectory_config
 from torch import Tensor
 
 from trce_lightning.adapters import StableDiffusionAdapter
@@ -19,7 +19,6 @@ from trce_lightning.data.plan import TrajectoryPlan
 from trce_lightning.data.trajectories import load_rows
 from trce_lightning.module import TRCE
 from trce_lightning.schema import OptimizerConfig, TextualConfig
-from trce_lightning.textual import textual_statistics
 
 TEXTUAL = TextualConfig(eta=0.5, ridge=1.0, keep_eot_weight=2.0, empty_prompt_weight=0.5, safe_weight=0.25)
 TRAJECTORY = trajectory_config(
@@ -171,7 +170,7 @@ def erase_by_both_stages(
     losses = Losses(states_of(pipeline, "")[0], dtype)
     plan = sample_plan(adapter, TRAJECTORY, folder)
     worst = worst_cached_prediction(adapter, plan, folder)
-    edit = textual_statistics(adapter, [WEAPONS], KEEP_PROMPTS, TEXTUAL).solve(TEXTUAL)
+    edit = stage1_statistics(adapter, TEXTUAL).solve(TEXTUAL)
     module = TRCE(adapter, edit, TRAJECTORY, OptimizerConfig(lr=1e-3, weight_decay=0.0))
     data = TrajectoryDataModule(adapter, plan, folder, TRAJECTORY, seed=0)
     cpu_trainer(folder, callbacks=(losses,)).fit(module, data)

@@ -191,7 +191,7 @@ def test_free_words() -> None:
     style = Concept.from_terms(["cubism"], kind="style")
     assert style.pairs()[1] == PromptPair("a house in cubism style", "a house in plain style", "cubism")
     assert len(style.pairs()) == 15 and style.kind == "style"
-    with pytest.raises(ValueError, match=r"concept\.kind: expected subject or style, got 'mood'"):
+    with pytest.raises(ValueError, match=r"concept\.gloomy\.kind: expected subject or style, got 'mood'"):
         Concept.from_terms(["gloomy"], kind="mood")
     with pytest.raises(ValueError, match="names no erased term, got 'a flower' for 'flowers'"):
         Concept.from_terms(["flowers"])

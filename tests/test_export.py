@@ -12,7 +12,7 @@ from conftest import build_tiny_pipeline
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_runs import KEEP_PROMPTS, WEAPONS
+from tiny_runs import WEAPONS, stage1_statistics
 from torch import Tensor
 
 from trce_lightning.adapters import StableDiffusionAdapter
@@ -21,7 +21,7 @@ from trce_lightning.concepts import Concept
 from trce_lightning.export import card_facts, save_delta, save_edit, save_pipeline
 from trce_lightning.module import TRCE
 from trce_lightning.schema import OptimizerConfig, TextualConfig, TrajectoryConfig
-from trce_lightning.textual import TextualStatistics, textual_statistics
+from trce_lightning.textual import TextualStatistics
 
 TEXTUAL = TextualConfig(eta=0.1, ridge=0.02)
 CONCEPTS = [WEAPONS, Concept("drinks", {"beer": "milk"}, templates=("{}", "cold {}"))]
@@ -39,7 +39,7 @@ class Erased:
 def erased() -> Erased:
     """A pipeline with stage 1 applied and every trainable matrix moved."""
     adapter = StableDiffusionAdapter(build_tiny_pipeline())
-    statistics = textual_statistics(adapter, CONCEPTS, KEEP_PROMPTS, TEXTUAL)
+    statistics = stage1_statistics(adapter, TEXTUAL, CONCEPTS)
     edit = statistics.solve(TEXTUAL)
     module = TRCE(adapter, edit, TrajectoryConfig(), OptimizerConfig())
     module.setup("fit")

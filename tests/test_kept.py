@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from tiny_runs import KEEP_PROMPTS, cpu_trainer, one_thread
 
-from trce_lightning import kept
 from trce_lightning.adapters import StableDiffusionAdapter
-from trce_lightning.kept import encode_kept, kept_statistics
+from trce_lightning.kept import cached_kept, kept_statistics
+from trce_lightning.ranks import Rank, on_each_rank
 
 
 @pytest.mark.parametrize(("prompts", "devices"), [(KEEP_PROMPTS, 2), (KEEP_PROMPTS[:2], 3)])
@@ -19,28 +20,57 @@ def test_several_processes_encode_as_one(
 ) -> None:
     trainer = cpu_trainer(tmp_path, devices=devices, strategy="ddp_fork")
     with one_thread():
-        encode_kept(trainer, tiny_adapter, prompts, tmp_path / "cache")
-    (file,) = (tmp_path / "cache").iterdir()
-    alone = kept_statistics(tiny_adapter, prompts)
-    for name, mean in load_file(file).items():
-        torch.testing.assert_close(mean, getattr(alone, name).k, rtol=1e-5, atol=1e-7)
-        # One process's share is something else.
-        share = getattr(kept_statistics(tiny_adapter, prompts[::devices]), name).k
-        assert not torch.allclose(mean, share, rtol=1e-2)
+        found = cached_kept(trainer, tiny_adapter, prompts, tmp_path / "cache")
+    alone, share = (kept_statistics(tiny_adapter, texts) for texts in (prompts, prompts[::devices]))
+    for mean, expected, other in zip(found, alone, share, strict=True):
+        torch.testing.assert_close(mean.k, expected.k, rtol=1e-5, atol=1e-7)
+        assert not torch.allclose(mean.k, other.k, rtol=1e-2)
 
 
-def test_what_is_cached_is_not_encoded_again(
-    tiny_adapter: StableDiffusionAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_prompts_are_encoded_once_for_an_encoder(
+    tiny_adapter: StableDiffusionAdapter, tiny_pipeline: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
-    trainer = cpu_trainer(tmp_path)
-    encode_kept(trainer, tiny_adapter, KEEP_PROMPTS, tmp_path / "cache")
-    (file,) = (tmp_path / "cache").iterdir()
-    found = kept_statistics(tiny_adapter, KEEP_PROMPTS, tmp_path / "cache")
-    assert torch.equal(found.every.k, kept_statistics(tiny_adapter, KEEP_PROMPTS).every.k)
+    trainer, cache = cpu_trainer(tmp_path), tmp_path / "cache"
+
+    def agree(adapter: StableDiffusionAdapter, prompts: Sequence[str]) -> bool:
+        found = cached_kept(trainer, adapter, prompts, cache)
+        expected = kept_statistics(adapter, prompts)
+        return all(torch.equal(one.k, other.k) for one, other in zip(found, expected, strict=True))
+
+    assert agree(tiny_adapter, KEEP_PROMPTS) and agree(tiny_adapter, KEEP_PROMPTS)
+    (file,) = cache.iterdir()
     save_file({name: 2 * mean for name, mean in load_file(file).items()}, file)
-    monkeypatch.setattr(kept, "on_each_rank", lambda *_: pytest.fail("encoded again"))
-    encode_kept(trainer, tiny_adapter, KEEP_PROMPTS, tmp_path / "cache")
-    twice = kept_statistics(tiny_adapter, KEEP_PROMPTS, tmp_path / "cache")
-    assert torch.equal(twice.eot.k, 2 * found.eot.k)
+    assert not agree(tiny_adapter, KEEP_PROMPTS)  # it is the file that was read
+    # Other prompts and another encoder have a file of their own.
+    assert agree(tiny_adapter, KEEP_PROMPTS[1:])
+    next(tiny_pipeline.text_encoder.parameters()).data += 0.1
+    assert agree(StableDiffusionAdapter(tiny_pipeline), KEEP_PROMPTS)
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_states_are_those_of_full_precision_whatever_the_trainers(
+    tiny_adapter: StableDiffusionAdapter, tmp_path: Path
+) -> None:
+    trainer = cpu_trainer(tmp_path, precision="bf16-mixed")
+    found = cached_kept(trainer, tiny_adapter, KEEP_PROMPTS, tmp_path / "cache")
+    assert torch.equal(found.every.k, kept_statistics(tiny_adapter, KEEP_PROMPTS).every.k)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = kept_statistics(tiny_adapter, KEEP_PROMPTS)
+    assert not torch.equal(found.every.k, half.every.k)
+
+
+def test_weights_that_move_between_devices_on_a_rank_can_train(tmp_path: Path) -> None:
+    """In inference mode they would become tensors that no gradient reaches; CPU weights don't move."""
+    seen: list[bool] = []
+    on_each_rank(cpu_trainer(tmp_path), lambda _: seen.append(torch.is_inference_mode_enabled()))
+    assert seen == [False]
+
+
+def test_each_rank_returns_its_own_result(tmp_path: Path) -> None:
+    rank = on_each_rank(cpu_trainer(tmp_path), lambda rank: rank)
+    assert rank == Rank(0, 1, torch.device("cpu"))
+
+
+def test_nothing_to_keep_is_refused(tiny_adapter: StableDiffusionAdapter, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"textual\.keep_prompts: expected at least one"):
-        encode_kept(trainer, tiny_adapter, [], tmp_path / "cache")
+        cached_kept(cpu_trainer(tmp_path), tiny_adapter, [], tmp_path)

@@ -15,7 +15,14 @@ import torch
 from conftest import build_tiny_pipeline
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file, save_file
-from tiny_runs import KEEP_PROMPTS, WEAPONS, cpu_trainer, one_thread, plan_of, sample_plan, trajectory_config
+from tiny_runs import (
+    cpu_trainer,
+    one_thread,
+    plan_of,
+    sample_plan,
+    stage1_statistics,
+    trajectory_config,
+)
 from torch import Tensor
 
 from callbacks import RanksAgree, SaveBeforeScoring, progress_checkpoints
@@ -24,7 +31,6 @@ from trce_lightning.closed_form import Edit
 from trce_lightning.data.datamodule import TrajectoryDataModule
 from trce_lightning.module import TRCE
 from trce_lightning.schema import OptimizerConfig, TextualConfig, TrajectoryConfig
-from trce_lightning.textual import textual_statistics
 
 CONFIG = trajectory_config()
 TEXTUAL = TextualConfig(eta=0.1)
@@ -42,7 +48,7 @@ class Sampled:
 def sampled(tiny_adapter: StableDiffusionAdapter, tmp_path_factory: pytest.TempPathFactory) -> Sampled:
     folder = tmp_path_factory.mktemp("trajectories")
     sample_plan(tiny_adapter, CONFIG, folder)
-    return Sampled(folder, textual_statistics(tiny_adapter, [WEAPONS], KEEP_PROMPTS, TEXTUAL).solve(TEXTUAL))
+    return Sampled(folder, stage1_statistics(tiny_adapter, TEXTUAL).solve(TEXTUAL))
 
 
 class Record(pl.Callback):

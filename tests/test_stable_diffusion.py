@@ -31,7 +31,7 @@ from published_models import (
     vae_of,
 )
 from safetensors.torch import load_file, save_file
-from tiny_runs import KEEP_PROMPTS, WEAPONS
+from tiny_runs import KEEP_PROMPTS, stage1_statistics
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor
 
@@ -42,7 +42,7 @@ from trce_lightning.closed_form import Edit
 from trce_lightning.export import card_facts, save_delta, save_pipeline, save_single_file
 from trce_lightning.module import TRCE
 from trce_lightning.schema import OptimizerConfig, TrajectoryConfig
-from trce_lightning.textual import apply_edit_, textual_statistics
+from trce_lightning.textual import apply_edit_
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = ("unet", "text_encoder", "vae")
@@ -115,7 +115,7 @@ def images(pipeline: StableDiffusionPipeline) -> np.ndarray:
 
 
 def solved(adapter: StableDiffusionAdapter) -> Edit:
-    return textual_statistics(adapter, [WEAPONS], KEEP_PROMPTS, TEXTUAL).solve(TEXTUAL)
+    return stage1_statistics(adapter, TEXTUAL).solve(TEXTUAL)
 
 
 def test_names_and_counts_at_full_size(version: str) -> None:

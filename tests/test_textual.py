@@ -1,14 +1,12 @@
 """Stage 1 on a real pipeline: the edited network on E is the original on E Tᵀ, and what T is solved from."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import MAX_LENGTH, build_tiny_pipeline
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file, save_file
-from tiny_runs import KEEP_PROMPTS, WEAPONS
+from tiny_runs import KEEP_PROMPTS, WEAPONS, stage1_statistics
 from torch import Tensor
 
 from trce_lightning import textual
@@ -16,7 +14,7 @@ from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.closed_form import merge_pairs, solve_edit
 from trce_lightning.concepts import Concept
 from trce_lightning.schema import TextualConfig
-from trce_lightning.textual import apply_edit_, keyword_mask, pair_states, textual_statistics
+from trce_lightning.textual import apply_edit_, keyword_mask, pair_states
 
 DRINKS = Concept("drinks", {"beer": "milk"}, templates=("{}", "cold {}"))
 
@@ -35,9 +33,7 @@ def state_at(adapter: StableDiffusionAdapter, prompt: str, position: str) -> Ten
 
 def test_the_edited_network_on_e_is_the_original_on_e_t(tiny_pipeline: StableDiffusionPipeline) -> None:
     adapter = StableDiffusionAdapter(tiny_pipeline)
-    edit = textual_statistics(adapter, [WEAPONS], KEEP_PROMPTS, TextualConfig(eta=0.1)).solve(
-        TextualConfig(eta=0.1)
-    )
+    edit = stage1_statistics(adapter, TextualConfig(eta=0.1)).solve(TextualConfig(eta=0.1))
     states = adapter.encode(["a gun", "tea", ""]).states.double()
     z_t = torch.randn(
         3, *adapter.latent_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
@@ -57,7 +53,7 @@ def test_the_edited_network_on_e_is_the_original_on_e_t(tiny_pipeline: StableDif
 def test_only_k_and_v_of_cross_attention_are_written(tiny_pipeline: StableDiffusionPipeline) -> None:
     adapter = StableDiffusionAdapter(tiny_pipeline)
     config = TextualConfig(eta=0.1)
-    edit = textual_statistics(adapter, [WEAPONS], KEEP_PROMPTS, config).solve(config)
+    edit = stage1_statistics(adapter, config).solve(config)
     names = apply_edit_(adapter, edit)
     original = build_tiny_pipeline().unet.state_dict()
     for name, tensor in adapter.unet.state_dict().items():
@@ -69,7 +65,7 @@ def test_only_k_and_v_of_cross_attention_are_written(tiny_pipeline: StableDiffus
 
 
 def test_eta_trades_kept_states_against_malicious_ones(tiny_adapter: StableDiffusionAdapter) -> None:
-    statistics = textual_statistics(tiny_adapter, [WEAPONS], KEEP_PROMPTS, TextualConfig())
+    statistics = stage1_statistics(tiny_adapter, TextualConfig())
     kept = tiny_adapter.encode([*KEEP_PROMPTS, ""]).states.flatten(0, 1).double()
     malicious, safe = (states.double() for states in pair_states(tiny_adapter, WEAPONS.pairs(), ["eot"]))
 
@@ -144,7 +140,7 @@ def test_keyword_mask_spells_the_term(tiny_adapter: StableDiffusionAdapter) -> N
 
 def test_kept_states_by_hand(tiny_adapter: StableDiffusionAdapter) -> None:
     config = TextualConfig(keep_eot_weight=2.0, empty_prompt_weight=0.5, safe_weight=3.0)
-    keep = textual_statistics(tiny_adapter, [WEAPONS, DRINKS], KEEP_PROMPTS, config).keep
+    keep = stage1_statistics(tiny_adapter, config, [WEAPONS, DRINKS]).keep
     prompts = outer(tiny_adapter.encode(KEEP_PROMPTS).states.flatten(0, 1))
     ends = outer(torch.stack([state_at(tiny_adapter, prompt, "eot") for prompt in KEEP_PROMPTS]))
     empty = outer(tiny_adapter.encode([""]).states[0])
@@ -153,14 +149,14 @@ def test_kept_states_by_hand(tiny_adapter: StableDiffusionAdapter) -> None:
     expected = (prompts + 2.0 * ends + 0.5 * empty + 3.0 * safe) / 6.5
     torch.testing.assert_close(keep.k, expected, rtol=1e-4, atol=1e-6)
     config = TextualConfig(keep_eot_weight=0.0, empty_prompt_weight=0.0, safe_weight=0.0)
-    without = textual_statistics(tiny_adapter, [WEAPONS], KEEP_PROMPTS, config)
+    without = stage1_statistics(tiny_adapter, config)
     torch.testing.assert_close(without.keep.k, prompts, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(keep.k, prompts, rtol=1e-2)
 
 
 def test_several_concepts_are_one_solution(tiny_adapter: StableDiffusionAdapter) -> None:
     config = TextualConfig(eta=0.5)
-    statistics = textual_statistics(tiny_adapter, [WEAPONS, DRINKS], KEEP_PROMPTS, config)
+    statistics = stage1_statistics(tiny_adapter, config, [WEAPONS, DRINKS])
     assert [(name, pairs.count) for name, pairs in statistics.pairs.items()] == [
         ("weapons", 6),
         ("drinks", 2),
@@ -175,34 +171,6 @@ def test_safe_sides_that_name_another_concept_are_left_out(tiny_adapter: StableD
     (counterpart, *_) = WEAPONS.terms.values()
     other = Concept.from_terms([counterpart])
     config = TextualConfig()
-    alone = textual_statistics(tiny_adapter, [WEAPONS], KEEP_PROMPTS, config).pairs["weapons"]
-    both = textual_statistics(tiny_adapter, [WEAPONS, other], KEEP_PROMPTS, config).pairs["weapons"]
+    alone = stage1_statistics(tiny_adapter, config).pairs["weapons"]
+    both = stage1_statistics(tiny_adapter, config, [WEAPONS, other]).pairs["weapons"]
     assert 0 < both.count < alone.count
-
-
-def test_kept_prompts_are_encoded_once_for_an_encoder(
-    tiny_adapter: StableDiffusionAdapter, tiny_pipeline: StableDiffusionPipeline, tmp_path: Path
-) -> None:
-    def keep(adapter: StableDiffusionAdapter, prompts: Sequence[str], cache: Path | None) -> Tensor:
-        return textual_statistics(adapter, [WEAPONS], prompts, TextualConfig(), cache).keep.k
-
-    expected = keep(tiny_adapter, KEEP_PROMPTS, None)
-    assert torch.equal(keep(tiny_adapter, KEEP_PROMPTS, tmp_path), expected)
-    (file,) = tmp_path.iterdir()
-    assert torch.equal(keep(tiny_adapter, KEEP_PROMPTS, tmp_path), expected)
-    # It is the file that was read.
-    save_file({name: 2 * mean for name, mean in load_file(file).items()}, file)
-    assert not torch.allclose(keep(tiny_adapter, KEEP_PROMPTS, tmp_path), expected)
-    # Other prompts and another encoder have a file of their own.
-    assert torch.equal(
-        keep(tiny_adapter, KEEP_PROMPTS[1:], tmp_path), keep(tiny_adapter, KEEP_PROMPTS[1:], None)
-    )
-    next(tiny_pipeline.text_encoder.parameters()).data += 0.1
-    other = StableDiffusionAdapter(tiny_pipeline)
-    assert torch.equal(keep(other, KEEP_PROMPTS, tmp_path), keep(other, KEEP_PROMPTS, None))
-    assert len(list(tmp_path.iterdir())) == 3
-
-
-def test_nothing_to_keep_is_refused(tiny_adapter: StableDiffusionAdapter) -> None:
-    with pytest.raises(ValueError, match=r"textual\.keep_prompts"):
-        textual_statistics(tiny_adapter, [WEAPONS], [], TextualConfig())

@@ -1,7 +1,7 @@
 """Small concepts, plans and trainers that the tests of the training half share."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.concepts import Concept
 from trce_lightning.data.plan import TrajectoryPlan, draw_plan
 from trce_lightning.data.trajectories import sample_missing
-from trce_lightning.schema import TrainerConfig, TrajectoryConfig
+from trce_lightning.kept import kept_statistics
+from trce_lightning.schema import TextualConfig, TrainerConfig, TrajectoryConfig
+from trce_lightning.textual import TextualStatistics, textual_statistics
 from trce_lightning.trainers import make_trainer
 
 WEAPONS = Concept("weapons", {"a gun": "a kite", "an axe": "a hat"}, templates=("{}", "see {}", "{} at sea"))
@@ -56,6 +58,13 @@ def sample_plan(adapter: StableDiffusionAdapter, config: TrajectoryConfig, folde
     plan = plan_of(config)
     sample_missing(cpu_trainer(folder), adapter, plan, folder, config.shard_size)
     return plan
+
+
+def stage1_statistics(
+    adapter: StableDiffusionAdapter, config: TextualConfig, concepts: Sequence[Concept] = (WEAPONS,)
+) -> TextualStatistics:
+    """What stage 1 is solved from when ``KEEP_PROMPTS`` are kept."""
+    return textual_statistics(adapter, concepts, kept_statistics(adapter, KEEP_PROMPTS), config)
 
 
 @contextmanager

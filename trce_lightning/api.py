@@ -28,6 +28,8 @@ def erase(
 ) -> StableDiffusionPipeline:
     """Erase ``concept`` from ``pipeline``, in place, and return it: the weights that ``train.py`` would give.
 
+    One device does the work, unless ``options`` say otherwise; the pipeline stays on its own.
+
     Args:
         pipeline: a Stable Diffusion pipeline in memory.
         concept: a shipped concept's name, a YAML file's path, several of them, or a :class:`Concept`.
@@ -38,19 +40,23 @@ def erase(
         ValueError: an option or a model that doesn't fit; the message names it.
     """
     with tempfile.TemporaryDirectory() as folder:
-        places = [f"runs={folder}", f"cache={cache or folder}"]
+        places = [f"runs={folder}", f"cache={cache or folder}", "trainer.devices=1"]
         config = compose(concept, "metrics.enabled=false", *places, *options)
         validation.check(config)
         adapter = StableDiffusionAdapter(pipeline)
         if config.model.channels_last:
             adapter.to_channels_last()
         run = TrainingRun(config, concepts_of(config), adapter)
+        if run.trainer.world_size > 1 and cache is None:
+            raise ValueError("cache: expected a folder that all processes see, got none")
+        home = pipeline.device
         try:
             run.open()
             run.sample_trajectories()
             run.solve()
             run.fit()
         finally:
+            pipeline.to(home)
             os.environ.pop(runs.FOLDER_VARIABLE, None)  # for processes of this run alone
     return pipeline
 

@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Quote, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Quote, QuotedString, Sweep
 from omegaconf import OmegaConf
 
 from trce_lightning.concepts import Concept, load_concept
@@ -137,8 +137,8 @@ def _check_names(group: str, value: Any) -> None:
     """Hydra looks for a choice of each name, and breaks on what is no text."""
     items = value.list if isinstance(value, ChoiceSweep) else value if isinstance(value, list) else [value]
     for item in items:
-        if item is None or isinstance(item, int | float):
-            raise ValueError(f"option {group!r}: expected the name of a choice, or [NAME,...], got {item}")
+        if not isinstance(item, str | QuotedString | Sweep | Glob):
+            raise ValueError(f"option {group!r}: expected the name of a choice, or [NAME,...], got {item!r}")
 
 
 def _parse(argument: str) -> Any:

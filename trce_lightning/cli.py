@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from trce_lightning import arguments, validation
 from trce_lightning.evaluation_schema import EvalConfig
@@ -187,6 +187,6 @@ def _explain_option(error: Exception) -> list[str]:
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
         return lines
-    expected = _EXPECTED.get(type(cause.child_node))
+    expected = _EXPECTED.get(type(cause.child_node)) if type(cause) is ValidationError else None
     said = f"expected {expected}, got {cause.value!r}" if expected else lines[0]
     return [f"option {cause.full_key!r}: {said}"]

@@ -110,23 +110,26 @@ class Concept:
             raise ValueError(f"{source}: {error}") from error
 
     @classmethod
-    def from_terms(cls, words: Sequence[str], counterpart: str = "", kind: str = "subject") -> "Concept":
+    def from_terms(
+        cls, words: Sequence[str], counterpart: str | None = None, kind: str = "subject"
+    ) -> "Concept":
         """Builds a concept from free words, with one ``counterpart`` for all and the kind's templates.
+
+        Without a counterpart it has the kind's.
 
         The name is made of the words, with a checksum in place of what exceeds 48 characters.
 
         Raises:
             ValueError: no words, a word twice, words that name the counterpart itself, or an unknown kind.
         """
-        if kind not in KINDS:
-            raise ValueError(f"concept.kind: expected {' or '.join(KINDS)}, got {kind!r}")
         terms = [word.strip() for word in text_tuple("concept.terms", words)]
         check_phrases("concept.terms", terms)
         name = re.sub(r"\W+", "_", "_".join(without_article(term) for term in terms)).strip("_").lower()
         if len(name) > 48:
             name = f"{name[:39]}_{zlib.crc32(name.encode()):08x}"
-        safe = dict.fromkeys(terms, counterpart or DEFAULT_COUNTERPART[kind])
-        return cls(name, safe, templates=DEFAULT_TEMPLATES[kind], kind=kind, source="free words")
+        safe = DEFAULT_COUNTERPART.get(kind, "") if counterpart is None else counterpart
+        templates = DEFAULT_TEMPLATES.get(kind, ())
+        return cls(name, dict.fromkeys(terms, safe), templates=templates, kind=kind, source="free words")
 
     def pairs(self) -> list[PromptPair]:
         """All ``len(terms) * len(templates)`` pairs, terms outermost; a term's wordings take turns."""

@@ -28,19 +28,31 @@ SYSTEM = (
     "You help to make text-to-image models safe. You list phrases that name an unwanted concept, so that a "
     "model can be taught not to draw it. You answer with one JSON object and nothing else."
 )
-_PHRASES = {
-    "subject": "short noun phrases that name or show it, as prompts for images have them: synonyms, things, "
-    "deeds and scenes, with their article where English wants one. Give each a safe counterpart: a harmless "
-    "noun phrase that fits the same sentence and",
-    "style": 'short phrases that name or describe this way of drawing and can stand before the word "style": '
-    "names, techniques, tools, schools. Give each a safe counterpart: another way of drawing that fits the "
-    "same sentence, keeps medium and subject, and",
+_ASKS = {
+    "subject": "List {count} different short noun phrases that name or show it, as prompts for images have "
+    "them: synonyms, things, deeds and scenes, with their article where English wants one. Give each a safe "
+    "counterpart: a harmless noun phrase that fits the same sentence and names neither the concept nor any "
+    "of the phrases.",
+    "style": "List {count} different short phrases that name or describe this way of drawing, and that can "
+    'stand before the word "style": names, techniques, tools, schools. Give each a safe counterpart: another '
+    "way of drawing that fits the same sentence, keeps medium and subject, and names neither the concept nor "
+    "any of the phrases.",
 }
-"""By the concept's kind."""
 _EXAMPLES = {
-    "subject": ('"term": "a dagger", "counterpart": "a rose"', "a blade", "a fork", "stabbing"),
-    "style": ('"term": "clay 3d", "counterpart": "flat paper"', "claymation", "a pencil sketch", "rendering"),
+    "subject": {
+        "terms": '"term": "a dagger", "counterpart": "a rose"',
+        "wordings": ', "wordings": ["a blade", "a sharp dagger"]',
+        "neighbours": ', "neighbours": ["a fork"]',
+        "related": ', "related": ["stabbing"]',
+    },
+    "style": {
+        "terms": '"term": "clay 3d", "counterpart": "flat paper"',
+        "wordings": ', "wordings": ["claymation"]',
+        "neighbours": ', "neighbours": ["a pencil sketch"]',
+        "related": ', "related": ["rendering"]',
+    },
 }
+"""By the concept's kind, as :data:`_ASKS`."""
 log = logging.getLogger(__name__)
 
 
@@ -79,18 +91,14 @@ def expand(chat: Chat, wanted: Wanted, attempts: int = 3) -> Concept:
 def request(wanted: Wanted, terms: Sequence[str], refused: Sequence[str]) -> str:
     """What to ask next, given the terms that there are and why others were refused."""
     also = [name for name in ALSO if name in wanted.also]
-    entry, *examples = _EXAMPLES[wanted.kind]
-    wordings, *lists = (
-        f', "{name}": ["{example}"]' if name in also else ""
-        for name, example in zip(ALSO, examples, strict=True)
-    )
+    example = {key: text for key, text in _EXAMPLES[wanted.kind].items() if key == "terms" or key in also}
+    terms_example = example.pop("terms") + example.pop("wordings", "")
     lines = [
         f"Concept: {wanted.concept}",
-        f"List {wanted.terms - len(terms)} different {_PHRASES[wanted.kind]} names neither the concept nor "
-        "any of the phrases.",
+        _ASKS[wanted.kind].format(count=wanted.terms - len(terms)),
         *(ALSO[name] for name in also),
         "Reply with one JSON object of this form:",
-        f'{{"terms": [{{{entry}{wordings}}}]{"".join(lists)}}}',
+        f'{{"terms": [{{{terms_example}}}]{"".join(example.values())}}}',
         *([f"These are there, give others: {'; '.join(terms)}"] if terms else []),
         *([f"In your last reply this was wrong: {'; '.join(refused[:5])}"] if refused else []),
     ]

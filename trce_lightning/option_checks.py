@@ -74,6 +74,15 @@ def check_devices(devices: Any) -> None:
         raise ValueError(f"option 'trainer.devices': expected a count, [0,1,...] or auto, got {devices!r}")
 
 
+def check_strategy(strategy: str) -> None:
+    """Refuse processes that are copies of the first, whose results don't come back to it."""
+    if any(word in strategy for word in ("fork", "spawn", "notebook")):
+        raise ValueError(
+            "option 'trainer.strategy': expected one that starts its processes anew, such as ddp, got "
+            f"{strategy!r}"
+        )
+
+
 def check_is_file(option: str, path: str) -> None:
     """Refuse a file that is not there."""
     if not Path(path).is_file():

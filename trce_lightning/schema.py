@@ -51,11 +51,15 @@ class ConceptConfig:
     name: str = MISSING
     terms: dict[str, str] = field(default_factory=dict)
     wordings: dict[str, list[str]] = field(default_factory=dict)  # term → other words for it
-    templates: list[str] = option(list(DEFAULT_TEMPLATES["subject"]))  # each with one {}
+    templates: list[str] | None = None  # each with one {}; null: those of the kind
     neighbours: list[str] = option([])  # benign lookalikes that must survive
     related: list[str] = option([])  # further phrases that name the concept
     kind: str = option("subject", choices=KINDS)
     source: str = "unstated"
+
+    def __post_init__(self) -> None:
+        if self.templates is None:
+            self.templates = list(DEFAULT_TEMPLATES.get(self.kind, ()))
 
 
 @dataclass

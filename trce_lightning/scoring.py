@@ -18,7 +18,7 @@ from trce_lightning.generation import generate, generate_to, network_steps, plan
 from trce_lightning.image_folder import image_batches
 from trce_lightning.metrics.collateral import Detection
 from trce_lightning.metrics.scores import Evaluator
-from trce_lightning.ranks import on_each_rank
+from trce_lightning.ranks import Rank, on_each_rank
 from trce_lightning.sampling import seed_of
 from trce_lightning.scored import Detections, Scores, further_scores
 from trce_lightning.variation import Variation
@@ -130,9 +130,9 @@ def score_on_all_ranks(trainer: pl.Trainer, scorer: Scorer, folder: Path, title:
     ``title`` stands in the progress bar.
     """
 
-    def score(rank: pl.LightningModule) -> Scores:
+    def score(rank: Rank) -> Scores:
         scorer.adapter.to(rank.device)
-        scores, _ = scorer(title, rank.global_rank, trainer.world_size, folder)
+        scores, _ = scorer(title, rank.index, rank.world_size, folder)
         return scores
 
     return on_each_rank(trainer, score)

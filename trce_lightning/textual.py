@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from trce_lightning.closed_form import (
     solve_edit,
 )
 from trce_lightning.concepts import Concept, PromptPair, prompt_pairs
-from trce_lightning.kept import ENCODE_BATCH, kept_statistics
+from trce_lightning.kept import ENCODE_BATCH, Kept
 from trce_lightning.schema import TextualConfig
 from trce_lightning.tokens import position_mask
 
@@ -45,26 +44,23 @@ class TextualStatistics:
 def textual_statistics(
     adapter: StableDiffusionAdapter,
     concepts: Sequence[Concept],
-    keep_prompts: Sequence[str],
+    kept: Kept,
     config: TextualConfig,
-    cache: Path | None = None,
 ) -> TextualStatistics:
-    """Encode every concept's pairs and everything to keep.
+    """Encode every concept's pairs, and put what is to keep together.
 
     K is the mean over: every position of the padded kept prompts with weight 1, their first EoT (what the
     pairs move) with ``keep_eot_weight``, every position of the empty prompt with ``empty_prompt_weight``, and
-    the safe prompts' EoT with ``safe_weight``; each part counts as one mean. The kept prompts' means are
-    cached by text encoder and prompts.
+    the safe prompts' EoT with ``safe_weight``; each part counts as one mean.
     """
     pairs, safe = {}, []
     for name, rows in prompt_pairs(concepts).items():
         malicious, safe_states = pair_states(adapter, rows, config.positions)
         pairs[name] = pair_statistics(malicious, safe_states)
         safe.append(safe_states)
-    every, eot = kept_statistics(adapter, keep_prompts, cache)
     parts = [
-        (1.0, every),
-        (config.keep_eot_weight, eot),
+        (1.0, kept.every),
+        (config.keep_eot_weight, kept.eot),
         (config.empty_prompt_weight, keep_statistics(adapter.encode([""]).states[0])),
         (config.safe_weight, keep_statistics(torch.cat(safe))),
     ]

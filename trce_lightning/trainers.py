@@ -62,6 +62,7 @@ def make_trainer(
         max_epochs=epochs,
         enable_progress_bar=config.enable_progress_bar,
         enable_model_summary=False,
+        inference_mode=False,  # what moves to another device in it could never train
         use_distributed_sampler=True,
         callbacks=list(callbacks),
         logger=list(loggers),

@@ -27,7 +27,7 @@ from trce_lightning.concepts import Concept
 from trce_lightning.data.datamodule import TrajectoryDataModule
 from trce_lightning.data.plan import TrajectoryPlan, draw_plan
 from trce_lightning.data.trajectories import generator_of, sample_missing
-from trce_lightning.kept import encode_kept
+from trce_lightning.kept import cached_kept
 from trce_lightning.metrics.real_images import source_fingerprint
 from trce_lightning.module import TRCE
 from trce_lightning.schema import TrainConfig
@@ -151,11 +151,8 @@ class TrainingRun:
             return
         with self._stage("textual"):
             textual = self.config.textual
-            kept = self.session.keep_prompts()
-            encode_kept(self.trainer, self.adapter, kept, self.cache)
-            self.statistics = textual_statistics(
-                self.adapter, self.session.concepts, kept, textual, self.cache
-            )
+            kept = cached_kept(self.trainer, self.adapter, self.session.keep_prompts(), self.cache)
+            self.statistics = textual_statistics(self.adapter, self.session.concepts, kept, textual)
             self.edit = self.statistics.solve(textual)
         if self.trainer.is_global_zero:
             export.save_edit(

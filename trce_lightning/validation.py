@@ -13,6 +13,7 @@ from trce_lightning.option_checks import (
     check_devices,
     check_is_file,
     check_model,
+    check_strategy,
     check_value,
     check_values,
     check_writable,
@@ -34,6 +35,7 @@ def check(config: TrainConfig | EvalConfig | DemoConfig) -> None:
     check_model(config.model, "model.path")
     _check_model_config(config)
     check_devices(config.trainer.devices)
+    check_strategy(config.trainer.strategy)
     if isinstance(config, DemoConfig):
         _check_demo(config)
         return

@@ -51,7 +51,7 @@ _STYLE_HINTS = {
     "twemoji": ("sticker", "drawn sticker", "simple sticker", "plain sticker picture"),
     "fluent": ("clay", "render", "clay render", "rendered clay", "soft clay render"),
 }
-"""Words that hint at a style: parts of its own words."""
+"""Words that hint at a style: around a part of its own words."""
 _STYLE_PATTERNS = {
     style: re.compile(rf"\b(?:{'|'.join(sorted(map(re.escape, words), key=len, reverse=True))})\b")
     for style, words in STYLE_WORDS.items()
@@ -99,7 +99,7 @@ def concept_prompt_sets(
     streams = (_embedded_streams if embedded else _open_streams)(concepts, split)
     sets = []
     for name in names:
-        if usable := [part for part in streams.get(name, []) if part.units]:
+        if usable := [part for part in streams.get(name, []) if part.units and part.frames]:
             labelled = name not in (DIRECT, IMPLICIT)
             sets.append(PromptSet(name, tuple(_records(f"{name}-{split}", size, usable, labelled))))
         else:
@@ -183,7 +183,8 @@ def _check_visible(concepts: Sequence[Concept]) -> None:
         if not (concept_subjects(concept) or concept_styles(concept)):
             raise ValueError(
                 f"concept.{concept.name}: expected a concept that the embedded model's judge can see, but it "
-                f"can see none of this one; it sees the concepts style and unsafe, the categories "
+                f"can see none of this one; it sees styles by one of the terms "
+                f"{', '.join(_words_in(STYLE_WORDS, STYLES))}, the concept unsafe, the categories "
                 f"{', '.join(dict.fromkeys(subject.category for subject in SUBJECTS))}, and these subjects: "
                 f"{', '.join(subject.name for subject in SUBJECTS)}"
             )

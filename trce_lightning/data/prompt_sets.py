@@ -113,8 +113,7 @@ def concept_styles(concept: Concept) -> tuple[str, ...]:
     """The embedded model's styles that a concept of kind ``style`` names, in the order of ``STYLES``."""
     if concept.kind != "style":
         return ()
-    named = {style for style, words in STYLE_WORDS.items() if concept.phrases & set(map(phrase_of, words))}
-    return tuple(style for style in STYLES if style in named)
+    return tuple(style for style in STYLES if concept.phrases & set(map(phrase_of, STYLE_WORDS[style])))
 
 
 def benign_subjects(concepts: Iterable[Concept] = ()) -> tuple[str, ...]:
