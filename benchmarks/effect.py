@@ -64,6 +64,7 @@ def scores(config: TrainConfig, folder: Path) -> str:
     """One run of `train.py` without its files; its scores and what its trajectories took, in one line."""
     config.runs, config.cache = str(folder / "runs"), str(folder)
     run = TrainingRun(config, concepts_of(config))
+    run.open()
     run.erase_and_score()
     assert run.erased is not None and run.plan is not None
     return f"{run.plan.network_evaluations} evaluations: {one_line(run.erased.scores)}"

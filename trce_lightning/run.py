@@ -20,9 +20,11 @@ def train(config: TrainConfig) -> None:
     set_up_logging()
     pl.seed_everything(config.seed, workers=True, verbose=False)
     run = TrainingRun(config, merge_previous(config))
-    announce.training(run)
     if config.plan:
+        announce.training(run)
         return
+    run.open()
+    announce.training(run)
     run.erase_and_score()
     run.write()
 

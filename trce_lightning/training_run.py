@@ -81,8 +81,7 @@ class TrainingRun:
         self.statistics: TextualStatistics | None = None
 
     def erase_and_score(self) -> None:
-        """All steps but writing the results."""
-        self.open()
+        """All steps between :meth:`open` and :meth:`write`."""
         self.sample_trajectories()
         self.score_original()
         self.solve()
