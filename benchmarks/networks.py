@@ -16,6 +16,8 @@ from trce_lightning.emoji.clip import tokenizer_of
 from trce_lightning.emoji.unet import build_scheduler
 
 LATENT_SIDE = 64
+LARGEST_BATCH = 2
+"""One malicious and one unconditional latent at 512 px: what training holds in 14 GB."""
 TOKENS = 77
 VOCABULARY = 49408
 

@@ -17,15 +17,16 @@ from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
 from trce_lightning.emoji.package import weights_folder
 
 SHARE = 1.15
-LATENT_SIDES = (16,)
 ROWS = 5
 """Of a batch: one malicious latent and four unconditional ones, as in the paper."""
+SIZES = ((16, ROWS, 5), (networks.LATENT_SIDE, networks.LARGEST_BATCH, 3))
+"""Latents' side, rows of a batch, and how many steps are timed; the first of them warms up."""
 
 
-def stable_diffusion(latent_side: int) -> tuple[float, float]:
+def stable_diffusion(latent_side: int, rows: int, steps: int) -> tuple[float, float]:
     """Plain and ours at full size."""
     adapter = StableDiffusionAdapter(networks.pipeline(), resolution=8 * latent_side)
-    return fit_in_turns(adapter, small(ROWS, epochs=5))
+    return fit_in_turns(adapter, small(rows, epochs=steps))
 
 
 def embedded() -> tuple[float, float]:
@@ -68,10 +69,10 @@ def evaluation(unet: UNet2DConditionModel) -> plain.Network:
 def run() -> list[Row]:
     """Whole steps of Lightning's loop: data, forward, backward, optimizer, logging."""
     rows = []
-    for side in LATENT_SIDES:
-        forward_backward, step = alone(stable_diffusion, side)
+    for side, size, steps in SIZES:
+        forward_backward, step = alone(stable_diffusion, side, size, steps)
         what = (
-            f"training step, SD 1.4 at {side}×{side} latents, {ROWS} in a batch, against forward + backward"
+            f"training step, SD 1.4 at {side}×{side} latents, {size} in a batch, against forward + backward"
         )
         rows.append(Row(what, step, "s", forward_backward, most_share=SHARE))
     forward_backward, step = alone(embedded)
