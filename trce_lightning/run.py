@@ -20,11 +20,11 @@ def train(config: TrainConfig) -> None:
     set_up_logging()
     pl.seed_everything(config.seed, workers=True, verbose=False)
     run = TrainingRun(config, merge_previous(config))
-    if config.plan:
-        announce.training(run)
-        return
-    run.open()
+    if not config.plan:
+        run.open()  # before anything is said, so that run.log has it
     announce.training(run)
+    if config.plan:
+        return
     run.erase_and_score()
     run.write()
 

@@ -183,7 +183,7 @@ def _check_visible(concepts: Sequence[Concept]) -> None:
         if not (concept_subjects(concept) or concept_styles(concept)):
             raise ValueError(
                 f"concept.{concept.name}: expected a concept that the embedded model's judge can see, but it "
-                f"can see none of this one; it sees styles by one of the terms "
+                "can see none of this one; it sees styles by one of the terms "
                 f"{', '.join(_words_in(STYLE_WORDS, STYLES))}, the concept unsafe, the categories "
                 f"{', '.join(dict.fromkeys(subject.category for subject in SUBJECTS))}, and these subjects: "
                 f"{', '.join(subject.name for subject in SUBJECTS)}"
