@@ -16,8 +16,8 @@ from benchmarks.plain import trained_parameters
 from benchmarks.report import Row
 from trce_lightning.cli import config_folder
 from trce_lightning.concepts import load_concept
-from trce_lightning.kept import ENCODE_BATCH
 from trce_lightning.session import KEEP_LIMIT
+from trce_lightning.textual import batches_by_length
 
 PEAK_TFLOPS = {"RTX 4090": 165.2, "H100 SXM": 989.4}
 """Dense bfloat16 with float32 accumulation."""
@@ -45,8 +45,9 @@ def text(lengths: Sequence[int], tokens: int | None = None) -> float:
     with torch.device("meta"):
         encoder = networks.text_encoder()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        for batch in torch.tensor(sorted(lengths)).split(ENCODE_BATCH):
-            encoder(torch.zeros(len(batch), tokens or int(batch.max()), dtype=torch.int64, device="meta"))
+        for rows in batches_by_length(lengths):
+            longest = tokens or max(lengths[row] for row in rows)
+            encoder(torch.zeros(len(rows), longest, dtype=torch.int64, device="meta"))
     return counter.get_total_flops() / 1e12
 
 

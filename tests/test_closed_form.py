@@ -7,7 +7,7 @@ from torch import Tensor
 from trce_lightning.closed_form import (
     Edit,
     KeepStatistics,
-    apply_edit,
+    apply_edits,
     keep_statistics,
     merge_keep,
     merge_pairs,
@@ -40,6 +40,11 @@ def objective(
     return total
 
 
+def edited_by(weight: Tensor, transform: Tensor) -> Tensor:
+    (edited,) = apply_edits([weight], transform)
+    return edited
+
+
 def gradient(edited: Tensor, *rest: object) -> Tensor:
     leaf = edited.clone().requires_grad_()
     (grad,) = torch.autograd.grad(objective(leaf, *rest), leaf)  # type: ignore[arg-type]
@@ -55,7 +60,7 @@ def test_gradient_of_objective_is_zero(generator: torch.Generator, concept_sizes
     edit = solve_edit(pairs, keep_statistics(kept, kept_weights), eta=ETA, ridge=RIDGE)
 
     rest = (weight, concepts, kept, kept_weights)
-    assert gradient(apply_edit(weight, edit.transform), *rest).abs().max() < 1e-12
+    assert gradient(edited_by(weight, edit.transform), *rest).abs().max() < 1e-12
     for not_minimal in (edit.transform + 1e-4 * randn(generator, D, D), torch.eye(D, dtype=torch.float64)):
         assert gradient(weight @ not_minimal, *rest).abs().max() > 1e-5
     assert pairs.count == sum(concept_sizes)
@@ -73,12 +78,12 @@ def test_naive_loop_per_layer_agrees(generator: torch.Generator) -> None:
         for e_k in kept:
             left = left + ETA * torch.outer(weight @ e_k, e_k) / 9
             right = right + ETA * torch.outer(e_k, e_k) / 9
-        torch.testing.assert_close(apply_edit(weight, edit.transform), left @ torch.linalg.inv(right))
+        torch.testing.assert_close(edited_by(weight, edit.transform), left @ torch.linalg.inv(right))
 
 
 def test_edited_projection_equals_original_on_transformed_states(generator: torch.Generator) -> None:
     edit, weight, states = _some_edit(generator), randn(generator, D_OUT, D), randn(generator, 2, 4, D)
-    edited = states @ apply_edit(weight, edit.transform).mT
+    edited = states @ edited_by(weight, edit.transform).mT
     torch.testing.assert_close(edited, (states @ edit.transform.mT) @ weight.mT)
     assert not torch.allclose(edited, (states @ edit.transform) @ weight.mT)
 
@@ -109,16 +114,16 @@ def test_streaming_keep_equals_one_batch(generator: torch.Generator) -> None:
 def test_union_solves_from_the_original_without_accumulating(generator: torch.Generator) -> None:
     concepts = [pair_statistics(randn(generator, n, D), randn(generator, n, D)) for n in (3, 8, 5)]
     keep, weight = keep_statistics(randn(generator, 30, D)), randn(generator, D_OUT, D)
-    once = apply_edit(weight, solve_edit(merge_pairs(concepts), keep, eta=ETA, ridge=RIDGE).transform)
+    once = edited_by(weight, solve_edit(merge_pairs(concepts), keep, eta=ETA, ridge=RIDGE).transform)
     for known in (1, 2, 3):
-        grown = apply_edit(
+        grown = edited_by(
             weight, solve_edit(merge_pairs(concepts[:known]), keep, eta=ETA, ridge=RIDGE).transform
         )
     assert torch.equal(grown, once)
 
     composed = weight
     for concept in concepts:
-        composed = apply_edit(composed, solve_edit(concept, keep, eta=ETA, ridge=RIDGE).transform)
+        composed = edited_by(composed, solve_edit(concept, keep, eta=ETA, ridge=RIDGE).transform)
     assert not torch.allclose(composed, once, atol=1e-3)
 
 
@@ -154,7 +159,7 @@ def test_an_edit_keeps_the_weights_dtype_and_precision(
     generator: torch.Generator, dtype: torch.dtype
 ) -> None:
     edit, weight = _some_edit(generator), randn(generator, D_OUT, D).to(dtype)
-    edited = apply_edit(weight, edit.transform)
+    edited = edited_by(weight, edit.transform)
     assert edited.dtype == dtype
     precision = torch.finfo(dtype).eps
     expected = weight.double() @ edit.transform
@@ -204,7 +209,7 @@ def test_malformed_statistics_refused() -> None:
     with pytest.raises(ValueError, match=r"sizes \[2, 7\]"):
         merge_pairs([pair_statistics(ones, ones), pair_statistics(torch.ones(1, 2), torch.ones(1, 2))])
     with pytest.raises(ValueError, match=r"weight must be \[d_out, 7\]"):
-        apply_edit(torch.ones(D, 3), torch.eye(D))
+        list(apply_edits([torch.ones(D, 3)], torch.eye(D)))
 
 
 def _some_edit(generator: torch.Generator, ridge: float = RIDGE) -> Edit:

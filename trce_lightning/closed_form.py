@@ -148,12 +148,6 @@ def solve_edit(pairs: PairStatistics, keep: KeepStatistics, *, eta: float, ridge
     return Edit(transform, condition_number, erase_residual, keep_residual)
 
 
-def apply_edit(weight: Tensor, transform: Tensor) -> Tensor:
-    """W' = W T for `weight` [d_out, d], in its dtype and on its device; see `apply_edits`."""
-    (edited,) = apply_edits([weight], transform)
-    return edited
-
-
 def apply_edits(weights: Iterable[Tensor], transform: Tensor) -> Iterator[Tensor]:
     """W' = W T for each W [d_out, d] of `weights`, in its dtype and on its device.
 

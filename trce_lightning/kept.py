@@ -59,7 +59,7 @@ def cached_kept(
     file = cache / f"kept-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.safetensors"
 
     def encode(rank: Rank) -> None:
-        # One rank decides: another run may write the file between two looks at it.
+        # Rank 0 decides: another run may write the file between two ranks' looks at it.
         if trainer.strategy.broadcast(file.exists()):
             return
         home = adapter.text_encoder.device

@@ -91,14 +91,19 @@ def _encode_each(
     adapter: StableDiffusionAdapter, prompts: Sequence[str], *, trimmed: bool
 ) -> list[TextStates]:
     """Every prompt's states ``[1, L, d]``, encoded together with prompts of like length, to trim most."""
-    lengths = torch.tensor([len(ids) for ids in adapter.tokenizer(list(prompts), truncation=True).input_ids])
+    lengths = [len(ids) for ids in adapter.tokenizer(list(prompts), truncation=True).input_ids]
     encoded: dict[int, TextStates] = {}
-    for batch in tqdm(lengths.argsort(stable=True).split(ENCODE_BATCH), "encoding pairs", leave=False):
-        rows = batch.tolist()
+    for rows in tqdm(batches_by_length(lengths), "encoding pairs", leave=False):
         text = adapter.encode([prompts[row] for row in rows], trimmed=trimmed)
         one_by_one = zip(text.states.split(1), text.input_ids.split(1), strict=True)
         encoded |= {row: TextStates(*one) for row, one in zip(rows, one_by_one, strict=True)}
     return [encoded[row] for row in range(len(prompts))]
+
+
+def batches_by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Row indices in order of length, in batches of like length."""
+    order = torch.tensor(lengths).argsort(stable=True)
+    return [batch.tolist() for batch in order.split(ENCODE_BATCH)]
 
 
 def _aligned(

@@ -30,6 +30,7 @@ from trce_lightning.data.trajectories import generator_of, sample_missing
 from trce_lightning.kept import cached_kept
 from trce_lightning.metrics.real_images import source_fingerprint
 from trce_lightning.module import TRCE
+from trce_lightning.ranks import on_each_rank
 from trce_lightning.schema import TrainConfig
 from trce_lightning.scored import SCORED_SCHEMA, Scored, log_scores
 from trce_lightning.scoring import Scorer, score_on_all_ranks
@@ -136,7 +137,9 @@ class TrainingRun:
     def _cached_scores(self, title: str, scorer: Scorer) -> Original:
         folder = self._original_folder(scorer)
         file = self._original_scores(scorer)
-        if not self.is_scored(scorer):
+        # Rank 0 decides: another run may write the file between two ranks' looks at it.
+        decide = self.trainer.strategy.broadcast
+        if not on_each_rank(self.trainer, lambda _: decide(self.is_scored(scorer))):
             scores = score_on_all_ranks(self.trainer, scorer, folder, f"original model, {title}")
             if self.trainer.is_global_zero:
                 Scored(scores, scorer.detections).save(file)

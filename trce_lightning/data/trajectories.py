@@ -46,18 +46,21 @@ def is_cached(file: Path, fingerprint: str) -> bool:
 
 
 class TrajectorySampler(pl.LightningModule):
-    """Samples shards under ``Trainer.predict``, which splits them over ranks. Never applies stage 1."""
+    """Samples ``shards`` that ``folder`` lacks under ``Trainer.predict``, which splits them over ranks.
+
+    Never applies stage 1.
+    """
 
     def __init__(
         self,
         adapter: StableDiffusionAdapter,
         plan: TrajectoryPlan,
-        missing: Sequence[Shard],
+        shards: Sequence[Shard],
         folder: Path,
         fingerprint: str,
     ) -> None:
         super().__init__()
-        self.adapter, self.plan, self.shards = adapter, plan, missing
+        self.adapter, self.plan, self.shards = adapter, plan, shards
         self.folder, self.fingerprint = folder, fingerprint
         self.unet = adapter.unet
         self.timesteps = adapter.timesteps(plan.num_steps)
@@ -67,10 +70,12 @@ class TrajectorySampler(pl.LightningModule):
         self.adapter.to(self.device)
 
     def predict_step(self, shard_index: int, batch_index: int) -> None:
-        """Sample one shard and write it whole; nothing to do past the last one."""
+        """Sample one shard and write it whole; nothing to do if it is there, or past the last one."""
         if shard_index >= len(self.shards):
             return
         name, trajectories = self.shards[shard_index]
+        if is_cached(self.folder / name, self.fingerprint):
+            return
         states = self._text_states(trajectories)
         rows = self._sample(trajectories, states)
         write_safetensors(self.folder / name, rows, {"fingerprint": self.fingerprint})
@@ -146,14 +151,15 @@ def sample_missing(
     folder.mkdir(parents=True, exist_ok=True)
     generator = generator_of(adapter.fingerprint(), trainer)
     missing = missing_shards(plan, folder, shard_size, generator)
-    if missing:
-        sampler = TrajectorySampler(adapter, plan, missing, folder, plan.fingerprint(generator))
-        # Lightning moves batches to the device field by field and refuses frozen dataclasses: send indices.
-        # It also wants at least one for each rank.
-        indices = range(max(len(missing), trainer.world_size))
-        loader: DataLoader[int] = DataLoader(indices, batch_size=None)  # type: ignore[arg-type]
-        trainer.predict(sampler, loader, return_predictions=False)
-        trainer.strategy.barrier()
+    every = shards(plan, shard_size)
+    sampler = TrajectorySampler(adapter, plan, every, folder, plan.fingerprint(generator))
+    # All shards on all ranks, whatever is missing: another run may write one between two ranks' looks.
+    # Indices, since Lightning moves batches to the device field by field and refuses frozen dataclasses;
+    # it also wants at least one for each rank.
+    indices = range(max(len(every), trainer.world_size))
+    loader: DataLoader[int] = DataLoader(indices, batch_size=None)  # type: ignore[arg-type]
+    trainer.predict(sampler, loader, return_predictions=False)
+    trainer.strategy.barrier()
     return sum(row.network_evaluations for _, rows in missing for row in rows)
 
 
