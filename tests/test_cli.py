@@ -63,6 +63,7 @@ WRONG = [
     (["+trainer.device=2"], ["'trainer.device'", "Did you mean 'trainer.devices'?"]),
     (["--trainer.device", "2"], ["'trainer.device'", "Did you mean 'trainer.devices'?"]),
     (["exprt=delta"], ["'exprt'", "Did you mean 'export'?"]),
+    (["metrics.sets=[foo]"], ["'metrics.sets'.\n", "valid here: metrics.batch_size, "]),
     (["trainer.precision.x=1"], ["'trainer.precision'"]),
     (["--trainer.devices"], ["'--trainer.devices' needs a value"]),
     (["--trainer.devices", "concept=violence"], ["'--trainer.devices' needs a value"]),

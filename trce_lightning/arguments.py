@@ -63,10 +63,10 @@ def rewrite(argv: list[str], schema: type, groups: Iterable[str]) -> list[str]:
     return [*result, f"concept={_store(_from_words(words))}"] if words else result
 
 
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """` Did you mean 'x'?`, or nothing where no choice is close."""
+def did_you_mean(word: str, choices: Iterable[str], prefix: str = "") -> str:
+    """` Did you mean 'x'?`, with what stands before each choice, or nothing where no choice is close."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    return f" Did you mean {prefix + close[0]!r}?" if close else ""
 
 
 def annotation(schema: type, key: str, groups: Iterable[str] = ()) -> Any:
@@ -79,7 +79,7 @@ def annotation(schema: type, key: str, groups: Iterable[str] = ()) -> Any:
         elif dataclasses.is_dataclass(current):
             hints = get_type_hints(current)
             if part not in hints:
-                raise ValueError(_unknown(key, walked, part, hints if walked else [*hints, *groups]))
+                raise ValueError(_unknown(key, walked, part, hints if walked else {*hints, *groups}))
             current = hints[part]
         else:
             raise ValueError(f"unknown option {key!r}: {'.'.join(walked)!r} has no parts")
@@ -88,9 +88,9 @@ def annotation(schema: type, key: str, groups: Iterable[str] = ()) -> Any:
 
 
 def _unknown(key: str, walked: list[str], part: str, valid: Iterable[str]) -> str:
-    names = sorted({".".join([*walked, name]) for name in valid})
-    hint = did_you_mean(".".join([*walked, part]), names)
-    return f"unknown option {key!r}.{hint}\nvalid here: {', '.join(names)}"
+    prefix = "".join(f"{name}." for name in walked)
+    names = sorted({prefix + name for name in valid})
+    return f"unknown option {key!r}.{did_you_mean(part, valid, prefix)}\nvalid here: {', '.join(names)}"
 
 
 def _join(argv: list[str], schema: type, groups: Iterable[str]) -> Iterator[str]:
