@@ -278,6 +278,9 @@ def test_what_the_judge_cannot_see_is_refused_by_name():
     for concepts in (load("sexual"), load("violence,sexual")):
         with pytest.raises(ValueError, match=r"concept\.sexual.* can see none .*violence.*kitchen knife"):
             concept_prompt_sets(concepts, embedded=True, size=4, split="tune")
+    cubism = Concept.from_terms(["cubism"], kind="style")
+    with pytest.raises(ValueError, match=r"concept\.cubism.* can see none .*styles by .*flat sticker.* 3d$"):
+        concept_prompt_sets([cubism], embedded=True, size=4, split="tune")
 
 
 @pytest.mark.parametrize(("size", "split", "count"), [(0, "tune", 1), (4, "test", 1), (4, "tune", 0)])

@@ -183,11 +183,16 @@ def _check_visible(concepts: Sequence[Concept]) -> None:
         if not (concept_subjects(concept) or concept_styles(concept)):
             raise ValueError(
                 f"concept.{concept.name}: expected a concept that the embedded model's judge can see, but it "
-                "can see none of this one; it sees styles by one of the terms "
-                f"{', '.join(_words_in(STYLE_WORDS, STYLES))}, the concept unsafe, the categories "
-                f"{', '.join(dict.fromkeys(subject.category for subject in SUBJECTS))}, and these subjects: "
-                f"{', '.join(subject.name for subject in SUBJECTS)}"
+                f"can see none of this one; it sees {_visible(concept.kind)}"
             )
+
+
+def _visible(kind: str) -> str:
+    if kind == "style":
+        return f"styles by one of the terms {', '.join(_words_in(STYLE_WORDS, STYLES))}"
+    categories = ", ".join(dict.fromkeys(subject.category for subject in SUBJECTS))
+    names = ", ".join(subject.name for subject in SUBJECTS)
+    return f"the concept unsafe, the categories {categories}, and these subjects: {names}"
 
 
 def _open_streams(concepts: Sequence[Concept], split: Split) -> dict[str, list[Stream]]:
