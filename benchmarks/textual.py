@@ -34,7 +34,7 @@ from trce_lightning.textual import TextualStatistics, apply_edit_, pair_states, 
 from trce_lightning.trainers import make_trainer
 
 log = logging.getLogger(__name__)
-REPEATS, ENCODING_REPEATS = 3, 1
+REPEATS = 3
 ONE_SLOT = (1.0,)
 CHECKED_PAIRS = 8
 KEPT_PROMPTS = 64
@@ -155,7 +155,7 @@ def run() -> list[Row]:
             },
             REPEATS,
         )
-        whole = in_turns({"encoding": stage1.plain_states, "ours": stage1.ours}, ENCODING_REPEATS)
+        whole = in_turns({"encoding": stage1.plain_states, "ours": stage1.ours}, REPEATS)
     encoded = whole["encoding"] + algebra["plain"]
     return [
         Row("stage 1 with text encoding", whole["ours"], "s", encoded, least_gain=8),
