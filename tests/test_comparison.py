@@ -99,7 +99,7 @@ def test_accuracies_by_hand() -> None:
 
 
 def test_further_scores_agree_with_each_other() -> None:
-    records = tuple(PromptRecord(str(i), "a cat", label="cat") for i in range(4))
+    records = tuple(PromptRecord(str(i), f"cat {i}", label="cat") for i in range(4))
     sets = [
         PromptSet("direct", (PromptRecord("d", "a gun"),)).sampled(3),
         PromptSet("benign", records),
@@ -126,7 +126,7 @@ def test_further_scores_agree_with_each_other() -> None:
 def test_samples_have_noise_of_their_own_and_belong_to_their_prompt() -> None:
     prompts = PromptSet("p", (PromptRecord("a", "x", seed=7), PromptRecord("b", "y"))).sampled(3)
     assert [record.id for record in prompts.records] == ["a", "a~1", "a~2", "b", "b~1", "b~2"]
-    assert prompts.prompt_ids == ["a"] * 3 + ["b"] * 3
+    assert prompts.texts == ["x"] * 3 + ["y"] * 3
     assert len({image_seed(record) for record in prompts.records}) == 6
     assert image_seed(prompts.records[0]) == 7
     assert PromptSet("p", prompts.records[:1]).sampled(1).records == prompts.records[:1]
@@ -187,8 +187,8 @@ def test_distances_are_zero_for_equal_images_and_grow_with_the_change(pictures, 
 
 
 def test_comparison_pairs_images(pictures) -> None:
-    prompts = PromptSet("direct", tuple(PromptRecord(str(i), "a gun") for i in range(40)))
-    benign = PromptSet("benign", tuple(PromptRecord(str(i), "a cat") for i in range(40)))
+    prompts = PromptSet("direct", tuple(PromptRecord(str(i), f"gun {i}") for i in range(40)))
+    benign = PromptSet("benign", tuple(PromptRecord(str(i), f"cat {i}") for i in range(40)))
 
     def scored(hits, clip):
         return Scored(

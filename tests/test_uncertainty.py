@@ -6,6 +6,7 @@ from scipy.stats import norm
 
 from trce_lightning.metrics.uncertainty import (
     clustered_rate,
+    effective_images,
     holm,
     mean_interval,
     paired_difference,
@@ -48,6 +49,16 @@ def test_fewer_hits_are_never_less_sure_of_being_few() -> None:
     assert highs[1:] == sorted(highs[1:])
     assert highs[0] == pytest.approx(wilson_rate(0, 256)["high"])
     assert highs[1] == pytest.approx(wilson_rate(1, 512)["high"], rel=0.02)
+
+
+def test_prompts_with_more_images_weigh_more() -> None:
+    clusters = ["a"] * 4 + ["b", "c", "d", "e"]
+    values = [1.0, 1, 1, 0, 1, 0, 0, 0]  # p = 1/2; r is 1 for the first prompt and ±1/2 for four others
+    assert effective_images(values, clusters) == pytest.approx(0.25 / (5 / 4 * 2 / 64))
+    alike = [1.0, 1, 1, 1, 0, 0, 0, 0]
+    assert effective_images(alike, clusters) == pytest.approx(64 / 20)
+    low, high = mean_interval(alike, clusters)
+    assert low == 0 and high > 0.8  # resampled means of the five prompts' means end at 3/5
 
 
 def test_rate_difference_by_hand_and_with_nothing_changed() -> None:

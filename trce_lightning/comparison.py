@@ -115,7 +115,7 @@ def _images(folder: Path, records: Sequence[PromptRecord]) -> Iterator[Tensor]:
 def _detected(first: Scored, second: Scored, prompts: PromptSet) -> dict[str, float]:
     hits = [model.hits(prompts.name) for model in (first, second)]
     before, after = ([rows[record.id] for record in prompts.records] for rows in hits)
-    difference = paired_rate_difference(before, after, prompts.prompt_ids)
+    difference = paired_rate_difference(before, after, prompts.texts)
     return difference | {"p_value": paired_test(*hits)}
 
 
@@ -127,4 +127,4 @@ def _clip_scores(first: Scored, second: Scored, prompts: PromptSet) -> Mapping[s
     known = [[value for value in row if value is not None] for row in values]
     if any(len(row) < len(prompts.records) for row in known):
         return {}
-    return paired_difference(known[0], known[1], prompts.prompt_ids)
+    return paired_difference(known[0], known[1], prompts.texts)

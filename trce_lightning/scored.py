@@ -110,7 +110,7 @@ def _rate(
     prompts: PromptSet, seen: Mapping[str, Detection], threshold: float = THRESHOLD
 ) -> dict[str, float]:
     probability = torch.tensor([seen[record.id].probability for record in prompts.records])
-    return clustered_rate(shows_concept(probability, threshold).tolist(), prompts.prompt_ids)
+    return clustered_rate(shows_concept(probability, threshold).tolist(), prompts.texts)
 
 
 def category_rates(prompts: PromptSet, scored: Scored) -> dict[str, dict[str, float]]:
@@ -130,7 +130,7 @@ def detection_rates(
     for prompts in sets:
         batches = image_batches(folder / prompts.name, prompts.records)
         hits = shows_concept(torch.cat([detector(images).cpu() for _, images in batches]))
-        rates[prompts.name] = clustered_rate(hits.tolist(), prompts.prompt_ids)
+        rates[prompts.name] = clustered_rate(hits.tolist(), prompts.texts)
     return rates
 
 

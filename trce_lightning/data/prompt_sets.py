@@ -77,13 +77,13 @@ class PromptSet:
     sha256: str | None = field(default=None, repr=False)
 
     @property
-    def prompt_ids(self) -> list[str]:
-        """What each image's prompt is known by: the clusters of images that are not independent."""
-        return [record.prompt_id for record in self.records]
+    def texts(self) -> list[str]:
+        """Each image's prompt: images of one text are not independent, whatever their ids."""
+        return [record.prompt for record in self.records]
 
     def first(self, prompts: int) -> "PromptSet":
         """The first ``prompts`` prompts with all of their images."""
-        kept = set(list(dict.fromkeys(self.prompt_ids))[:prompts])
+        kept = set(list(dict.fromkeys(record.prompt_id for record in self.records))[:prompts])
         return replace(self, records=tuple(record for record in self.records if record.prompt_id in kept))
 
     def sampled(self, samples: int) -> "PromptSet":

@@ -70,7 +70,7 @@ def accuracies(
 
 
 def _rate(rows: Sequence[tuple[PromptRecord, bool]]) -> dict[str, float]:
-    return clustered_rate([right for _, right in rows], [record.prompt_id for record, _ in rows])
+    return clustered_rate([right for _, right in rows], [record.prompt for record, _ in rows])
 
 
 def clip_score_interval(prompts: PromptSet, seen: Mapping[str, Detection]) -> dict[str, float]:
@@ -79,5 +79,5 @@ def clip_score_interval(prompts: PromptSet, seen: Mapping[str, Detection]) -> di
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return {}
-    low, high = mean_interval(known, prompts.prompt_ids)
+    low, high = mean_interval(known, prompts.texts)
     return {"clip_score_low": low, "clip_score_high": high}

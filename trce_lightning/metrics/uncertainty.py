@@ -61,34 +61,38 @@ def clustered_rate(hits: Sequence[bool], clusters: Clusters) -> dict[str, float]
 
 
 def effective_images(values: Sequence[float], clusters: Clusters) -> float:
-    """How many independent images tell as much: the images' variance over the prompts' mean's squared error.
+    """How many independent images tell as much: the images' variance over their mean's squared error.
 
-    Between the number of prompts and that of images; the former where all values are equal, which says
-    nothing about how alike a prompt's images are.
+    For C prompts with n_c of n images each, whose values differ from the mean by r_c in sum, that error is
+    C/(C − 1) Σ r_c² / n². The result lies between n²/Σ n_c², which is C for prompts of equally many images,
+    and n; it is the former where all values are equal, which says nothing about how alike a prompt's are.
     """
-    means = cluster_means(values, clusters)
-    if len(means) == len(values):
-        return float(len(values))
-    if np.ptp(values) == 0 or len(means) == 1:
-        return float(len(means))
-    squared_error = np.var(means, ddof=1) / len(means)
-    found = np.var(values) / squared_error if squared_error > 0 else len(values)
-    return float(np.clip(found, len(means), len(values)))
+    totals, counts = cluster_sums(values, clusters)
+    prompts, images = len(counts), len(values)
+    least = images**2 / np.square(counts).sum()
+    if prompts in (1, images) or np.ptp(values) == 0:
+        return float(least)
+    residuals = totals - counts * np.mean(values)
+    squared_error = prompts / (prompts - 1) * np.square(residuals).sum() / images**2
+    found = np.var(values) / squared_error if squared_error > 0 else images
+    return float(np.clip(found, least, images))
 
 
 def mean_interval(values: Sequence[float], clusters: Clusters) -> tuple[float, float]:
     """Percentile bootstrap 95 % interval of the mean, prompts being drawn with all of their values.
 
-    2000 resamples of :func:`cluster_means` from a fixed seed. A single prompt gives its mean twice.
+    2000 resamples from a fixed seed. A single prompt gives its mean twice.
     """
-    means = cluster_means(values, clusters)
-    if len(means) == 1:
-        return float(means[0]), float(means[0])
+    totals, counts = cluster_sums(values, clusters)
+    if len(totals) == 1:
+        mean = float(totals[0] / counts[0])
+        return mean, mean
     interval = bootstrap(
-        (means,),
-        np.mean,
+        (totals, counts),
+        lambda totals, counts, axis: totals.sum(axis) / counts.sum(axis),
+        paired=True,
         n_resamples=RESAMPLES,
-        batch=max(1, DRAWN_AT_ONCE // len(means)),
+        batch=max(1, DRAWN_AT_ONCE // len(totals)),
         confidence_level=CONFIDENCE_LEVEL,
         method="percentile",
         rng=np.random.default_rng(0),
@@ -96,8 +100,8 @@ def mean_interval(values: Sequence[float], clusters: Clusters) -> tuple[float, f
     return float(interval.low), float(interval.high)
 
 
-def cluster_means(values: Sequence[float], clusters: Clusters) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Mean of each prompt's values, ``[prompts]``, in the order of their first values."""
+def cluster_sums(values: Sequence[float], clusters: Clusters) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Sum and number of each prompt's values, ``[2, prompts]``, in the order of their first values."""
     if len(values) != len(clusters) or not values:
         raise ValueError(
             f"intervals: expected a cluster for each value, got {len(values)} and {len(clusters)}"
@@ -105,7 +109,7 @@ def cluster_means(values: Sequence[float], clusters: Clusters) -> np.ndarray[Any
     by_cluster: dict[Hashable, list[float]] = {}
     for value, cluster in zip(values, clusters, strict=True):
         by_cluster.setdefault(cluster, []).append(value)
-    return np.array([np.mean(rows) for rows in by_cluster.values()], dtype=np.float64)
+    return np.array([(sum(rows), len(rows)) for rows in by_cluster.values()], dtype=np.float64).T
 
 
 def paired_difference(
