@@ -17,7 +17,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, CLIPTextModelWithProjection
 
-from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
+from trce_lightning.adapters import StableDiffusionAdapter, load_adapter, stable_diffusion
 from trce_lightning.adapters.stable_diffusion import fingerprint
 
 PROMPTS = ["a gun", "", "tea", "word " * MAX_LENGTH]
@@ -204,6 +204,29 @@ def test_the_generator_fingerprint_covers_all_that_makes_an_image(
     before = adapter.text_fingerprint()
     adapter.tokenizer.add_tokens(["dagger"])
     assert adapter.text_fingerprint() != before
+
+
+def test_text_states_do_not_depend_on_autocast(tiny_adapter: StableDiffusionAdapter) -> None:
+    expected = tiny_adapter.encode(["a gun"]).states
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tiny_adapter.encode(["a gun"]).states, expected)
+        input_ids = tiny_adapter.tokenize(["a gun"])
+        assert not torch.equal(tiny_adapter.text_encoder(input_ids)[0].float(), expected)
+
+
+def test_the_autoencoder_takes_a_few_images_at_a_time(
+    tiny_adapter: StableDiffusionAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = torch.randn(5, *tiny_adapter.latent_shape)
+    images = tiny_adapter.decode(latents)
+    encoded = tiny_adapter.encode_images(images)
+    sizes: list[int] = []
+    for half in (tiny_adapter.vae.encoder, tiny_adapter.vae.decoder):
+        half.register_forward_hook(lambda network, inputs, output: sizes.append(len(inputs[0])))
+    monkeypatch.setattr(stable_diffusion, "PIXELS_AT_ONCE", 2 * tiny_adapter.side**2)
+    torch.testing.assert_close(tiny_adapter.decode(latents).float(), images.float(), atol=1, rtol=0)
+    torch.testing.assert_close(tiny_adapter.encode_images(images), encoded, atol=1e-5, rtol=1e-4)
+    assert sizes == [2, 2, 1] * 2
 
 
 def test_loads_what_was_saved(tiny_pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:

@@ -17,6 +17,9 @@ from trce_lightning.adapters.single_file import original_state
 from trce_lightning.sampling import ddim_step, previous_alpha_bar
 from trce_lightning.tokens import trim_length
 
+PIXELS_AT_ONCE = 8 * 512**2
+"""Of images that go through the autoencoder together: at 512 px each takes about 0.6 GB, by estimate."""
+
 
 class TextStates(NamedTuple):
     """What the denoiser attends to, with the tokens that it belongs to."""
@@ -110,7 +113,10 @@ class StableDiffusionAdapter:
         input_ids = self.tokenize(prompts)
         if trimmed:
             input_ids = input_ids[:, : trim_length(input_ids, self.tokenizer.eos_token_id)]
-        states = self.text_encoder(input_ids.to(self.text_encoder.device))[0]
+        device = self.text_encoder.device
+        # Lightning's hooks autocast in some places and not in others: states would depend on who asks.
+        with torch.autocast(device.type, enabled=False):
+            states = self.text_encoder(input_ids.to(device))[0]
         return TextStates(states.float(), input_ids)
 
     def predict(self, z_t: Tensor, timestep: Tensor | int, states: Tensor) -> Tensor:
@@ -131,14 +137,22 @@ class StableDiffusionAdapter:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents → uint8 RGB ``[B, 3, H, W]``, rounded as diffusers' image processor does."""
         latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        return torch.cat([self._pixels(part) for part in latents.split(self._images_at_once)])
+
+    def _pixels(self, latents: Tensor) -> Tensor:
         pixels = self.vae.decode(latents).sample.float()
         return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+    @property
+    def _images_at_once(self) -> int:
+        return max(1, PIXELS_AT_ONCE // self.side**2)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """uint8 RGB ``[B, 3, H, W]`` → latents, float32: means of the autoencoder's posterior, scaled."""
         pixels = (images.float() / 127.5 - 1).to(self.vae.device, self.vae.dtype)
-        return self.vae.encode(pixels).latent_dist.mean.float() * self.vae.config.scaling_factor
+        means = [self.vae.encode(part).latent_dist.mean for part in pixels.split(self._images_at_once)]
+        return torch.cat(means).float() * self.vae.config.scaling_factor
 
     def text_projections(self) -> dict[str, nn.Linear]:
         """Every cross-attention K and V by name: bias-free, ``[d_out, d]``, fed with raw text states."""

@@ -135,7 +135,7 @@ def _stack(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def generator_of(model: str, trainer: pl.Trainer) -> str:
     """What makes trajectories: the original model's fingerprint ``model`` and the trainer's precision."""
-    return f"{model} {trainer.precision}"
+    return f"{model} {trainer.precision}, text states in full"
 
 
 def missing_shards(plan: TrajectoryPlan, folder: Path, shard_size: int, generator: str) -> list[Shard]:
