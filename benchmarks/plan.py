@@ -54,8 +54,8 @@ def plain_training() -> int:
 
 
 def paper() -> tuple[TrainConfig, TrajectoryPlan]:
-    """`train.py concept=sexual model=sd14 experiment=paper`, composed and drawn."""
-    config = compose("concept=sexual", "model=sd14", "experiment=paper")
+    """`train.py experiment=sd14_sexual`, composed and drawn."""
+    config = compose("experiment=sd14_sexual")
     concept = load_concept(cli.config_folder() / "concept" / "sexual.yaml")
     return config, draw_plan(concept.pairs(), config.trajectory, config.seed)
 

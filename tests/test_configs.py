@@ -96,8 +96,8 @@ def test_presets_are_the_papers_settings_with_their_model_and_concept(name):
         **asdict(paper.trajectory),
         **dict.fromkeys(counts),
     }
-    # As many unconditional trajectories as one pass over the malicious ones asks for.
-    assert config.trajectory.num_unconditional == 4 * config.trajectory.num_trajectories
+    # Where one pass over the malicious ones takes four points, one trajectory gives them.
+    assert config.trajectory.num_unconditional == config.trajectory.num_trajectories
     published = composed("eval", f"concept={name}").published
     assert set(config.expected.get("asr", {})) <= set(published)
 
