@@ -109,6 +109,14 @@ WRONG = [
     (["concept=violence", "model.path=${gone}"], ["'model.path'", "gone"]),
     (["concept=violence", "textual.keep_prompts=gone.txt"], ["'textual.keep_prompts'", "'gone.txt'"]),
     (["concept=violence", "previous=gone"], ["'previous'", "'gone'"]),
+    (["concept=violence", "model=sd15", "model.judge=null"], ["'model.judge'", "metrics.enabled=false"]),
+    (["concept=style", "model=sd15"], ["'model.judge'", "no style", "got clip"]),
+    (["concept=violence", "model=sd15", "model.clip=null"], ["'model.clip'", "model.judge=clip"]),
+    (["concept=violence", "model.clip=gone"], ["'model.clip'", "none with model.judge=embedded", "'gone'"]),
+    (
+        ["concept=violence", "trainer.accelerator=cpu", "trainer.devices=2", "trajectory.batch_size=7"],
+        ["trajectory.batch_size", "a multiple of the 2 processes, got 7"],
+    ),
     (["-m", "concept=violence,horror", "seed=-1"], ["'seed'", "at least 0"]),
 ]
 
@@ -123,6 +131,10 @@ def test_wrong_input_is_explained(argv, expected, capsys):
 def test_wrong_input_of_eval_is_explained(capsys):
     text = refusal(capsys, "concept=violence", "prompts=gone.csv", command=cli.evaluate)
     assert "'prompts'" in text and "'gone.csv'" in text
+    for unread in ("seed=3", "metrics.images_per_set=2", "metrics.enabled=false"):
+        assert f"unknown option '{unread.partition('=')[0]}'" in refusal(
+            capsys, "concept=violence", unread, command=cli.evaluate
+        )
     assert "textual" in refusal(capsys, "textual.eta=1", command=cli.evaluate)
 
 
@@ -282,9 +294,9 @@ def test_help_is_what_hydra_would_print(command, capsys, monkeypatch):
     for ours in (cli._HELP, frozenset()):
         monkeypatch.setattr(cli, "_HELP", ours)
         with contextlib.suppress(SystemExit):  # Hydra's way out
-            command(["--help", "seed=4", "model=sd14"])
+            command(["--help", "model.resolution=8", "model=sd14"])
         texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1] and "seed: 4" in texts[0] and "name: sd14" in texts[0]
+    assert texts[0] == texts[1] and "resolution: 8" in texts[0] and "name: sd14" in texts[0]
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["concept=violence", "seed=-1"], ["concept=violense"]])

@@ -34,7 +34,7 @@ from trce_lightning.metrics import (
     save_real_statistics,
 )
 from trce_lightning.metrics.collateral import accuracies, check_labels
-from trce_lightning.metrics.detectors import ClipJudge
+from trce_lightning.metrics.detectors import ClipJudge, ClipJudgeDetector
 from trce_lightning.metrics.real_images import load_real
 from trce_lightning.sampling import seed_of
 
@@ -442,6 +442,15 @@ def test_inception_fid_reads_a_folder_of_real_images_once(inception_weights, tmp
     (tmp_path / "wrong.pth").write_bytes(b"no weights")
     with pytest.raises(ValueError, match=r"model.inception: expected torch-fidelity's weights"):
         inception_fid(tmp_path / "wrong.pth")
+
+
+def test_the_clip_judge_detects_what_it_gives_the_concepts_names(clip) -> None:
+    names, images = ["rose", "a dagger", "steak knife", "knife rack"], random_images(8)
+    concept = Concept("blades", {"a dagger": "a rose", "a knife": "a spoon"})
+    judge = ClipJudge(clip, names)
+    expected = judge(images)["subject"][:, 1:].sum(1)
+    assert torch.equal(ClipJudgeDetector(judge, [concept])(images), expected)
+    assert expected.min() > 0.1 and expected.max() < 1
 
 
 def test_clip_judge_names_what_is_most_alike(clip, tmp_path) -> None:

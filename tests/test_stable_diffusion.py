@@ -35,7 +35,7 @@ from tiny_runs import KEEP_PROMPTS, stage1_statistics
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from trce_lightning import cli
+from trce_lightning import cli, erase
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
 from trce_lightning.adapters.single_file import OPEN_CLIP, original_state, text_state, unet_state, vae_state
 from trce_lightning.closed_form import Edit
@@ -234,6 +234,30 @@ def test_a_single_file_holds_the_same_pipeline(
     assert adapter.fingerprint() == StableDiffusionAdapter(copy_of(original)).fingerprint()
     half = load_adapter(str(file), config=str(folder), dtype=torch.float16)
     assert {t.dtype for t in tensors(half.pipeline).values() if t.is_floating_point()} == {torch.float16}
+
+
+@pytest.mark.usefixtures("clean_process")
+def test_a_model_is_never_taken_for_the_embedded_one(
+    sd1: StableDiffusionPipeline, sd1_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.train(["concept=violence", f"model.path={sd1_folder}", "plan=true"])
+    assert "model=emoji: expected the embedded model or an edit of it" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="name its own family, such as model=sd15"):
+        erase(copy_of(sd1), "violence")
+
+
+@pytest.mark.usefixtures("clean_process")
+def test_stage_2_refuses_to_train_half_precision(sd1: StableDiffusionPipeline, tmp_path: Path) -> None:
+    (captions := tmp_path / "captions.txt").write_text("\n".join(KEEP_PROMPTS))
+    options = ["model=sd15", "model.resolution=64", f"textual.keep_prompts={captions}"]
+    half = copy_of(sd1, torch.float16)
+    before = tensors(half)
+    with pytest.raises(ValueError, match=r"pipeline: expected a denoiser in float32 .* got torch\.float16"):
+        erase(half, "violence", *options)
+    assert not list(moved(before, tensors(half)))
+    erase(half, "violence", "stages=[textual]", *options)
+    assert set(moved(before, tensors(half))) == {f"unet.{name}" for name in KEYS_AND_VALUES}
 
 
 @pytest.mark.usefixtures("clean_process")

@@ -192,4 +192,4 @@ def _data_uri(image: Tensor) -> str:
 
 def _evaluation(config: DemoConfig, path: str | None) -> EvalConfig:
     model = dataclasses.replace(config.model, path=path)
-    return EvalConfig(concept=config.concept, model=model, trainer=config.trainer, seed=config.seed)
+    return EvalConfig(concept=config.concept, model=model, trainer=config.trainer)

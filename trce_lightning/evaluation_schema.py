@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from trce_lightning.data.prompt_sets import BENIGN, DIRECT, IMPLICIT, MIXED, NEIGHBOURS, UNERASED
-from trce_lightning.schema import ConceptConfig, DeviceConfig, MetricsConfig, ModelConfig, option
+from trce_lightning.schema import ConceptConfig, DeviceConfig, ModelConfig, ScoresConfig, option
 
 SAMPLERS = (
     "DPMSolverMultistepScheduler",
@@ -64,9 +64,8 @@ class EvalConfig:
     sets: list[str] = option(list(CONCEPT_SETS), choices=OWN_SETS)  # of the concept's own
     prompts: list[str] = option([])  # CSV files; NAME or NAME:FILE of a published set
     detectors: list[str] = option([])  # dotted names of class detectors, whose scores are stored by image
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    metrics: ScoresConfig = field(default_factory=ScoresConfig)
     trainer: DeviceConfig = field(default_factory=DeviceConfig)
-    seed: int = option(0, at_least=0)
     output: str | None = None
     runs: str = "runs"
     cache: str | None = None

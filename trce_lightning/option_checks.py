@@ -3,11 +3,12 @@
 import dataclasses
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from trce_lightning.arguments import did_you_mean
-from trce_lightning.schema import ModelConfig
+from trce_lightning.schema import ConceptConfig, ModelConfig
 
 
 def check_values(node: Any, prefix: str) -> None:
@@ -63,6 +64,26 @@ def _check_single_file(model: ModelConfig, option: str) -> None:
             "option 'model.config': expected the folder or hub id of the pipeline that "
             f"{model.path!r} is a checkpoint of, got none"
         )
+
+
+def check_judge(model: ModelConfig, concepts: Iterable[ConceptConfig], way_out: str = "") -> None:
+    """Refuse a model that nothing scores, and what its judge doesn't read."""
+    styles = [concept.name for concept in concepts if concept.kind == "style"]
+    if model.judge is None or (model.judge == "clip" and styles):
+        raise ValueError(
+            "option 'model.judge': expected the dotted name of a detector, or clip for what is no style, got "
+            f"{model.judge or 'none'}{way_out}"
+        )
+    if model.judge == "clip" and model.clip is None:
+        raise ValueError(
+            "option 'model.clip': expected CLIP's folder or hub id for model.judge=clip, got none"
+        )
+    own = {"embedded": ("clip", "inception", "real_images", "judge_options"), "clip": ("judge_options",)}
+    for name in own.get(model.judge, ()):
+        if value := getattr(model, name):
+            raise ValueError(
+                f"option 'model.{name}': expected none with model.judge={model.judge}, got {value!r}"
+            )
 
 
 def check_devices(devices: Any) -> None:

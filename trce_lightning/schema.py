@@ -85,7 +85,7 @@ class ModelConfig:
     channels_last: bool = False  # memory layout of denoiser and decoder: NHWC, faster or slower by device
     guidance_scale: float = option(7.5, at_least=0)  # of evaluation images
     num_inference_steps: int = option(50, at_least=1)  # of evaluation images
-    judge: str | None = None  # "embedded", or the dotted name of a detector class
+    judge: str | None = None  # "embedded", "clip" (zero-shot), or the dotted name of a detector class
     judge_options: dict[str, Any] = field(default_factory=dict)  # what that class takes beside the concepts
     clip: str | None = None  # CLIP for CLIP-S: folder or hub id; the embedded model has its own
     inception: str | None = None  # file of Inception's weights for FID, of torch-fidelity
@@ -139,12 +139,16 @@ class OptimizerConfig:
 
 
 @dataclass
-class MetricsConfig:
-    enabled: bool = True
-    images_per_set: int = option(64, at_least=1)  # after each epoch
+class ScoresConfig:
     final_images_per_set: int = option(512, at_least=1)
     samples_per_prompt: int = option(1, at_least=1)  # images of each prompt, from different noise
     batch_size: int = option(64, at_least=1)
+
+
+@dataclass
+class MetricsConfig(ScoresConfig):
+    enabled: bool = True
+    images_per_set: int = option(64, at_least=1)  # after each epoch
 
 
 @dataclass

@@ -18,11 +18,12 @@ from trce_lightning.data.keep_prompts import class_names, keep_prompts
 from trce_lightning.data.prompt_sets import PromptSet, benign_subjects, label_groups
 from trce_lightning.data.published import load_file, prompt_files
 from trce_lightning.emoji.judge import Judge
-from trce_lightning.emoji.package import load_embedded_clip, load_judge, weights_folder
+from trce_lightning.emoji.package import check_embedded, load_embedded_clip, load_judge, weights_folder
 from trce_lightning.evaluation_schema import OWN_SETS, EvalConfig
 from trce_lightning.metrics.collateral import check_labels
 from trce_lightning.metrics.detectors import (
     ClipJudge,
+    ClipJudgeDetector,
     ClipZeroShotDetector,
     Detector,
     EmbeddedJudgeDetector,
@@ -58,7 +59,7 @@ class Session:
     ) -> None:
         self.config, self.concepts = config, list(concepts)
         if adapter is not None:
-            self.adapter = adapter
+            self.adapter = self._fitting(adapter)
 
     @property
     def embedded(self) -> bool:
@@ -69,7 +70,7 @@ class Session:
     def adapter(self) -> StableDiffusionAdapter:
         """The model, on the CPU until a trainer moves it."""
         model = self.config.model
-        return load_adapter(
+        adapter = load_adapter(
             source_of(model),
             dtype=getattr(torch, model.dtype),
             revision=model.revision,
@@ -77,6 +78,13 @@ class Session:
             config=model.config or model.hub_id,
             channels_last=model.channels_last,
         )
+        return self._fitting(adapter)
+
+    def _fitting(self, adapter: StableDiffusionAdapter) -> StableDiffusionAdapter:
+        """The embedded model's judge and captions fit no other."""
+        if "embedded" in (self.config.model.judge, self.config.model.keep.captions):
+            check_embedded(adapter.unet)
+        return adapter
 
     def pairs(self) -> list[PromptPair]:
         """Every concept's pairs."""
@@ -127,8 +135,7 @@ class Session:
     def evaluator_factory(self) -> Callable[[Sequence[str]], Evaluator]:
         """Makes an evaluator with the judge that ``model.judge`` names."""
         detector = self.detector()
-        if detector is None:
-            raise ValueError("model.judge: expected a detector's dotted name to score this model, got none")
+        assert detector is not None, "validation refuses to score without"
         if not isinstance(detector, EmbeddedJudgeDetector):
             return partial(self._open_evaluator, detector)
         folder = weights_folder()
@@ -180,13 +187,12 @@ class Session:
     def detector(self) -> Detector | None:
         """What ``model.judge`` names, None where it names nothing."""
         path, options = self.config.model.judge, self.config.model.judge_options
-        if not self.embedded:
-            return None if path is None else load_detector(path, self.concepts, **options)
-        if options:
-            raise ValueError(
-                f"model.judge_options: expected none with the embedded judge, got {', '.join(options)}"
-            )
-        return EmbeddedJudgeDetector(load_judge(weights_folder()), self.concepts)
+        if self.embedded:
+            return EmbeddedJudgeDetector(load_judge(weights_folder()), self.concepts)
+        if path == "clip":
+            assert self._clip_judge is not None, "validation refuses this judge without CLIP"
+            return ClipJudgeDetector(self._clip_judge, self.concepts)
+        return None if path is None else load_detector(path, self.concepts, **options)
 
     def second_detector(self) -> Detector | None:
         """Zero-shot CLIP on the concepts' names and terms against benign subjects: tuned on nothing."""

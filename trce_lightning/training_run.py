@@ -24,7 +24,7 @@ from trce_lightning import export, results, runs
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.closed_form import Edit
 from trce_lightning.concepts import Concept
-from trce_lightning.data.datamodule import TrajectoryDataModule
+from trce_lightning.data.datamodule import TrajectoryDataModule, check_batch
 from trce_lightning.data.plan import TrajectoryPlan, draw_plan
 from trce_lightning.data.trajectories import generator_of, sample_missing
 from trce_lightning.kept import cached_kept
@@ -63,16 +63,18 @@ class TrainingRun:
         self.fingerprint = self.adapter.fingerprint()
         self.cache = runs.cache_folder(config)
         self.trainer = make_trainer(config.trainer, self.cache)
+        if "trajectory" in config.stages:
+            check_batch(config.trajectory.batch_size, self.trainer.world_size)
+            self._check_precision()
         self.generator = generator_of(self.fingerprint, self.trainer)
         self.plan: TrajectoryPlan | None = None
         if "trajectory" in config.stages:
             self.plan = draw_plan(self.session.pairs(), config.trajectory, config.seed)
         self.scorers: dict[str, Scorer] = {}
         if config.metrics.enabled:
-            self.scorers = {
-                "epochs": self.session.scorer("tune", config.metrics.images_per_set),
-                "final": self.session.scorer("report", config.metrics.final_images_per_set),
-            }
+            if self.plan is not None:
+                self.scorers["epochs"] = self.session.scorer("tune", config.metrics.images_per_set)
+            self.scorers["final"] = self.session.scorer("report", config.metrics.final_images_per_set)
         self.original: dict[str, Original] = {}
         self.erased: Scored | None = None
         self.evaluation: EpochEvaluation | None = None
@@ -80,6 +82,15 @@ class TrainingRun:
         self.evaluations: dict[str, int] = {}
         self.edit: Edit | None = None
         self.statistics: TextualStatistics | None = None
+
+    def _check_precision(self) -> None:
+        """A pipeline in memory may have any; an optimizer's steps are below half precision's."""
+        weights = self.adapter.trainable(self.config.trajectory.trainable).values()
+        if dtypes := {str(weight.dtype) for weight in weights} - {"torch.float32"}:
+            raise ValueError(
+                f"pipeline: expected a denoiser in float32 where stage 2 trains, got {', '.join(dtypes)}; "
+                "trainer.precision sets that of the passes"
+            )
 
     def erase_and_score(self) -> None:
         """All steps between :meth:`open` and :meth:`write`."""

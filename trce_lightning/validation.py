@@ -12,6 +12,7 @@ from trce_lightning.naming import mentions
 from trce_lightning.option_checks import (
     check_devices,
     check_is_file,
+    check_judge,
     check_model,
     check_strategy,
     check_value,
@@ -51,6 +52,7 @@ def _check_evaluation(config: EvalConfig) -> None:
     # Not at the top: only this command reads prompt files, and every one pays for imports at its start.
     from trce_lightning.data.published import check_file, prompt_files
 
+    check_judge(config.model, config.concept.values())
     for path in config.models:
         check_model(dataclasses.replace(config.model, path=path), "models")
     for name, file in prompt_files(config.prompts, config.published):
@@ -136,6 +138,8 @@ def _check_demo(config: DemoConfig) -> None:
     if config.model.path is None:
         raise ValueError("option 'model.path': expected the folder of an erased pipeline, got none")
     check_model(dataclasses.replace(config.model, path=config.original.path), "original.path")
+    if config.model.judge is not None:
+        check_judge(config.model, config.concept.values(), "; model.judge=null gives no verdicts")
     if config.port >= 2**16:
         raise ValueError(f"option 'port': expected at most {2**16 - 1}, got {config.port}")
     if importlib.util.find_spec("gradio") is None:
@@ -147,6 +151,8 @@ def _check_training(config: TrainConfig) -> None:
         items = getattr(config, name)
         if not items or len(set(items)) != len(items):
             raise ValueError(f"option {name!r}: expected one at least and each at most once, got {items}")
+    if config.metrics.enabled:
+        check_judge(config.model, config.concept.values(), "; metrics.enabled=false scores nothing")
     if not config.textual.positions:
         raise ValueError("option 'textual.positions': expected one position at least, got none")
     if config.trajectory.early_steps > config.trajectory.num_steps:

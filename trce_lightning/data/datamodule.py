@@ -53,6 +53,15 @@ class TrajectoryPoints(Dataset[list[EpochItem]]):
         return EpochItem(malicious, tuple(range(first, first + self.each)))
 
 
+def check_batch(batch_size: int, world_size: int) -> None:
+    """``ValueError`` unless the batch divides by the number of ranks."""
+    if batch_size % world_size:
+        raise ValueError(
+            f"trajectory.batch_size: expected a multiple of the {world_size} processes, got {batch_size}; "
+            "trainer.devices sets their number"
+        )
+
+
 class EpochBatches(DistributedSampler[list[int]]):
     """Global batches in an order that depends on (seed, epoch) alone; a rank takes its slice of each.
 
@@ -66,10 +75,7 @@ class EpochBatches(DistributedSampler[list[int]]):
     def __init__(
         self, points: TrajectoryPoints, batch_size: int, seed: int, rank: int, world_size: int
     ) -> None:
-        if batch_size % world_size:
-            raise ValueError(
-                f"trajectory.batch_size: expected a multiple of the {world_size} processes, got {batch_size}"
-            )
+        check_batch(batch_size, world_size)
         super().__init__(points, num_replicas=world_size, rank=rank, seed=seed)
         self.points, self.batch_size = points, batch_size
         self.served = 0

@@ -19,6 +19,18 @@ def weights_folder() -> Path:
     return Path(__file__).parent / "weights"
 
 
+def check_embedded(unet: UNet2DConditionModel) -> None:
+    """``ValueError`` unless the denoiser has the embedded one's shape: what judges it fits no other."""
+    expected = UNet2DConditionModel.load_config(weights_folder() / "unet")
+    names = ("sample_size", "cross_attention_dim")
+    if any(unet.config[name] != expected[name] for name in names):
+        got = ", ".join(f"{name} {unet.config[name]}" for name in names)
+        raise ValueError(
+            f"model=emoji: expected the embedded model or an edit of it, got a network of {got}; "
+            "name its own family, such as model=sd15"
+        )
+
+
 def assemble(source: Path, unet: UNet2DConditionModel, text_encoder: str) -> StableDiffusionPipeline:
     """The pipeline of ``unet``, that text encoder and the other trained parts in ``source``."""
     return StableDiffusionPipeline(

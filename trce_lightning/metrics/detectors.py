@@ -15,6 +15,7 @@ from trce_lightning.emoji.judge import Judge
 from trce_lightning.emoji.subjects import STYLES, subject_index
 from trce_lightning.metrics.factories import made_by
 from trce_lightning.metrics.fidelity import Clip
+from trce_lightning.naming import mentions
 
 
 @runtime_checkable
@@ -112,6 +113,21 @@ class ClipJudge(ClipZeroShot):
     def forward(self, images: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         """uint8 ``[B, 3, H, W]`` → probabilities ``[B, names]`` of ``subject``."""
         return {"subject": super().forward(images)}
+
+
+class ClipJudgeDetector(nn.Module):
+    """p = Σ p_i over the names of a :class:`ClipJudge` that name one of ``concepts``; tuned on nothing."""
+
+    def __init__(self, judge: ClipJudge, concepts: Sequence[Concept]) -> None:
+        super().__init__()
+        self.judge = judge
+        names = judge.vocabulary["subject"]
+        self.members = [index for index, name in enumerate(names) if mentions(name, concepts)]
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 ``[B, 3, H, W]`` → ``[B]``."""
+        return self.judge(images)["subject"][:, self.members].sum(-1)
 
 
 def load_detector(path: str, concepts: Sequence[Concept], **options: Any) -> Detector:
