@@ -31,9 +31,9 @@ def choose_precision(precision: str, accelerator: str) -> str:
     return "bf16-mixed" if native and accelerator in ("auto", "cpu") else "32-true"
 
 
-def native_dtype() -> torch.dtype | None:
-    """What ``auto`` casts to on this machine; None: nothing."""
-    return AUTOCAST[choose_precision("auto", "auto")]
+def native_dtype(device_type: str) -> torch.dtype | None:
+    """What ``auto`` casts to on a device of this machine; None: nothing."""
+    return AUTOCAST[choose_precision("auto", device_type)]
 
 
 def make_trainer(

@@ -42,6 +42,6 @@ class JudgedSamples:
             guidance_scale=3.0,
             num_steps=20,
             batch_size=64,
-            autocast_dtype=native_dtype(),
+            autocast_dtype=native_dtype(self.adapter.device.type),
         )
         return self.judge(images)["subject"].argmax(-1)

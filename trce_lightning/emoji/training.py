@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 def native_autocast(device_type: str) -> torch.autocast:
     """Half precision where hardware has it natively; elsewhere emulation is up to a hundred times slower."""
-    dtype = native_dtype()
+    dtype = native_dtype(device_type)
     return torch.autocast(device_type, dtype, enabled=dtype is not None)
 
 
@@ -42,10 +42,12 @@ class Part(pl.LightningModule):
         )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Fused AdamW, schedule stepped per batch."""
+        """AdamW, fused where clipping allows it, schedule stepped per batch."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        # Fused, it takes gradients as float16's loss scaling leaves them, and these would be clipped.
+        fused = self.trainer.precision != "16-mixed"
         optimizer = torch.optim.AdamW(
-            parameters, lr=self.lr, weight_decay=self.weight_decay, betas=(0.9, 0.99), fused=True
+            parameters, lr=self.lr, weight_decay=self.weight_decay, betas=(0.9, 0.99), fused=fused
         )
         warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=self.warmup_steps)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(

@@ -84,7 +84,8 @@ class UNetPart(Part):
         """Log the share of prompts whose sample shows the subject that they name."""
         prompts, subject = batch
         shown = self.subjects_of_samples(self.unet.state_dict(), prompts)
-        self.log("sample_accuracy", (shown == subject).float().mean(), batch_size=len(prompts), prog_bar=True)
+        right = shown.to(subject.device) == subject
+        self.log("sample_accuracy", right.float().mean(), batch_size=len(prompts), prog_bar=True)
 
 
 def denoising_loss(
