@@ -10,6 +10,7 @@ import torch.distributed as dist
 from conftest import build_tiny_tokenizer
 from scipy.linalg import sqrtm
 from torch import multiprocessing
+from torchmetrics import SumMetric
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from trce_lightning.concepts import Concept
@@ -327,6 +328,15 @@ def test_evaluator_gives_every_score(judge, clip, statistics) -> None:
         evaluator.reset()
     with pytest.raises(ValueError, match="at least one image"):
         evaluator.compute()
+
+
+def test_a_detector_may_answer_on_the_cpu() -> None:
+    evaluator = Evaluator(lambda images: torch.tensor([0.2, 0.7]), ["direct"]).to("meta")
+    # Attack success reads its numbers, which this device has none of.
+    evaluator.rates["direct"] = SumMetric(nan_strategy="disable").to("meta")
+    evaluator.update("direct", random_images(2), [PromptRecord("0", "a gun"), PromptRecord("1", "an axe")])
+    *_, rows = evaluator.detections_by_image["direct"].rows
+    assert rows.device.type == "meta" and rows.shape[0] == 2
 
 
 def test_evaluator_refuses_wrong_input(judge) -> None:

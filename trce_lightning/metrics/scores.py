@@ -145,7 +145,7 @@ class Evaluator(nn.Module):
         for start in range(0, len(images), self.batch_size):
             part = slice(start, start + self.batch_size)
             pixels, rows = images[part].to(self.clip_score.device), records[part]
-            probability = self.detector(pixels)
+            probability = self.detector(pixels).to(pixels.device)
             self.rates[set_name].update(probability)
             seen = {} if self.judge is None else self.judge(pixels)
             best = {name: probabilities.argmax(-1) for name, probabilities in seen.items()}
