@@ -113,6 +113,26 @@ def test_a_concept_more_is_erased_with_those_of_the_run_before(tmp_path: Path, o
     drinks = {"drinks": ConceptConfig("drinks", {"beer": "milk"})}
     config = replace(config_of(tmp_path, previous=str(folder)), concept=drinks)
     assert [concept.name for concept in run.merge_previous(config)] == ["weapons", "drinks"]
-    other = replace(config, concept=drinks, model=ModelConfig(name="tiny", resolution=64))
-    with pytest.raises(ValueError, match="previous: expected a run on the same model, got one on tiny"):
-        run.merge_previous(other)
+    drawn_otherwise = ModelConfig(name="tiny", guidance_scale=4, num_inference_steps=9, judge="a.judge")
+    config = replace(config, concept=drinks, model=drawn_otherwise)
+    assert [concept.name for concept in run.merge_previous(config)] == ["weapons", "drinks"]
+
+
+@pytest.mark.parametrize(
+    ("options", "asked", "got"),
+    [
+        ({"name": "huge"}, "model.name=huge", "model.name=tiny"),
+        ({"path": "folder"}, "model.path=folder", "model.path=None"),
+        ({"hub_id": "a/b"}, "model.hub_id=a/b", "model.hub_id=None"),
+        ({"revision": "v2"}, "model.revision=v2", "model.revision=None"),
+        ({"config": "folder"}, "model.config=folder", "model.config=None"),
+        ({"dtype": "float16"}, "model.dtype=float16", "model.dtype=float32"),
+    ],
+)
+def test_a_run_on_another_model_is_no_previous_one(
+    options: dict[str, str], asked: str, got: str, tmp_path: Path
+) -> None:
+    folder = runs.open_folder(config_of(tmp_path))
+    model = replace(ModelConfig(name="tiny"), **options)
+    with pytest.raises(ValueError, match=f"previous: .*same model, with {asked}, got one with {got}$"):
+        run.merge_previous(replace(config_of(tmp_path, previous=str(folder)), model=model))

@@ -10,9 +10,12 @@ from omegaconf import OmegaConf
 from trce_lightning import announce, runs
 from trce_lightning.concepts import Concept
 from trce_lightning.logs import set_up_logging
-from trce_lightning.schema import TrainConfig
+from trce_lightning.schema import ModelConfig, TrainConfig
 from trce_lightning.session import concepts_of
 from trce_lightning.training_run import TrainingRun
+
+MODEL_IDENTITY = ("name", "path", "hub_id", "revision", "config", "dtype")
+"""Options of a model that its weights and text states depend on."""
 
 
 def train(config: TrainConfig) -> None:
@@ -45,9 +48,19 @@ def merge_previous(config: TrainConfig) -> list[Concept]:
     earlier = OmegaConf.merge(
         OmegaConf.structured(TrainConfig), {"model": written.model, "concept": written.concept}
     )
-    if OmegaConf.to_container(earlier.model) != OmegaConf.to_container(OmegaConf.structured(config.model)):
-        raise ValueError(f"previous: expected a run on the same model, got one on {earlier.model.name}")
     restored = OmegaConf.to_object(earlier)
     assert isinstance(restored, TrainConfig)
+    _check_same_model(restored.model, config.model)
     config.concept = restored.concept | config.concept
     return concepts_of(config)
+
+
+def _check_same_model(earlier: ModelConfig, now: ModelConfig) -> None:
+    """Whether text states and weights are the same; how images are drawn and scored may differ."""
+    for name in MODEL_IDENTITY:
+        before, asked = getattr(earlier, name), getattr(now, name)
+        if before != asked:
+            raise ValueError(
+                f"previous: expected a run on the same model, with model.{name}={asked}, "
+                f"got one with model.{name}={before}"
+            )
