@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from trce_lightning import cli
 from trce_lightning.arguments import rewrite
 from trce_lightning.evaluation_schema import EvalConfig
-from trce_lightning.schema import TrainConfig
+from trce_lightning.schema import DemoConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -286,8 +287,29 @@ def test_help_is_fast_and_complete(script, empty_folder):
     assert not list(empty_folder.iterdir())
 
 
-@pytest.mark.parametrize("command", [cli.train, cli.evaluate, cli.demonstrate])
-def test_help_is_what_hydra_would_print(command, capsys, monkeypatch):
+COMMANDS = [
+    (cli.train, "train", TrainConfig),
+    (cli.evaluate, "eval", EvalConfig),
+    (cli.demonstrate, "demo", DemoConfig),
+]
+
+
+@pytest.mark.parametrize(("command", "name", "schema"), COMMANDS)
+def test_help_lists_the_groups_that_the_command_takes(command, name, schema, capsys):
+    command(["--help"])
+    listed = set(re.findall(r"^(\w+): \w+(?:, \w+)*$", capsys.readouterr().out.split("Set with")[0], re.M))
+    for folder in (ROOT / "configs").iterdir():
+        if folder.is_dir():
+            choice = next(folder.glob("*.yaml")).stem
+            taken = contextlib.nullcontext() if folder.name in listed else pytest.raises(ValueError)
+            with taken:
+                cli.overrides(name, schema, [f"{folder.name}={choice}"])
+    assert {"concept", "model", "trainer"} <= listed
+    assert ("robustness" in listed, "logger" in listed) == (name == "eval", name == "train")
+
+
+@pytest.mark.parametrize(("command", "name", "schema"), COMMANDS)
+def test_help_is_what_hydra_would_print_of_these_groups(command, name, schema, capsys, monkeypatch):
     # Files of concepts that other tests have named stay in Hydra's store.
     monkeypatch.delitem(ConfigStore.instance().repo, "concept", raising=False)
     texts = []
@@ -296,6 +318,10 @@ def test_help_is_what_hydra_would_print(command, capsys, monkeypatch):
         with contextlib.suppress(SystemExit):  # Hydra's way out
             command(["--help", "model.resolution=8", "model=sd14"])
         texts.append(capsys.readouterr().out)
+    refused = {f.name for f in (ROOT / "configs").iterdir()} - set(cli.config_groups(ROOT / "configs", name))
+    head, options = texts[1].split("Set with")
+    kept = [line for line in head.splitlines(keepends=True) if line.partition(":")[0] not in refused]
+    texts[1] = "Set with".join(["".join(kept), options])
     assert texts[0] == texts[1] and "resolution: 8" in texts[0] and "name: sd14" in texts[0]
 
 
