@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from trce_lightning.cli import expected_failures
 from trce_lightning.metrics.asr import paired_test
+from trce_lightning.metrics.scores import NO_ATTACKS
 from trce_lightning.report import results_table
 from trce_lightning.scored import Scored
 
@@ -41,25 +44,38 @@ def load_runs(folders: list[Path]) -> dict[str, Scored]:
 
 
 def paired_tests(columns: dict[str, Scored]) -> list[str]:
-    """Exact McNemar tests of each column against the one before it, Markdown list items."""
+    """Exact McNemar tests of each column against the one before it, Markdown list items.
+
+    They test whether images show the concept, which is a false alarm where prompts don't ask for it.
+    """
     tests = [
         (name, before, after, paired_test(columns[before].hits(name), columns[after].hits(name)))
         for before, after in pairwise(columns)
         for name in columns[after].detections
     ]
-    return [f"- {name}: {before} against {after}, p = {p:.2g}" for name, before, after, p in tests]
+    return [f"- {_tested(name)}: {before} against {after}, p = {p:.2g}" for name, before, after, p in tests]
 
 
-def main() -> None:
-    """Log table and tests."""
+def _tested(set_name: str) -> str:
+    return f"{set_name}, false alarms" if set_name in NO_ATTACKS else set_name
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Log table and tests; exits with code 2 on an expected failure."""
+    with expected_failures():
+        options = _parser().parse_args(argv)
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        columns = load_runs(options.runs)
+        log.info(results_table({title: scored.scores for title, scored in columns.items()}))
+        log.info("\n".join(["", "Exact McNemar tests, paired by image:", *paired_tests(columns)]))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    columns = load_runs(parser.parse_args().runs)
-    log.info(results_table({title: scored.scores for title, scored in columns.items()}))
-    log.info("\n".join(["", "Exact McNemar tests, paired by image:", *paired_tests(columns)]))
+    return parser
 
 
 if __name__ == "__main__":
