@@ -11,6 +11,7 @@ from torch import Tensor
 from trce_lightning.report import one_line
 from trce_lightning.scored import Scores, log_scores
 from trce_lightning.scoring import Scorer
+from trce_lightning.signals import sigterm
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ class EpochEvaluation(pl.Callback):
         self.epochs.append(self._evaluate(trainer, pl_module, f"epoch {trainer.current_epoch + 1}"))
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, title: str) -> Scores:
-        scores, self.images = self.scorer(title, trainer.global_rank, trainer.world_size)
+        with sigterm.at_once():
+            scores, self.images = self.scorer(title, trainer.global_rank, trainer.world_size)
         log_scores(trainer.loggers, scores, step=trainer.global_step)
         log.info("%s: %s", title, one_line(scores))
         return scores

@@ -56,7 +56,7 @@ class ProgressCheckpoint(ModelCheckpoint):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Save what SIGTERM ends: Lightning raises it between two batches, other exceptions come anywhere."""
+        """Save what SIGTERM ends: between two batches, the same on all ranks; others come anywhere."""
         progress = trainer.fit_loop.epoch_loop.batch_progress
         whole = progress.current.ready % trainer.accumulate_grad_batches == 0
         if isinstance(exception, SIGTERMException) and whole and not progress.is_last_batch:

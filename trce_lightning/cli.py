@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 import yaml
@@ -24,8 +24,9 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from trce_lightning import arguments, validation
 from trce_lightning.evaluation_schema import EvalConfig
-from trce_lightning.resources import explain_machine
+from trce_lightning.resources import explain_machine, is_peer_gone
 from trce_lightning.schema import DemoConfig, TrainConfig
+from trce_lightning.signals import EXIT_CODE, GRACE_SECONDS, Stopped, leave, shared, sigterm
 
 PACKAGE = Path(__file__).resolve().parent
 _HELP = frozenset({"--help", "-h"})
@@ -73,7 +74,7 @@ def _main(name: str, schema: type, argv: Sequence[str] | None) -> None:
         sys.argv[:] = typed  # Lightning starts its further processes with it; those of a sweep do one job
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             sys.argv[1:] = HydraConfig.get().overrides.task
-        with expected_failures():
+        with sigterm.installed(), expected_failures():
             _run(name, OmegaConf.to_object(config))
 
     if not sys.stderr.isatty():
@@ -135,18 +136,35 @@ def expected_failures() -> Iterator[None]:
         yield
     except BrokenPipeError:  # `train.py --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        leave(1)
     except SystemExit as stop:
-        if type(stop).__name__ != "SIGTERMException":  # of Lightning, which is slow to import
-            raise
-        sys.stderr.write("stopped by SIGTERM; the same command continues\n")
-        sys.exit(128 + signal.SIGTERM)
+        if _is_stop(stop):
+            _stopped()
+        if isinstance(stop.code, int) and stop.code:
+            leave(stop.code)
+        raise
     except Exception as error:
+        if sigterm.told and is_peer_gone(error):  # it was told as well, and was faster
+            _stopped()
         lines = explain(error)
-        if lines is None or os.environ.get("TRCE_TRACEBACK") == "1":
+        if lines is not None and os.environ.get("TRCE_TRACEBACK") != "1":
+            sys.stderr.write("error: " + "\n  ".join(lines[:4]) + "\n")
+            leave(2)
+        if not shared():
             raise
-        sys.stderr.write("error: " + "\n  ".join(lines[:4]) + "\n")
-        sys.exit(2)
+        sys.excepthook(type(error), error, error.__traceback__)
+        leave(1)
+
+
+def _is_stop(stop: SystemExit) -> bool:
+    """``SIGTERMException`` is Lightning's, which is slow to import."""
+    return isinstance(stop, Stopped) or type(stop).__name__ == "SIGTERMException"
+
+
+def _stopped() -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.stderr.write("stopped by SIGTERM; the same command continues\n")
+    leave(EXIT_CODE, GRACE_SECONDS)
 
 
 def explain(error: Exception) -> list[str] | None:

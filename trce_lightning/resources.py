@@ -13,6 +13,11 @@ _GOES_ON = (
 )
 
 
+def is_peer_gone(error: BaseException) -> bool:
+    """Whether another process has ended that this one was talking to."""
+    return isinstance(error, RuntimeError) and _PEER_GONE.search(str(error)) is not None
+
+
 def explain_machine(error: BaseException) -> list[str] | None:
     """Lines of advice for an error that says that one of these happened, else None."""
     first = (str(error).splitlines() or [""])[0]
@@ -31,7 +36,7 @@ def explain_machine(error: BaseException) -> list[str] | None:
             "it), metrics.batch_size if it was drawing",
             _GOES_ON,
         ]
-    if isinstance(error, RuntimeError) and _PEER_GONE.search(str(error)):
+    if is_peer_gone(error):
         return [
             "another process of this run has ended",
             "its own message stands above; one that was killed, as for want of memory, leaves none",

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 
 from trce_lightning.runs import process_rank
 from trce_lightning.schema import DeviceConfig, LoggerConfig, TrainerConfig
+from trce_lightning.stopping import StopTogether, stop_on_sigterm
 from trce_lightning.storage import replacing
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def make_trainer(
             "log_every_n_steps": config.log_every_n_steps,
         }
     precision: Any = choose_precision(config.precision, config.accelerator)
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
@@ -64,13 +65,15 @@ def make_trainer(
         enable_model_summary=False,
         inference_mode=False,  # what moves to another device in it could never train
         use_distributed_sampler=True,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, StopTogether()],
         logger=list(loggers),
         default_root_dir=folder,
         plugins=[WholeCheckpoints()],
         enable_checkpointing=any(isinstance(c, pl.callbacks.ModelCheckpoint) for c in callbacks),
         **fitting,
     )
+    stop_on_sigterm(trainer)
+    return trainer
 
 
 class WholeCheckpoints(TorchCheckpointIO):
