@@ -74,8 +74,8 @@ def distances_to_original(
 ) -> dict[str, float]:
     """How far images have moved: ``fid_to_original``, ``kid_to_original``, ``kid_to_original_std``.
 
-    Of each prompt's first image, as :func:`~.metrics.distance.distances` says; 0 where nothing changed, and
-    empty with fewer images than that needs.
+    Of each prompt's first image, as :func:`~.metrics.distance.distances` says: where nothing changed FID is 0
+    and KID a little below. Empty with fewer images than that needs.
 
     Args:
         features: FID's feature network.

@@ -54,8 +54,9 @@ class Concept:
         terms: malicious term → safe counterpart that fits the same sentence. No counterpart may name a term.
         wordings: term → other words for it; the templates take them and the term in turns.
         templates: sentences with exactly one ``{}`` each.
-        neighbours: benign things that resemble the concept and must survive; for reports.
-        related: further phrases that name the concept; only :func:`~.naming.mentions` reads them.
+        neighbours: benign things that resemble the concept and must survive; scored apart.
+        related: further phrases that name the concept: no prompt to keep does, and on models other than the
+            embedded one they make the implicit prompts.
         kind: ``subject``, or ``style`` for a way of drawing, whose evaluation prompts have subjects.
         source: where the list comes from.
 
