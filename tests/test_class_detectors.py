@@ -10,7 +10,7 @@ import torch
 import yaml
 from matplotlib import cbook
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
@@ -24,7 +24,7 @@ from trce_lightning.metrics.class_detectors import ClassDetector, ClassSetDetect
 from trce_lightning.metrics.detections import attack_success_rate, detect, read_detections, threshold_curve
 from trce_lightning.metrics.detectors import Detector, load_detector
 from trce_lightning.metrics.nudenet import LABELS, NudeNet
-from trce_lightning.metrics.q16 import Q16, convert_prompts, q16, read_prompts
+from trce_lightning.metrics.q16 import Q16, q16, read_prompts
 from trce_lightning.schema import ModelConfig
 from trce_lightning.session import Session
 
@@ -379,8 +379,7 @@ def test_published_prompts_are_read_without_running_them(protocol, module, tmp_p
     file.write_bytes(content)
     expected = torch.from_numpy(vectors.astype(np.float32))
     assert torch.equal(read_prompts(file), expected)
-    convert_prompts(file, tmp_path / "prompts.safetensors")
-    assert torch.equal(load_file(tmp_path / "prompts.safetensors")["prompts"], expected)
+    save_file({"prompts": expected}, tmp_path / "prompts.safetensors")
     assert torch.equal(read_prompts(tmp_path / "prompts.safetensors"), expected)
 
 

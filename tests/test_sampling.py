@@ -9,9 +9,7 @@ from trce_lightning.sampling import (
     add_noise,
     classifier_free_guidance,
     ddim_step,
-    ddim_timesteps,
     noise,
-    predicted_x0,
     previous_alpha_bar,
     seed_of,
 )
@@ -48,16 +46,14 @@ def test_equals_diffusers_step_by_step(
     prediction_type: str, steps_offset: int, set_alpha_to_one: bool, num_steps: int
 ) -> None:
     scheduler = ddim_scheduler(prediction_type, steps_offset, set_alpha_to_one, num_steps)
-    alphas_cumprod, timesteps = scheduler.alphas_cumprod, ddim_timesteps(num_steps, 1000, steps_offset)
-    assert torch.equal(timesteps, scheduler.timesteps)
-
+    alphas_cumprod, timesteps = scheduler.alphas_cumprod, scheduler.timesteps
     ours = theirs = randn(0)
     for step_index, timestep in enumerate(timesteps):
         prediction = randn(step_index + 1)
         alpha_bar_t = alphas_cumprod[timestep]
         alpha_bar_prev = previous_alpha_bar(alphas_cumprod, timesteps, step_index, set_alpha_to_one)
         reference = scheduler.step(prediction, timestep, theirs)
-        clean = predicted_x0(prediction, ours, alpha_bar_t, prediction_type)
+        clean = ddim_step(prediction, ours, alpha_bar_t, 1.0, prediction_type)
         ours = ddim_step(prediction, ours, alpha_bar_t, alpha_bar_prev, prediction_type)
         theirs = reference.prev_sample
         torch.testing.assert_close(clean, reference.pred_original_sample, atol=1e-4, rtol=1e-5)
@@ -94,7 +90,7 @@ def test_true_prediction_recovers_the_clean_latent(prediction_type: str) -> None
     z_t = add_noise(z_0, eps, alpha_bar_t)
     signal, sigma = alpha_bar_t.sqrt()[:, None, None, None], (1 - alpha_bar_t).sqrt()[:, None, None, None]
     prediction = eps if prediction_type == "epsilon" else signal * eps - sigma * z_0
-    clean = predicted_x0(prediction, z_t, alpha_bar_t, prediction_type)
+    clean = ddim_step(prediction, z_t, alpha_bar_t, 1.0, prediction_type)
     torch.testing.assert_close(clean, z_0, atol=1e-5, rtol=1e-5)
     z_prev = ddim_step(prediction, z_t, alpha_bar_t, 0.95, prediction_type)
     torch.testing.assert_close(z_prev, add_noise(z_0, eps, 0.95), atol=1e-5, rtol=1e-5)
@@ -140,15 +136,9 @@ def test_seeds_are_stable_and_distinct() -> None:
 
 
 def test_wrong_arguments_refused() -> None:
-    for num_steps in (0, 1001):
-        with pytest.raises(ValueError, match=r"num_steps must be in \[1, 1000\]"):
-            ddim_timesteps(num_steps)
-    for num_steps, steps_offset in ((1000, 1), (50, 20), (50, -1)):
-        with pytest.raises(ValueError, match="steps_offset must be in"):
-            ddim_timesteps(num_steps, 1000, steps_offset)
     with pytest.raises(ValueError, match=r"prediction_type must be one of .* got 'sample'"):
-        predicted_x0(randn(0), randn(1), 0.5, "sample")
-    timesteps = ddim_timesteps(50)
+        ddim_step(randn(0), randn(1), 0.5, 0.6, "sample")
+    timesteps = ddim_scheduler("epsilon", 0, True, 50).timesteps
     for step_index in (-1, 50):
         with pytest.raises(ValueError, match=r"step_index must be in \[0, 50\)"):
             previous_alpha_bar(torch.rand(1000), timesteps, step_index, True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trce_lightning.tokens import eot_index, gather_positions, position_mask, position_states, trim_length
+from trce_lightning.tokens import eot_index, position_mask, trim_length
 
 SOT, EOT, BANG = 98, 99, 0
 #                         0    1    2     3     4     5
@@ -50,17 +50,6 @@ def test_prompt_that_fills_the_length() -> None:
     assert positions(position_mask(input_ids, EOT, ["eot"])) == [[5]]
 
 
-def test_states_at_positions(input_ids: Tensor) -> None:
-    states = torch.arange(2 * 6 * 3.0).reshape(2, 6, 3)
-    at_eot = gather_positions(states, eot_index(input_ids, EOT))
-    assert torch.equal(at_eot, torch.stack([states[0, 3], states[1, 1]]))
-    assert torch.equal(position_states(states, input_ids, EOT, ["eot"]), at_eot)
-    padding = position_states(states, input_ids, EOT, ["padding"])
-    assert torch.equal(padding, torch.cat([states[0, 4:], states[1, 2:]]))
-    everything = position_states(states, input_ids, EOT, ["sot", "keyword", "eot", "padding"], input_ids == 5)
-    assert everything.shape == (2 * 6 - 1, 3)
-
-
 def test_prompt_without_eot_refused(input_ids: Tensor) -> None:
     without = input_ids.clone()
     without[1, 1:] = BANG
@@ -72,17 +61,10 @@ def test_prompt_without_eot_refused(input_ids: Tensor) -> None:
         eot_index(input_ids, 2)
 
 
-def test_wrong_names_masks_and_indices_refused(input_ids: Tensor) -> None:
+def test_wrong_names_and_masks_refused(input_ids: Tensor) -> None:
     for which in ([], ["eos"], "eot"):
         with pytest.raises(ValueError, match="which must be a list of one or more of"):
             position_mask(input_ids, EOT, which)
     for keyword_mask in (None, torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 6)):
         with pytest.raises(ValueError, match="needs keyword_mask"):
             position_mask(input_ids, EOT, ["keyword"], keyword_mask)
-    states = torch.zeros(2, 6, 3)
-    with pytest.raises(ValueError, match=r"token_index must be in \[0, 6\), got \[0, -1\]"):
-        gather_positions(states, torch.tensor([0, -1]))
-    with pytest.raises(ValueError, match=r"token_index must be in \[0, 6\), got \[6, 0\]"):
-        gather_positions(states, torch.tensor([6, 0]))
-    with pytest.raises(ValueError, match=r"token_index must be \[2\]"):
-        gather_positions(states, torch.tensor([0]))

@@ -16,20 +16,6 @@ from trce_lightning.losses import guided_prediction, per_image
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
-def ddim_timesteps(num_steps: int, num_train_timesteps: int = 1000, steps_offset: int = 0) -> Tensor:
-    """Timesteps, descending, with "leading" spacing → [num_steps] int64.
-
-    The i-th from the end is i · spacing + steps_offset, spacing = num_train_timesteps // num_steps. Raises
-    ValueError unless 1 ≤ num_steps ≤ num_train_timesteps and 0 ≤ steps_offset < spacing.
-    """
-    if not 1 <= num_steps <= num_train_timesteps:
-        raise ValueError(f"num_steps must be in [1, {num_train_timesteps}], got {num_steps}")
-    spacing = num_train_timesteps // num_steps
-    if not 0 <= steps_offset < spacing:
-        raise ValueError(f"steps_offset must be in [0, {spacing}) for {num_steps} steps, got {steps_offset}")
-    return torch.arange(num_steps).flip(0) * spacing + steps_offset
-
-
 def previous_alpha_bar(
     alphas_cumprod: Tensor, timesteps: Tensor, step_index: int, set_alpha_to_one: bool
 ) -> Tensor:
@@ -43,16 +29,6 @@ def previous_alpha_bar(
     if step_index + 1 < len(timesteps):
         return alphas_cumprod[timesteps[step_index + 1]]
     return torch.ones_like(alphas_cumprod[0]) if set_alpha_to_one else alphas_cumprod[0]
-
-
-def predicted_x0(
-    prediction: Tensor, z_t: Tensor, alpha_bar_t: float | Tensor, prediction_type: str
-) -> Tensor:
-    """The clean latent that a prediction implies, [B, C, H, W] float32.
-
-    ε: (z_t − √(1 − ᾱ_t) ε) / √ᾱ_t;  v: √ᾱ_t z_t − √(1 − ᾱ_t) v. ValueError on another prediction type.
-    """
-    return _clean_and_eps(prediction, z_t, alpha_bar_t, prediction_type)[0]
 
 
 def ddim_step(

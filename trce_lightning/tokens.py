@@ -24,19 +24,6 @@ def eot_index(input_ids: Tensor, eos_token_id: int) -> Tensor:
     return is_eot.int().argmax(1)
 
 
-def gather_positions(states: Tensor, token_index: Tensor) -> Tensor:
-    """The state at one position of each prompt: `states` [B, L, d], `token_index` [B] in [0, L) → [B, d].
-
-    Raises ValueError on other shapes and on an index outside the prompt.
-    """
-    batch_size, length = states.shape[:2]
-    if token_index.shape != (batch_size,):
-        raise ValueError(f"token_index must be [{batch_size}], one per prompt, got {[*token_index.shape]}")
-    if token_index.min() < 0 or token_index.max() >= length:
-        raise ValueError(f"token_index must be in [0, {length}), got {token_index.tolist()}")
-    return states[torch.arange(batch_size, device=states.device), token_index.to(states.device)]
-
-
 def position_mask(
     input_ids: Tensor, eos_token_id: int, which: Sequence[str], keyword_mask: Tensor | None = None
 ) -> Tensor:
@@ -57,20 +44,6 @@ def position_mask(
             raise ValueError(f'"keyword" needs keyword_mask, torch.bool {[*input_ids.shape]}, got {got}')
         masks["keyword"] = keyword_mask.to(input_ids.device)
     return torch.stack([masks[name] for name in which]).any(0)
-
-
-def position_states(
-    states: Tensor,
-    input_ids: Tensor,
-    eos_token_id: int,
-    which: Sequence[str],
-    keyword_mask: Tensor | None = None,
-) -> Tensor:
-    """The states at `position_mask`: `states` [B, L, d] → [n, d], ordered by prompt, then by position.
-
-    The number of keyword and padding positions differs between prompts; errors are those of `position_mask`.
-    """
-    return states[position_mask(input_ids, eos_token_id, which, keyword_mask).to(states.device)]
 
 
 def trim_length(input_ids: Tensor, eos_token_id: int) -> int:

@@ -1,11 +1,11 @@
 """Prompts whose text states stage 1 must keep (the e^k of TRCE, arXiv 2503.07389)."""
 
-import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 
 from trce_lightning.concepts import Concept
 from trce_lightning.data.captions import read_captions
+from trce_lightning.data.prompt_sets import shuffled
 from trce_lightning.naming import mentions, without_article
 
 __all__ = ["KEEP_TEMPLATES", "class_names", "keep_prompts"]
@@ -49,7 +49,7 @@ def keep_prompts(
     if limit < 1:
         raise ValueError(f"keep_prompts.limit: expected at least 1, got {limit}")
     if path is not None:
-        candidates = _shuffled(read_captions(path))
+        candidates = shuffled(read_captions(path))
     else:
         candidates = _fill_templates(class_names() if subjects is None else subjects)
     kept = [prompt for prompt in candidates if not mentions(prompt, concepts)]
@@ -70,7 +70,7 @@ def keep_prompts(
 
 def _fill_templates(subjects: Iterable[str]) -> list[str]:
     """Every subject in every template; each run of ``len(subjects)`` prompts holds every subject once."""
-    names = _shuffled(name for subject in subjects if (name := without_article(subject)))
+    names = shuffled(name for subject in subjects if (name := without_article(subject)))
     if not names:
         raise ValueError("keep_prompts.subjects: expected one or more names, got none")
     count = len(KEEP_TEMPLATES)
@@ -88,8 +88,3 @@ def class_names() -> list[str]:
     weights = ("ResNet18_Weights.IMAGENET1K_V1", "FasterRCNN_ResNet50_FPN_Weights.COCO_V1")
     names = [name for weight in weights for name in get_weight(weight).meta["categories"]]
     return [name for name in names if name not in _NO_CLASS]
-
-
-def _shuffled(texts: Iterable[str]) -> list[str]:
-    """Different texts in an order that is arbitrary, but the same on every machine and Python version."""
-    return sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())

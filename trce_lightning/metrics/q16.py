@@ -23,7 +23,6 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 from trce_lightning.adapters.stable_diffusion import fingerprint
 from trce_lightning.concepts import Concept
 from trce_lightning.metrics.class_detectors import ClassSetDetector, check_images
-from trce_lightning.storage import write_safetensors
 
 LOGIT_SCALE = 100.0
 PROMPTS = "prompts"
@@ -139,11 +138,6 @@ def read_prompts(file: Path) -> Tensor:
     if array.ndim != 2 or len(array) != 2 or not np.isfinite(array).all():
         raise ValueError(f"prompts: expected finite [2, d] in '{file}', got shape {list(array.shape)}")
     return torch.from_numpy(array.astype(np.float32))
-
-
-def convert_prompts(source: Path, target: Path) -> None:
-    """Write what :func:`read_prompts` reads from ``source`` as safetensors; raises what it does."""
-    write_safetensors(target, {PROMPTS: read_prompts(source)})
 
 
 class _ArrayUnpickler(pickle.Unpickler):
