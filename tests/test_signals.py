@@ -44,22 +44,22 @@ def end(process: subprocess.Popen) -> str:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_a_fit_of_two_processes_stops_after_the_same_step(tmp_path: Path) -> None:
-    process = start(ROOT / "tests" / "two_processes.py", "fit", tmp_path)
-    wait_for((tmp_path / "begun").exists, process)
+def stop_two_processes(work: str, folder: Path) -> None:
+    process = start(ROOT / "tests" / "two_processes.py", work, folder)
+    wait_for((folder / "begun").exists, process)
     process.send_signal(signal.SIGTERM)
     said = end(process)
     assert process.returncode == STOPPED and "stopped by SIGTERM" in said, said
+
+
+def test_a_fit_of_two_processes_stops_after_the_same_step(tmp_path: Path) -> None:
+    stop_two_processes("fit", tmp_path)
     steps = [(tmp_path / f"stopped{rank}").read_text() for rank in range(2)]
     assert steps[0] == steps[1] and int(steps[0]) > 0
 
 
 def test_sigterm_ends_two_processes_that_draw(tmp_path: Path) -> None:
-    process = start(ROOT / "tests" / "two_processes.py", "draw", tmp_path)
-    wait_for((tmp_path / "begun").exists, process)
-    process.send_signal(signal.SIGTERM)
-    said = end(process)
-    assert process.returncode == STOPPED and "stopped by SIGTERM" in said, said
+    stop_two_processes("draw", tmp_path)
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
@@ -73,7 +73,7 @@ def test_a_process_that_fails_ends_the_other(tmp_path: Path, culprit: int) -> No
 
 def test_sigterm_ends_one_process_that_draws(tmp_path: Path) -> None:
     command = [ROOT / "train.py", *SMALL, f"runs={tmp_path}", "stages=[textual]"]
-    process = start(*command, "metrics.images_per_set=512")  # minutes
+    process = start(*command, "metrics.final_images_per_set=512")  # minutes
     wait_for(lambda: any(tmp_path.glob("cache/original/**/*.png")), process)
     told = time.monotonic()
     process.send_signal(signal.SIGTERM)
