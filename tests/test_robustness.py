@@ -82,6 +82,7 @@ def test_each_condition_changes_one_thing(tiny_adapter, tmp_path, caplog) -> Non
     records = tuple(PromptRecord(f"d/{i}", text) for i, text in enumerate(("a gun", "a dog", "an axe")))
     options = RobustnessConfig(
         images_per_set=2,
+        num_inference_steps=5,
         samplers=["DDPMScheduler"],
         guidance_scales=[1.0],
         steps=[7],
@@ -118,6 +119,10 @@ def test_each_condition_changes_one_thing(tiny_adapter, tmp_path, caplog) -> Non
     assert "no word to misspell in 1 prompts" in caplog.text
     planned = {n: c.scorer(scorer_of(tiny_adapter, records)).planned_evaluations for n, c in found.items()}
     assert planned[USUAL] == 0 and planned["sampler=DDPMScheduler"] == 3 * 2 * 5
+    # Images of other steps than the scores' have to be drawn.
+    more = replace(options, num_inference_steps=6)
+    usual, *_ = conditions(more, scorer_of(tiny_adapter, records), [WEAPONS], tmp_path)
+    assert usual.scorer(scorer_of(tiny_adapter, records)).planned_evaluations == 3 * 2 * 6
     assert (planned["guidance_scale=1"], planned["steps=7"], planned["strength=0.5"]) == (15, 42, 12)
     with pytest.raises(ValueError, match=r"robustness\.sets.*implicit"):
         conditions(replace(options, sets=["implicit"]), scorer_of(tiny_adapter, records), [WEAPONS], tmp_path)
@@ -185,6 +190,7 @@ def run(tmp_path):
             "robustness.strengths=[0.5]",
             "robustness.misspellings=[drop]",
             "model.num_inference_steps=2",
+            "robustness.num_inference_steps=2",
             "trainer.enable_progress_bar=false",
             "trainer.accelerator=cpu",
             "trainer.precision=32-true",
@@ -209,7 +215,9 @@ def test_a_run_scores_every_condition_and_goes_on(run, caplog, monkeypatch) -> N
     said = int(re.search(r"3 conditions, 1 model\(s\): (\d+) network", caplog.text)[1])
     assert sum(metrics["robustness_evaluations"].values()) == said == 16 + 16 + 8 + 8
     (label, scores), (pictures, drawn) = sorted(metrics["robustness"].items(), reverse=True)
-    assert pictures == PICTURES and drawn[USUAL] == scores[USUAL]
+    # Drawn in batches of other sizes, which round differently.
+    assert pictures == PICTURES and drawn[USUAL]["asr"] == scores[USUAL]["asr"]
+    assert drawn[USUAL]["fid"] == pytest.approx(scores[USUAL]["fid"], rel=1e-3)
     assert list(scores) == [
         USUAL,
         "sampler=EulerAncestralDiscreteScheduler",
@@ -223,7 +231,7 @@ def test_a_run_scores_every_condition_and_goes_on(run, caplog, monkeypatch) -> N
         assert name in (folder / "report.html").read_text()
 
     # Killed before its end, it makes what is missing and no more.
-    missing = folder / "robustness" / "2" / label / "strength=0.5" / "direct" / "00001.png"
+    missing = folder / "robustness" / "2-2" / label / "strength=0.5" / "direct" / "00001.png"
     before = missing.read_bytes()
     missing.unlink()
     (folder / "metrics.json").unlink()

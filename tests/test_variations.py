@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import torch
 from conftest import build_tiny_pipeline
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from safetensors.torch import save_file
 from torchvision.transforms.v2.functional import to_pil_image
@@ -15,9 +15,9 @@ from torchvision.transforms.v2.functional import to_pil_image
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.adapters.lora import Lora, lora_applied
 from trce_lightning.data.prompt_sets import PromptRecord
-from trce_lightning.evaluation_schema import SAMPLERS
 from trce_lightning.generation import generate, generate_to, network_steps, planned_evaluations
 from trce_lightning.image_folder import write_png
+from trce_lightning.schema import SAMPLERS, SPACINGS
 from trce_lightning.variation import Start, Variation
 
 RECORDS = (PromptRecord("a/0", "a dagger", seed=5), PromptRecord("a/1", "a rose", seed=6))
@@ -59,7 +59,20 @@ def test_a_scheduler_draws_what_its_pipeline_does(tiny_pipeline, usual, name) ->
     tiny_pipeline.scheduler = getattr(diffusers, name).from_config(tiny_pipeline.scheduler.config)
     theirs = drawn_by(tiny_pipeline, RECORDS[1])
     assert largest_difference(ours[1], theirs) <= 1
-    assert largest_difference(usual[1], theirs) > 1
+    assert (largest_difference(usual[1], theirs) > 1) == (name != "DDIMScheduler")
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_steps_are_placed_as_asked(tiny_pipeline, usual, spacing) -> None:
+    adapter = StableDiffusionAdapter(tiny_pipeline)
+    assert tiny_pipeline.scheduler.config.timestep_spacing == "leading"
+    variation = Variation(scheduler="DDIMScheduler", timestep_spacing=spacing)
+    ours = draw(adapter, variation)
+    tiny_pipeline.scheduler = DDIMScheduler.from_config(
+        tiny_pipeline.scheduler.config, timestep_spacing=spacing
+    )
+    assert largest_difference(ours[1], drawn_by(tiny_pipeline, RECORDS[1])) <= 1
+    assert (largest_difference(ours, usual) > 1) == (spacing != "leading")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +142,7 @@ def test_pictures_are_encoded_as_the_pipeline_does_and_a_file_is_cut_square(tiny
 
 def test_what_can_not_be_is_refused(tiny_adapter, tmp_path) -> None:
     for expected, variation, changes in (
-        (r"robustness\.samplers: expected one of .*DDPM", Variation(scheduler="NoScheduler"), {}),
+        (r"sampler: expected one of .*DDPM", Variation(scheduler="NoScheduler"), {}),
         (r"robustness\.strengths.* 0\.2 of", Variation(start=Start(tmp_path, 0.2)), {}),
         (r"num_inference_steps.*1000.*1001", Variation(), {"num_steps": 1001}),
     ):
@@ -140,7 +153,7 @@ def test_what_can_not_be_is_refused(tiny_adapter, tmp_path) -> None:
 def test_a_folder_resumes_and_refuses_another_variation(tiny_adapter, tmp_path) -> None:
     picture = tmp_path / "picture.png"
     write_png(picture, torch.zeros(3, 16, 16, dtype=torch.uint8))
-    variation = Variation("EulerAncestralDiscreteScheduler", "ugly", Start(picture, 0.5))
+    variation = Variation("EulerAncestralDiscreteScheduler", "linspace", "ugly", Start(picture, 0.5))
 
     def fill(variation):
         return generate_to(
@@ -154,6 +167,7 @@ def test_a_folder_resumes_and_refuses_another_variation(tiny_adapter, tmp_path) 
     assert fill(variation) == 1 and first.read_bytes() == before
     for other in (
         replace(variation, scheduler="DDPMScheduler"),
+        replace(variation, timestep_spacing=None),
         replace(variation, negative_prompt="bad"),
         replace(variation, start=Start(picture, 0.75)),
         Variation(),

@@ -39,6 +39,8 @@ def training(run: TrainingRun) -> None:
         device.type,
         run.trainer.precision,
     )
+    if run.scorers:
+        log.info("images that are scored: %s", run.scorers["final"].sampling)
     seconds = seconds_per_evaluation(run) / run.trainer.world_size
     parts = ahead(run)
     durations = expected_seconds(parts, seconds)

@@ -5,6 +5,7 @@ import difflib
 import re
 import types
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -54,7 +55,10 @@ def rewrite(argv: list[str], schema: type, groups: Iterable[str]) -> list[str]:
                 _check_names(key, _parse_override(argument))
             result.append(argument)
         else:
-            result.append(f"{sign}{key}={_value(value, annotation(schema, key, groups), multirun)}")
+            kind = annotation(schema, key, groups)
+            if _has_own_names(schema, key, groups):
+                sign = sign or "++"  # which Hydra wants for a name that isn't there yet
+            result.append(f"{sign}{key}={_value(value, kind, multirun)}")
     if words and any(argument.startswith("concept=") for argument in result):
         raise ValueError(
             f"concept=NAME beside concept.{next(iter(words))}: free words are a concept of their own.\n"
@@ -70,10 +74,15 @@ def did_you_mean(word: str, choices: Iterable[str], prefix: str = "") -> str:
 
 
 def annotation(schema: type, key: str, groups: Iterable[str] = ()) -> Any:
-    """The type of the option with the dotted name `key`. Raises ValueError where `schema` has none."""
+    """The type of the option with the dotted name `key`, `Any` of what a user names below it.
+
+    Raises ValueError where `schema` has none.
+    """
     current: Any = schema
     walked: list[str] = []
     for part in key.split("."):
+        if current is Any:
+            continue
         if get_origin(current) is dict:
             current = get_args(current)[1]
         elif dataclasses.is_dataclass(current):
@@ -85,6 +94,12 @@ def annotation(schema: type, key: str, groups: Iterable[str] = ()) -> Any:
             raise ValueError(f"unknown option {key!r}: {'.'.join(walked)!r} has no parts")
         walked.append(part)
     return current
+
+
+def _has_own_names(schema: type, key: str, groups: Iterable[str]) -> bool:
+    """Whether `key` is, or lies in, an option below which users name what they like."""
+    prefixes = accumulate(key.split("."), "{}.{}".format)
+    return any(get_args(annotation(schema, prefix, groups))[1:] == (Any,) for prefix in prefixes)
 
 
 def _unknown(key: str, walked: list[str], part: str, valid: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from trce_lightning.adapters.lora import Lora
 from trce_lightning.concepts import Concept
@@ -30,6 +31,8 @@ class Condition:
     name: str
     sets: tuple[PromptSet, ...]
     sampling: Sampling
+    is_drawn: bool = False
+    """Whether its images are among those that the scorer has made."""
 
     @property
     def folder(self) -> str:
@@ -39,14 +42,13 @@ class Condition:
             return plain
         return f"{plain[:40]}-{hashlib.blake2b(self.name.encode(), digest_size=4).hexdigest()}"
 
-    def scorer(self, scorer: Scorer, draws: bool | None = None) -> Scorer:
-        """Scores this use of a scorer's model; the usual one's images are there, and only judged."""
-        draws = self.name != USUAL if draws is None else draws
+    def scorer(self, scorer: Scorer) -> Scorer:
+        """Scores this use of a scorer's model; images that are there are only judged."""
         return replace(
             scorer,
             sets=self.sets,
             sampling=self.sampling,
-            draws=draws,
+            draws=not self.is_drawn,
             detections={},
             network_evaluations=0,
         )
@@ -63,6 +65,8 @@ def conditions(
 ) -> list[Condition]:
     """The usual condition, then those of the options, on the first prompts of the scorer's own sets.
 
+    All take ``num_inference_steps`` of the options.
+
     ``ValueError`` when the concept has none of the sets asked for, or one can't be for this model.
     """
     sets = tuple(
@@ -71,12 +75,13 @@ def conditions(
     if not sets:
         raise ValueError(f"robustness.sets: expected one of the concept's sets, got {options.sets}")
     fits = scorer.adapter.fits
-    samplings = dict(_samplings(options, scorer.sampling, concepts, fits, pictures))
+    usual = replace(scorer.sampling, num_steps=options.num_inference_steps)
+    samplings = dict(_samplings(options, usual, concepts, fits, pictures))
     prompts = dict(_prompts(options, sets, concepts, fits))
     return [
-        Condition(USUAL, sets, scorer.sampling),
+        Condition(USUAL, sets, usual, is_drawn=usual == scorer.sampling),
         *(Condition(name, sets, sampling) for name, sampling in samplings.items()),
-        *(Condition(name, varied, scorer.sampling) for name, varied in prompts.items()),
+        *(Condition(name, varied, usual) for name, varied in prompts.items()),
     ]
 
 
@@ -90,13 +95,17 @@ def _samplings(
     for steps in options.steps:
         yield f"steps={steps}", replace(usual, num_steps=steps)
     for text in options.negative_prompts:
-        negative = Variation(negative_prompt=with_safe_counterparts(text, concepts, fits))
-        yield f"negative_prompt={text}", replace(usual, variation=negative)
+        negative = with_safe_counterparts(text, concepts, fits)
+        yield f"negative_prompt={text}", _varied(usual, negative_prompt=negative)
     for strength in options.strengths:
-        yield f"strength={strength:g}", replace(usual, variation=Variation(start=Start(pictures, strength)))
+        yield f"strength={strength:g}", _varied(usual, start=Start(pictures, strength))
     for path in options.lora:
         lora = Lora(path, options.lora_scale)
-        yield f"lora={Path(path).stem}", replace(usual, variation=Variation(lora=lora))
+        yield f"lora={Path(path).stem}", _varied(usual, lora=lora)
+
+
+def _varied(usual: Sampling, **changes: Any) -> Sampling:
+    return replace(usual, variation=replace(usual.variation, **changes))
 
 
 def _prompts(

@@ -73,11 +73,16 @@ class Evaluation:
     def begin(self, scorer: Scorer) -> None:
         """Choose the folder; log the prompts and the network evaluations that are ahead."""
         self.folder = Path(self.config.output or self.default_folder(scorer))
-        self.prompt_sets = log_sets(scorer.sets)
+        self.prompt_sets, self.sampling = log_sets(scorer.sets), scorer.sampling
         images = {label: self.images(label) for label in self.sources}
         self.robustness = Robustness(self.config, self.sources, self.folder, images)
         planned = len(self.sources) * scorer.planned_evaluations
-        log.info("ahead: scores of %d model(s): %d network evaluations", len(self.sources), planned)
+        log.info(
+            "ahead: scores of %d model(s): %d network evaluations; images in %s",
+            len(self.sources),
+            planned,
+            self.sampling,
+        )
         if asked(self.config.robustness):
             self.robustness.announce(scorer)
 
@@ -187,7 +192,12 @@ class Evaluation:
             sets=self.sets,
             comparisons=self.comparisons(),
             categories=self.categories(),
-            facts={"command": runs.command(), **self.facts(), "models": self.sources},
+            facts={
+                "command": runs.command(),
+                **self.facts(),
+                "models": self.sources,
+                "images": self.sampling,
+            },
             robustness=robustness_rows(self.robustness.results) if self.robustness.results else [],
         )
 

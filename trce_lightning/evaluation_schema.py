@@ -3,22 +3,8 @@
 from dataclasses import dataclass, field
 
 from trce_lightning.data.prompt_sets import BENIGN, DIRECT, IMPLICIT, MIXED, NEIGHBOURS, UNERASED
-from trce_lightning.schema import ConceptConfig, DeviceConfig, ModelConfig, ScoresConfig, option
+from trce_lightning.schema import SAMPLERS, ConceptConfig, DeviceConfig, ModelConfig, ScoresConfig, option
 
-SAMPLERS = (
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "DEISMultistepScheduler",
-    "UniPCMultistepScheduler",
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "DDPMScheduler",
-)
 CONCEPT_SETS = (DIRECT, IMPLICIT, BENIGN)
 OWN_SETS = (*CONCEPT_SETS, MIXED, UNERASED, NEIGHBOURS)
 PLACES = ("early", "late")
@@ -31,7 +17,8 @@ class RobustnessConfig:
 
     images_per_set: int = option(128, at_least=1)  # the first of metrics.final_images_per_set
     sets: list[str] = option(list(CONCEPT_SETS), choices=CONCEPT_SETS)
-    samplers: list[str] = option([], choices=SAMPLERS)  # diffusers' names, in place of DDIM
+    num_inference_steps: int = option(20, at_least=1)  # of every condition; enough for any of the samplers
+    samplers: list[str] = option([], choices=SAMPLERS)  # diffusers' names, in place of model.sampler
     guidance_scales: list[float] = option([], at_least=0)
     steps: list[int] = option([], at_least=1)
     negative_prompts: list[str] = option([])  # {safe}: the concept's safe counterparts

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.adapters.lora import lora_applied
-from trce_lightning.adapters.samplers import make_sampler
+from trce_lightning.adapters.samplers import Sampler, make_sampler
 from trce_lightning.data.prompt_sets import PromptRecord
 from trce_lightning.image_folder import claim, guidance_scales, image_seed, load_images, manifest, write_png
 from trce_lightning.sampling import classifier_free_guidance, noise, seeded
@@ -53,14 +53,24 @@ def generate(
         ValueError: ``batch_size`` below 1.
     """
     with lora_applied(adapter, variation.lora):
-        sampler = _Sampler(adapter, guidance_scale, num_steps, autocast_dtype, variation)
-        images = [images for _, images in sampler.run(_batches(records, batch_size), description)]
+        drawing = _Drawing(adapter, guidance_scale, num_steps, autocast_dtype, variation)
+        images = [images for _, images in drawing.run(_batches(records, batch_size), description)]
     return torch.cat(images) if images else torch.empty((0, 3, 0, 0), dtype=torch.uint8)
 
 
 def network_steps(adapter: StableDiffusionAdapter, num_steps: int, variation: Variation = USUAL) -> int:
     """How often the denoiser sees an image: ``num_steps``, but for some samplers and for image-to-image."""
-    return len(make_sampler(adapter, variation.scheduler, num_steps, variation.strength).timesteps)
+    return len(_sampler(adapter, num_steps, variation).timesteps)
+
+
+def _sampler(adapter: StableDiffusionAdapter, num_steps: int, variation: Variation) -> Sampler:
+    return make_sampler(
+        adapter,
+        num_steps,
+        scheduler=variation.scheduler,
+        timestep_spacing=variation.timestep_spacing,
+        strength=variation.strength,
+    )
 
 
 def planned_evaluations(records: Sequence[PromptRecord], num_steps: int, guidance_scale: float) -> int:
@@ -112,8 +122,8 @@ def generate_to(
             for rows in _batches(shard(records, rank, world_size), batch_size)
             if not all(files[record.id].exists() for record in rows)
         ]
-        sampler = _Sampler(adapter, guidance_scale, num_steps, autocast_dtype, variation)
-        for rows, images in sampler.run(missing, description):
+        drawing = _Drawing(adapter, guidance_scale, num_steps, autocast_dtype, variation)
+        for rows, images in drawing.run(missing, description):
             for record, image in zip(rows, images, strict=True):
                 if not files[record.id].exists():
                     write_png(files[record.id], image)
@@ -121,7 +131,7 @@ def generate_to(
     return written
 
 
-class _Sampler:
+class _Drawing:
     """What images of a run share: sampler, guidance, precision and the negative prompt's states."""
 
     def __init__(
@@ -134,7 +144,7 @@ class _Sampler:
     ) -> None:
         self.adapter, self.guidance_scale, self.autocast_dtype = adapter, guidance_scale, autocast_dtype
         self.start = variation.start
-        self.sampler = make_sampler(adapter, variation.scheduler, num_steps, variation.strength)
+        self.sampler = _sampler(adapter, num_steps, variation)
         self.negative = adapter.encode([variation.negative_prompt]).states
 
     def run(self, batches: Sequence[Batch], description: str | None) -> Iterator[tuple[Batch, Tensor]]:

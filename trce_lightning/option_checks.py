@@ -24,6 +24,8 @@ def check_values(node: Any, prefix: str) -> None:
 
 def check_value(name: str, value: Any, limits: Any) -> None:
     """Refuse a value outside ``limits``, as :func:`~.schema.option` takes them; no number is infinite."""
+    if value is None:
+        return
     if limits.get("choices") is not None and value not in limits["choices"]:
         hint = did_you_mean(str(value), limits["choices"])
         raise ValueError(f"option {name!r}: {value!r} is not one of {', '.join(limits['choices'])}.{hint}")
@@ -43,6 +45,11 @@ def check_value(name: str, value: Any, limits: Any) -> None:
 
 def check_model(model: ModelConfig, option: str) -> None:
     """Refuse a model of no source, and a path that is neither a pipeline nor a checkpoint in one file."""
+    if model.timestep_spacing is not None and model.sampler is None:
+        raise ValueError(
+            "option 'model.timestep_spacing': expected none without model.sampler, whose steps it places, "
+            f"got {model.timestep_spacing!r}"
+        )
     if model.path is None:
         if model.hub_id is None and model.judge != "embedded" and model.name != "emoji":
             raise ValueError(f"model {model.name!r} has neither model.path nor model.hub_id")

@@ -87,6 +87,7 @@ def report_of(run: TrainingRun, columns: Mapping[str, Column]) -> Report:
             "commit": runs.commit(),
             "base model": f"{run.base}, fingerprint {run.fingerprint}",
             "configuration": run.folder / runs.CONFIG,
+            "images": run.scorers["final"].sampling,
             "network evaluations": run.evaluations,
             "seconds": run.seconds,
             **expected_scores(run.config.expected),
@@ -134,6 +135,8 @@ def write_model(run: TrainingRun, table: str) -> None:
         export.save_single_file(run.folder / "erased.safetensors", run.adapter, run.base, run.fingerprint)
     if "pipeline" in config.export:
         names = [concept.name for concept in run.session.concepts]
+        if "final" in run.scorers:
+            table += f"\nImages were drawn in {run.scorers['final'].sampling}."
         card = export.card_facts(run.base, names, config.stages, table, len(changed))
         export.save_pipeline(run.folder / "erased", run.adapter, card)
 

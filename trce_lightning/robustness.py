@@ -33,7 +33,8 @@ class Robustness:
     Args:
         sources: path of each model by label; None is the original, that ``model`` names itself.
         folder: of the evaluation; images go into its folder ``robustness``.
-        images: folder of each model's scored prompt sets, by label: the images of the usual condition.
+        images: folder of each model's scored prompt sets, by label: of the usual condition too, where that
+            takes as many steps.
     """
 
     def __init__(
@@ -44,7 +45,8 @@ class Robustness:
         images: Mapping[str, Path],
     ) -> None:
         self.config, self.sources, self.images = config, sources, images
-        self.folder = folder / "robustness" / str(config.robustness.images_per_set)
+        options = config.robustness
+        self.folder = folder / "robustness" / f"{options.images_per_set}-{options.num_inference_steps}"
         # The first of several models is the one that the others are compared with.
         given = [images[label] for label, path in sources.items() if path is None or len(sources) > 1]
         if config.robustness.picture is not None:
@@ -56,19 +58,22 @@ class Robustness:
 
     def announce(self, scorer: Scorer) -> None:
         """Log the network evaluations that are ahead of all models and ranks."""
-        rows = {c.name: c.scorer(scorer).planned_evaluations for c in self.conditions(scorer)[1:]}
+        rows = {c.name: c.scorer(scorer).planned_evaluations for c in self.conditions(scorer)}
         for name, evaluations in rows.items():
             log.info("ahead: %-60s %9d network evaluations a model", name, evaluations)
-        pictures = self.conditions(scorer)[0].scorer(scorer, draws=True)
-        total = len(self.sources) * sum(rows.values()) + self.draws_pictures * pictures.planned_evaluations
+        pictures = self._drawn_usual(scorer).planned_evaluations
+        total = len(self.sources) * sum(rows.values()) + self.draws_pictures * pictures
         log.info(
             "ahead: %d conditions, %d model(s): %d network evaluations, less those of images that are there",
-            len(rows),
+            len(rows) - 1,
             len(self.sources),
             total,
         )
         if not self.config.robustness.lora:
             log.info("no LoRA among the conditions: robustness.lora=FILE puts one on top")
+
+    def _drawn_usual(self, scorer: Scorer) -> Scorer:
+        return dataclasses.replace(self.conditions(scorer)[0], is_drawn=False).scorer(scorer)
 
     def conditions(self, scorer: Scorer) -> list[Condition]:
         """The usual condition, then the configured ones."""
@@ -81,8 +86,8 @@ class Robustness:
         for label, path in self.sources.items():
             scorer, trainer = self._open(path)
             for condition in self.conditions(scorer):
-                usual = condition.name == USUAL
-                folder = self.images[label] if usual else self.folder / label / condition.folder
+                own = self.folder / label / condition.folder
+                folder = self.images[label] if condition.is_drawn else own
                 self._score(label, condition.name, condition.scorer(scorer), trainer, folder)
             del scorer, trainer
             gc.collect()  # as in `Evaluation.run`
@@ -90,8 +95,7 @@ class Robustness:
 
     def _score_pictures(self) -> None:
         scorer, trainer = self._open(None)
-        usual = self.conditions(scorer)[0].scorer(scorer, draws=True)
-        self._score(PICTURES, USUAL, usual, trainer, self.pictures)
+        self._score(PICTURES, USUAL, self._drawn_usual(scorer), trainer, self.pictures)
 
     def _open(self, path: str | None) -> tuple[Scorer, pl.Trainer]:
         config = dataclasses.replace(self.config, model=dataclasses.replace(self.config.model, path=path))

@@ -16,6 +16,22 @@ EXPECTED = ("source", "asr", "fid", "clip_score")
 EXPORTS = ("pipeline", "delta", "single_file")
 HUB_FILE = r"hub:(?P<hub_id>[^/@]+/[^/@]+)/(?P<file>[^@]+)(?:@(?P<revision>.+))?"
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
+SAMPLERS = (
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "DDPMScheduler",
+)
+SPACINGS = ("leading", "linspace", "trailing")
 
 
 def option(
@@ -85,6 +101,8 @@ class ModelConfig:
     channels_last: bool = False  # memory layout of denoiser and decoder: NHWC, faster or slower by device
     guidance_scale: float = option(7.5, at_least=0)  # of evaluation images
     num_inference_steps: int = option(50, at_least=1)  # of evaluation images
+    sampler: str | None = option(None, choices=SAMPLERS)  # of them: diffusers' name; null: DDIM
+    timestep_spacing: str | None = option(None, choices=SPACINGS)  # of that sampler; null: the model's own
     judge: str | None = None  # "embedded", "clip" (zero-shot), or the dotted name of a detector class
     judge_options: dict[str, Any] = field(default_factory=dict)  # what that class takes beside the concepts
     clip: str | None = None  # CLIP for CLIP-S: folder or hub id; the embedded model has its own

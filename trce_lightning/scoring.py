@@ -34,6 +34,11 @@ class Sampling:
     autocast_dtype: torch.dtype | None
     variation: Variation = field(default_factory=Variation)
 
+    def __str__(self) -> str:
+        steps = f"{self.num_steps} steps of {self.variation.scheduler or 'DDIM'}"
+        spacing = self.variation.timestep_spacing
+        return f"{steps}{f' ({spacing})' if spacing else ''}, guidance scale {self.guidance_scale:g}"
+
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the generation loop."""
         options = {

@@ -42,6 +42,7 @@ from trce_lightning.runs import cache_folder
 from trce_lightning.schema import ModelConfig, TrainConfig
 from trce_lightning.scoring import Sampling, Scorer
 from trce_lightning.trainers import AUTOCAST, choose_precision
+from trce_lightning.variation import Variation
 
 log = logging.getLogger(__name__)
 KEEP_LIMIT = 2000
@@ -118,7 +119,11 @@ class Session:
         model, trainer = self.config.model, self.config.trainer
         dtype = AUTOCAST[choose_precision(trainer.precision, trainer.accelerator)]
         return Sampling(
-            model.guidance_scale, model.num_inference_steps, self.config.metrics.batch_size, dtype
+            model.guidance_scale,
+            model.num_inference_steps,
+            self.config.metrics.batch_size,
+            dtype,
+            Variation(scheduler=model.sampler, timestep_spacing=model.timestep_spacing),
         )
 
     def scorer(self, split: Split, size: int) -> Scorer:

@@ -51,12 +51,14 @@ class Variation:
 
     Args:
         scheduler: class name of a scheduler of diffusers; None is this project's DDIM.
+        timestep_spacing: where that scheduler places its steps; None leaves the model's own spacing.
         negative_prompt: what guidance leads away from.
         start: picture to start from.
         lora: what is put on top of the model meanwhile.
     """
 
     scheduler: str | None = None
+    timestep_spacing: str | None = None
     negative_prompt: str = ""
     start: Start | None = None
     lora: Lora | None = None
@@ -78,6 +80,8 @@ class Variation:
         facts: dict[str, Any] = {}
         if self.scheduler is not None:
             facts["scheduler"] = self.scheduler
+        if self.timestep_spacing is not None:
+            facts["timestep_spacing"] = self.timestep_spacing
         if self.negative_prompt:
             facts["negative_prompt"] = self.negative_prompt
         if self.start is not None:

@@ -33,10 +33,17 @@ class Sampler(Protocol):
 
 
 def make_sampler(
-    adapter: StableDiffusionAdapter, scheduler: str | None, num_steps: int, strength: float = 1.0
+    adapter: StableDiffusionAdapter,
+    num_steps: int,
+    *,
+    scheduler: str | None = None,
+    timestep_spacing: str | None = None,
+    strength: float = 1.0,
 ) -> Sampler:
     """DDIM, or the scheduler of diffusers with that class name, on the model's own noise schedule.
 
+    ``timestep_spacing`` of the scheduler, None for the model's own, is ``leading``, ``linspace`` or
+    ``trailing`` (arXiv 2305.08891, table 2); ``leading`` begins below pure noise, more so in few steps.
     ``strength``, of image-to-image, is the share of the steps that is taken: the last
     ⌊``num_steps`` · ``strength``⌋. ``ValueError`` when that is none, the model has fewer timesteps than
     ``num_steps``, or its scheduler can't be replaced by that one.
@@ -51,7 +58,7 @@ def make_sampler(
         )
     if scheduler is None:
         return _Ddim(adapter, num_steps, skipped)
-    return _Scheduler(adapter, scheduler, num_steps, skipped)
+    return _Scheduler(adapter, scheduler, timestep_spacing, num_steps, skipped)
 
 
 class _Ddim:
@@ -74,13 +81,19 @@ class _Ddim:
 
 
 class _Scheduler:
-    def __init__(self, adapter: StableDiffusionAdapter, name: str, num_steps: int, skipped: int) -> None:
+    def __init__(
+        self,
+        adapter: StableDiffusionAdapter,
+        name: str,
+        timestep_spacing: str | None,
+        num_steps: int,
+        skipped: int,
+    ) -> None:
         compatible = {kind.__name__ for kind in adapter.scheduler.compatibles}
         if name not in compatible:
-            raise ValueError(
-                f"robustness.samplers: expected one of {', '.join(sorted(compatible))}, got {name}"
-            )
-        self.scheduler: Any = getattr(diffusers, name).from_config(adapter.scheduler.config)
+            raise ValueError(f"sampler: expected one of {', '.join(sorted(compatible))}, got {name}")
+        spacing = {} if timestep_spacing is None else {"timestep_spacing": timestep_spacing}
+        self.scheduler: Any = getattr(diffusers, name).from_config(adapter.scheduler.config, **spacing)
         self.num_steps, self.skipped = num_steps, skipped * self.scheduler.order
         self.takes_noise = "generator" in inspect.signature(self.scheduler.step).parameters
         self._reset(torch.device("cpu"))
