@@ -160,7 +160,7 @@ class OptimizerConfig:
 class ScoresConfig:
     final_images_per_set: int = option(512, at_least=1)
     samples_per_prompt: int = option(1, at_least=1)  # images of each prompt, from different noise
-    batch_size: int = option(64, at_least=1)
+    batch_size: int = option(32, at_least=1)
 
 
 @dataclass
