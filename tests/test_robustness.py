@@ -22,6 +22,7 @@ from trce_lightning.naming import mentions
 from trce_lightning.robustness import PICTURES, robustness_rows
 from trce_lightning.scoring import Sampling, Scorer
 from trce_lightning.session import concepts_of
+from trce_lightning.variation import Variation
 
 WEAPONS = Concept("weapons", {"a kitchen knife": "a kite", "a gun": "a hat", "an axe": "a vase"})
 FILLER = ("on white", "soft light")
@@ -126,6 +127,21 @@ def test_each_condition_changes_one_thing(tiny_adapter, tmp_path, caplog) -> Non
     assert (planned["guidance_scale=1"], planned["steps=7"], planned["strength=0.5"]) == (15, 42, 12)
     with pytest.raises(ValueError, match=r"robustness\.sets.*implicit"):
         conditions(replace(options, sets=["implicit"]), scorer_of(tiny_adapter, records), [WEAPONS], tmp_path)
+
+
+def test_conditions_keep_the_usual_sampler_unless_they_name_another(tiny_adapter, tmp_path) -> None:
+    usual = Variation(scheduler="DPMSolverMultistepScheduler", timestep_spacing="trailing")
+    scorer = scorer_of(tiny_adapter, (PromptRecord("d/1", "a gun"),))
+    scorer.sampling.variation = usual
+    options = RobustnessConfig(
+        samplers=["DDIMScheduler"], steps=[7], negative_prompts=["no"], strengths=[0.5], lora=["x/style.bin"]
+    )
+    found = {c.name: c.sampling.variation for c in conditions(options, scorer, [WEAPONS], tmp_path)}
+    assert found.pop("sampler=DDIMScheduler") == Variation(scheduler="DDIMScheduler")
+    for variation in found.values():
+        assert replace(variation, negative_prompt="", start=None, lora=None) == usual
+    changed = [name for name, variation in found.items() if variation != usual]
+    assert changed == ["negative_prompt=no", "strength=0.5", "lora=style"]
 
 
 @pytest.mark.parametrize(
