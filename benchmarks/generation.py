@@ -19,7 +19,7 @@ from trce_lightning.variation import Variation
 
 IMAGES, ALONE, REPEATS = 64, 16, 5
 GUIDANCE, STEPS = 3.0, 20
-BATCH, FEW_STEPS = 32, 6
+BATCH, FEW_STEPS = 32, 5
 """How the embedded model's images are drawn by default, with DPM-Solver++."""
 TOLERANCE = 0.5
 """Mean absolute difference of the images, in levels of 0 … 255."""

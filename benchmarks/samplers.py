@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 IMAGES_PER_SET = 256
 DDIM = Variation()
 DPM_SOLVER = Variation(scheduler="DPMSolverMultistepScheduler", timestep_spacing="trailing")
-COMPARED = ((DDIM, 20), (DDIM, 10), (DDIM, 6), (DPM_SOLVER, 10), (DPM_SOLVER, 6), (DPM_SOLVER, 4))
+COMPARED = ((DDIM, 20), (DDIM, 10), (DDIM, 6), (DPM_SOLVER, 10), (DPM_SOLVER, 6), (DPM_SOLVER, 5))
 TITLES = RESULTS[:5]
 
 
