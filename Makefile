@@ -1,6 +1,6 @@
 export OMP_WAIT_POLICY := PASSIVE
 # glibc hands large tensors' pages back after each use and faults them in anew, unless told to keep them: bytes.
-export MALLOC_MMAP_THRESHOLD_ := 1073741824
+export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
 PYTHON ?= python3
