@@ -54,7 +54,8 @@ def write_scores(run: TrainingRun) -> dict[str, Any]:
     for label, column in columns.items():
         column.scored.save(run.folder / "scored" / f"{label}.json")
     grid_of(sets, {label: column.images for label, column in columns.items()}, run.folder / "grid.png")
-    save_curves(passes(run), run.folder / "curves.png")
+    if during := passes(run):
+        save_curves(during, run.folder / "curves.png")
     write_page(run.folder / "report.html", report_of(run, columns))
     return second_opinion(run, columns)
 

@@ -1,0 +1,41 @@
+"""What a run leaves, stage by stage, on the embedded model at its smallest."""
+
+import json
+
+import pytest
+from test_configs import composed
+
+from trce_lightning import run, validation
+
+
+@pytest.mark.parametrize(
+    ("stage", "drawn"), [("textual", False), ("trajectory", True)], ids=["textual", "trajectory"]
+)
+def test_each_stage_alone_is_scored(tmp_path, stage, drawn) -> None:
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a dog\na red car\n")
+    config = composed(
+        "train",
+        "concept=violence",
+        "experiment=smoke",
+        f"stages=[{stage}]",
+        f"textual.keep_prompts={captions}",
+        "trajectory.epochs=1",
+        "metrics.final_images_per_set=2",
+        "metrics.images_per_set=2",
+        "model.num_inference_steps=2",
+        "trainer.accelerator=cpu",
+        "trainer.precision=32-true",
+        "trainer.enable_progress_bar=false",
+        f"output={tmp_path / 'run'}",
+        f"cache={tmp_path / 'cache'}",
+    )
+    validation.check(config)
+    run.train(config)
+    folder = tmp_path / "run"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["original"]["asr"].keys() == metrics["erased"]["asr"].keys() == {"direct", "implicit"}
+    assert (folder / "report.html").is_file() and (folder / "grid.png").is_file()
+    assert (folder / "edit.safetensors").is_file() == (stage == "textual")
+    # Curves are those of training's passes, of which stage 1 alone has none.
+    assert (folder / "curves.png").is_file() == drawn and len(metrics["epochs"]) == drawn
