@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.fitting import compose
 from benchmarks.report import Row
-from benchmarks.samplers import DDIM, DPM_SOLVER
 from benchmarks.timing import in_turns
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
 from trce_lightning.data.prompt_sets import PromptRecord, benign_subjects
@@ -15,12 +17,12 @@ from trce_lightning.emoji.package import weights_folder
 from trce_lightning.generation import generate
 from trce_lightning.image_folder import image_seed
 from trce_lightning.sampling import noise
+from trce_lightning.scoring import Sampling
+from trce_lightning.session import Session, concepts_of
 from trce_lightning.variation import Variation
 
 IMAGES, ALONE, REPEATS = 64, 16, 5
-GUIDANCE, STEPS = 3.0, 20
-BATCH, FEW_STEPS = 32, 5
-"""How the embedded model's images are drawn by default, with DPM-Solver++."""
+DDIM_STEPS = 20
 TOLERANCE = 0.5
 """Mean absolute difference of the images, in levels of 0 … 255."""
 MATRIX_SIDE = 2048
@@ -30,6 +32,9 @@ class Generation:
     """Both loops on equal prompts, noise and schedule."""
 
     def __init__(self) -> None:
+        config = compose("concept=violence", "trainer.precision=32-true")
+        self.configured = Session(config, concepts_of(config)).sampling()
+        self.ddim = replace(self.configured, num_steps=DDIM_STEPS, variation=Variation())
         self.adapter = load_adapter(weights_folder(), channels_last=True)
         self.other_layout = load_adapter(weights_folder())
         self.pipeline = self.other_layout.pipeline
@@ -39,27 +44,22 @@ class Generation:
 
     def ours(self) -> Tensor:
         """All records in batches, uint8 ``[N, 3, H, W]``."""
-        return self._batched(self.adapter)
+        return self._batched(self.ddim)
 
     def as_configured(self) -> Tensor:
-        """Likewise, in few steps."""
-        return self._batched(self.adapter, FEW_STEPS, DPM_SOLVER)
+        """Likewise, in the steps that the embedded model takes by default."""
+        return self._batched(self.configured)
+
+    def one_batch(self) -> Tensor:
+        """Likewise, all at once."""
+        return self._batched(replace(self.configured, batch_size=IMAGES))
 
     def channels_first(self) -> Tensor:
-        """Likewise, without the option."""
-        return self._batched(self.other_layout)
+        """All records by DDIM, in the other memory layout."""
+        return self._batched(self.ddim, self.other_layout)
 
-    def _batched(
-        self, adapter: StableDiffusionAdapter, steps: int = STEPS, variation: Variation = DDIM
-    ) -> Tensor:
-        return generate(
-            adapter,
-            self.records,
-            guidance_scale=GUIDANCE,
-            num_steps=steps,
-            batch_size=BATCH,
-            variation=variation,
-        )
+    def _batched(self, sampling: Sampling, adapter: StableDiffusionAdapter | None = None) -> Tensor:
+        return generate(adapter or self.adapter, self.records, **sampling.options())
 
     def plain(self) -> Tensor:
         """The first records one by one, likewise."""
@@ -67,8 +67,8 @@ class Generation:
             self.pipeline(
                 record.prompt,
                 latents=noise((1, *self.adapter.latent_shape), image_seed(record)),
-                guidance_scale=GUIDANCE,
-                num_inference_steps=STEPS,
+                guidance_scale=self.ddim.guidance_scale,
+                num_inference_steps=DDIM_STEPS,
                 output_type="pt",
             ).images
             for record in self.records[:ALONE]
@@ -86,6 +86,7 @@ def run() -> list[Row]:
         "plain": loops.plain,
         "ours": loops.ours,
         "configured": loops.as_configured,
+        "one batch": loops.one_batch,
         "channels first": loops.channels_first,
     }
     times = in_turns({**loops_in_turns, "product": lambda: matrix @ matrix}, REPEATS)
@@ -93,17 +94,13 @@ def run() -> list[Row]:
     with FlopCounterMode(display=False) as counter:
         loops.ours()
     work = counter.get_total_flops() / 1e9 / times["ours"], 2 * MATRIX_SIDE**3 / 1e9 / times["product"]
+    drawn = f"images drawn, embedded model, {DDIM_STEPS} DDIM steps"
+    few, batch = loops.configured.num_steps, loops.configured.batch_size
     return [
-        Row(
-            f"images drawn, embedded model, {STEPS} DDIM steps",
-            rates[0],
-            "/s",
-            rates[1],
-            rate=True,
-            least_gain=2,
-        ),
+        Row(drawn, rates[0], "/s", rates[1], rate=True, least_gain=2),
         Row(f"… in all, {IMAGES} images", times["ours"], "s", most=8.0),
-        Row(f"… in {FEW_STEPS} steps of DPM-Solver++, the default", times["configured"], "s", most=8.0),
-        Row("… with channels_last, against without", times["ours"], "s", times["channels first"]),
+        Row(f"… in {few} steps of DPM-Solver++, the default", times["configured"], "s", most=8.0),
+        Row(f"… {batch} of these a batch, against {IMAGES}", times["configured"], "s", times["one batch"]),
+        Row("… by DDIM with channels_last, against without", times["ours"], "s", times["channels first"]),
         Row("… operations, against a large matrix product's", work[0], "GFLOP/s", work[1], rate=True),
     ]

@@ -106,6 +106,8 @@ WRONG = [
     (["concept=violence", "stages=[]"], ["'stages'", "one at least"]),
     (["concept=violence", "textual.positions=[eos]"], ["'textual.positions'", "eot"]),
     (["concept=violence", "--textual.eta", "-1"], ["'textual.eta'", "at least 0", "-1"]),
+    (["concept=violence", "model.num_inference_steps=1001"], ["'model.num_inference_steps'", "1000", "1001"]),
+    (["concept=violence", "trajectory.num_steps=1001"], ["'trajectory.num_steps'", "at most 1000", "1001"]),
     (["concept=violence", "textual.ridge=-0.5"], ["'textual.ridge'", "at least 0", "-0.5"]),
     (["concept=violence", "textual.ridge=nan"], ["'textual.ridge'", "finite"]),
     (["concept=violence", "optimizer.lr=0"], ["'optimizer.lr'", "more than 0"]),

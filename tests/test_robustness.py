@@ -149,6 +149,8 @@ def test_conditions_keep_the_usual_sampler_unless_they_name_another(tiny_adapter
     [
         (r"'robustness\.images_per_set'.*at most .*8, got 128", ["metrics.final_images_per_set=8"]),
         (r"'robustness\.steps'.*different.*\[5, 5\]", ["robustness.steps=[5,5]"]),
+        (r"'robustness\.steps'.*at most 1000, got 1001", ["robustness.steps=[1001]"]),
+        (r"'robustness\.num_inference_steps'.*at most 1000", ["robustness.num_inference_steps=1001"]),
         (r"'robustness\.strengths'.*more than 0", ["robustness.strengths=[0]"]),
         (r"'robustness\.strengths'.*at most 1, got 1\.5", ["robustness.strengths=[1.5]"]),
         (r"'robustness\.samplers'.*Did you mean", ["robustness.samplers=[DDPMSheduler]"]),

@@ -3,7 +3,15 @@
 from dataclasses import dataclass, field
 
 from trce_lightning.data.prompt_sets import BENIGN, DIRECT, IMPLICIT, MIXED, NEIGHBOURS, UNERASED
-from trce_lightning.schema import SAMPLERS, ConceptConfig, DeviceConfig, ModelConfig, ScoresConfig, option
+from trce_lightning.schema import (
+    SAMPLERS,
+    TIMESTEPS,
+    ConceptConfig,
+    DeviceConfig,
+    ModelConfig,
+    ScoresConfig,
+    option,
+)
 
 CONCEPT_SETS = (DIRECT, IMPLICIT, BENIGN)
 OWN_SETS = (*CONCEPT_SETS, MIXED, UNERASED, NEIGHBOURS)
@@ -17,10 +25,11 @@ class RobustnessConfig:
 
     images_per_set: int = option(128, at_least=1)  # the first of metrics.final_images_per_set
     sets: list[str] = option(list(CONCEPT_SETS), choices=CONCEPT_SETS)
-    num_inference_steps: int = option(20, at_least=1)  # of every condition; enough for any of the samplers
+    # Of every condition; enough for any of the samplers.
+    num_inference_steps: int = option(20, at_least=1, at_most=TIMESTEPS)
     samplers: list[str] = option([], choices=SAMPLERS)  # diffusers' names, in place of model.sampler
     guidance_scales: list[float] = option([], at_least=0)
-    steps: list[int] = option([], at_least=1)
+    steps: list[int] = option([], at_least=1, at_most=TIMESTEPS)
     negative_prompts: list[str] = option([])  # {safe}: the concept's safe counterparts
     strengths: list[float] = option([], above=0, at_most=1)  # image-to-image, share of the steps
     picture: str | None = None  # that image-to-image starts from; null: what the original drew of each prompt

@@ -32,6 +32,8 @@ SAMPLERS = (
     "DDPMScheduler",
 )
 SPACINGS = ("leading", "linspace", "trailing")
+TIMESTEPS = 1000
+"""Of every supported model's noise schedule: no sampler takes more steps."""
 
 
 def option(
@@ -100,7 +102,7 @@ class ModelConfig:
     dtype: str = option("float32", choices=("float32", "float16", "bfloat16"))
     channels_last: bool = False  # memory layout of denoiser and decoder: NHWC, faster or slower by device
     guidance_scale: float = option(7.5, at_least=0)  # of evaluation images
-    num_inference_steps: int = option(50, at_least=1)  # of evaluation images
+    num_inference_steps: int = option(50, at_least=1, at_most=TIMESTEPS)  # of evaluation images
     sampler: str | None = option(None, choices=SAMPLERS)  # of them: diffusers' name; null: DDIM
     timestep_spacing: str | None = option(None, choices=SPACINGS)  # of that sampler; null: the model's own
     judge: str | None = None  # "embedded", "clip" (zero-shot), or the dotted name of a detector class
@@ -130,7 +132,7 @@ class TrajectoryConfig:
 
     num_trajectories: int = option(100, at_least=1)  # malicious
     num_unconditional: int = option(100, at_least=1)
-    num_steps: int = option(50, at_least=1)  # of sampling
+    num_steps: int = option(50, at_least=1, at_most=TIMESTEPS)  # of sampling
     early_steps: int = option(25, at_least=1)  # how many first steps are used
     guidance_scale: float = option(3.0, at_least=0)  # of sampling
     beta: float = option(16.0, above=0)  # of the targets; 1 is the conditional prediction itself
