@@ -73,6 +73,11 @@ def test_rates_of_others_need_no_interval():
     assert rows["FID"].endswith("| 12.50 (1.25×) | 26.90 |") and rows["false alarm"].endswith("| – |")
 
 
+def test_what_no_model_has_is_no_row():
+    columns = {"original": {"asr": {"mine": {"rate": 0.5}}}, "erased": {"fid": 26.9}}
+    assert results_table(columns).splitlines()[2:] == ["| ASR mine | 50.0 % | – |", "| FID | – | 26.90 |"]
+
+
 def test_grid_holds_every_image_enlarged_with_rows_of_a_prompt_aligned():
     original, erased = solid(5, 8, 12, 1), solid(5, 8, 12, 100)
     grid = image_grid(

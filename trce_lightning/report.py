@@ -74,7 +74,7 @@ def results_table(columns: Mapping[str, Scores], titles: Collection[str] = ()) -
 
 
 def results_rows(columns: Mapping[str, Scores]) -> list[list[str]]:
-    """Cells of a table: one column per model, one row per score, "–" where a model lacks one.
+    """Cells of a table: one column per model, one row per score that one has, "–" where a model lacks it.
 
     Rates, accuracies and CLIP-S come with their 95 % intervals, FID and CLIP-S with the ratio to column
     "original", whose own "distance to the original" is that between two of its images of each prompt, if
@@ -87,15 +87,11 @@ def results_rows(columns: Mapping[str, Scores]) -> list[list[str]]:
     )
     rows: dict[str, Callable[[Scores], str]] = {f"ASR {name}": partial(_asr, name) for name in sets}
     rows |= {title: partial(_with_ratio, original, key) for key, title in _PLAIN.items()}
-    rows |= {
-        title: partial(_distance, key)
-        for key, title in _DISTANCES.items()
-        if any(key in scores for scores in columns.values())
-    }
+    rows |= {title: partial(_distance, key) for key, title in _DISTANCES.items()}
     rows |= _accuracy_rows(columns)
     rows["false alarm"] = _false_alarm
     cells = [[title, *(cell(scores) for scores in columns.values())] for title, cell in rows.items()]
-    return [["", *columns], *cells]
+    return [["", *columns], *(row for row in cells if set(row[1:]) != {ABSENT})]
 
 
 def one_line(scores: Scores) -> str:
@@ -107,13 +103,12 @@ def one_line(scores: Scores) -> str:
 
 
 def _accuracy_rows(columns: Mapping[str, Scores]) -> dict[str, Callable[[Scores], str]]:
-    """One row for each labelled set and group that some model has."""
+    """One row for each group of each labelled set."""
     sets = dict.fromkeys(name for scores in columns.values() for name in scores.get("accuracy", {}))
     return {
         f"{name} {title}" if group == "subject" else f"{name} accuracy, {title}": partial(_group, name, group)
         for name in sets
         for group, title in _GROUPS.items()
-        if any(group in scores.get("accuracy", {}).get(name, {}) for scores in columns.values())
     }
 
 
