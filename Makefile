@@ -17,6 +17,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Alone on the machine, threads that spin for a moment before they sleep are faster; beside another job, slower.
+demo bench-table: export GOMP_SPINCOUNT := 20000
 demo: setup
 	$(BIN)/python train.py concept=violence
 
