@@ -71,6 +71,7 @@ WRONG = [
     (["--trainer.devices", "--plan"], ["'--trainer.devices' needs a value"]),
     (["seed="], ["'seed' needs a value"]),
     (["concept=violence", "model.resolution=abc"], ["'model.resolution'", "a whole number", "'abc'"]),
+    (["concept=violence", "optimizer.betas=[0.9,high]"], ["'optimizer.betas[1]'", "a number", "'high'"]),
     (["concept=3"], ["'concept'", "the name of a choice", "3"]),
     (["concept=[violence,2]"], ["'concept'", "the name of a choice", "2"]),
     (["concept=violence", "optimizer=null"], ["'optimizer'", "the name of a choice", "None"]),

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from string import Template
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import hydra
 import yaml
@@ -30,7 +30,11 @@ from trce_lightning.signals import EXIT_CODE, GRACE_SECONDS, Stopped, leave, sha
 
 PACKAGE = Path(__file__).resolve().parent
 _HELP = frozenset({"--help", "-h"})
-_EXPECTED = {BooleanNode: "true or false", IntegerNode: "a whole number", FloatNode: "a number"}
+_EXPECTED: dict[Any, str] = {
+    BooleanNode: "true or false",
+    **dict.fromkeys((IntegerNode, int), "a whole number"),  # the second of a list's items
+    **dict.fromkeys((FloatNode, float), "a number"),
+}
 
 
 def train(argv: Sequence[str] | None = None) -> None:
@@ -209,6 +213,7 @@ def _explain_option(error: Exception) -> list[str]:
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     if not isinstance(cause, OmegaConfBaseException) or not cause.full_key:
         return lines
-    expected = _EXPECTED.get(type(cause.child_node)) if type(cause) is ValidationError else None
+    kinds = (type(cause.child_node), *get_args(cause.ref_type)) if type(cause) is ValidationError else ()
+    expected = next((_EXPECTED[kind] for kind in kinds if kind in _EXPECTED), None)
     said = f"expected {expected}, got {cause.value!r}" if expected else lines[0]
     return [f"option {cause.full_key!r}: {said}"]
