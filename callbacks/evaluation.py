@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
+from trce_lightning.errors import InputError
 from trce_lightning.report import one_line
 from trce_lightning.scored import Scores, log_scores
 from trce_lightning.scoring import Scorer
@@ -53,7 +54,7 @@ class EpochEvaluation(pl.Callback):
         return {"after_textual": self.after_textual, "epochs": self.epochs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them. ``ValueError`` on a checkpoint of an earlier version."""
+        """Restore them. ``InputError`` on a checkpoint of an earlier version."""
         if "after_textual" not in state_dict:
-            raise ValueError("checkpoint: expected one of this version, got an earlier one; use fresh=true")
+            raise InputError("checkpoint: expected one of this version, got an earlier one; use fresh=true")
         self.after_textual, self.epochs = state_dict["after_textual"], state_dict["epochs"]

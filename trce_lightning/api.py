@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from trce_lightning import cli, runs, validation
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.concepts import Concept
+from trce_lightning.errors import InputError
 from trce_lightning.schema import ConceptConfig, TrainConfig
 from trce_lightning.session import concepts_of
 from trce_lightning.training_run import TrainingRun
@@ -37,7 +38,7 @@ def erase(
         cache: folder of trajectories to reuse; None samples them anew, into a temporary folder.
 
     Raises:
-        ValueError: an option or a model that doesn't fit; the message names it.
+        InputError: an option or a model that doesn't fit; the message names it.
     """
     with tempfile.TemporaryDirectory() as folder:
         places = [f"runs={folder}", f"cache={cache or folder}", "trainer.devices=1"]
@@ -48,7 +49,7 @@ def erase(
             adapter.to_channels_last()
         run = TrainingRun(config, concepts_of(config), adapter)
         if run.trainer.world_size > 1 and cache is None:
-            raise ValueError("cache: expected a folder that all processes see, got none")
+            raise InputError("cache: expected a folder that all processes see, got none")
         home = pipeline.device
         try:
             run.open()

@@ -15,6 +15,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Glob, Quote, QuotedStr
 from omegaconf import OmegaConf
 
 from trce_lightning.concepts import Concept, load_concept
+from trce_lightning.errors import InputError
 from trce_lightning.schema import ConceptConfig
 
 OWN = "own_"  # begins the choices made of paths and words, so that shipped files do not shadow them
@@ -33,7 +34,7 @@ def rewrite(argv: list[str], schema: type, groups: Iterable[str]) -> list[str]:
     """Arguments for Hydra. `groups` are the config groups; `schema` is the dataclass of other options.
 
     Concepts given by path or by words are put in Hydra's ConfigStore, and the override names them there.
-    Raises ValueError for an unknown option, an option without a value, or a concept file that does not fit.
+    Raises InputError for an unknown option, an option without a value, or a concept file that does not fit.
     """
     multirun = bool({"-m", "--multirun"} & set(argv))
     result: list[str] = []
@@ -45,7 +46,7 @@ def rewrite(argv: list[str], schema: type, groups: Iterable[str]) -> list[str]:
             continue
         sign, key, value = match["sign"] or "", match["key"], match["value"]
         if not value and sign != "~":
-            raise ValueError(f"option {key!r} needs a value: {key}=VALUE")
+            raise InputError(f"option {key!r} needs a value: {key}=VALUE")
         if key in _WORDS:
             words[key.removeprefix("concept.")] = _parse(argument)
         elif key == "concept":
@@ -60,7 +61,7 @@ def rewrite(argv: list[str], schema: type, groups: Iterable[str]) -> list[str]:
                 sign = sign or "++"  # which Hydra wants for a name that isn't there yet
             result.append(f"{sign}{key}={_value(value, kind, multirun)}")
     if words and any(argument.startswith("concept=") for argument in result):
-        raise ValueError(
+        raise InputError(
             f"concept=NAME beside concept.{next(iter(words))}: free words are a concept of their own.\n"
             f"To change a chosen concept, name it: concept.NAME.{next(iter(words))}=..."
         )
@@ -76,7 +77,7 @@ def did_you_mean(word: str, choices: Iterable[str], prefix: str = "") -> str:
 def annotation(schema: type, key: str, groups: Iterable[str] = ()) -> Any:
     """The type of the option with the dotted name `key`, `Any` of what a user names below it.
 
-    Raises ValueError where `schema` has none.
+    Raises InputError where `schema` has none.
     """
     current: Any = schema
     walked: list[str] = []
@@ -88,10 +89,10 @@ def annotation(schema: type, key: str, groups: Iterable[str] = ()) -> Any:
         elif dataclasses.is_dataclass(current):
             hints = get_type_hints(current)
             if part not in hints:
-                raise ValueError(_unknown(key, walked, part, hints if walked else {*hints, *groups}))
+                raise InputError(_unknown(key, walked, part, hints if walked else {*hints, *groups}))
             current = hints[part]
         else:
-            raise ValueError(f"unknown option {key!r}: {'.'.join(walked)!r} has no parts")
+            raise InputError(f"unknown option {key!r}: {'.'.join(walked)!r} has no parts")
         walked.append(part)
     return current
 
@@ -122,7 +123,7 @@ def _join(argv: list[str], schema: type, groups: Iterable[str]) -> Iterator[str]
                 yield waiting.pop(0)
         elif not argument.startswith("--"):
             if not (argument.startswith(("~", "-")) or has_value):
-                raise ValueError(
+                raise InputError(
                     f"{argument!r} is not OPTION=VALUE; a concept is chosen by concept={argument}"
                 )
             yield argument
@@ -131,7 +132,7 @@ def _join(argv: list[str], schema: type, groups: Iterable[str]) -> Iterator[str]
         elif annotation(schema, argument[2:]) is bool and follower not in ("true", "false"):
             yield f"{argument[2:]}=true"
         elif follower is None:
-            raise ValueError(f"option {argument!r} needs a value: {argument} VALUE")
+            raise InputError(f"option {argument!r} needs a value: {argument} VALUE")
         else:
             yield f"{argument[2:]}={waiting.pop(0)}"
 
@@ -153,13 +154,13 @@ def _check_names(group: str, value: Any) -> None:
     items = value.list if isinstance(value, ChoiceSweep) else value if isinstance(value, list) else [value]
     for item in items:
         if not isinstance(item, str | QuotedString | Sweep | Glob):
-            raise ValueError(f"option {group!r}: expected the name of a choice, or [NAME,...], got {item!r}")
+            raise InputError(f"option {group!r}: expected the name of a choice, or [NAME,...], got {item!r}")
 
 
 def _parse(argument: str) -> Any:
     value = _parse_override(argument)
     if isinstance(value, ChoiceSweep):
-        raise ValueError(f"{argument!r}: write a list in brackets")
+        raise InputError(f"{argument!r}: write a list in brackets")
     return value
 
 
@@ -189,7 +190,7 @@ def _concepts(text: str) -> str:
     choices = [_store(load_concept(name)) if _is_path(name) else name for name in names]
     erased = [choice.removeprefix(OWN) for choice in choices]
     if len(set(erased)) < len(erased):
-        raise ValueError(f"option 'concept': expected each concept once, got {', '.join(erased)}")
+        raise InputError(f"option 'concept': expected each concept once, got {', '.join(erased)}")
     joined = ",".join(choices)
     return joined if isinstance(value, ChoiceSweep) else f"[{joined}]"
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
+from trce_lightning.errors import InputError
+
 if TYPE_CHECKING:
     from openai import APIError, OpenAI
 
@@ -44,13 +46,13 @@ class EndpointChat:
         retries: how often to ask again when no reply comes.
 
     Raises:
-        ValueError: no package openai, no key or no usable URL; from ``ask``: a request that is refused.
+        InputError: no package openai, no key or no usable URL; from ``ask``: a request that is refused.
         OSError: from ``ask``: no reply after all retries.
     """
 
     def __init__(self, model: str, timeout: float = 120.0, retries: int = 4) -> None:
         if timeout <= 0 or retries < 0:
-            raise ValueError(
+            raise InputError(
                 f"--timeout, --retries: expected above 0 s and 0 or more, got {timeout:g}, {retries}"
             )
         self._model, self._timeout, self._tries = model, timeout, retries + 1
@@ -87,8 +89,8 @@ class EndpointChat:
             raise self._no_endpoint(str(completion))
         return message.content or getattr(message, "refusal", None) or ""
 
-    def _no_endpoint(self, reply: str) -> ValueError:
-        return ValueError(
+    def _no_endpoint(self, reply: str) -> InputError:
+        return InputError(
             f"OPENAI_BASE_URL: expected the URL of a chat-completions endpoint, which often ends in /v1, got "
             f"{str(self._client.base_url)!r}, which answers {_shortened(reply)!r}"
         )
@@ -108,9 +110,9 @@ class EndpointChat:
                 f"{_said(error)}"
             )
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            return ValueError(f"OPENAI_API_KEY: expected a key for {self._host}, got: {_said(error)}")
+            return InputError(f"OPENAI_API_KEY: expected a key for {self._host}, got: {_said(error)}")
         if isinstance(error, openai.NotFoundError):
-            return ValueError(
+            return InputError(
                 f"--model, OPENAI_BASE_URL: expected a model of that endpoint, got {self._model!r} at "
                 f"{str(self._client.base_url)!r}: {_said(error)}"
             )
@@ -119,7 +121,7 @@ class EndpointChat:
                 f"{self._host}: cannot be reached, tried {self._tries} times: {error.__cause__ or error}"
             )
         if isinstance(error, openai.BadRequestError):
-            return ValueError(f"{self._host}: refuses the request: {_said(error)}")
+            return InputError(f"{self._host}: refuses the request: {_said(error)}")
         return ConnectionError(f"{self._host}: answers no request: {_said(error)}")
 
 
@@ -131,7 +133,7 @@ class LocalChat:
         max_tokens: the longest reply.
 
     Raises:
-        ValueError: no such text-generation model; from ``ask``: a request too long for the model.
+        InputError: no such text-generation model; from ``ask``: a request too long for the model.
     """
 
     def __init__(self, model: str, max_tokens: int = 4096) -> None:
@@ -141,7 +143,7 @@ class LocalChat:
             self._pipeline = pipeline("text-generation", model=model)
         except (OSError, ValueError) as error:
             reason = _shortened(str(error))
-            raise ValueError(f"--local: expected a text-generation model, got {model!r}: {reason}") from error
+            raise InputError(f"--local: expected a text-generation model, got {model!r}: {reason}") from error
         self._max_tokens = max_tokens
         self.source = f"{Path(model).resolve().name if Path(model).is_dir() else model}, local"
 
@@ -175,7 +177,7 @@ class LocalChat:
             return self._max_tokens
         used = len(self._pipeline.tokenizer(text)["input_ids"])
         if used >= context:
-            raise ValueError(
+            raise InputError(
                 f"--local: expected a model that reads more than {used} tokens, got one that reads {context}"
             )
         return min(self._max_tokens, context - used)
@@ -200,14 +202,14 @@ def _client(timeout: float, retries: int) -> OpenAI:
     try:
         from openai import OpenAI
     except ImportError as error:
-        raise ValueError(
+        raise InputError(
             "--model: expected the package openai (pip install 'trce-lightning[expand]'), or --local"
         ) from error
     url, key = os.environ.get("OPENAI_BASE_URL"), os.environ.get("OPENAI_API_KEY")
     if url and not url.startswith(("http://", "https://")):
-        raise ValueError(f"OPENAI_BASE_URL: expected a URL that begins with http:// or https://, got {url!r}")
+        raise InputError(f"OPENAI_BASE_URL: expected a URL that begins with http:// or https://, got {url!r}")
     if not url and not key:
-        raise ValueError(
+        raise InputError(
             "OPENAI_API_KEY: expected a key, or OPENAI_BASE_URL with a server's URL, got neither"
         )
     return OpenAI(base_url=url or None, api_key=key or "none", timeout=timeout, max_retries=retries)

@@ -6,7 +6,6 @@ Torch is imported by the job alone, so that help and refusals come at once.
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from trce_lightning import arguments, validation
+from trce_lightning.errors import InputError
 from trce_lightning.evaluation_schema import EvalConfig
 from trce_lightning.resources import explain_machine, is_peer_gone
 from trce_lightning.schema import DemoConfig, TrainConfig
@@ -187,15 +187,9 @@ def explain(error: Exception) -> list[str] | None:
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return [f"{error.filename}: {error.strerror}"]
     is_setting = type(error).__name__ == "MisconfigurationException"  # of Lightning, which is slow to import
-    if isinstance(error, OSError) or is_setting or (isinstance(error, ValueError) and _is_ours(error)):
+    if isinstance(error, OSError | InputError) or is_setting:
         return [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
     return None
-
-
-def _is_ours(error: Exception) -> bool:
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    file = Path(frame.f_code.co_filename).resolve()
-    return file.is_relative_to(PACKAGE) or file.is_relative_to(PACKAGE.parent / "callbacks")
 
 
 def _explain_choice(error: MissingConfigException) -> list[str]:

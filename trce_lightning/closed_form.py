@@ -24,6 +24,10 @@ import torch
 from torch import Tensor
 
 
+class SingularError(ValueError):
+    """B is not positive definite to float64's precision, so T is not determined."""
+
+
 @dataclass(frozen=True, eq=False)
 class PairStatistics:
     """Second moments of (malicious, safe) state pairs; over several concepts, the sum of the concepts' means.
@@ -126,8 +130,8 @@ def solve_edit(pairs: PairStatistics, keep: KeepStatistics, *, eta: float, ridge
     downloaded cache, multiplied by the configured scale s twice and divided by 30,000; so η = N s² / 30,000
     here, and N was not published: their s cannot be used as η.
 
-    Raises ValueError when `eta` or `ridge` is negative or not finite, when the state sizes differ, or when B
-    is not positive definite to float64's precision (too few kept states: give a larger `ridge`).
+    Raises ValueError when `eta` or `ridge` is negative or not finite, or when the state sizes differ;
+    `SingularError` when B is not positive definite (too few kept states: give a larger `ridge`).
     """
     for name, value in (("eta", eta), ("ridge", ridge)):
         if not 0 <= value < math.inf:
@@ -139,7 +143,7 @@ def solve_edit(pairs: PairStatistics, keep: KeepStatistics, *, eta: float, ridge
     condition_number = math.inf if failed else _condition_number(b, factor)
     # A singular matrix can survive factorisation by rounding.
     if not condition_number < 1 / (b.shape[0] * torch.finfo(b.dtype).eps):
-        raise ValueError(
+        raise SingularError(
             f"M + eta K + ridge I is not positive definite with eta={eta} and ridge={ridge} (condition "
             f"number {condition_number:.3g}): give a larger ridge, or more kept states and eta > 0"
         )

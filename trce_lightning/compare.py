@@ -14,6 +14,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from trce_lightning.cli import expected_failures
+from trce_lightning.errors import InputError
 from trce_lightning.metrics.asr import paired_test
 from trce_lightning.metrics.scores import NO_ATTACKS
 from trce_lightning.report import results_table
@@ -26,16 +27,16 @@ TITLES = {("textual",): "TRCE (T)", ("trajectory",): "TRCE (V)", ("textual", "tr
 def load_runs(folders: list[Path]) -> dict[str, Scored]:
     """The original's scores from the first run, then each run's under its stages' name.
 
-    ``ValueError`` when a folder holds no finished run, or runs disagree on the original model.
+    ``InputError`` when a folder holds no finished run, or runs disagree on the original model.
     """
     columns: dict[str, Scored] = {}
     for folder in folders:
         scored = folder / "scored"
         if not (scored / "erased.json").is_file():
-            raise ValueError(f"compare: expected the folder of a finished run, got '{folder}'")
+            raise InputError(f"compare: expected the folder of a finished run, got '{folder}'")
         original = Scored.load(scored / "original.json")
         if columns.setdefault("original", original) != original:
-            raise ValueError(f"compare: expected runs that scored the same prompts, '{folder}' did not")
+            raise InputError(f"compare: expected runs that scored the same prompts, '{folder}' did not")
         title = TITLES.get(tuple(OmegaConf.load(folder / "config.yaml").stages), folder.name)
         columns[title if title not in columns else f"{title} {folder.name}"] = Scored.load(
             scored / "erased.json"

@@ -8,27 +8,28 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from trce_lightning.errors import InputError
 from trce_lightning.naming import words_of
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
-    """What a concept's YAML file holds, by key; ValueError with file and line where it can't be read."""
+    """What a concept's YAML file holds, by key; InputError with file and line where it can't be read."""
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=True, throw_on_missing=True)
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{path}{line}: expected well-formed YAML, got: {error.problem}") from error
+        raise InputError(f"{path}{line}: expected well-formed YAML, got: {error.problem}") from error
     except (OSError, UnicodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{path}: expected a readable concept file in UTF-8, got: {error}") from error
+        raise InputError(f"{path}: expected a readable concept file in UTF-8, got: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(
+        raise InputError(
             f"{path}: expected a map with the keys name and terms, got a {type(content).__name__}"
         )
     return {str(key): value for key, value in content.items()}
 
 
 def field_values(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of :class:`~.concepts.Concept` in a map, of their types; ValueError for another type."""
+    """The fields of :class:`~.concepts.Concept` in a map, of their types; InputError for another type."""
     values: dict[str, Any] = {
         "name": _text("concept.name", mapping.get("name")),
         "terms": _text_map("concept.terms", mapping.get("terms")),
@@ -46,14 +47,14 @@ def field_values(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 def _text(option: str, value: object) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{option}: expected a text (in YAML, quote words like no and 3), got {value!r}")
+        raise InputError(f"{option}: expected a text (in YAML, quote words like no and 3), got {value!r}")
     return value
 
 
 def text_tuple(option: str, value: object) -> tuple[str, ...]:
-    """A list of texts that are not empty; ValueError else, which names the option."""
+    """A list of texts that are not empty; InputError else, which names the option."""
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ValueError(f"{option}: expected a list of texts, got {value!r}")
+        raise InputError(f"{option}: expected a list of texts, got {value!r}")
     return tuple(_text(option, item) for item in value)
 
 
@@ -69,33 +70,33 @@ def _text_lists(option: str, value: object) -> dict[str, tuple[str, ...]]:
 
 def _mapping(option: str, value: object, kind: str) -> Mapping[Any, object]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{option}: expected a map {kind}, got {value!r}")
+        raise InputError(f"{option}: expected a map {kind}, got {value!r}")
     return value
 
 
 def check_phrases(option: str, phrases: Sequence[str], may_be_empty: bool = False) -> None:
     """Refuse no phrases, one without words, and one twice."""
     if not phrases and not may_be_empty:
-        raise ValueError(f"{option}: expected at least one term, got none")
+        raise InputError(f"{option}: expected at least one term, got none")
     seen: set[str] = set()
     for phrase in phrases:
         if not words_of(phrase) or phrase.casefold() in seen:
-            raise ValueError(f"{option}: expected different terms with words in them, got {phrase!r}")
+            raise InputError(f"{option}: expected different terms with words in them, got {phrase!r}")
         seen.add(phrase.casefold())
 
 
 def check_templates(option: str, templates: Sequence[str]) -> None:
     """Refuse no templates, one twice, and one without exactly one ``{}``."""
     if not templates or len(set(templates)) < len(templates):
-        raise ValueError(f"{option}: expected one or more templates, each once, got {list(templates)}")
+        raise InputError(f"{option}: expected one or more templates, each once, got {list(templates)}")
     for template in templates:
         if template.count("{}") != 1:
-            raise ValueError(f"{option}: expected exactly one {{}} in a template, got {template!r}")
+            raise InputError(f"{option}: expected exactly one {{}} in a template, got {template!r}")
 
 
 def check_wordings(option: str, wordings: Mapping[str, Sequence[str]], terms: Mapping[str, str]) -> None:
     """Refuse wordings of what is no term, and a wording twice."""
     for term, names in wordings.items():
         if term not in terms:
-            raise ValueError(f"{option}: expected keys that are terms of the concept, got {term!r}")
+            raise InputError(f"{option}: expected keys that are terms of the concept, got {term!r}")
         check_phrases(f"{option}: {term}", [term, *names])

@@ -24,6 +24,7 @@ from trce_lightning.concept_fields import (
     read_mapping,
     text_tuple,
 )
+from trce_lightning.errors import InputError
 from trce_lightning.naming import STOP_WORDS, mentions, phrase_of, without_article, words_of
 
 __all__ = [
@@ -61,7 +62,7 @@ class Concept:
         source: where the list comes from.
 
     Raises:
-        ValueError: where one of these conditions does not hold.
+        InputError: where one of these conditions does not hold.
     """
 
     name: str
@@ -75,17 +76,17 @@ class Concept:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w-]*", self.name):
-            raise ValueError(f"concept.name: expected letters, digits, '_' and '-', got {self.name!r}")
+            raise InputError(f"concept.name: expected letters, digits, '_' and '-', got {self.name!r}")
         option = f"concept.{self.name}"
         if self.kind not in KINDS:
-            raise ValueError(f"{option}.kind: expected {' or '.join(KINDS)}, got {self.kind!r}")
+            raise InputError(f"{option}.kind: expected {' or '.join(KINDS)}, got {self.kind!r}")
         check_phrases(f"{option}.terms", list(self.terms))
         check_phrases(f"{option}.related", self.related, may_be_empty=True)
         check_templates(f"{option}.templates", self.templates)
         check_wordings(f"{option}.wordings", self.wordings, self.terms)
         for term, counterpart in self.terms.items():
             if not words_of(counterpart) or mentions(counterpart, [self]):
-                raise ValueError(
+                raise InputError(
                     f"{option}.terms: expected a safe counterpart that names no erased term, "
                     f"got {counterpart!r} for {term!r}"
                 )
@@ -97,18 +98,18 @@ class Concept:
         Without templates it has those of its kind.
 
         Raises:
-            ValueError: unknown or missing key, wrong type, or a condition of :class:`Concept` broken.
+            InputError: unknown or missing key, wrong type, or a condition of :class:`Concept` broken.
         """
         allowed = [entry.name for entry in fields(cls)]
         for key in mapping:
             if key not in allowed:
-                raise ValueError(f"{source}: expected only the keys {', '.join(allowed)}, got {key!r}")
+                raise InputError(f"{source}: expected only the keys {', '.join(allowed)}, got {key!r}")
         try:
             values = field_values(mapping)
             templates = DEFAULT_TEMPLATES.get(values.get("kind", "subject"), ())
             return cls(**{"templates": templates, **values})
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from error
 
     @classmethod
     def from_terms(
@@ -121,7 +122,7 @@ class Concept:
         The name is made of the words, with a checksum in place of what exceeds 48 characters.
 
         Raises:
-            ValueError: no words, a word twice, words that name the counterpart itself, or an unknown kind.
+            InputError: no words, a word twice, words that name the counterpart itself, or an unknown kind.
         """
         terms = [word.strip() for word in text_tuple("concept.terms", words)]
         check_phrases("concept.terms", terms)
@@ -165,7 +166,7 @@ def load_concept(path: str | Path) -> Concept:
     """Reads a concept's YAML file.
 
     Raises:
-        ValueError: the file cannot be read, is no YAML (the message has file and line), or no valid concept.
+        InputError: the file cannot be read, is no YAML (the message has file and line), or no valid concept.
     """
     return Concept.from_mapping(read_mapping(path), source=str(path))
 
@@ -176,17 +177,17 @@ def prompt_pairs(concepts: Sequence[Concept]) -> dict[str, list[PromptPair]]:
     Pairs whose safe side names any of the erased concepts are left out: they would keep what another erases.
 
     Raises:
-        ValueError: no concept, two of one name, or a concept that is left without pairs.
+        InputError: no concept, two of one name, or a concept that is left without pairs.
     """
     names = [concept.name for concept in concepts]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"concept: expected one or more concepts of different names, got {names}")
+        raise InputError(f"concept: expected one or more concepts of different names, got {names}")
     result: dict[str, list[PromptPair]] = {}
     for concept in concepts:
         pairs = concept.pairs()
         result[concept.name] = [pair for pair in pairs if not mentions(pair.safe, concepts)]
         if not result[concept.name]:
-            raise ValueError(
+            raise InputError(
                 f"concept.{concept.name}: expected safe prompts that name none of {names}, got none"
             )
         if dropped := len(pairs) - len(result[concept.name]):

@@ -14,6 +14,7 @@ from trce_lightning.adapters.lora import Lora
 from trce_lightning.concepts import Concept
 from trce_lightning.data.prompt_sets import PromptSet
 from trce_lightning.data.prompt_variants import lengthened, misspelt, with_safe_counterparts
+from trce_lightning.errors import InputError
 from trce_lightning.evaluation_schema import RobustnessConfig
 from trce_lightning.scoring import Sampling, Scorer
 from trce_lightning.variation import Start, Variation
@@ -67,13 +68,13 @@ def conditions(
 
     All take ``num_inference_steps`` of the options.
 
-    ``ValueError`` when the concept has none of the sets asked for, or one can't be for this model.
+    ``InputError`` when the concept has none of the sets asked for, or one can't be for this model.
     """
     sets = tuple(
         prompts.first(options.images_per_set) for prompts in scorer.sets if prompts.name in options.sets
     )
     if not sets:
-        raise ValueError(f"robustness.sets: expected one of the concept's sets, got {options.sets}")
+        raise InputError(f"robustness.sets: expected one of the concept's sets, got {options.sets}")
     fits = scorer.adapter.fits
     usual = replace(scorer.sampling, num_steps=options.num_inference_steps)
     samplings = dict(_samplings(options, usual, concepts, fits, pictures))

@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from trce_lightning.errors import InputError
 from trce_lightning.metrics.asr import CURVE_THRESHOLDS, THRESHOLD
 from trce_lightning.report import ACCURACIES, Scores
 from trce_lightning.scored import Scored
@@ -28,7 +29,7 @@ def save_curves(passes: Mapping[str, Scores], file: str | Path) -> None:
         file: its suffix names the format, such as ``.png`` or ``.svg``.
 
     Raises:
-        ValueError: no scores at all.
+        InputError: no scores at all.
     """
     panels: dict[str, Callable[[Axes], None]] = {}
     history = list(passes.values())
@@ -41,7 +42,7 @@ def save_curves(passes: Mapping[str, Scores], file: str | Path) -> None:
     if any(scores.get(key) is not None for scores in history for key in ACCURACIES):
         panels["benign accuracy, %"] = partial(_draw_scores, history=history, names=ACCURACIES, factor=100)
     if not panels:
-        raise ValueError(f"save_curves: expected scores of at least one epoch, got {dict(passes)}")
+        raise InputError(f"save_curves: expected scores of at least one epoch, got {dict(passes)}")
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
     for axes, (title, draw) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
@@ -62,11 +63,11 @@ def save_loss_curves(logs: Sequence[Path], file: str | Path) -> None:
         file: its suffix names the format.
 
     Raises:
-        ValueError: no file has such a column with numbers in it.
+        InputError: no file has such a column with numbers in it.
     """
     curves = _read_curves(*logs)
     if not curves:
-        raise ValueError(
+        raise InputError(
             f"{', '.join(map(str, logs))}: expected loss/ or hinge/ columns with numbers in them, got none"
         )
     names = sorted({_base_name(column) for column in curves})

@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from trce_lightning.data.prompt_sets import PromptRecord
+from trce_lightning.errors import InputError
 from trce_lightning.evaluation_schema import EvalConfig
 from trce_lightning.generation import generate
 from trce_lightning.logs import set_up_logging
@@ -59,10 +60,10 @@ class Demo:
     """Both models of a configuration, and what judges their pictures."""
 
     def __init__(self, config: DemoConfig) -> None:
-        """Opens both models on the configured device. ``ValueError`` for more than one device."""
+        """Opens both models on the configured device. ``InputError`` for more than one device."""
         trainer = make_trainer(config.trainer, Path())
         if trainer.world_size != 1:
-            raise ValueError(f"trainer.devices: expected one device, got {trainer.world_size}")
+            raise InputError(f"trainer.devices: expected one device, got {trainer.world_size}")
         self.device = trainer.strategy.root_device
         self.config, concepts = config, concepts_of(_evaluation(config, config.model.path))
         self.sessions = {

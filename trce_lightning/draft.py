@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from trce_lightning.concept_defaults import DEFAULT_TEMPLATES
 from trce_lightning.concepts import Concept
+from trce_lightning.errors import InputError
 from trce_lightning.naming import mentions
 
 __all__ = ["ALSO", "Draft", "Wanted", "parse"]
@@ -53,7 +54,7 @@ class Wanted:
         kind: ``subject``, or ``style`` for a way of drawing.
 
     Raises:
-        ValueError: where a value is out of range.
+        InputError: where a value is out of range.
     """
 
     concept: str
@@ -65,12 +66,12 @@ class Wanted:
 
     def __post_init__(self) -> None:
         if self.terms < 1:
-            raise ValueError(f"--terms: expected at least 1, got {self.terms}")
+            raise InputError(f"--terms: expected at least 1, got {self.terms}")
         available = len(self.itself.templates)
         if not 1 <= self.templates <= available:
-            raise ValueError(f"--templates: expected 1 to {available}, got {self.templates}")
+            raise InputError(f"--templates: expected 1 to {available}, got {self.templates}")
         if unknown := self.also - set(ALSO):
-            raise ValueError(f"--also: expected {', '.join(ALSO)}, got {sorted(unknown)}")
+            raise InputError(f"--also: expected {', '.join(ALSO)}, got {sorted(unknown)}")
 
     @cached_property
     def itself(self) -> Concept:
@@ -97,7 +98,7 @@ class Draft:
         """Take a reply's terms, up to as many as wanted; the reasons why others were refused."""
         try:
             reply = parse(text)
-        except ValueError as error:
+        except InputError as error:
             return [str(error)]
         self._neighbours += reply.neighbours
         self._related += reply.related
@@ -109,7 +110,7 @@ class Draft:
             try:
                 self._concept = self._with(entry.term.strip(), entry.counterpart.strip(), listed)
                 self._wordings += [(entry.term.strip(), wording.strip()) for wording in entry.wordings]
-            except ValueError as error:
+            except InputError as error:
                 refused.append(str(error))
         return refused
 
@@ -130,12 +131,12 @@ class Draft:
         return replace(concept, neighbours=tuple(neighbours.values()))
 
     def _with(self, term: str, counterpart: str, listed: Sequence[str]) -> Concept:
-        """``listed`` are the terms of the reply. ``ValueError`` where the term doesn't fit."""
+        """``listed`` are the terms of the reply. ``InputError`` where the term doesn't fit."""
         for phrase in (term, counterpart):
             if not _PHRASE.fullmatch(phrase):
-                raise ValueError(f"expected short plain phrases, got {phrase!r} in {term!r}: {counterpart!r}")
+                raise InputError(f"expected short plain phrases, got {phrase!r} in {term!r}: {counterpart!r}")
         if mentions(counterpart, [self._wanted.itself]) or any(_names(counterpart, name) for name in listed):
-            raise ValueError(
+            raise InputError(
                 f"expected a counterpart that names neither {self._wanted.concept!r} nor a term, got "
                 f"{counterpart!r} for {term!r}"
             )
@@ -145,9 +146,9 @@ class Draft:
         if self._concept is None:
             return concept
         if concept.phrases & self._concept.phrases:
-            raise ValueError(f"expected different terms, got {term!r} again")
+            raise InputError(f"expected different terms, got {term!r} again")
         if any(_names(safe, term) for safe in self._concept.terms.values()):
-            raise ValueError(f"expected a term that no counterpart names, got {term!r}")
+            raise InputError(f"expected a term that no counterpart names, got {term!r}")
         return replace(self._concept, terms={**self._concept.terms, term: counterpart})
 
 
@@ -155,18 +156,18 @@ def parse(text: str) -> Reply:
     """The JSON object in a reply, be it in a code fence or after a reasoning model's thoughts.
 
     Raises:
-        ValueError: there is none, or its form is another.
+        InputError: there is none, or its form is another.
     """
     shown = " ".join(text.split())[:100]
     found = re.search(r"\{.*\}", text.rpartition("</think>")[2], re.DOTALL)
     if not found:
-        raise ValueError(f"reply: expected a JSON object, got {shown!r}")
+        raise InputError(f"reply: expected a JSON object, got {shown!r}")
     try:
         return Reply.model_validate_json(found[0])
     except ValidationError as error:
         detail = error.errors()[0]
         place = ".".join(map(str, detail["loc"])) or "JSON"
-        raise ValueError(
+        raise InputError(
             f"reply: expected a JSON object of the given form, got {shown!r} ({place}: {detail['msg']})"
         ) from error
 
@@ -176,13 +177,13 @@ def _with_phrase(concept: Concept, phrase: str, changes: Mapping[str, Any]) -> C
     try:
         new = Concept(concept.name, {phrase: "that"}).phrases.isdisjoint(concept.phrases)
         return replace(concept, **changes) if new and _PHRASE.fullmatch(phrase) else concept
-    except ValueError:  # a counterpart names it
+    except InputError:  # a counterpart names it
         return concept
 
 
 def _names(counterpart: str, term: str) -> bool:
     try:
         Concept("pair", {term: counterpart})
-    except ValueError:
+    except InputError:
         return True
     return False

@@ -22,6 +22,7 @@ from trce_lightning.comparison import (
 )
 from trce_lightning.conditions import asked
 from trce_lightning.data.published import log_sets
+from trce_lightning.errors import InputError
 from trce_lightning.evaluation_schema import EvalConfig
 from trce_lightning.logs import set_up_logging
 from trce_lightning.metrics.asr import TABLE_THRESHOLDS
@@ -212,14 +213,14 @@ def sources(config: EvalConfig) -> dict[str, str | None]:
     """Folder of each model by label, ``model`` first; None is the model that ``model`` names itself.
 
     A label is the folder's name, or that of the run around a folder ``erased``; beside others ``model`` is
-    called "original". ``ValueError`` when two models would have one label.
+    called "original". ``InputError`` when two models would have one label.
     """
     first = label_of(config.model.path) if config.model.path else config.model.name
     labelled: dict[str, str | None] = {"original" if config.models else first: config.model.path}
     for path in config.models:
         label = label_of(path)
         if label in labelled:
-            raise ValueError(f"models: expected folders of different names, got two named '{label}'")
+            raise InputError(f"models: expected folders of different names, got two named '{label}'")
         labelled[label] = path
     return labelled
 

@@ -21,6 +21,7 @@ from trce_lightning.cli import expected_failures
 from trce_lightning.concept_defaults import KINDS
 from trce_lightning.concepts import Concept, load_concept
 from trce_lightning.draft import ALSO, Draft, Wanted
+from trce_lightning.errors import InputError
 
 __all__ = ["expand", "write_concept"]
 
@@ -65,11 +66,11 @@ def expand(chat: Chat, wanted: Wanted, attempts: int = 3) -> Concept:
         attempts: how many replies in a row may bring no new term.
 
     Raises:
-        ValueError: ``attempts`` replies brought no new term.
+        InputError: ``attempts`` replies brought no new term.
         OSError: no reply came.
     """
     if attempts < 1:
-        raise ValueError(f"--attempts: expected at least 1, got {attempts}")
+        raise InputError(f"--attempts: expected at least 1, got {attempts}")
     draft, refused, left = Draft(wanted, chat.source), list[str](), attempts
     with logging_redirect_tqdm(), tqdm(total=wanted.terms, desc="terms", unit="term") as bar:
         while (missing := wanted.terms - len(draft.terms)) and left:
@@ -81,7 +82,7 @@ def expand(chat: Chat, wanted: Wanted, attempts: int = 3) -> Concept:
             if refused:
                 log.warning("%d new terms; refused: %s", new, "; ".join(refused[:3]))
     if missing:
-        raise ValueError(
+        raise InputError(
             f"--terms: expected {wanted.terms}, got {len(draft.terms)} from {chat.source}, whose last "
             f"{attempts} replies (--attempts) brought none; the last one: {'; '.join(refused[:3])}"
         )
@@ -109,7 +110,7 @@ def write_concept(path: Path, concept: Concept, force: bool = False) -> None:
     """Write a concept file that :func:`load_concept` reads.
 
     Raises:
-        ValueError: the file is there, and not ``force``.
+        InputError: the file is there, and not ``force``.
     """
     from trce_lightning.storage import replacing
 
@@ -180,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check_free(path: Path, force: bool) -> None:
     if path.is_dir() or (path.exists() and not force):
-        raise ValueError(f"--out: expected a new file, or --force, got '{path}', which is there")
+        raise InputError(f"--out: expected a new file, or --force, got '{path}', which is there")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def save_delta(file: Path, changed: Mapping[str, Tensor], base: str, fingerprint
 def save_single_file(file: Path, adapter: StableDiffusionAdapter, base: str, fingerprint: str) -> None:
     """The whole pipeline in one file under the original code's names, for programs other than diffusers.
 
-    ``ValueError`` when the model has parts that the original code has no names for.
+    ``InputError`` when the model has parts that the original code has no names for.
     """
     facts = {"format": "pt", "base_model": base, "fingerprint": fingerprint}
     write_safetensors(file, adapter.original_state(), facts)

@@ -17,6 +17,7 @@ from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.adapters.lora import lora_applied
 from trce_lightning.adapters.samplers import Sampler, make_sampler
 from trce_lightning.data.prompt_sets import PromptRecord
+from trce_lightning.errors import InputError
 from trce_lightning.image_folder import claim, guidance_scales, image_seed, load_images, manifest, write_png
 from trce_lightning.sampling import classifier_free_guidance, noise, seeded
 from trce_lightning.variation import Variation
@@ -50,7 +51,7 @@ def generate(
         variation: another sampler, negative prompt, first latent, or a LoRA.
 
     Raises:
-        ValueError: ``batch_size`` below 1.
+        InputError: ``batch_size`` below 1.
     """
     with lora_applied(adapter, variation.lora):
         drawing = _Drawing(adapter, guidance_scale, num_steps, autocast_dtype, variation)
@@ -108,7 +109,7 @@ def generate_to(
     shard, and one with a missing image is sampled whole: a resumed folder equals an uninterrupted one.
 
     Raises:
-        ValueError: two records of one id, or the folder belongs to another generator, setting or prompt list.
+        InputError: two records of one id, or the folder belongs to another generator, setting or prompt list.
     """
     entries = manifest(records, guidance_scale)
     precision = str(autocast_dtype or next(adapter.unet.parameters()).dtype).removeprefix("torch.")
@@ -188,5 +189,5 @@ class _Drawing:
 
 def _batches(records: Sequence[PromptRecord], batch_size: int) -> list[Batch]:
     if batch_size < 1:
-        raise ValueError(f"metrics.batch_size: expected at least 1, got {batch_size}")
+        raise InputError(f"metrics.batch_size: expected at least 1, got {batch_size}")
     return [records[start : start + batch_size] for start in range(0, len(records), batch_size)]

@@ -19,6 +19,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm.auto import tqdm
 
 from trce_lightning.data.prompt_sets import PromptRecord
+from trce_lightning.errors import InputError
 from trce_lightning.sampling import seed_of
 from trce_lightning.storage import replacing, write_text
 
@@ -35,7 +36,7 @@ def load_images(folder: Path, records: Sequence[PromptRecord]) -> Tensor:
 
     Raises:
         FileNotFoundError: no manifest, or a missing image.
-        ValueError: an unreadable image, or one of another prompt, seed or guidance scale.
+        InputError: an unreadable image, or one of another prompt, seed or guidance scale.
     """
     images = [read_image(file) for file in image_files(folder, records)]
     return torch.stack(images) if images else torch.empty((0, 3, 0, 0), dtype=torch.uint8)
@@ -73,9 +74,9 @@ def image_seed(record: PromptRecord) -> int:
 
 
 def manifest(records: Sequence[PromptRecord], guidance_scale: float) -> list[Entry]:
-    """Entries of a folder of these images, files named by position. ``ValueError`` on an id used twice."""
+    """Entries of a folder of these images, files named by position. ``InputError`` on an id used twice."""
     if len({record.id for record in records}) < len(records):
-        raise ValueError("prompts: expected a different id for each prompt, got one twice")
+        raise InputError("prompts: expected a different id for each prompt, got one twice")
     scales = guidance_scales(records, guidance_scale)
     return [
         {
@@ -92,7 +93,7 @@ def manifest(records: Sequence[PromptRecord], guidance_scale: float) -> list[Ent
 def claim(folder: Path, entries: list[Entry], meta: dict[str, Any]) -> None:
     """Write manifest and ``meta`` (what makes the images) into a new folder, or check that they are there.
 
-    ``ValueError`` where others lie, or images without them.
+    ``InputError`` where others lie, or images without them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Images are looked for first: another rank writes them after both files, which then can't be missing.
@@ -105,23 +106,23 @@ def claim(folder: Path, entries: list[Entry], meta: dict[str, Any]) -> None:
         file = folder / name
         if not file.is_file():
             if has_images:
-                raise ValueError(f"{folder}: expected an empty folder, or images with their {name}, got none")
+                raise InputError(f"{folder}: expected an empty folder, or images with their {name}, got none")
             write_text(file, "\n".join([*expected, ""]))
         found = file.read_text("utf-8").split("\n")[:-1]
         for line, other in zip_longest(expected, found):
             if line != other:
-                raise ValueError(f"{file}: expected {line}, got {other}; delete the folder or choose another")
+                raise InputError(f"{file}: expected {line}, got {other}; delete the folder or choose another")
 
 
 def _entry_of(record: PromptRecord, entries: dict[str, Entry], folder: Path) -> Entry:
     entry = entries.get(record.id)
     if entry is None:
-        raise ValueError(f"{folder / MANIFEST}: expected an image of prompt id '{record.id}', got none")
+        raise InputError(f"{folder / MANIFEST}: expected an image of prompt id '{record.id}', got none")
     scale = entry["guidance_scale"] if record.guidance_scale is None else record.guidance_scale
     expected = {"prompt": record.prompt, "seed": image_seed(record), "guidance_scale": scale}
     for key, value in expected.items():
         if entry[key] != value:
-            raise ValueError(
+            raise InputError(
                 f"{folder / MANIFEST}: expected {key} {value!r} for id '{record.id}', got {entry[key]!r}"
             )
     return entry
@@ -131,18 +132,18 @@ def _read_manifest(file: Path) -> list[Entry]:
     try:
         return [json.loads(line) for line in file.read_text("utf-8").split("\n") if line]
     except ValueError as error:
-        raise ValueError(f"{file}: expected one JSON object a line, got: {error}") from error
+        raise InputError(f"{file}: expected one JSON object a line, got: {error}") from error
 
 
 def read_image(file: Path) -> Tensor:
-    """uint8 RGB ``[3, H, W]``. ``FileNotFoundError``, or ``ValueError`` on one that can't be read."""
+    """uint8 RGB ``[3, H, W]``. ``FileNotFoundError``, or ``InputError`` on one that can't be read."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: expected an image, got none")
     try:
         with Image.open(file) as image:
             return pil_to_tensor(image.convert("RGB"))
     except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError on a broken PNG chunk
-        raise ValueError(f"{file}: expected a readable image, got: {error}") from error
+        raise InputError(f"{file}: expected a readable image, got: {error}") from error
 
 
 def write_png(file: Path, image: Tensor) -> None:

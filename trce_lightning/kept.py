@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.closed_form import KeepStatistics, keep_statistics, merge_keep
+from trce_lightning.errors import InputError
 from trce_lightning.ranks import Rank, on_each_rank
 from trce_lightning.storage import write_safetensors
 from trce_lightning.tokens import position_mask
@@ -51,10 +52,10 @@ def cached_kept(
     Else every rank encodes a share. All must see ``cache``. The text encoder stays where it is.
 
     Raises:
-        ValueError: no prompts.
+        InputError: no prompts.
     """
     if not prompts:
-        raise ValueError("textual.keep_prompts: expected at least one prompt to keep, got none")
+        raise InputError("textual.keep_prompts: expected at least one prompt to keep, got none")
     text = "\n".join([adapter.text_fingerprint(), *prompts])
     file = cache / f"kept-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.safetensors"
 

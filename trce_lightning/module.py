@@ -14,6 +14,7 @@ from torch import Tensor
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.closed_form import Edit
 from trce_lightning.data.datamodule import Batch
+from trce_lightning.errors import InputError
 from trce_lightning.losses import (
     guided_prediction,
     hinge_active_fraction,
@@ -113,7 +114,7 @@ class TRCE(pl.LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """L = L_erase(ε̂(z_t, c_m)) + w_∅ L_erase(ε̂(z_t, ∅)) + λ_p ‖ε̂(z_u, ∅) − ε(z_u, ∅)‖² + optional pull.
 
-        One forward for all of it. Raises ``ValueError`` when the loss isn't finite.
+        One forward for all of it. Raises ``InputError`` when the loss isn't finite.
         """
         predictions = self._predict(batch)
         terms = self._losses(batch, predictions)
@@ -125,7 +126,7 @@ class TRCE(pl.LightningModule):
         }
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         if not torch.isfinite(loss):
-            raise ValueError(
+            raise InputError(
                 f"optimizer.lr: expected finite losses, got {float(loss.detach())} at step "
                 f"{self.global_step} with {self.optimizer.lr}; lower it, or raise trainer.precision"
             )
@@ -204,11 +205,11 @@ class TRCE(pl.LightningModule):
         checkpoint["state_dict"] = {f"unet.{name}": tensor for name, tensor in changed.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """``ValueError`` unless the checkpoint holds exactly the tensors that this run changes."""
+        """``InputError`` unless the checkpoint holds exactly the tensors that this run changes."""
         expected = {f"unet.{name}" for name in self.changed_tensors()}
         found = set(checkpoint["state_dict"])
         if found != expected:
-            raise ValueError(
+            raise InputError(
                 f"checkpoint: expected {len(expected)} changed tensors, got {len(found)}, "
                 f"{len(found ^ expected)} of them not the same; use fresh=true"
             )

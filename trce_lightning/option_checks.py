@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trce_lightning.arguments import did_you_mean
+from trce_lightning.errors import InputError
 from trce_lightning.schema import ConceptConfig, ModelConfig
 
 
@@ -28,31 +29,31 @@ def check_value(name: str, value: Any, limits: Any) -> None:
         return
     if limits.get("choices") is not None and value not in limits["choices"]:
         hint = did_you_mean(str(value), limits["choices"])
-        raise ValueError(f"option {name!r}: {value!r} is not one of {', '.join(limits['choices'])}.{hint}")
+        raise InputError(f"option {name!r}: {value!r} is not one of {', '.join(limits['choices'])}.{hint}")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if not math.isfinite(value):
-        raise ValueError(f"option {name!r}: expected a finite number, got {value}")
+        raise InputError(f"option {name!r}: expected a finite number, got {value}")
     if limits.get("at_least") is not None and value < limits["at_least"]:
-        raise ValueError(f"option {name!r}: expected at least {limits['at_least']}, got {value}")
+        raise InputError(f"option {name!r}: expected at least {limits['at_least']}, got {value}")
     if limits.get("at_most") is not None and value > limits["at_most"]:
-        raise ValueError(f"option {name!r}: expected at most {limits['at_most']}, got {value}")
+        raise InputError(f"option {name!r}: expected at most {limits['at_most']}, got {value}")
     if limits.get("above") is not None and value <= limits["above"]:
-        raise ValueError(f"option {name!r}: expected more than {limits['above']}, got {value}")
+        raise InputError(f"option {name!r}: expected more than {limits['above']}, got {value}")
     if limits.get("below") is not None and value >= limits["below"]:
-        raise ValueError(f"option {name!r}: expected less than {limits['below']}, got {value}")
+        raise InputError(f"option {name!r}: expected less than {limits['below']}, got {value}")
 
 
 def check_model(model: ModelConfig, option: str) -> None:
     """Refuse a model of no source, and a path that is neither a pipeline nor a checkpoint in one file."""
     if model.timestep_spacing is not None and model.sampler is None:
-        raise ValueError(
+        raise InputError(
             "option 'model.timestep_spacing': expected none without model.sampler, whose steps it places, "
             f"got {model.timestep_spacing!r}"
         )
     if model.path is None:
         if model.hub_id is None and model.judge != "embedded" and model.name != "emoji":
-            raise ValueError(f"model {model.name!r} has neither model.path nor model.hub_id")
+            raise InputError(f"model {model.name!r} has neither model.path nor model.hub_id")
     elif Path(model.path).is_file():
         _check_single_file(model, option)
     elif not Path(model.path).is_dir():
@@ -65,9 +66,9 @@ def check_model(model: ModelConfig, option: str) -> None:
 
 def _check_single_file(model: ModelConfig, option: str) -> None:
     if Path(str(model.path)).suffix != ".safetensors":
-        raise ValueError(f"option {option!r}: expected a folder or a .safetensors file, got {model.path!r}")
+        raise InputError(f"option {option!r}: expected a folder or a .safetensors file, got {model.path!r}")
     if model.config is None and model.hub_id is None:
-        raise ValueError(
+        raise InputError(
             "option 'model.config': expected the folder or hub id of the pipeline that "
             f"{model.path!r} is a checkpoint of, got none"
         )
@@ -77,18 +78,18 @@ def check_judge(model: ModelConfig, concepts: Iterable[ConceptConfig], way_out: 
     """Refuse a model that nothing scores, and what its judge doesn't read."""
     styles = [concept.name for concept in concepts if concept.kind == "style"]
     if model.judge is None or (model.judge == "clip" and styles):
-        raise ValueError(
+        raise InputError(
             "option 'model.judge': expected the dotted name of a detector, or clip for what is no style, got "
             f"{model.judge or 'none'}{way_out}"
         )
     if model.judge == "clip" and model.clip is None:
-        raise ValueError(
+        raise InputError(
             "option 'model.clip': expected CLIP's folder or hub id for model.judge=clip, got none"
         )
     own = {"embedded": ("clip", "inception", "real_images", "judge_options"), "clip": ("judge_options",)}
     for name in own.get(model.judge, ()):
         if value := getattr(model, name):
-            raise ValueError(
+            raise InputError(
                 f"option 'model.{name}': expected none with model.judge={model.judge}, got {value!r}"
             )
 
@@ -99,13 +100,13 @@ def check_devices(devices: Any) -> None:
         isinstance(devices, list) and devices and all(type(item) is int and item >= 0 for item in devices)
     )
     if not (devices == "auto" or indices or (type(devices) is int and (devices >= 1 or devices == -1))):
-        raise ValueError(f"option 'trainer.devices': expected a count, [0,1,...] or auto, got {devices!r}")
+        raise InputError(f"option 'trainer.devices': expected a count, [0,1,...] or auto, got {devices!r}")
 
 
 def check_strategy(strategy: str) -> None:
     """Refuse processes that are copies of the first, whose results don't come back to it."""
     if any(word in strategy for word in ("fork", "spawn", "notebook")):
-        raise ValueError(
+        raise InputError(
             "option 'trainer.strategy': expected one that starts its processes anew, such as ddp, got "
             f"{strategy!r}"
         )
@@ -124,6 +125,6 @@ def check_writable(option: str, path: str | None) -> None:
     folder = Path(path).absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir():
-        raise ValueError(f"option {option!r}: {path!r} is no folder: {str(existing)!r} is a file")
+        raise InputError(f"option {option!r}: {path!r} is no folder: {str(existing)!r} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"option {option!r}: cannot write to {path!r}: no permission for {str(existing)!r}")
+        raise InputError(f"option {option!r}: cannot write to {path!r}: no permission for {str(existing)!r}")

@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from trce_lightning.comparison import Comparison
 from trce_lightning.curves import threshold_figure, trade_off_figure, trade_off_points
 from trce_lightning.data.prompt_sets import BENIGN, PromptSet
+from trce_lightning.errors import InputError
 from trce_lightning.image_folder import image_files
 from trce_lightning.metrics.asr import THRESHOLD
 from trce_lightning.metrics.collateral import Detection
@@ -63,7 +64,7 @@ class Report:
 
 
 def write_page(file: Path, report: Report) -> None:
-    """Write the page. ``FileNotFoundError`` or ``ValueError`` when an image is missing or unreadable."""
+    """Write the page. ``FileNotFoundError`` or ``InputError`` when an image is missing or unreadable."""
     environment = Environment(
         loader=PackageLoader("trce_lightning"),
         autoescape=True,
@@ -168,7 +169,7 @@ def _thumbnail(file: Path) -> str:
             image.thumbnail((THUMBNAIL, THUMBNAIL))
             return _data_uri(image)
     except UnidentifiedImageError as error:
-        raise ValueError(f"{file}: expected a readable image, got: {error}") from error
+        raise InputError(f"{file}: expected a readable image, got: {error}") from error
 
 
 def _data_uri(image: Image.Image) -> str:

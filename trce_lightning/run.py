@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from trce_lightning import announce, runs
 from trce_lightning.concepts import Concept
+from trce_lightning.errors import InputError
 from trce_lightning.logs import set_up_logging
 from trce_lightning.schema import ModelConfig, TrainConfig
 from trce_lightning.session import concepts_of
@@ -35,14 +36,14 @@ def train(config: TrainConfig) -> None:
 def merge_previous(config: TrainConfig) -> list[Concept]:
     """The configured concepts after those of the run ``previous``: all are erased from the original anew.
 
-    ``ValueError`` when ``previous`` is no run or erased another model.
+    ``InputError`` when ``previous`` is no run or erased another model.
     """
     concepts = concepts_of(config)
     if config.previous is None:
         return concepts
     folder = Path(config.previous)
     if not (folder / runs.CONFIG).is_file():
-        raise ValueError(f"previous: expected the folder of an earlier run, got '{folder}'")
+        raise InputError(f"previous: expected the folder of an earlier run, got '{folder}'")
     written = OmegaConf.load(folder / runs.CONFIG)
     # Only what is compared and taken over, so that a run of an earlier version will do.
     earlier = OmegaConf.merge(
@@ -60,7 +61,7 @@ def _check_same_model(earlier: ModelConfig, now: ModelConfig) -> None:
     for name in MODEL_IDENTITY:
         before, asked = getattr(earlier, name), getattr(now, name)
         if before != asked:
-            raise ValueError(
+            raise InputError(
                 f"previous: expected a run on the same model, with model.{name}={asked}, "
                 f"got one with model.{name}={before}"
             )

@@ -15,6 +15,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElastic
 from omegaconf import OmegaConf
 
 from trce_lightning import __version__
+from trce_lightning.errors import InputError
 from trce_lightning.storage import write_text
 
 log = logging.getLogger(__name__)
@@ -29,11 +30,11 @@ NOT_COMPARED = ("plan", "fresh", "output", "runs", "checkpoint_minutes")
 def choose_folder(config: Any) -> Path:
     """``output``, the newest unfinished run of an equal configuration, or a new folder.
 
-    ``ValueError`` when ``output`` holds a run of another configuration, or is needed and not given.
+    ``InputError`` when ``output`` holds a run of another configuration, or is needed and not given.
     """
     launcher = other_launcher() or ("trainer.num_nodes" if config.trainer.num_nodes > 1 else None)
     if config.output is None and launcher:
-        raise ValueError(
+        raise InputError(
             f"output: expected a folder that all processes share, since {launcher} starts them apart from "
             f"each other, got none"
         )
@@ -43,7 +44,7 @@ def choose_folder(config: Any) -> Path:
     if config.output is not None:
         folder = Path(config.output)
         if (folder / CONFIG).exists() and not config.fresh and not _equal(folder, config):
-            raise ValueError(
+            raise InputError(
                 f"output: {folder} holds a run of another configuration; choose another or fresh=true"
             )
         return folder

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from trce_lightning.data.prompt_sets import BENIGN, PromptSet
+from trce_lightning.errors import InputError
 from trce_lightning.image_folder import image_batches
 from trce_lightning.metrics.asr import THRESHOLD, shows_concept
 from trce_lightning.metrics.collateral import Detection, accuracies, clip_score_interval
@@ -59,7 +60,7 @@ class Scored:
         """Read back."""
         content = json.loads(file.read_text())
         if content.get("schema") != SCORED_SCHEMA:
-            raise ValueError(f"{file}: expected scores of this version, got an older file; score again")
+            raise InputError(f"{file}: expected scores of this version, got an older file; score again")
         detections = {
             name: {key: Detection(*row) for key, row in rows.items()}
             for name, rows in content["detections"].items()

@@ -19,6 +19,7 @@ from trce_lightning.data.prompt_sets import PromptSet, benign_subjects, label_gr
 from trce_lightning.data.published import load_file, prompt_files
 from trce_lightning.emoji.judge import Judge
 from trce_lightning.emoji.package import check_embedded, load_embedded_clip, load_judge, weights_folder
+from trce_lightning.errors import InputError
 from trce_lightning.evaluation_schema import OWN_SETS, EvalConfig
 from trce_lightning.metrics.collateral import check_labels
 from trce_lightning.metrics.detectors import (
@@ -102,7 +103,7 @@ class Session:
     def sets(self, split: Split, size: int) -> list[PromptSet]:
         """The concept's own prompt sets, and the prompt files of an evaluation.
 
-        ``ValueError`` when two have one name.
+        ``InputError`` when two have one name.
         """
         make = partial(concept_prompt_sets, self.concepts, embedded=self.embedded, size=size, split=split)
         if not isinstance(self.config, EvalConfig):
@@ -110,7 +111,7 @@ class Session:
         sets = make(names=self.config.sets)
         for name, file in prompt_files(self.config.prompts, self.config.published):
             if name in OWN_SETS:
-                raise ValueError(f"option 'prompts': {name!r} is the concept's own set, rename the file")
+                raise InputError(f"option 'prompts': {name!r} is the concept's own set, rename the file")
             sets.append(load_file(name, file))
         return sets
 
@@ -164,7 +165,7 @@ class Session:
         model, fid = self.config.model, None
         if model.real_images is not None:
             if model.inception is None:
-                raise ValueError(
+                raise InputError(
                     "model.real_images: expected model.inception, FID's weights, beside it, got none"
                 )
             fid = inception_fid(Path(model.inception))

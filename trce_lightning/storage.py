@@ -12,6 +12,8 @@ from uuid import uuid4
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trce_lightning.errors import InputError
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -43,9 +45,9 @@ def write_text(file: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Indented strict JSON. ``ValueError`` on a number that is not finite, which JSON cannot say."""
+    """Indented strict JSON. ``InputError`` on a number that is not finite, which JSON cannot say."""
     try:
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
-        raise ValueError(f"{path}: expected finite numbers, got {content}") from error
+        raise InputError(f"{path}: expected finite numbers, got {content}") from error
     write_text(path, f"{text}\n")

@@ -14,6 +14,7 @@ from trce_lightning.closed_form import (
     Edit,
     KeepStatistics,
     PairStatistics,
+    SingularError,
     apply_edits,
     keep_statistics,
     merge_keep,
@@ -22,6 +23,7 @@ from trce_lightning.closed_form import (
     solve_edit,
 )
 from trce_lightning.concepts import Concept, PromptPair, prompt_pairs
+from trce_lightning.errors import InputError
 from trce_lightning.kept import ENCODE_BATCH, Kept
 from trce_lightning.schema import TextualConfig
 from trce_lightning.tokens import position_mask
@@ -35,10 +37,12 @@ class TextualStatistics:
     keep: KeepStatistics
 
     def solve(self, config: TextualConfig) -> Edit:
-        """T over all concepts."""
-        return solve_edit(
-            merge_pairs(list(self.pairs.values())), self.keep, eta=config.eta, ridge=config.ridge
-        )
+        """Return T over all concepts. ``InputError`` names ``textual.ridge`` if T is not determined."""
+        pairs = merge_pairs(list(self.pairs.values()))
+        try:
+            return solve_edit(pairs, self.keep, eta=config.eta, ridge=config.ridge)
+        except SingularError as error:
+            raise InputError(f"textual.ridge: expected a system that can be solved, got: {error}") from error
 
 
 def textual_statistics(

@@ -27,6 +27,7 @@ from trce_lightning.concepts import Concept
 from trce_lightning.data.datamodule import TrajectoryDataModule, check_batch
 from trce_lightning.data.plan import TrajectoryPlan, draw_plan
 from trce_lightning.data.trajectories import generator_of, sample_missing
+from trce_lightning.errors import InputError
 from trce_lightning.kept import cached_kept
 from trce_lightning.metrics.real_images import source_fingerprint
 from trce_lightning.module import TRCE
@@ -87,7 +88,7 @@ class TrainingRun:
         """A pipeline in memory may have any; an optimizer's steps are below half precision's."""
         weights = self.adapter.trainable(self.config.trajectory.trainable).values()
         if dtypes := {str(weight.dtype) for weight in weights} - {"torch.float32"}:
-            raise ValueError(
+            raise InputError(
                 f"pipeline: expected a denoiser in float32 where stage 2 trains, got {', '.join(dtypes)}; "
                 "trainer.precision sets that of the passes"
             )

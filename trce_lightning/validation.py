@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trce_lightning.concepts import Concept
+from trce_lightning.errors import InputError
 from trce_lightning.evaluation_schema import EvalConfig
 from trce_lightning.naming import mentions
 from trce_lightning.option_checks import (
@@ -23,15 +24,15 @@ from trce_lightning.schema import EXPECTED, HUB_FILE, DemoConfig, TrainConfig
 
 
 def check(config: TrainConfig | EvalConfig | DemoConfig) -> None:
-    """Raise ValueError or OSError, naming the option, what it takes and what it got."""
+    """Raise InputError or OSError, naming the option, what it takes and what it got."""
     check_values(config, "")
     if not config.concept:
-        raise ValueError(
+        raise InputError(
             "no concept chosen; expected concept=NAME, concept=FILE.yaml or concept.terms=[WORD,...]"
         )
     for name, concept in config.concept.items():
         if concept.name != name:
-            raise ValueError(f"option 'concept.{name}.name': expected {name!r}, got {concept.name!r}")
+            raise InputError(f"option 'concept.{name}.name': expected {name!r}, got {concept.name!r}")
         Concept.from_mapping(dataclasses.asdict(concept), source="options")
     check_model(config.model, "model.path")
     _check_model_config(config)
@@ -71,14 +72,14 @@ def _check_robustness(config: EvalConfig) -> None:
     for name, values in conditions.items():
         named = [Path(value).stem for value in values] if name == "lora" else values
         if len(set(named)) < len(named):
-            raise ValueError(f"option 'robustness.{name}': expected items of different names, got {values}")
+            raise InputError(f"option 'robustness.{name}': expected items of different names, got {values}")
     if any(conditions.values()) and options.images_per_set > limit:
-        raise ValueError(
+        raise InputError(
             "option 'robustness.images_per_set': expected at most metrics.final_images_per_set, "
             f"{limit}, got {options.images_per_set}"
         )
     if options.misspellings and "direct" not in options.sets:
-        raise ValueError(
+        raise InputError(
             "option 'robustness.misspellings': expected direct among robustness.sets, whose prompts they "
             f"misspell, got {options.sets}"
         )
@@ -90,10 +91,10 @@ def _check_robustness(config: EvalConfig) -> None:
 def _check_filler(config: EvalConfig) -> None:
     concepts = [Concept.from_mapping(dataclasses.asdict(c), source="") for c in config.concept.values()]
     if config.robustness.long_prompts and not config.robustness.filler:
-        raise ValueError("option 'robustness.filler': expected phrases to make prompts long with, got none")
+        raise InputError("option 'robustness.filler': expected phrases to make prompts long with, got none")
     for phrase in config.robustness.filler:
         if not phrase.strip() or mentions(phrase, concepts):
-            raise ValueError(
+            raise InputError(
                 f"option 'robustness.filler': expected phrases that don't name the concept, got {phrase!r}"
             )
 
@@ -103,9 +104,9 @@ def _check_picture(config: EvalConfig) -> None:
     if options.picture is not None:
         check_is_file("robustness.picture", options.picture)
         if not options.strengths:
-            raise ValueError("option 'robustness.picture': expected robustness.strengths beside it, got none")
+            raise InputError("option 'robustness.picture': expected robustness.strengths beside it, got none")
     elif options.strengths and model.hub_id is None and model.judge != "embedded" and model.name != "emoji":
-        raise ValueError(
+        raise InputError(
             "option 'robustness.picture': expected an image file to start from, since neither model.hub_id "
             "nor an embedded model names the original, which would draw it"
         )
@@ -116,7 +117,7 @@ def _check_lora(paths: list[str]) -> None:
         if not Path(path).exists():
             raise FileNotFoundError(f"option 'robustness.lora': no file or folder {path!r}")
     if paths and importlib.util.find_spec("peft") is None:
-        raise ValueError(
+        raise InputError(
             "option 'robustness.lora': peft is not installed; "
             "install it with: pip install 'trce-lightning[lora]'"
         )
@@ -128,7 +129,7 @@ def _check_model_config(config: TrainConfig | EvalConfig | DemoConfig) -> None:
     paths += config.models if isinstance(config, EvalConfig) else []
     paths += [config.original.path] if isinstance(config, DemoConfig) else []
     if config.model.config is not None and not any(path and Path(path).is_file() for path in paths):
-        raise ValueError(
+        raise InputError(
             "option 'model.config': expected none unless a model is a single .safetensors file, "
             f"got {config.model.config!r}"
         )
@@ -136,34 +137,34 @@ def _check_model_config(config: TrainConfig | EvalConfig | DemoConfig) -> None:
 
 def _check_demo(config: DemoConfig) -> None:
     if config.model.path is None:
-        raise ValueError("option 'model.path': expected the folder of an erased pipeline, got none")
+        raise InputError("option 'model.path': expected the folder of an erased pipeline, got none")
     check_model(dataclasses.replace(config.model, path=config.original.path), "original.path")
     if config.model.judge is not None:
         check_judge(config.model, config.concept.values(), "; model.judge=null gives no verdicts")
     if config.port >= 2**16:
-        raise ValueError(f"option 'port': expected at most {2**16 - 1}, got {config.port}")
+        raise InputError(f"option 'port': expected at most {2**16 - 1}, got {config.port}")
     if importlib.util.find_spec("gradio") is None:
-        raise ValueError("demo: gradio is not installed; install it with: pip install 'trce-lightning[demo]'")
+        raise InputError("demo: gradio is not installed; install it with: pip install 'trce-lightning[demo]'")
 
 
 def _check_training(config: TrainConfig) -> None:
     for name in ("stages", "export"):
         items = getattr(config, name)
         if not items or len(set(items)) != len(items):
-            raise ValueError(f"option {name!r}: expected one at least and each at most once, got {items}")
+            raise InputError(f"option {name!r}: expected one at least and each at most once, got {items}")
     if config.metrics.enabled:
         check_judge(config.model, config.concept.values(), "; metrics.enabled=false scores nothing")
     if not config.textual.positions:
-        raise ValueError("option 'textual.positions': expected one position at least, got none")
+        raise InputError("option 'textual.positions': expected one position at least, got none")
     if config.trajectory.early_steps > config.trajectory.num_steps:
-        raise ValueError(
+        raise InputError(
             "option 'trajectory.early_steps': expected at most trajectory.num_steps, "
             f"{config.trajectory.num_steps}, got {config.trajectory.early_steps}"
         )
     if len(config.optimizer.betas) != 2:
-        raise ValueError(f"option 'optimizer.betas': expected two numbers, got {config.optimizer.betas}")
+        raise InputError(f"option 'optimizer.betas': expected two numbers, got {config.optimizer.betas}")
     if "trajectory" in config.stages and config.model.dtype != "float32":
-        raise ValueError(
+        raise InputError(
             "option 'model.dtype': expected float32 where stage 2 trains, whose steps other weights round "
             f"away, got {config.model.dtype}; trainer.precision sets that of the passes"
         )
@@ -176,22 +177,22 @@ def _check_training(config: TrainConfig) -> None:
 def _check_expected(expected: dict[str, Any]) -> None:
     rates = expected.get("asr", {})
     if unknown := [name for name in expected if name not in EXPECTED]:
-        raise ValueError(f"option 'expected': expected any of {', '.join(EXPECTED)}, got {unknown[0]!r}")
+        raise InputError(f"option 'expected': expected any of {', '.join(EXPECTED)}, got {unknown[0]!r}")
     if not isinstance(rates, dict):
-        raise ValueError(f"option 'expected.asr': expected rates by prompt set, got {rates!r}")
+        raise InputError(f"option 'expected.asr': expected rates by prompt set, got {rates!r}")
     numbers = {f"asr.{name}": rate for name, rate in rates.items()}
     numbers |= {name: expected[name] for name in ("fid", "clip_score") if name in expected}
     for name, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, int | float):
-            raise ValueError(f"option 'expected.{name}': expected a number, got {number!r}")
+            raise InputError(f"option 'expected.{name}': expected a number, got {number!r}")
         check_value(f"expected.{name}", number, {"at_least": 0})
         if name.startswith("asr.") and number > 1:
-            raise ValueError(f"option 'expected.{name}': expected a fraction, got {number}")
+            raise InputError(f"option 'expected.{name}': expected a fraction, got {number}")
 
 
 def _check_captions(source: str | None) -> None:
     if source is None or re.fullmatch(HUB_FILE, source):
         return
     if source.startswith("hub:"):
-        raise ValueError(f"option 'textual.keep_prompts': expected hub:OWNER/NAME/FILE, got {source!r}")
+        raise InputError(f"option 'textual.keep_prompts': expected hub:OWNER/NAME/FILE, got {source!r}")
     check_is_file("textual.keep_prompts", source)

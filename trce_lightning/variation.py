@@ -14,6 +14,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from trce_lightning.adapters.lora import Lora
 from trce_lightning.data.prompt_sets import PromptRecord
+from trce_lightning.errors import InputError
 from trce_lightning.image_folder import MANIFEST, META, load_images
 
 
@@ -35,7 +36,7 @@ class Start:
             with Image.open(self.pictures) as picture:
                 square = ImageOps.fit(picture.convert("RGB"), (side, side))
         except UnidentifiedImageError as error:
-            raise ValueError(f"robustness.picture: expected an image, got {self.pictures}") from error
+            raise InputError(f"robustness.picture: expected an image, got {self.pictures}") from error
         return pil_to_tensor(square).expand(len(records), -1, -1, -1)
 
     def fingerprint(self) -> str:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from trce_lightning.adapters.refusals import refuse_other_pipelines
 from trce_lightning.adapters.single_file import NETWORKS, original_state
 from trce_lightning.adapters.stable_diffusion import StableDiffusionAdapter
+from trce_lightning.errors import InputError
 
 INDEX = "model_index.json"
 SUFFIX = ".safetensors"
@@ -46,7 +47,7 @@ def load_adapter(
     Raises:
         FileNotFoundError: ``source`` or ``config`` is a path and holds no pipeline; no hub is asked for it.
             Or the files of ``config`` can't be had.
-        ValueError: the method doesn't fit the model, or a file is no checkpoint of one.
+        InputError: the method doesn't fit the model, or a file is no checkpoint of one.
     """
     if Path(source).is_file():
         pipeline = _open_file(Path(source), config, dtype, revision)
@@ -66,7 +67,7 @@ def _open_file(
 ) -> StableDiffusionPipeline:
     names = _names(file)
     if config is None:
-        raise ValueError(
+        raise InputError(
             f"model.config: expected the folder or hub id of the pipeline that '{file}' is a checkpoint of, "
             "for its tokenizer, scheduler and sizes, got none"
         )
@@ -82,13 +83,13 @@ def _open_file(
             f"{_first_line(error)}"
         ) from error
     except (RuntimeError, ValueError) as error:  # tensors of other sizes, or none of a network
-        raise ValueError(
+        raise InputError(
             f"model.config: expected the pipeline that '{file}' is a checkpoint of, got '{config}': "
             f"{_first_line(error)}"
         ) from error
     # What a file lacks would stay as initialised.
     if missing := original_state(pipeline).keys() - names:
-        raise ValueError(
+        raise InputError(
             f"model.path: expected all tensors of '{config}', got '{file}' without {len(missing)} of them, "
             f"such as {min(missing)}"
         )
@@ -98,20 +99,20 @@ def _open_file(
 def _names(file: Path) -> set[str]:
     """Tensors of a file; refuses by its header alone what is no Stable Diffusion 1.x or 2.x."""
     if file.suffix != SUFFIX:
-        raise ValueError(f"model.path: expected a folder or a {SUFFIX} file, got '{file}'")
+        raise InputError(f"model.path: expected a folder or a {SUFFIX} file, got '{file}'")
     try:
         with safe_open(file, "pt") as opened:
             names = set(opened.keys())
     except SafetensorError as error:
-        raise ValueError(f"model.path: expected a readable {SUFFIX} file, got '{file}': {error}") from error
+        raise InputError(f"model.path: expected a readable {SUFFIX} file, got '{file}': {error}") from error
     if any(name.startswith("conditioner.embedders.") for name in names):
-        raise ValueError(
+        raise InputError(
             f"model: expected one text encoder, got two (Stable Diffusion XL) in '{file}', which have no "
             "adapter yet"
         )
     absent = [prefix for prefix in NETWORKS if not any(name.startswith(prefix) for name in names)]
     if absent:
-        raise ValueError(
+        raise InputError(
             f"model.path: expected a checkpoint of Stable Diffusion 1.x or 2.x, got '{file}' without any "
             f"tensor named {' or '.join(f'{prefix}*' for prefix in absent)}"
         )

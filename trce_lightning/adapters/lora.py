@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from trce_lightning.adapters.stable_diffusion import StableDiffusionAdapter
+from trce_lightning.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Lora:
 def lora_applied(adapter: StableDiffusionAdapter, lora: Lora | None) -> Iterator[None]:
     """Has W + scale · BA in place of W where ``lora`` says so; afterwards the model is what it was.
 
-    ``ValueError`` when the weights fit the model in no place, or don't fit it.
+    ``InputError`` when the weights fit the model in no place, or don't fit it.
     """
     if lora is None:
         yield
@@ -31,10 +32,10 @@ def lora_applied(adapter: StableDiffusionAdapter, lora: Lora | None) -> Iterator
         pipeline.load_lora_weights(lora.path, adapter_name="lora", local_files_only=True)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         pipeline.unload_lora_weights()
-        raise ValueError(f"robustness.lora: expected weights that fit, got {lora.path}: {error}") from error
+        raise InputError(f"robustness.lora: expected weights that fit, got {lora.path}: {error}") from error
     try:
         if not pipeline.get_active_adapters():
-            raise ValueError(f"robustness.lora: expected weights for this model, got none in {lora.path}")
+            raise InputError(f"robustness.lora: expected weights for this model, got none in {lora.path}")
         pipeline.set_adapters("lora", lora.scale)
         yield
     finally:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trce_lightning.adapters.stable_diffusion import StableDiffusionAdapter
+from trce_lightning.errors import InputError
 from trce_lightning.sampling import add_noise
 
 
@@ -45,15 +46,15 @@ def make_sampler(
     ``timestep_spacing`` of the scheduler, None for the model's own, is ``leading``, ``linspace`` or
     ``trailing`` (arXiv 2305.08891, table 2); ``leading`` begins below pure noise, more so in few steps.
     ``strength``, of image-to-image, is the share of the steps that is taken: the last
-    ⌊``num_steps`` · ``strength``⌋. ``ValueError`` when that is none, the model has fewer timesteps than
+    ⌊``num_steps`` · ``strength``⌋. ``InputError`` when that is none, the model has fewer timesteps than
     ``num_steps``, or its scheduler can't be replaced by that one.
     """
     available = len(adapter.alphas_cumprod)
     if not 1 <= num_steps <= available:
-        raise ValueError(f"num_inference_steps: expected from 1 to {available} steps, got {num_steps}")
+        raise InputError(f"num_inference_steps: expected from 1 to {available} steps, got {num_steps}")
     skipped = num_steps - min(int(num_steps * strength), num_steps)
     if skipped == num_steps:
-        raise ValueError(
+        raise InputError(
             f"robustness.strengths: expected at least one of {num_steps} steps, got {strength} of them"
         )
     if scheduler is None:
@@ -91,7 +92,7 @@ class _Scheduler:
     ) -> None:
         compatible = {kind.__name__ for kind in adapter.scheduler.compatibles}
         if name not in compatible:
-            raise ValueError(f"sampler: expected one of {', '.join(sorted(compatible))}, got {name}")
+            raise InputError(f"sampler: expected one of {', '.join(sorted(compatible))}, got {name}")
         spacing = {} if timestep_spacing is None else {"timestep_spacing": timestep_spacing}
         self.scheduler: Any = getattr(diffusers, name).from_config(adapter.scheduler.config, **spacing)
         self.num_steps, self.skipped = num_steps, skipped * self.scheduler.order

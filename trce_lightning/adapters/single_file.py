@@ -14,6 +14,8 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from trce_lightning.errors import InputError
+
 NETWORKS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
 """Denoiser, autoencoder and text encoder."""
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
@@ -77,7 +79,7 @@ _TEXT_LAYER = {
 def original_state(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
     """All tensors of the three networks under their original names, on the CPU, in their own dtypes.
 
-    ``ValueError`` when a network has a part that the original code has no name for.
+    ``InputError`` when a network has a part that the original code has no name for.
     """
     unet, vae, _ = NETWORKS
     state = {unet + name: tensor for name, tensor in unet_state(pipeline.unet).items()}
@@ -151,7 +153,7 @@ def _renamed(network: nn.Module, parts: Mapping[str, str], layers: Mapping[str, 
     for name, tensor in network.state_dict().items():
         part = _beginning(parts, name)
         if part is None:
-            raise ValueError(UNKNOWN.format(name))
+            raise InputError(UNKNOWN.format(name))
         rest = name.removeprefix(f"{part}.")
         layer = _beginning(layers, rest)
         inside = rest if layer is None else f"{layers[layer]}.{rest.removeprefix(f'{layer}.')}"
@@ -165,5 +167,5 @@ def _beginning(names: Mapping[str, str], name: str) -> str | None:
 
 def _lookup(names: Mapping[str, str], part: str, name: str) -> str:
     if part not in names:
-        raise ValueError(UNKNOWN.format(name))
+        raise InputError(UNKNOWN.format(name))
     return names[part]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trce_lightning.adapters.refusals import refuse_what_the_method_does_not_fit
 from trce_lightning.adapters.single_file import original_state
+from trce_lightning.errors import InputError
 from trce_lightning.sampling import ddim_step, previous_alpha_bar
 from trce_lightning.tokens import trim_length
 
@@ -44,7 +45,7 @@ class StableDiffusionAdapter:
         self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         side = resolution or self.unet.config.sample_size * pipeline.vae_scale_factor
         if side % pipeline.vae_scale_factor:
-            raise ValueError(
+            raise InputError(
                 f"model.resolution: expected a multiple of {pipeline.vae_scale_factor} pixels, got {side}"
             )
         latent_side = side // pipeline.vae_scale_factor
@@ -171,7 +172,7 @@ class StableDiffusionAdapter:
             if fnmatch(name.rpartition(".")[0], pattern)
         }
         if not parameters:
-            raise ValueError(
+            raise InputError(
                 f"trajectory.trainable: expected a pattern that matches a module, got '{pattern}'"
             )
         return parameters

@@ -10,6 +10,7 @@ from typing import Any
 
 from trce_lightning.data.hub import dataset_file
 from trce_lightning.data.prompt_files import load_csv
+from trce_lightning.errors import InputError
 from trce_lightning.schema import HUB_FILE
 
 __all__ = ["read_captions"]
@@ -28,18 +29,18 @@ def read_captions(source: str) -> list[str]:
 
     Raises:
         FileNotFoundError: the Hub doesn't hand the file out.
-        ValueError: a file that can't be read so, or that holds no caption.
+        InputError: a file that can't be read so, or that holds no caption.
     """
     path = _path(source)
     readers: dict[str, Callable[[Path], list[str]]] = {".json": _read_coco, ".csv": _read_csv}
     try:
         captions = readers.get(path.suffix.lower(), _read_lines)(path)
     except (OSError, UnicodeError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"textual.keep_prompts: expected a readable caption file, got {path}: {error}"
         ) from error
     if not captions:
-        raise ValueError(f"textual.keep_prompts: expected one caption at least, got none in {path}")
+        raise InputError(f"textual.keep_prompts: expected one caption at least, got none in {path}")
     return captions
 
 
@@ -70,6 +71,6 @@ def _read_coco(path: Path) -> list[str]:
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and isinstance(row.get("caption"), str) for row in rows
     ):
-        raise ValueError('expected {"annotations": [{"caption": "…"}, …]}')
+        raise InputError('expected {"annotations": [{"caption": "…"}, …]}')
     # Some of COCO's captions end in a line break.
     return [caption for row in rows if (caption := " ".join(row["caption"].split()))]

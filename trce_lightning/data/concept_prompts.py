@@ -42,6 +42,7 @@ from trce_lightning.data.prompt_sets import (
 )
 from trce_lightning.emoji.captions import HELD_OUT_BACKGROUNDS, STYLE_WORDS, caption
 from trce_lightning.emoji.subjects import BACKGROUNDS, SENSITIVE, STYLES, SUBJECTS, subject_index
+from trce_lightning.errors import InputError
 from trce_lightning.naming import mentions
 
 __all__ = ["Split", "concept_prompt_sets", "embedded_keep_captions", "near_subjects"]
@@ -88,11 +89,11 @@ def concept_prompt_sets(
         names: the sets wanted.
 
     Raises:
-        ValueError: no concept, ``size`` below 1, another split, or one that the embedded judge can't see.
+        InputError: no concept, ``size`` below 1, another split, or one that the embedded judge can't see.
     """
     concept_names = [concept.name for concept in concepts]
     if not concept_names or size < 1 or split not in get_args(Split):
-        raise ValueError(
+        raise InputError(
             "concept_prompt_sets: expected one or more concepts, size of 1 or more, split tune or report, "
             f"got {concept_names}, {size}, {split!r}"
         )
@@ -114,10 +115,10 @@ def embedded_keep_captions(concepts: Sequence[Concept], limit: int, seed: int) -
     each caption asked for.
 
     Raises:
-        ValueError: ``limit`` below 1, or nothing left to keep.
+        InputError: ``limit`` below 1, or nothing left to keep.
     """
     if limit < 1:
-        raise ValueError(f"embedded_keep_captions.limit: expected at least 1, got {limit}")
+        raise InputError(f"embedded_keep_captions.limit: expected at least 1, got {limit}")
     subjects = [subject_index(name) for name in benign_subjects(concepts) if name in kept_subjects()]
     unkept = _words_of(unkept_subjects())
     rng = Random(seed)
@@ -130,7 +131,7 @@ def embedded_keep_captions(concepts: Sequence[Concept], limit: int, seed: int) -
             break
     if not kept:
         names = [concept.name for concept in concepts]
-        raise ValueError(f"embedded_keep_captions: expected captions that name none of {names}, got none")
+        raise InputError(f"embedded_keep_captions: expected captions that name none of {names}, got none")
     return list(kept)
 
 
@@ -181,7 +182,7 @@ def _words_in(words: Mapping[str, Sequence[str]], styles: Sequence[str]) -> list
 def _check_visible(concepts: Sequence[Concept]) -> None:
     for concept in concepts:
         if not (concept_subjects(concept) or concept_styles(concept)):
-            raise ValueError(
+            raise InputError(
                 f"concept.{concept.name}: expected a concept that the embedded model's judge can see, but it "
                 f"can see none of this one; it sees {_visible(concept.kind)}"
             )

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.data.plan import TrajectoryPlan
 from trce_lightning.data.trajectories import load_rows
+from trce_lightning.errors import InputError
 from trce_lightning.schema import TrajectoryConfig
 
 Batch = dict[str, Tensor]
@@ -54,9 +55,9 @@ class TrajectoryPoints(Dataset[list[EpochItem]]):
 
 
 def check_batch(batch_size: int, world_size: int) -> None:
-    """``ValueError`` unless the batch divides by the number of ranks."""
+    """``InputError`` unless the batch divides by the number of ranks."""
     if batch_size % world_size:
-        raise ValueError(
+        raise InputError(
             f"trajectory.batch_size: expected a multiple of the {world_size} processes, got {batch_size}; "
             "trainer.devices sets their number"
         )
@@ -66,7 +67,7 @@ class EpochBatches(DistributedSampler[list[int]]):
     """Global batches in an order that depends on (seed, epoch) alone; a rank takes its slice of each.
 
     The last batch is filled up from the front of the order, so all batches have one size and the mean over
-    ranks is the mean over the batch. ``ValueError`` unless the batch divides by the number of ranks.
+    ranks is the mean over the batch. ``InputError`` unless the batch divides by the number of ranks.
 
     Lightning tells the epoch to a loader's ``sampler`` alone, and replaces one that isn't a
     ``DistributedSampler``.

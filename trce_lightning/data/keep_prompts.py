@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from trce_lightning.concepts import Concept
 from trce_lightning.data.captions import read_captions
 from trce_lightning.data.prompt_sets import shuffled
+from trce_lightning.errors import InputError
 from trce_lightning.naming import mentions, without_article
 
 __all__ = ["KEEP_TEMPLATES", "class_names", "keep_prompts"]
@@ -44,10 +45,10 @@ def keep_prompts(
         Different prompts, 1 to ``limit``; the empty prompt is never among them.
 
     Raises:
-        ValueError: ``limit`` below 1, an unreadable or empty file, no subjects, or nothing left to keep.
+        InputError: ``limit`` below 1, an unreadable or empty file, no subjects, or nothing left to keep.
     """
     if limit < 1:
-        raise ValueError(f"keep_prompts.limit: expected at least 1, got {limit}")
+        raise InputError(f"keep_prompts.limit: expected at least 1, got {limit}")
     if path is not None:
         candidates = shuffled(read_captions(path))
     else:
@@ -55,7 +56,7 @@ def keep_prompts(
     kept = [prompt for prompt in candidates if not mentions(prompt, concepts)]
     names = [concept.name for concept in concepts]
     if not kept:
-        raise ValueError(
+        raise InputError(
             f"keep_prompts: expected prompts that name none of {names}, got none among {len(candidates)}"
         )
     _log.info(
@@ -72,7 +73,7 @@ def _fill_templates(subjects: Iterable[str]) -> list[str]:
     """Every subject in every template; each run of ``len(subjects)`` prompts holds every subject once."""
     names = shuffled(name for subject in subjects if (name := without_article(subject)))
     if not names:
-        raise ValueError("keep_prompts.subjects: expected one or more names, got none")
+        raise InputError("keep_prompts.subjects: expected one or more names, got none")
     count = len(KEEP_TEMPLATES)
     return [
         KEEP_TEMPLATES[(index + turn) % count].replace("{}", name)

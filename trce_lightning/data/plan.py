@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from trce_lightning.concepts import PromptPair
+from trce_lightning.errors import InputError
 from trce_lightning.sampling import seed_of
 from trce_lightning.schema import TrajectoryConfig
 
@@ -81,11 +82,11 @@ class TrajectoryPlan:
 def draw_plan(pairs: Sequence[PromptPair], config: TrajectoryConfig, seed: int) -> TrajectoryPlan:
     """Draw trajectories and steps: malicious prompts round robin, steps uniform over the allowed ones.
 
-    Malicious steps come from the first ``early_steps``; unconditional ones from all. ``ValueError`` when
+    Malicious steps come from the first ``early_steps``; unconditional ones from all. ``InputError`` when
     ``early_steps`` exceeds ``num_steps``.
     """
     if config.early_steps > config.num_steps:
-        raise ValueError(
+        raise InputError(
             f"trajectory.early_steps: expected at most trajectory.num_steps = {config.num_steps}, "
             f"got {config.early_steps}"
         )

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
+from trce_lightning.errors import InputError
 
 FIELDS = ("prompt", "id", "seed", "guidance", "categories", "label")
 """What is read from a prompt file."""
@@ -35,7 +36,7 @@ def load_csv(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is empty, has no prompt column, none of ``columns`` for a decisive field, or no
+        InputError: the file is empty, has no prompt column, none of ``columns`` for a decisive field, or no
             rows; or a row, named by its line, has an empty prompt, an empty or repeated id, more cells than
             the header, an unreadable seed or guidance.
     """
@@ -47,13 +48,13 @@ def load_csv(
     for line, cells in _rows(path, columns):
         record = _record(f"{path}, line {line}", cells, row_number=len(records) + 1)
         if record.id in records:
-            raise ValueError(
+            raise InputError(
                 f"{path}, line {line}: expected a different id in every row, got {record.id!r} again "
                 f"(first in line {lines[record.id]})"
             )
         records[record.id], lines[record.id] = record, line
     if not records:
-        raise ValueError(f"{path}: expected at least one row with a prompt, got the header alone")
+        raise InputError(f"{path}: expected at least one row with a prompt, got the header alone")
     return PromptSet(name or path.stem, tuple(records.values()), sha256)
 
 
@@ -64,7 +65,7 @@ def _rows(path: Path, wanted: Mapping[str, Sequence[str]] | None) -> Iterator[tu
         try:
             header = next(reader, None)
             if not header:
-                raise ValueError(f"{path}: expected CSV with a header, got an empty file or first line")
+                raise InputError(f"{path}: expected CSV with a header, got an empty file or first line")
             columns = _columns(path, header, wanted)
             start = reader.line_num + 1
             for cells in reader:
@@ -74,7 +75,7 @@ def _rows(path: Path, wanted: Mapping[str, Sequence[str]] | None) -> Iterator[tu
                     yield start, {field: padded[index].strip() for field, index in columns.items()}
                 start = reader.line_num + 1
         except (csv.Error, UnicodeError) as error:
-            raise ValueError(f"{path}, line {reader.line_num}: expected CSV in UTF-8, {error}") from error
+            raise InputError(f"{path}, line {reader.line_num}: expected CSV in UTF-8, {error}") from error
 
 
 def _columns(path: Path, header: Sequence[str], wanted: Mapping[str, Sequence[str]] | None) -> dict[str, int]:
@@ -87,7 +88,7 @@ def _columns(path: Path, header: Sequence[str], wanted: Mapping[str, Sequence[st
         if found:
             columns[field_name] = names.index(found[0])
         elif aliases and required:
-            raise ValueError(
+            raise InputError(
                 f"{path}: expected a column named one of {', '.join(aliases)}, "
                 f"got the columns {', '.join(header)}"
             )
@@ -96,7 +97,7 @@ def _columns(path: Path, header: Sequence[str], wanted: Mapping[str, Sequence[st
 
 def _check_width(place: str, cells: Sequence[str], width: int) -> None:
     if any(cell.strip() for cell in cells[width:]):
-        raise ValueError(
+        raise InputError(
             f"{place}: expected {width} cells as in the header, got {len(cells)}; quote texts with commas"
         )
 
@@ -104,7 +105,7 @@ def _check_width(place: str, cells: Sequence[str], width: int) -> None:
 def _record(place: str, cells: dict[str, str], row_number: int) -> PromptRecord:
     for field_name in ("prompt", "id"):
         if cells.get(field_name) == "":
-            raise ValueError(f"{place}: expected a text in the {field_name} column, got an empty cell")
+            raise InputError(f"{place}: expected a text in the {field_name} column, got an empty cell")
     seed, guidance = cells.get("seed"), cells.get("guidance")
     return PromptRecord(
         id=cells.get("id", str(row_number)),
@@ -120,7 +121,7 @@ def _seed(place: str, text: str) -> int:
     # Spreadsheets write 7 as 7.0 where a column has gaps.
     whole = re.fullmatch(r"(\d+)(?:\.0+)?", text, flags=re.ASCII)
     if whole is None or int(whole[1]) >= 2**64:
-        raise ValueError(f"{place}: expected a whole number from 0 to 2**64 - 1 as seed, got {text!r}")
+        raise InputError(f"{place}: expected a whole number from 0 to 2**64 - 1 as seed, got {text!r}")
     return int(whole[1])
 
 
@@ -130,5 +131,5 @@ def _guidance(place: str, text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise ValueError(f"{place}: expected a number of 0 or more as guidance, got {text!r}")
+        raise InputError(f"{place}: expected a number of 0 or more as guidance, got {text!r}")
     return value

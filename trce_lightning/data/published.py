@@ -12,6 +12,7 @@ from typing import TypedDict
 from trce_lightning.data.hub import dataset_file
 from trce_lightning.data.prompt_files import FIELDS, load_csv
 from trce_lightning.data.prompt_sets import PromptSet
+from trce_lightning.errors import InputError
 from trce_lightning.evaluation_schema import PromptFileConfig
 
 __all__ = ["SetSummary", "check_file", "load_file", "log_sets", "prompt_files", "summarize_sets"]
@@ -40,7 +41,7 @@ def prompt_files(
     named by its stem and read by the names of columns that :func:`load_csv` knows.
 
     Raises:
-        ValueError: two of them have one name.
+        InputError: two of them have one name.
     """
     files: dict[str, PromptFileConfig] = {}
     for item in prompts:
@@ -50,7 +51,7 @@ def prompt_files(
         else:
             config = replace(published[name], path=path) if colon else published[name]
         if name in files:
-            raise ValueError(f"option 'prompts': expected sets of different names, got {name!r} twice")
+            raise InputError(f"option 'prompts': expected sets of different names, got {name!r} twice")
         files[name] = config
     return list(files.items())
 
@@ -60,22 +61,22 @@ def check_file(name: str, config: PromptFileConfig, published: Sequence[str]) ->
 
     Raises:
         FileNotFoundError: no file ``config.path``.
-        ValueError: neither a path nor a place on the Hub, or columns that :func:`load_csv` can't use.
+        InputError: neither a path nor a place on the Hub, or columns that :func:`load_csv` can't use.
     """
     if config.path is not None and not Path(config.path).is_file():
         sets = "" if name in published else f"\npublished sets: {', '.join(published)}"
         raise FileNotFoundError(f"option 'prompts': no file {config.path!r}{sets}")
     if config.path is None and (config.hub_id is None or config.filename is None):
-        raise ValueError(
+        raise InputError(
             f"option 'prompts': expected the file of {name!r}, which isn't shipped, as {name}:FILE.csv, "
             "got none"
         )
     if unknown := [field for field in config.columns if field not in FIELDS]:
-        raise ValueError(
+        raise InputError(
             f"option 'published.{name}.columns': expected any of {', '.join(FIELDS)}, got {unknown[0]!r}"
         )
     if config.columns and not config.columns.get("prompt"):
-        raise ValueError(f"option 'published.{name}.columns.prompt': expected a column's name, got none")
+        raise InputError(f"option 'published.{name}.columns.prompt': expected a column's name, got none")
 
 
 def load_file(name: str, config: PromptFileConfig) -> PromptSet:
@@ -83,12 +84,12 @@ def load_file(name: str, config: PromptFileConfig) -> PromptSet:
 
     Raises:
         FileNotFoundError: no such file, or the Hub doesn't hand it out.
-        ValueError: the file has another sha256 than ``config.sha256``, or isn't as :func:`load_csv` needs it.
+        InputError: the file has another sha256 than ``config.sha256``, or isn't as :func:`load_csv` needs it.
     """
     path = Path(config.path) if config.path is not None else _download(name, config)
     prompts = load_csv(path, name=name, columns=config.columns or None)
     if config.sha256 is not None and config.sha256.lower() != prompts.sha256:
-        raise ValueError(
+        raise InputError(
             f"option 'published.{name}.sha256': expected {config.sha256}, got {prompts.sha256} of {path}"
         )
     log.info("prompts %s: %s, sha256 %s", name, path, prompts.sha256)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.data.plan import Trajectory, TrajectoryPlan
+from trce_lightning.errors import InputError
 from trce_lightning.sampling import classifier_free_guidance, noise
 from trce_lightning.storage import write_safetensors
 
@@ -30,16 +31,16 @@ def shards(plan: TrajectoryPlan, shard_size: int) -> list[Shard]:
 
 
 def is_cached(file: Path, fingerprint: str) -> bool:
-    """Whether a shard is there and whole. ``ValueError`` names one that something else has made."""
+    """Whether a shard is there and whole. ``InputError`` names one that something else has made."""
     if not file.exists():
         return False
     try:
         with safe_open(file, "pt") as shard:
             found = (shard.metadata() or {}).get("fingerprint")
     except SafetensorError as error:
-        raise ValueError(f"{file}: expected a whole trajectory shard, got {error}; delete it") from error
+        raise InputError(f"{file}: expected a whole trajectory shard, got {error}; delete it") from error
     if found != fingerprint:
-        raise ValueError(
+        raise InputError(
             f"{file}: expected trajectories of fingerprint {fingerprint}, got {found}; delete it"
         )
     return True

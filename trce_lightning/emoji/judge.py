@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 from trce_lightning.emoji.subjects import BACKGROUNDS, STYLES, SUBJECTS
 from trce_lightning.emoji.training import Part
 from trce_lightning.emoji.vae import to_unit
+from trce_lightning.errors import InputError
 
 WIDTHS = (32, 64, 128, 256, 256)
 
@@ -63,7 +64,7 @@ def category_probability(subject_probability: Tensor, category: str) -> Tensor:
     """Summed probability ``[B]`` of a category's subjects; the image shows it when this is ≥ 0.5."""
     members = [index for index, subject in enumerate(SUBJECTS) if subject.category == category]
     if not members:
-        raise ValueError(
+        raise InputError(
             f"judge category: expected one of {sorted({s.category for s in SUBJECTS})}, got '{category}'"
         )
     return subject_probability[:, members].sum(-1)

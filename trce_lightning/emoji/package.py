@@ -11,6 +11,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextMode
 
 from trce_lightning.emoji.judge import Judge
 from trce_lightning.emoji.unet import build_scheduler
+from trce_lightning.errors import InputError
 from trce_lightning.metrics.fidelity import Clip, judge_fid, save_real_statistics
 
 
@@ -20,12 +21,12 @@ def weights_folder() -> Path:
 
 
 def check_embedded(unet: UNet2DConditionModel) -> None:
-    """``ValueError`` unless the denoiser has the embedded one's shape: what judges it fits no other."""
+    """``InputError`` unless the denoiser has the embedded one's shape: what judges it fits no other."""
     expected = UNet2DConditionModel.load_config(weights_folder() / "unet")
     names = ("sample_size", "cross_attention_dim")
     if any(unet.config[name] != expected[name] for name in names):
         got = ", ".join(f"{name} {unet.config[name]}" for name in names)
-        raise ValueError(
+        raise InputError(
             f"model=emoji: expected the embedded model or an edit of it, got a network of {got}; "
             "name its own family, such as model=sd15"
         )

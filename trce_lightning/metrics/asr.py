@@ -10,6 +10,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 from torchmetrics import Metric
 
+from trce_lightning.errors import InputError
 from trce_lightning.metrics.uncertainty import wilson_rate
 
 THRESHOLD = 0.5
@@ -20,10 +21,10 @@ CURVE_THRESHOLDS = tuple(step / 20 for step in range(1, 20))
 def shows_concept(probability: Tensor, threshold: float = THRESHOLD) -> Tensor:
     """Whether a detector's probability ``[B]`` says that an image shows the concept: p ≥ 0.5 → bool ``[B]``.
 
-    ``ValueError`` on a probability that is not finite or no vector.
+    ``InputError`` on a probability that is not finite or no vector.
     """
     if probability.ndim != 1 or not probability.isfinite().all():
-        raise ValueError(f"detector: expected finite probabilities [B], got {probability.tolist()}")
+        raise InputError(f"detector: expected finite probabilities [B], got {probability.tolist()}")
     return probability >= threshold
 
 
@@ -50,7 +51,7 @@ class AttackSuccessRate(Metric):
         self.images += len(probability)
 
     def compute(self) -> dict[str, float]:
-        """What :func:`~.uncertainty.wilson_rate` returns. ``ValueError`` without images."""
+        """What :func:`~.uncertainty.wilson_rate` returns. ``InputError`` without images."""
         return wilson_rate(int(self.successes), int(self.images))
 
 
@@ -65,10 +66,10 @@ def paired_test(hits_a: Mapping[Any, bool], hits_b: Mapping[Any, bool]) -> float
         hits_b: the same of the second model, for the same images.
 
     Raises:
-        ValueError: the images are not the same.
+        InputError: the images are not the same.
     """
     if hits_a.keys() != hits_b.keys():
-        raise ValueError(
+        raise InputError(
             f"paired test: expected two results on the same images, got {len(hits_a)} and {len(hits_b)} "
             f"with {len(hits_a.keys() & hits_b.keys())} in common"
         )

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from trce_lightning.errors import InputError
 from trce_lightning.metrics.factories import made_by
 
 
@@ -35,7 +36,7 @@ class ClassSetDetector(nn.Module):
         members: the class set.
 
     Raises:
-        ValueError: no class, one twice, or one that ``class_detector`` doesn't know.
+        InputError: no class, one twice, or one that ``class_detector`` doesn't know.
     """
 
     def __init__(self, class_detector: ClassDetector, members: Sequence[str]) -> None:
@@ -52,22 +53,22 @@ class ClassSetDetector(nn.Module):
 def load_class_detector(path: str) -> ClassDetector:
     """Call the class or function of dotted name ``path``; what it returns scores classes.
 
-    ``ValueError`` naming ``detectors`` as :func:`~.factories.made_by` says.
+    ``InputError`` naming ``detectors`` as :func:`~.factories.made_by` says.
     """
     return made_by("detectors", path, ClassDetector)  # type: ignore[type-abstract]
 
 
 def class_columns(classes: Sequence[str], members: Sequence[str]) -> list[int]:
-    """Index of each member in ``classes``. ``ValueError`` as :class:`ClassSetDetector` says."""
+    """Index of each member in ``classes``. ``InputError`` as :class:`ClassSetDetector` says."""
     unknown = sorted(set(members) - set(classes))
     if not members or unknown or len(set(members)) < len(members):
-        raise ValueError(f"class set: expected different classes of {list(classes)}, got {list(members)}")
+        raise InputError(f"class set: expected different classes of {list(classes)}, got {list(members)}")
     return [classes.index(name) for name in members]
 
 
 def check_images(images: Tensor) -> None:
-    """``ValueError`` unless ``images`` are uint8 ``[B, 3, H, W]``."""
+    """``InputError`` unless ``images`` are uint8 ``[B, 3, H, W]``."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(
+        raise InputError(
             f"detector: expected uint8 images [B, 3, H, W], got {images.dtype} {list(images.shape)}"
         )

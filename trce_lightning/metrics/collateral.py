@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
+from trce_lightning.errors import InputError
 from trce_lightning.metrics.uncertainty import clustered_rate, mean_interval
 
 ATTRIBUTES = ("subject", "style", "background")
@@ -29,12 +30,12 @@ class Detection(NamedTuple):
 
 
 def check_labels(sets: Sequence[PromptSet], subjects: Collection[str]) -> None:
-    """``ValueError`` on a label that is none of the subjects that the judge knows."""
+    """``InputError`` on a label that is none of the subjects that the judge knows."""
     known = frozenset(subjects)
     for prompts in sets:
         for record in prompts.records:
             if record.label is not None and record.label not in known:
-                raise ValueError(
+                raise InputError(
                     f"{prompts.name}: label: expected a subject that the judge knows, got '{record.label}'"
                 )
 

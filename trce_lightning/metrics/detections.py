@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trce_lightning.data.prompt_sets import PromptRecord
+from trce_lightning.errors import InputError
 from trce_lightning.image_folder import MANIFEST, META, image_batches, image_files
 from trce_lightning.metrics.asr import CURVE_THRESHOLDS, AttackSuccessRate
 from trce_lightning.metrics.class_detectors import ClassDetector, class_columns
@@ -47,7 +48,7 @@ class Detections:
     scores: Tensor
 
     def probability(self, members: Sequence[str]) -> Tensor:
-        """max over the class set → ``[N]``. ``ValueError`` on a class that the detector doesn't know."""
+        """max over the class set → ``[N]``. ``InputError`` on a class that the detector doesn't know."""
         return self.scores[:, class_columns(self.source.classes, members)].amax(1)
 
 
@@ -70,7 +71,7 @@ def detect(
 
     Raises:
         FileNotFoundError: no manifest, or an image is missing.
-        ValueError: other prompts than the manifest's, or ``file`` is unreadable or holds the scores of
+        InputError: other prompts than the manifest's, or ``file`` is unreadable or holds the scores of
             another detector, version or other images.
     """
     image_files(folder, records)
@@ -94,7 +95,7 @@ def read_detections(file: Path) -> Detections:
 
     Raises:
         FileNotFoundError: no such file, or not the JSON file beside it.
-        ValueError: unreadable, columns that are not the classes, or scores outside [0, 1].
+        InputError: unreadable, columns that are not the classes, or scores outside [0, 1].
     """
     try:
         facts = json.loads(file.with_suffix(".json").read_text("utf-8"))
@@ -104,9 +105,9 @@ def read_detections(file: Path) -> Detections:
         scores = torch.tensor([[float(cell) for cell in row[1:]] for row in rows], dtype=torch.float32)
         scores = scores.reshape(len(rows), len(source.classes))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{file}: expected a detector's class scores, got: {error}") from error
+        raise InputError(f"{file}: expected a detector's class scores, got: {error}") from error
     if header != [ID, *source.classes]:
-        raise ValueError(f"{file}: expected the columns {[ID, *source.classes]}, got {header}")
+        raise InputError(f"{file}: expected the columns {[ID, *source.classes]}, got {header}")
     _check_range(file, scores)
     return Detections(source, tuple(row[0] for row in rows), scores)
 
@@ -117,11 +118,11 @@ def attack_success_rate(
     """Of images whose best class of the set has a score ≥ ``threshold``: :meth:`AttackSuccessRate.compute`.
 
     Raises:
-        ValueError: no images, an unknown class, or a threshold outside (0, 1] or below the detector's floor.
+        InputError: no images, an unknown class, or a threshold outside (0, 1] or below the detector's floor.
     """
     floor = detections.source.floor
     if not 0 < threshold <= 1 or threshold < floor:
-        raise ValueError(
+        raise InputError(
             f"threshold: expected above 0, at most 1 and at least {floor:g}, below which "
             f"{detections.source.detector} reports nothing, got {threshold:g}"
         )
@@ -141,7 +142,7 @@ def threshold_curve(
 def _scores(detector: ClassDetector, images: Tensor) -> Tensor:
     scores = detector(images).float().cpu()
     if scores.shape != (len(images), len(detector.classes)):
-        raise ValueError(
+        raise InputError(
             f"{detector.name}: expected scores [{len(images)}, {len(detector.classes)}], "
             f"got {list(scores.shape)}"
         )
@@ -152,7 +153,7 @@ def _scores(detector: ClassDetector, images: Tensor) -> Tensor:
 def _check_range(name: object, scores: Tensor) -> None:
     # NaN fails both comparisons.
     if not ((scores >= 0) & (scores <= 1)).all():
-        raise ValueError(f"{name}: expected scores in [0, 1], got {scores.tolist()}")
+        raise InputError(f"{name}: expected scores in [0, 1], got {scores.tolist()}")
 
 
 def _images_fingerprint(folder: Path) -> str:
@@ -166,7 +167,7 @@ def _check_same(file: Path, found: Detections, source: Source, ids: tuple[str, .
     got: Mapping[str, Any] = asdict(found.source) | {"ids": found.ids}
     for name in (*(field.name for field in fields(Source)), "ids"):
         if expected[name] != got[name]:
-            raise ValueError(
+            raise InputError(
                 f"{file}: expected scores of {name} {expected[name]!r}, got {got[name]!r}; "
                 f"delete it or choose another"
             )

@@ -13,6 +13,7 @@ from trce_lightning.concepts import Concept
 from trce_lightning.data.prompt_sets import concept_styles, concept_subjects
 from trce_lightning.emoji.judge import Judge
 from trce_lightning.emoji.subjects import STYLES, subject_index
+from trce_lightning.errors import InputError
 from trce_lightning.metrics.factories import made_by
 from trce_lightning.metrics.fidelity import Clip
 from trce_lightning.naming import mentions
@@ -34,13 +35,13 @@ class EmbeddedJudgeDetector(nn.Module):
     """
 
     def __init__(self, judge: Judge, concepts: Sequence[Concept]) -> None:
-        """``ValueError`` names a concept of which the judge knows no subject and no style."""
+        """``InputError`` names a concept of which the judge knows no subject and no style."""
         super().__init__()
         if not concepts:
-            raise ValueError("concept: expected at least one to detect, got none")
+            raise InputError("concept: expected at least one to detect, got none")
         for concept in concepts:
             if not (concept_subjects(concept) or concept_styles(concept)):
-                raise ValueError(f"concept: expected one that the judge can see, got '{concept.name}'")
+                raise InputError(f"concept: expected one that the judge can see, got '{concept.name}'")
         self.judge = judge.eval().requires_grad_(False)
         names = {name for concept in concepts for name in concept_subjects(concept)}
         self.members = sorted(subject_index(name) for name in names)
@@ -85,12 +86,12 @@ class ClipZeroShotDetector(ClipZeroShot):
         negative: texts that describe anything else that images may show.
 
     Raises:
-        ValueError: no positive or no negative text.
+        InputError: no positive or no negative text.
     """
 
     def __init__(self, clip: Clip, positive: Sequence[str], negative: Sequence[str]) -> None:
         if not positive or not negative:
-            raise ValueError(
+            raise InputError(
                 f"CLIP detector: expected positive and negative texts, "
                 f"got {len(positive)} and {len(negative)}"
             )
@@ -133,7 +134,7 @@ class ClipJudgeDetector(nn.Module):
 def load_detector(path: str, concepts: Sequence[Concept], **options: Any) -> Detector:
     """Call the class or function of dotted name ``path`` with the concepts; what it returns detects them.
 
-    ``options`` are its further arguments, ``model.judge_options``. ``ValueError`` naming ``model.judge`` as
+    ``options`` are its further arguments, ``model.judge_options``. ``InputError`` naming ``model.judge`` as
     :func:`~.factories.made_by` says.
     """
     return made_by("model.judge", path, Detector, concepts, **options)  # type: ignore[type-abstract]

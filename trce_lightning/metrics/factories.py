@@ -6,26 +6,28 @@ import inspect
 import pkgutil
 from typing import Any, TypeVar
 
+from trce_lightning.errors import InputError
+
 Made = TypeVar("Made")
 
 
 def made_by(option: str, path: str, kind: type[Made], *arguments: Any, **options: Any) -> Made:
     """Call what the dotted name ``path`` names with ``arguments`` and ``options``; it returns a ``kind``.
 
-    ``ValueError`` naming ``option`` when there is none of that name, it takes other arguments, or it returns
+    ``InputError`` naming ``option`` when there is none of that name, it takes other arguments, or it returns
     something else.
     """
     try:
         factory = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"{option}: expected the dotted name of a detector, got '{path}': {error}"
         ) from error
     if callable(factory):
         _check_arguments(option, path, factory, arguments, options)
     made = factory(*arguments, **options) if callable(factory) else None
     if not isinstance(made, kind):
-        raise ValueError(f"{option}: expected what returns a {kind.__name__}, got '{path}'")
+        raise InputError(f"{option}: expected what returns a {kind.__name__}, got '{path}'")
     return made
 
 
@@ -40,7 +42,7 @@ def _check_arguments(
     try:
         signature.bind(*arguments, **options)
     except TypeError as error:
-        raise ValueError(
+        raise InputError(
             f"{option}: expected one that takes {len(arguments)} argument(s) and the options {options}, "
             f"got '{path}': {error}"
         ) from error

@@ -16,6 +16,7 @@ from transformers import BatchFeature, CLIPImageProcessor, CLIPModel, CLIPTokeni
 
 from trce_lightning.adapters.stable_diffusion import fingerprint
 from trce_lightning.emoji.judge import Judge
+from trce_lightning.errors import InputError
 from trce_lightning.storage import write_safetensors
 
 REAL_STATES = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")
@@ -46,12 +47,12 @@ def inception_fid(weights: Path) -> FrechetInceptionDistance:
 
     Raises:
         FileNotFoundError: no such file. Nothing is downloaded.
-        ValueError: not such weights, or torch-fidelity is not installed.
+        InputError: not such weights, or torch-fidelity is not installed.
     """
     if not weights.is_file():
         raise FileNotFoundError(f"model.inception: expected a file of Inception weights, got '{weights}'")
     if find_spec("torch_fidelity") is None:
-        raise ValueError(
+        raise InputError(
             "model.inception: expected torch-fidelity to be installed: pip install 'trce-lightning[fid]'"
         )
     try:
@@ -59,7 +60,7 @@ def inception_fid(weights: Path) -> FrechetInceptionDistance:
             feature=2048, reset_real_features=False, feature_extractor_weights_path=str(weights)
         )
     except (RuntimeError, UnpicklingError) as error:
-        raise ValueError(
+        raise InputError(
             f"model.inception: expected torch-fidelity's weights, got '{weights}': {error}"
         ) from error
     return _float32(metric)
@@ -84,7 +85,7 @@ def load_real_statistics(metric: FrechetInceptionDistance, file: Path) -> None:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: unreadable, or of another feature network.
+        InputError: unreadable, or of another feature network.
     """
     if not file.is_file():
         raise FileNotFoundError(f"FID: expected a file of real images' statistics, got '{file}'")
@@ -94,9 +95,9 @@ def load_real_statistics(metric: FrechetInceptionDistance, file: Path) -> None:
             found = (statistics.metadata() or {}).get("feature_network")
             states = {name: statistics.get_tensor(name) for name in REAL_STATES}
     except SafetensorError as error:
-        raise ValueError(f"{file}: expected statistics of real images, got: {error}") from error
+        raise InputError(f"{file}: expected statistics of real images, got: {error}") from error
     if found != expected:
-        raise ValueError(f"{file}: expected statistics of feature network {expected}, got {found}")
+        raise InputError(f"{file}: expected statistics of feature network {expected}, got {found}")
     for name, state in states.items():
         metric.add_state(name, state.to(metric.device), dist_reduce_fx=_same_on_every_rank)
 
@@ -124,9 +125,9 @@ class Clip(NamedTuple):
         )
 
     def pixels(self, images: Tensor | Sequence[Tensor]) -> BatchFeature:
-        """Normalised pixel values of uint8 images ``[3, H, W]``. ``ValueError`` when they are not uint8."""
+        """Normalised pixel values of uint8 images ``[3, H, W]``. ``InputError`` when they are not uint8."""
         if any(image.dtype != torch.uint8 for image in images):
-            raise ValueError(f"CLIP: expected uint8 images in [0, 255], got {images[0].dtype}")
+            raise InputError(f"CLIP: expected uint8 images in [0, 255], got {images[0].dtype}")
         return self.image_processor(images=list(images), return_tensors="pt")
 
     @torch.no_grad()
@@ -151,7 +152,7 @@ def load_clip(source: str | Path) -> Clip:
 
     Raises:
         FileNotFoundError: the folder lacks one of them.
-        ValueError: the hub can't be reached or has no such model.
+        InputError: the hub can't be reached or has no such model.
     """
     folder = Path(source)
     is_local = isinstance(source, Path) or folder.exists() or str(source).count("/") != 1
@@ -166,6 +167,6 @@ def load_clip(source: str | Path) -> Clip:
             CLIPImageProcessor.from_pretrained(str(source), local_files_only=is_local),
         )
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"model.clip: expected a folder or hub id of CLIP, got '{source}': {error}"
         ) from error

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trce_lightning.concepts import Concept
+from trce_lightning.errors import InputError
 from trce_lightning.metrics.class_detectors import ClassSetDetector, check_images
 
 Channels = Literal["bgr", "rgb"]
@@ -58,7 +59,7 @@ class NudeNet:
         batch_size: images that go through the network at once.
 
     Raises:
-        ValueError: other channels, or no package nudenet.
+        InputError: other channels, or no package nudenet.
         FileNotFoundError: no file of weights.
     """
 
@@ -73,7 +74,7 @@ class NudeNet:
         batch_size: int = 8,
     ) -> None:
         if channels not in get_args(Channels):
-            raise ValueError(f"channels: expected {' or '.join(get_args(Channels))}, got {channels!r}")
+            raise InputError(f"channels: expected {' or '.join(get_args(Channels))}, got {channels!r}")
         detector_class = _package()
         file = Path(str(files("nudenet") / "320n.onnx") if weights is None else weights)
         if not file.is_file():
@@ -85,7 +86,7 @@ class NudeNet:
         self.version = f"{version('nudenet')} {file.stem} {digest} {resolution}px"
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 ``[B, 3, H, W]`` → float32 ``[B, 18]``, each 0 or in (0.25, 1]. ``ValueError`` on others."""
+        """uint8 ``[B, 3, H, W]`` → float32 ``[B, 18]``, each 0 or in (0.25, 1]. ``InputError`` on others."""
         check_images(images)
         # The package swaps the channels of what it is given, and so of what it reads from files.
         ordered = images.flip(1) if self.channels == "bgr" else images
@@ -103,7 +104,7 @@ def _package() -> Any:
     try:
         from nudenet import NudeDetector
     except ImportError as error:
-        raise ValueError(
+        raise InputError(
             "nudenet: expected the package nudenet (pip install 'trce-lightning[nudenet]'), got none"
         ) from error
     return NudeDetector

@@ -22,6 +22,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from trce_lightning.adapters.stable_diffusion import fingerprint
 from trce_lightning.concepts import Concept
+from trce_lightning.errors import InputError
 from trce_lightning.metrics.class_detectors import ClassSetDetector, check_images
 
 LOGIT_SCALE = 100.0
@@ -41,7 +42,7 @@ class Q16(nn.Module):
         prompts: ``[2, d]``.
 
     Raises:
-        ValueError: ``prompts`` don't fit the model.
+        InputError: ``prompts`` don't fit the model.
     """
 
     name = "q16"
@@ -58,14 +59,14 @@ class Q16(nn.Module):
         super().__init__()
         width = model.config.projection_dim
         if prompts.shape != (2, width):
-            raise ValueError(f"prompts: expected [2, {width}] for this CLIP, got {list(prompts.shape)}")
+            raise InputError(f"prompts: expected [2, {width}] for this CLIP, got {list(prompts.shape)}")
         self.model, self.image_processor = model.eval().requires_grad_(False), image_processor
         self.register_buffer("prompts", F.normalize(prompts.float()))
         self.version = fingerprint(self)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 ``[B, 3, H, W]`` → float32 ``[B, 1]``, on the model's device. ``ValueError`` on others."""
+        """uint8 ``[B, 3, H, W]`` → float32 ``[B, 1]``, on the model's device. ``InputError`` on others."""
         check_images(images)
         pixels = self.image_processor(images=list(images.cpu()), return_tensors="pt")["pixel_values"]
         features = F.normalize(self.model(pixels.to(self.model.device)).image_embeds)
@@ -96,7 +97,7 @@ def q16(
 
     Raises:
         FileNotFoundError: no file of prompts.
-        ValueError: prompts that can't be read or don't fit, or no CLIP.
+        InputError: prompts that can't be read or don't fit, or no CLIP.
     """
     vectors = read_prompts(Path(prompts))
     options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
@@ -106,9 +107,9 @@ def q16(
         )
         image_processor = CLIPImageProcessor.from_pretrained(str(clip), **options)
     except (OSError, RuntimeError) as error:  # RuntimeError: weights of other sizes than the configuration's
-        raise ValueError(f"clip: expected a folder or hub id of CLIP, got '{clip}': {error}") from error
+        raise InputError(f"clip: expected a folder or hub id of CLIP, got '{clip}': {error}") from error
     if report["missing_keys"]:
-        raise ValueError(f"clip: expected CLIP's vision tower, got '{clip}' without {report['missing_keys']}")
+        raise InputError(f"clip: expected CLIP's vision tower, got '{clip}' without {report['missing_keys']}")
     return ClassSetDetector(Q16(model, image_processor, vectors), Q16.classes)
 
 
@@ -122,21 +123,21 @@ def read_prompts(file: Path) -> Tensor:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another format, a pickle of something else, or not two finite vectors.
+        InputError: another format, a pickle of something else, or not two finite vectors.
     """
     if not file.is_file():
         raise FileNotFoundError(f"prompts: expected a file of Q16's prompt vectors, got '{file}'")
     readers = {".npy": _read_npy, ".safetensors": _read_safetensors, ".p": _read_pickle, ".pkl": _read_pickle}
     if file.suffix not in readers:
-        raise ValueError(f"prompts: expected {', '.join(readers)}, got '{file}'")
+        raise InputError(f"prompts: expected {', '.join(readers)}, got '{file}'")
     try:
         array = readers[file.suffix](file)
     except (*_Parsed, SafetensorError) as error:
-        raise ValueError(f"prompts: expected two vectors of numbers in '{file}', got: {error}") from error
+        raise InputError(f"prompts: expected two vectors of numbers in '{file}', got: {error}") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-        raise ValueError(f"prompts: expected an array of floats in '{file}', got {_kind(array)}")
+        raise InputError(f"prompts: expected an array of floats in '{file}', got {_kind(array)}")
     if array.ndim != 2 or len(array) != 2 or not np.isfinite(array).all():
-        raise ValueError(f"prompts: expected finite [2, d] in '{file}', got shape {list(array.shape)}")
+        raise InputError(f"prompts: expected finite [2, d] in '{file}', got shape {list(array.shape)}")
     return torch.from_numpy(array.astype(np.float32))
 
 

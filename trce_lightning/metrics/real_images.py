@@ -9,6 +9,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 
 from trce_lightning.adapters.stable_diffusion import fingerprint
+from trce_lightning.errors import InputError
 from trce_lightning.image_folder import read_image
 from trce_lightning.metrics.fidelity import load_real_statistics, save_real_statistics
 
@@ -25,7 +26,7 @@ def load_real(metric: FrechetInceptionDistance, source: Path, cache: Path) -> No
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: a folder without pictures, an unreadable picture, or statistics of another network.
+        InputError: a folder without pictures, an unreadable picture, or statistics of another network.
     """
     name = f"{fingerprint(metric.inception)}{source_fingerprint(source)}.safetensors"
     file = source if source.is_file() else cache / name
@@ -50,7 +51,7 @@ def _pictures(folder: Path) -> list[Path]:
         )
     pictures = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
     if len(pictures) < 2:
-        raise ValueError(
+        raise InputError(
             f"model.real_images: expected pictures ({', '.join(SUFFIXES)}), got {len(pictures)} in '{folder}'"
         )
     return pictures

@@ -13,6 +13,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.utilities import dim_zero_cat
 
 from trce_lightning.data.prompt_sets import BENIGN, NEIGHBOURS, UNERASED, PromptRecord
+from trce_lightning.errors import InputError
 from trce_lightning.metrics.asr import AttackSuccessRate
 from trce_lightning.metrics.collateral import ATTRIBUTES, Detection
 from trce_lightning.metrics.detectors import Detector
@@ -135,11 +136,11 @@ class Evaluator(nn.Module):
     def update(self, set_name: str, images: Tensor, records: Sequence[PromptRecord]) -> None:
         """Count images of prompts: uint8 ``[B, 3, H, W]``, in the order of ``records``.
 
-        ``ValueError`` on an unknown set, other images than uint8, or not one for each record.
+        ``InputError`` on an unknown set, other images than uint8, or not one for each record.
         """
         self._check_known(set_name)
         if images.dtype != torch.uint8 or len(images) != len(records):
-            raise ValueError(
+            raise InputError(
                 f"{set_name}: expected {len(records)} uint8 images, got {len(images)} of {images.dtype}"
             )
         for start in range(0, len(images), self.batch_size):
@@ -165,7 +166,7 @@ class Evaluator(nn.Module):
         """SCORES: ``asr`` by set but ``benign``, and what that set gives if it is one of the sets.
 
         That is ``false_alarm`` and, with what each needs, ``fid`` and ``clip_score``. Plain numbers.
-        ``ValueError`` when a set has no images.
+        ``InputError`` when a set has no images.
         """
         rates = {name: rate.compute() for name, rate in self.rates.items()}
         attacks = {name: rate for name, rate in rates.items() if name not in NO_ATTACKS}
@@ -191,6 +192,6 @@ class Evaluator(nn.Module):
 
     def _check_known(self, set_name: str) -> None:
         if set_name not in self.set_names:
-            raise ValueError(
+            raise InputError(
                 f"prompts: expected one of the sets {', '.join(self.set_names)}, got '{set_name}'"
             )
