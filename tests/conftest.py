@@ -96,6 +96,16 @@ def build_tiny_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipe
 
 
 @pytest.fixture(autouse=True)
+def cpu_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide bfloat16 instructions, so that ``trainer.precision=auto`` is the same on all machines.
+
+    Tests that start processes name the precision.
+    """
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+
+
+@pytest.fixture(autouse=True)
 def no_handler_stays() -> Iterator[None]:
     """A run adds its log file to the root logger, and libraries add what writes to this test's stderr."""
     before = list(logging.getLogger().handlers)

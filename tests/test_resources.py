@@ -18,6 +18,7 @@ COMMAND = [
     "concept=violence",
     "experiment=smoke",
     "metrics.enabled=false",
+    "trainer.precision=32-true",
 ]
 
 

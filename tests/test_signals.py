@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[1]
 STOPPED = 128 + signal.SIGTERM
 STARTS_WITHIN, ENDS_WITHIN = 300, 60  # seconds; on a busy machine
-SMALL = ["concept=violence", "experiment=smoke", "logger=csv"]
+SMALL = ["concept=violence", "experiment=smoke", "logger=csv", "trainer.precision=32-true"]
 TWO = ["--trainer.devices", "2", "trainer.accelerator=cpu"]
 
 

@@ -145,7 +145,8 @@ def test_both_stages_are_their_formulas(
     pipeline, before = copy_of(original), tensors(original)
     by_hand = EditByHand(pipeline)
     assert pipeline.scheduler.config.prediction_type == PREDICTION[version]
-    module, losses, worst = erase_by_both_stages(pipeline, tmp_path, resolution=64, dtype=torch.float64)
+    # At 64 px the middle block has one position, whose self-attention weight is 1 whatever Q is.
+    module, losses, worst = erase_by_both_stages(pipeline, tmp_path, resolution=128, dtype=torch.float64)
     assert worst < 1e-4
     assert losses.found == pytest.approx(losses.by_hand, rel=1e-4) and len(losses.found) == 1
     assert losses.with_gradient == QUERIES

@@ -31,6 +31,7 @@ OPTIONS = (
     "trajectory.epochs=2",
     "trajectory.shard_size=1",
     "trainer.log_every_n_steps=1",
+    "trainer.precision=32-true",
 )
 UNET = Path("erased", "unet", "diffusion_pytorch_model.safetensors")
 DEADLINE_SECONDS = 300
