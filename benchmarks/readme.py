@@ -1,7 +1,7 @@
-"""`python -m benchmarks.readme RUN STAGE_RUN …`: the README's tables of results, from finished runs.
+"""`python -m benchmarks.readme RUN STAGE_RUN …`: the tables of results in README and docs, from finished runs.
 
-The first run makes the table of results; all of them make the table by stage, with tests of the first
-against the second.
+The first run makes the README's table. All of them make the table by stage in `docs/results.md`, with tests
+of the first against the second.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RESULTS = (
     "false alarm",
 )
 STAGES = ("ASR direct", "ASR implicit", "FID", "benign accuracy")
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
@@ -39,13 +39,13 @@ def main() -> None:
     options = parser.parse_args()
     (original, erased) = load_runs([options.run]).values()
     both = {"original": original.scores, "erased": erased.scores}
-    refresh(results_table(both, RESULTS), README, "results")
+    refresh(results_table(both, RESULTS), ROOT / "README.md", "results")
     columns = load_runs([*options.stage_runs, options.run])
     scores = {title: scored.scores for title, scored in columns.items()}
     _, first, *_, last = columns
     tests = paired_tests({name: columns[name] for name in (first, last)})
     text = "\n".join([results_table(scores, STAGES), "Exact McNemar tests, paired by image:", "", *tests])
-    refresh(text, README, "stages")
+    refresh(text, ROOT / "docs" / "results.md", "stages")
 
 
 if __name__ == "__main__":

@@ -436,7 +436,9 @@ def test_the_delta_applies_with_the_readmes_three_lines(
         parameter.data *= 1.5
     (tmp_path / "RUN").mkdir()
     save_delta(tmp_path / "RUN" / "delta.safetensors", module.changed_tensors(), "base", "0123")
-    (code,) = re.findall(r"```python\n([^`]*delta\.safetensors[^`]*)```", (ROOT / "README.md").read_text())
+    (code,) = re.findall(
+        r"```python\n([^`]*delta\.safetensors[^`]*)```", (ROOT / "docs" / "usage.md").read_text()
+    )
     lines = [line for line in code.splitlines() if line and not line.startswith(("from ", "import "))]
     assert len(lines) == 3
     (tmp_path / "BASE").symlink_to(sd1_folder)
