@@ -1,4 +1,4 @@
-"""`python -m benchmarks.readme RUN STAGE_RUN …`: the tables of results in README and docs, from finished runs.
+"""`python -m benchmarks.readme RUN STAGE_RUN …`: tables of results in README and docs, from finished runs.
 
 The first run makes the README's table. All of them make the table by stage in `docs/results.md`, with tests
 of the first against the second.
