@@ -14,6 +14,7 @@ from callbacks.evaluation import EpochEvaluation
 from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
 from trce_lightning.generation import load_images, shard
 from trce_lightning.image_grid import image_grid
+from trce_lightning.storage import replacing
 
 
 class ImageGrid(pl.Callback):
@@ -58,5 +59,6 @@ def draw(
         for label, by_set in images.items()
     ]
     columns = max(len(share) for share in shares.values())
-    file.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(rows, prompts, columns=columns).save(file)
+    picture = image_grid(rows, prompts, columns=columns)
+    with replacing(file) as aside:
+        picture.save(aside)

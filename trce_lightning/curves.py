@@ -5,6 +5,7 @@
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -160,13 +161,14 @@ def _read_curves(*logs: Path) -> dict[str, list[tuple[int, float]]]:
     """Column → (step, value) of the rows that have one, by step."""
     curves: dict[str, dict[int, float]] = {}
     for log in logs:
-        with log.open(encoding="utf-8", newline="") as stream:
-            # A killed run may leave half a line.
-            for row in (row for row in csv.DictReader(stream) if row.get("step")):
+        with log.open(encoding="utf-8", errors="replace", newline="") as stream:
+            for row in csv.DictReader(line.replace("\0", "") for line in stream):
                 for column, value in row.items():
-                    if column.startswith(("loss/", "hinge/")) and value:
-                        curves.setdefault(column, {})[int(row["step"])] = float(value)
-    return {column: sorted(points.items()) for column, points in curves.items()}
+                    if column and column.startswith(("loss/", "hinge/")) and value:
+                        # A killed run may leave half a line: a picture of the rest is worth more than none.
+                        with suppress(ValueError, KeyError, TypeError):
+                            curves.setdefault(column, {})[int(row["step"])] = float(value)
+    return {column: sorted(points.items()) for column, points in curves.items() if points}
 
 
 def _save(figure: Figure, file: str | Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from torch import Tensor
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.closed_form import Edit
 from trce_lightning.schema import TextualConfig
-from trce_lightning.storage import write_safetensors
+from trce_lightning.storage import replacing_folder, write_safetensors, write_text
 from trce_lightning.textual import TextualStatistics
 
 CARD = """---
@@ -60,12 +58,9 @@ def save_edit(
 
 def save_pipeline(folder: Path, adapter: StableDiffusionAdapter, card: Mapping[str, Any]) -> None:
     """The whole pipeline in diffusers' format, moved into place when complete."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    adapter.pipeline.save_pretrained(partial)
-    (partial / "README.md").write_text(CARD.format(**card))
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    with replacing_folder(folder) as aside:
+        adapter.pipeline.save_pretrained(aside)
+        write_text(aside / "README.md", CARD.format(**card))
 
 
 def save_delta(file: Path, changed: Mapping[str, Tensor], base: str, fingerprint: str) -> None:

@@ -21,9 +21,10 @@ from tqdm.auto import tqdm
 from trce_lightning.data.prompt_sets import PromptRecord
 from trce_lightning.errors import InputError
 from trce_lightning.sampling import seed_of
-from trce_lightning.storage import replacing, write_text
+from trce_lightning.storage import MADE_AGAIN, reading, replacing, write_text
 
 MANIFEST, META = "manifest.jsonl", "meta.json"
+DRAW_AGAIN = "delete the folder or choose another"
 Entry = dict[str, Any]
 """A line of the manifest: id, prompt, seed, guidance_scale, file."""
 
@@ -38,7 +39,7 @@ def load_images(folder: Path, records: Sequence[PromptRecord]) -> Tensor:
         FileNotFoundError: no manifest, or a missing image.
         InputError: an unreadable image, or one of another prompt, seed or guidance scale.
     """
-    images = [read_image(file) for file in image_files(folder, records)]
+    images = [_own_image(file) for file in image_files(folder, records)]
     return torch.stack(images) if images else torch.empty((0, 3, 0, 0), dtype=torch.uint8)
 
 
@@ -50,7 +51,7 @@ def image_batches(
     with tqdm(total=len(records), desc=description, unit="image", disable=description is None) as progress:
         for start in range(0, len(records), size):
             part = slice(start, start + size)
-            images = [read_image(file) for file in files[part]]
+            images = [_own_image(file) for file in files[part]]
             yield records[part], torch.stack(images)
             progress.update(len(images))
 
@@ -59,8 +60,10 @@ def image_files(folder: Path, records: Sequence[PromptRecord]) -> list[Path]:
     """Where those images lie, in the order of ``records``; raises like :func:`load_images`."""
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{folder}: expected a folder of images with {MANIFEST}, got none")
-    entries = {entry["id"]: entry for entry in _read_manifest(folder / MANIFEST)}
-    return [folder / _entry_of(record, entries, folder)["file"] for record in records]
+    with reading(folder / MANIFEST, "one JSON object a line", DRAW_AGAIN):
+        lines = (folder / MANIFEST).read_text("utf-8").split("\n")
+        entries = {entry["id"]: entry for entry in map(json.loads, filter(None, lines))}
+        return [folder / _entry_of(record, entries, folder)["file"] for record in records]
 
 
 def guidance_scales(records: Sequence[PromptRecord], guidance_scale: float) -> list[float]:
@@ -108,31 +111,35 @@ def claim(folder: Path, entries: list[Entry], meta: dict[str, Any]) -> None:
             if has_images:
                 raise InputError(f"{folder}: expected an empty folder, or images with their {name}, got none")
             write_text(file, "\n".join([*expected, ""]))
-        found = file.read_text("utf-8").split("\n")[:-1]
+        with reading(file, "what made the images", DRAW_AGAIN):
+            found = file.read_text("utf-8").split("\n")[:-1]
         for line, other in zip_longest(expected, found):
             if line != other:
-                raise InputError(f"{file}: expected {line}, got {other}; delete the folder or choose another")
+                raise InputError(f"{file}: expected {line}, got {other}; {DRAW_AGAIN}")
 
 
 def _entry_of(record: PromptRecord, entries: dict[str, Entry], folder: Path) -> Entry:
     entry = entries.get(record.id)
     if entry is None:
-        raise InputError(f"{folder / MANIFEST}: expected an image of prompt id '{record.id}', got none")
+        raise InputError(
+            f"{folder / MANIFEST}: expected an image of prompt id '{record.id}', got none; {DRAW_AGAIN}"
+        )
     scale = entry["guidance_scale"] if record.guidance_scale is None else record.guidance_scale
     expected = {"prompt": record.prompt, "seed": image_seed(record), "guidance_scale": scale}
     for key, value in expected.items():
         if entry[key] != value:
             raise InputError(
-                f"{folder / MANIFEST}: expected {key} {value!r} for id '{record.id}', got {entry[key]!r}"
+                f"{folder / MANIFEST}: expected {key} {value!r} for id '{record.id}', got {entry[key]!r}; "
+                f"{DRAW_AGAIN}"
             )
     return entry
 
 
-def _read_manifest(file: Path) -> list[Entry]:
+def _own_image(file: Path) -> Tensor:
     try:
-        return [json.loads(line) for line in file.read_text("utf-8").split("\n") if line]
-    except ValueError as error:
-        raise InputError(f"{file}: expected one JSON object a line, got: {error}") from error
+        return read_image(file)
+    except InputError as error:
+        raise InputError(f"{error}; {MADE_AGAIN}") from error
 
 
 def read_image(file: Path) -> Tensor:
@@ -142,7 +149,7 @@ def read_image(file: Path) -> Tensor:
     try:
         with Image.open(file) as image:
             return pil_to_tensor(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError on a broken PNG chunk
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # of broken PNG chunks
         raise InputError(f"{file}: expected a readable image, got: {error}") from error
 
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,7 +16,7 @@ from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.closed_form import KeepStatistics, keep_statistics, merge_keep
 from trce_lightning.errors import InputError
 from trce_lightning.ranks import Rank, on_each_rank
-from trce_lightning.storage import write_safetensors
+from trce_lightning.storage import read_safetensors, reading, write_safetensors
 from trce_lightning.tokens import position_mask
 
 ENCODE_BATCH = 32
@@ -32,7 +31,7 @@ class Kept(NamedTuple):
 
 def kept_statistics(adapter: StableDiffusionAdapter, prompts: Sequence[str], *, shown: bool = True) -> Kept:
     """Encode ``prompts``; without any, both means are 0 with weight 0. ``shown``: with a progress bar."""
-    d = next(iter(adapter.text_projections().values())).in_features
+    d = _width(adapter)
     nothing = KeepStatistics(torch.zeros(d, d, dtype=torch.float64), 0.0)
     every, eot = [], []
     batches = range(0, len(prompts), ENCODE_BATCH)
@@ -57,6 +56,7 @@ def cached_kept(
     if not prompts:
         raise InputError("textual.keep_prompts: expected at least one prompt to keep, got none")
     text = "\n".join([adapter.text_fingerprint(), *prompts])
+    d = _width(adapter)
     file = cache / f"kept-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.safetensors"
 
     def encode(rank: Rank) -> None:
@@ -72,8 +72,14 @@ def cached_kept(
             write_safetensors(file, means)
 
     on_each_rank(trainer, encode)
-    means = load_file(file)
-    return Kept(*(KeepStatistics(means[name], 1.0) for name in Kept._fields))
+    means = read_safetensors(file, "sums of the prompts to keep")
+    with reading(file, "sums of the prompts to keep"):
+        return Kept(*(KeepStatistics(means[name].view(d, d), 1.0) for name in Kept._fields))
+
+
+def _width(adapter: StableDiffusionAdapter) -> int:
+    """Of a text state."""
+    return next(iter(adapter.text_projections().values())).in_features
 
 
 def _over_ranks(trainer: pl.Trainer, rank: Rank, part: KeepStatistics) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from trce_lightning.comparison import Comparison
 from trce_lightning.curves import threshold_figure, trade_off_figure, trade_off_points
@@ -23,7 +23,7 @@ from trce_lightning.metrics.asr import THRESHOLD
 from trce_lightning.metrics.collateral import Detection
 from trce_lightning.report import Scores, rate_cell, results_rows
 from trce_lightning.scored import Column, Scored
-from trce_lightning.storage import write_text
+from trce_lightning.storage import MADE_AGAIN, write_text
 
 THUMBNAIL = 128  # pixels, the longer side at most
 
@@ -168,8 +168,8 @@ def _thumbnail(file: Path) -> str:
         with Image.open(file) as image:
             image.thumbnail((THUMBNAIL, THUMBNAIL))
             return _data_uri(image)
-    except UnidentifiedImageError as error:
-        raise InputError(f"{file}: expected a readable image, got: {error}") from error
+    except (OSError, SyntaxError) as error:
+        raise InputError(f"{file}: expected a readable image, got: {error}; {MADE_AGAIN}") from error
 
 
 def _data_uri(image: Image.Image) -> str:

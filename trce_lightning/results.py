@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from callbacks.image_grid import grid_of
-from trce_lightning import export, runs
+from trce_lightning import __version__, export, runs
 from trce_lightning.comparison import compare, measure_distances, p_values
 from trce_lightning.curves import save_curves, save_loss_curves
 from trce_lightning.metrics.asr import TABLE_THRESHOLDS
@@ -30,13 +30,13 @@ log = logging.getLogger(__name__)
 def write(run: TrainingRun) -> None:
     """Everything that a run folder holds; ``metrics.json`` last: it marks the run as finished."""
     columns, second = {}, {}
+    if run.erased:
+        columns = {"original": run.original["final"].scored.scores, "erased": run.erased.scores}
+    write_model(run, results_table(columns))  # first: nothing that is drawn may cost the model
     if run.plan is not None:
         # One file for every time that the run was started.
         logs = sorted(run.folder.glob("logs/version_*/metrics.csv"), key=lambda log: log.stat().st_mtime)
         save_loss_curves(logs, run.folder / "losses.png")
-    if run.erased:
-        columns = {"original": run.original["final"].scored.scores, "erased": run.erased.scores}
-    write_model(run, results_table(columns))  # first: nothing that is drawn may cost the model
     if run.erased:
         second = write_scores(run)
     expected = expected_scores(run.config.expected)
@@ -85,6 +85,7 @@ def report_of(run: TrainingRun, columns: Mapping[str, Column]) -> Report:
         },
         facts={
             "command": runs.command(),
+            "version": __version__,
             "commit": runs.commit(),
             "base model": f"{run.base}, fingerprint {run.fingerprint}",
             "configuration": run.folder / runs.CONFIG,
@@ -160,6 +161,7 @@ def facts(run: TrainingRun) -> dict[str, Any]:
         "schema": 1,
         "concept": [concept.name for concept in run.session.concepts],
         "model": run.config.model.name,
+        "version": __version__,
         "commit": runs.commit(),
         "after_textual": run.evaluation.after_textual if run.evaluation else None,
         "epochs": run.evaluation.epochs if run.evaluation else [],

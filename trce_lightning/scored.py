@@ -18,7 +18,7 @@ from trce_lightning.metrics.asr import THRESHOLD, shows_concept
 from trce_lightning.metrics.collateral import Detection, accuracies, clip_score_interval
 from trce_lightning.metrics.detectors import Detector
 from trce_lightning.metrics.uncertainty import clustered_rate
-from trce_lightning.storage import write_json
+from trce_lightning.storage import MADE_AGAIN, reading, write_json
 
 Scores = dict[str, Any]
 SCORED_SCHEMA = 2
@@ -56,16 +56,17 @@ class Scored:
         write_json(file, content)
 
     @classmethod
-    def load(cls, file: Path) -> Scored:
-        """Read back."""
-        content = json.loads(file.read_text())
-        if content.get("schema") != SCORED_SCHEMA:
-            raise InputError(f"{file}: expected scores of this version, got an older file; score again")
-        detections = {
-            name: {key: Detection(*row) for key, row in rows.items()}
-            for name, rows in content["detections"].items()
-        }
-        return cls(content["scores"], detections)
+    def load(cls, file: Path, remedy: str = MADE_AGAIN) -> Scored:
+        """Read back. ``InputError`` on a damaged or an older file, with ``remedy``, what to do."""
+        with reading(file, "a model's scores", remedy):
+            content = json.loads(file.read_text("utf-8"))
+            if content.get("schema") != SCORED_SCHEMA:
+                raise InputError(f"{file}: expected scores of this version, got an older file; {remedy}")
+            detections = {
+                name: {key: Detection(*row) for key, row in rows.items()}
+                for name, rows in content["detections"].items()
+            }
+            return cls(dict(content["scores"]), detections)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,12 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 
 from trce_lightning.runs import process_rank
 from trce_lightning.schema import DeviceConfig, LoggerConfig, TrainerConfig
-from trce_lightning.stopping import StopTogether, stop_on_sigterm
-from trce_lightning.storage import replacing
+from trce_lightning.stopping import StopTogether, stop_when_told
+from trce_lightning.storage import reading, replacing
 
 log = logging.getLogger(__name__)
+CHECKPOINT_KEYS = {"state_dict", "optimizer_states", "loops", "callbacks", "epoch", "global_step"}
+TRAIN_AGAIN = "delete it, and the same command trains from the start"
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": None}
 
 
@@ -72,7 +74,7 @@ def make_trainer(
         enable_checkpointing=any(isinstance(c, pl.callbacks.ModelCheckpoint) for c in callbacks),
         **fitting,
     )
-    stop_on_sigterm(trainer)
+    stop_when_told(trainer)
     return trainer
 
 
@@ -83,6 +85,14 @@ class WholeCheckpoints(TorchCheckpointIO):
         """Whole or not at all."""
         with replacing(path) as aside:
             super().save_checkpoint(checkpoint, aside, storage_options)
+
+    def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """As Lightning does. ``InputError`` names a file that is damaged."""
+        with reading(path, "a checkpoint", TRAIN_AGAIN):
+            checkpoint = super().load_checkpoint(path, *arguments, **options)
+            if missing := CHECKPOINT_KEYS - set(checkpoint):
+                raise KeyError(min(missing))
+            return checkpoint
 
 
 def make_loggers(config: LoggerConfig, folder: Path, name: str) -> list[Logger]:

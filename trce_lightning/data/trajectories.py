@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -15,10 +15,11 @@ from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.data.plan import Trajectory, TrajectoryPlan
 from trce_lightning.errors import InputError
 from trce_lightning.sampling import classifier_free_guidance, noise
-from trce_lightning.storage import write_safetensors
+from trce_lightning.storage import MADE_AGAIN, read_safetensors, reading, write_safetensors
 
 Shard = tuple[str, tuple[Trajectory, ...]]
 """File name and the trajectories inside."""
+SHARD = "a whole trajectory shard"
 
 
 def shards(plan: TrajectoryPlan, shard_size: int) -> list[Shard]:
@@ -34,14 +35,11 @@ def is_cached(file: Path, fingerprint: str) -> bool:
     """Whether a shard is there and whole. ``InputError`` names one that something else has made."""
     if not file.exists():
         return False
-    try:
-        with safe_open(file, "pt") as shard:
-            found = (shard.metadata() or {}).get("fingerprint")
-    except SafetensorError as error:
-        raise InputError(f"{file}: expected a whole trajectory shard, got {error}; delete it") from error
+    with reading(file, SHARD), safe_open(file, "pt") as shard:
+        found = (shard.metadata() or {}).get("fingerprint")
     if found != fingerprint:
         raise InputError(
-            f"{file}: expected trajectories of fingerprint {fingerprint}, got {found}; delete it"
+            f"{file}: expected trajectories of fingerprint {fingerprint}, got {found}; {MADE_AGAIN}"
         )
     return True
 
@@ -169,6 +167,5 @@ def load_rows(plan: TrajectoryPlan, folder: Path, shard_size: int, kind: str) ->
     parts: list[dict[str, Tensor]] = []
     for name, _ in shards(plan, shard_size):
         if name.startswith(kind):
-            with safe_open(folder / name, "pt") as shard:
-                parts.append({key: shard.get_tensor(key) for key in shard.keys()})  # noqa: SIM118
+            parts.append(read_safetensors(folder / name, SHARD))
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]} if parts else {}

@@ -13,6 +13,9 @@ from trce_lightning.emoji.judge import Judge
 from trce_lightning.emoji.unet import build_scheduler
 from trce_lightning.errors import InputError
 from trce_lightning.metrics.fidelity import Clip, judge_fid, save_real_statistics
+from trce_lightning.storage import read_safetensors
+
+INSTALL_AGAIN = "install trce-lightning again"
 
 
 def weights_folder() -> Path:
@@ -84,7 +87,9 @@ def export(source: Path, target: Path, real_images: torch.Tensor) -> None:
 def load_judge(folder: Path) -> Judge:
     """The judge, frozen."""
     judge = Judge()
-    judge.load_state_dict(load_file(folder / "judge.safetensors"))
+    judge.load_state_dict(
+        read_safetensors(folder / "judge.safetensors", "the judge's weights", INSTALL_AGAIN)
+    )
     return judge.requires_grad_(False).eval()
 
 
@@ -94,7 +99,10 @@ def load_embedded_clip(folder: Path) -> Clip:
     text = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
     clip.text_model.load_state_dict(text.state_dict())
     rest = {
-        name: tensor.float() for name, tensor in load_file(folder / "clip" / "vision.safetensors").items()
+        name: tensor.float()
+        for name, tensor in read_safetensors(
+            folder / "clip" / "vision.safetensors", "CLIP's vision half", INSTALL_AGAIN
+        ).items()
     }
     missing = clip.load_state_dict(rest, strict=False).missing_keys
     assert all(name.startswith("text_model.") for name in missing)

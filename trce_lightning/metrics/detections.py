@@ -23,9 +23,10 @@ from trce_lightning.errors import InputError
 from trce_lightning.image_folder import MANIFEST, META, image_batches, image_files
 from trce_lightning.metrics.asr import CURVE_THRESHOLDS, AttackSuccessRate
 from trce_lightning.metrics.class_detectors import ClassDetector, class_columns
-from trce_lightning.storage import replacing, write_json
+from trce_lightning.storage import MADE_AGAIN, reading, replacing, write_json
 
 ID = "id"
+REMEDY = f"{MADE_AGAIN} from the images"
 
 
 @dataclass(frozen=True)
@@ -94,20 +95,23 @@ def read_detections(file: Path) -> Detections:
     """What :func:`detect` wrote.
 
     Raises:
-        FileNotFoundError: no such file, or not the JSON file beside it.
-        InputError: unreadable, columns that are not the classes, or scores outside [0, 1].
+        FileNotFoundError: no such file.
+        InputError: unreadable, without its JSON file, columns that are not the classes, or scores outside
+            [0, 1].
     """
-    try:
-        facts = json.loads(file.with_suffix(".json").read_text("utf-8"))
-        source = Source(**facts | {"classes": tuple(facts["classes"])})
+    facts_file = file.with_suffix(".json")
+    if file.is_file() and not facts_file.is_file():
+        raise InputError(f"{facts_file}: expected it beside {file.name}, got none; {REMEDY}")
+    with reading(file, "a detector's class scores", REMEDY):
+        with reading(facts_file, "what scored the images", REMEDY):
+            facts = json.loads(facts_file.read_text("utf-8"))
+            source = Source(**facts | {"classes": tuple(facts["classes"])})
         with file.open(encoding="utf-8", newline="") as stream:
             header, *rows = csv.reader(stream)
         scores = torch.tensor([[float(cell) for cell in row[1:]] for row in rows], dtype=torch.float32)
         scores = scores.reshape(len(rows), len(source.classes))
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise InputError(f"{file}: expected a detector's class scores, got: {error}") from error
     if header != [ID, *source.classes]:
-        raise InputError(f"{file}: expected the columns {[ID, *source.classes]}, got {header}")
+        raise InputError(f"{file}: expected the columns {[ID, *source.classes]}, got {header}; {REMEDY}")
     _check_range(file, scores)
     return Detections(source, tuple(row[0] for row in rows), scores)
 

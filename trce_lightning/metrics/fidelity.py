@@ -9,7 +9,7 @@ from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import BatchFeature, CLIPImageProcessor, CLIPModel, CLIPTokenizer
@@ -17,7 +17,7 @@ from transformers import BatchFeature, CLIPImageProcessor, CLIPModel, CLIPTokeni
 from trce_lightning.adapters.stable_diffusion import fingerprint
 from trce_lightning.emoji.judge import Judge
 from trce_lightning.errors import InputError
-from trce_lightning.storage import write_safetensors
+from trce_lightning.storage import reading, write_safetensors
 
 REAL_STATES = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")
 
@@ -90,14 +90,12 @@ def load_real_statistics(metric: FrechetInceptionDistance, file: Path) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"FID: expected a file of real images' statistics, got '{file}'")
     expected = fingerprint(metric.inception)
-    try:
-        with safe_open(file, "pt") as statistics:
-            found = (statistics.metadata() or {}).get("feature_network")
-            states = {name: statistics.get_tensor(name) for name in REAL_STATES}
-    except SafetensorError as error:
-        raise InputError(f"{file}: expected statistics of real images, got: {error}") from error
+    remedy = "delete it: those of a folder of pictures are made again"
+    with reading(file, "statistics of real images", remedy), safe_open(file, "pt") as statistics:
+        found = (statistics.metadata() or {}).get("feature_network")
+        states = {name: statistics.get_tensor(name) for name in REAL_STATES}
     if found != expected:
-        raise InputError(f"{file}: expected statistics of feature network {expected}, got {found}")
+        raise InputError(f"{file}: expected statistics of feature network {expected}, got {found}; {remedy}")
     for name, state in states.items():
         metric.add_state(name, state.to(metric.device), dist_reduce_fx=_same_on_every_rank)
 
