@@ -12,7 +12,7 @@ from trce_lightning.errors import InputError
 from trce_lightning.report import one_line
 from trce_lightning.scored import Scores, log_scores
 from trce_lightning.scoring import Scorer
-from trce_lightning.signals import sigterm
+from trce_lightning.signals import stop
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class EpochEvaluation(pl.Callback):
         self.epochs.append(self._evaluate(trainer, pl_module, f"epoch {trainer.current_epoch + 1}"))
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, title: str) -> Scores:
-        with sigterm.at_once():
+        with stop.at_once():
             scores, self.images = self.scorer(title, trainer.global_rank, trainer.world_size)
         log_scores(trainer.loggers, scores, step=trainer.global_step)
         log.info("%s: %s", title, one_line(scores))

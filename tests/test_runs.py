@@ -27,7 +27,7 @@ def test_a_run_has_a_folder_of_its_own_with_its_configuration(tmp_path: Path) ->
     assert folder.parent == tmp_path / "weapons" / "tiny"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", folder.name)
     assert OmegaConf.load(folder / "config.yaml") == OmegaConf.structured(config)
-    assert sorted(file.name for file in folder.iterdir()) == ["config.yaml", "run.log"]
+    assert sorted(file.name for file in folder.iterdir()) == [".lock", "config.yaml", "run.log"]
     logging.getLogger().warning("written down")
     assert "written down" in (folder / "run.log").read_text()
 
@@ -40,7 +40,7 @@ def test_the_newest_unfinished_run_of_an_equal_configuration_continues(tmp_path:
     assert second != first
     assert runs.open_folder(config) == second == max(first, second)
     # What says how to run, and not what, doesn't count.
-    assert runs.choose_folder(replace(config, plan=True)) == second
+    assert runs.claim_folder(replace(config, plan=True)) == second
     (second / "metrics.json").write_text("{}")
     assert runs.open_folder(config) == first
     (first / "metrics.json").write_text("{}")
@@ -83,10 +83,10 @@ def test_further_processes_use_the_folder_of_the_first(
     assert os.environ[runs.FOLDER_VARIABLE] == str(folder)
     (folder / "metrics.json").write_text("{}")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert runs.choose_folder(config_of(tmp_path)) == folder
+    assert runs.claim_folder(config_of(tmp_path)) == folder
     # What a process before all of this run left, which torchrun's processes inherit.
     elsewhere = str(tmp_path / "elsewhere")
-    assert runs.choose_folder(config_of(tmp_path, output=elsewhere)) == Path(elsewhere)
+    assert runs.claim_folder(config_of(tmp_path, output=elsewhere)) == Path(elsewhere)
 
 
 def test_a_second_run_of_one_process_is_not_the_first(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from trce_lightning.cli import expected_failures
 from trce_lightning.ranks import Rank, on_each_rank
 from trce_lightning.schema import TrainerConfig
-from trce_lightning.signals import sigterm
+from trce_lightning.signals import stop
 from trce_lightning.trainers import make_trainer
 
 FOREVER = 300.0
@@ -79,7 +79,7 @@ def fail(folder: Path, culprit: int) -> None:
 
 if __name__ == "__main__":
     work, folder = sys.argv[1], Path(sys.argv[2])
-    with sigterm.installed(), expected_failures():
+    with stop.installed(), expected_failures():
         if work == "fit":
             fit(folder)
         elif work == "draw":

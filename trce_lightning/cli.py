@@ -4,13 +4,12 @@ Torch is imported by the job alone, so that help and refusals come at once.
 """
 
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from string import Template
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import hydra
 import yaml
@@ -26,9 +25,11 @@ from trce_lightning.errors import InputError
 from trce_lightning.evaluation_schema import EvalConfig
 from trce_lightning.resources import explain_machine, is_peer_gone
 from trce_lightning.schema import DemoConfig, TrainConfig
-from trce_lightning.signals import EXIT_CODE, GRACE_SECONDS, Stopped, leave, shared, sigterm
+from trce_lightning.signals import GOES_ON, Stopped, leave, shared, stop
 
 PACKAGE = Path(__file__).resolve().parent
+REMARKS = {"demo": ""}
+"""What a command says when a signal stops it, if not that it goes on."""
 _HELP = frozenset({"--help", "-h"})
 _EXPECTED: dict[Any, str] = {
     BooleanNode: "true or false",
@@ -78,12 +79,12 @@ def _main(name: str, schema: type, argv: Sequence[str] | None) -> None:
         sys.argv[:] = typed  # Lightning starts its further processes with it; those of a sweep do one job
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             sys.argv[1:] = HydraConfig.get().overrides.task
-        with sigterm.installed(), expected_failures():
+        with expected_failures():
             _run(name, OmegaConf.to_object(config))
 
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds; a log keeps every line that a bar draws
-    with expected_failures():
+    with stop.installed(REMARKS.get(name, GOES_ON)), expected_failures():
         folder = config_folder()
         rewritten = overrides(name, schema, typed[1:] if argv is None else list(argv))
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and we explain
@@ -138,18 +139,15 @@ def expected_failures() -> Iterator[None]:
     """Turn an expected failure into a few lines on stderr and exit code 2, unless TRCE_TRACEBACK=1."""
     try:
         yield
-    except BrokenPipeError:  # `train.py --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        leave(1)
-    except SystemExit as stop:
-        if _is_stop(stop):
-            _stopped()
-        if isinstance(stop.code, int) and stop.code:
-            leave(stop.code)
+    except SystemExit as end:
+        if _is_stop(end):
+            stop.leave()
+        if isinstance(end.code, int) and end.code:
+            leave(end.code)
         raise
     except Exception as error:
-        if sigterm.told and is_peer_gone(error):  # it was told as well, and was faster
-            _stopped()
+        if stop.told and is_peer_gone(error):  # it was told as well, and was faster
+            stop.leave()
         lines = explain(error)
         if lines is not None and os.environ.get("TRCE_TRACEBACK") != "1":
             sys.stderr.write("error: " + "\n  ".join(lines[:4]) + "\n")
@@ -160,15 +158,9 @@ def expected_failures() -> Iterator[None]:
         leave(1)
 
 
-def _is_stop(stop: SystemExit) -> bool:
+def _is_stop(end: SystemExit) -> bool:
     """``SIGTERMException`` is Lightning's, which is slow to import."""
-    return isinstance(stop, Stopped) or type(stop).__name__ == "SIGTERMException"
-
-
-def _stopped() -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.stderr.write("stopped by SIGTERM; the same command continues\n")
-    leave(EXIT_CODE, GRACE_SECONDS)
+    return isinstance(end, Stopped) or type(end).__name__ == "SIGTERMException"
 
 
 def explain(error: Exception) -> list[str] | None:

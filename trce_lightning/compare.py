@@ -19,8 +19,12 @@ from trce_lightning.metrics.asr import paired_test
 from trce_lightning.metrics.scores import NO_ATTACKS
 from trce_lightning.report import results_table
 from trce_lightning.scored import Scored
+from trce_lightning.signals import stop
+from trce_lightning.storage import reading
+from trce_lightning.streams import keep_speaking
 
 log = logging.getLogger(__name__)
+ERASE_AGAIN = "leave that run out, or make it again"
 TITLES = {("textual",): "TRCE (T)", ("trajectory",): "TRCE (V)", ("textual", "trajectory"): "TRCE (T+V)"}
 
 
@@ -34,13 +38,14 @@ def load_runs(folders: list[Path]) -> dict[str, Scored]:
         scored = folder / "scored"
         if not (scored / "erased.json").is_file():
             raise InputError(f"compare: expected the folder of a finished run, got '{folder}'")
-        original = Scored.load(scored / "original.json")
+        original = Scored.load(scored / "original.json", ERASE_AGAIN)
         if columns.setdefault("original", original) != original:
             raise InputError(f"compare: expected runs that scored the same prompts, '{folder}' did not")
-        title = TITLES.get(tuple(OmegaConf.load(folder / "config.yaml").stages), folder.name)
-        columns[title if title not in columns else f"{title} {folder.name}"] = Scored.load(
-            scored / "erased.json"
-        )
+        erased = Scored.load(scored / "erased.json", ERASE_AGAIN)
+        config = folder / "config.yaml"
+        with reading(config, "a run's configuration", ERASE_AGAIN):
+            title = TITLES.get(tuple(OmegaConf.load(config).stages), folder.name)
+        columns[title if title not in columns else f"{title} {folder.name}"] = erased
     return columns
 
 
@@ -63,7 +68,8 @@ def _tested(set_name: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Log table and tests; exits with code 2 on an expected failure."""
-    with expected_failures():
+    keep_speaking()
+    with stop.installed(""), expected_failures():
         options = _parser().parse_args(argv)
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         columns = load_runs(options.runs)

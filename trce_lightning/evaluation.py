@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from callbacks.image_grid import grid_of
-from trce_lightning import runs
+from trce_lightning import __version__, runs
 from trce_lightning.comparison import (
     Comparison,
     compare,
@@ -24,6 +24,7 @@ from trce_lightning.conditions import asked
 from trce_lightning.data.published import log_sets
 from trce_lightning.errors import InputError
 from trce_lightning.evaluation_schema import EvalConfig
+from trce_lightning.locks import hold, release
 from trce_lightning.logs import set_up_logging
 from trce_lightning.metrics.asr import TABLE_THRESHOLDS
 from trce_lightning.metrics.class_detectors import load_class_detector
@@ -34,7 +35,7 @@ from trce_lightning.robustness import Robustness, robustness_rows, robustness_ta
 from trce_lightning.scored import Column, Scored, category_rates
 from trce_lightning.scoring import Scorer, score_on_all_ranks
 from trce_lightning.session import Session, base_name, concepts_of
-from trce_lightning.storage import write_json
+from trce_lightning.storage import clean_up, write_json
 from trce_lightning.trainers import make_trainer
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Evaluation:
     def begin(self, scorer: Scorer) -> None:
         """Choose the folder; log the prompts and the network evaluations that are ahead."""
         self.folder = Path(self.config.output or self.default_folder(scorer))
+        self.claim()
         self.prompt_sets, self.sampling = log_sets(scorer.sets), scorer.sampling
         images = {label: self.images(label) for label in self.sources}
         self.robustness = Robustness(self.config, self.sources, self.folder, images)
@@ -86,6 +88,18 @@ class Evaluation:
         )
         if asked(self.config.robustness):
             self.robustness.announce(scorer)
+
+    def claim(self) -> None:
+        """Lock the folder while this evaluation lives; the first of its processes does."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if runs.process_rank() > 0:
+            return
+        if (holder := hold(self.folder)) is not None:
+            raise InputError(
+                f"output: expected a folder that no evaluation is using, got '{self.folder}', which {holder} "
+                "is writing; wait for its end or choose another by output=FOLDER"
+            )
+        clean_up(self.folder)
 
     def images(self, label: str) -> Path:
         """Where a model's images lie, by prompt set."""
@@ -165,6 +179,7 @@ class Evaluation:
             "schema": 1,
             "concept": list(self.config.concept),
             "model": base_name(self.config.model),
+            "version": __version__,
             "commit": runs.commit(),
             "seconds": self.seconds,
             "network_evaluations": self.evaluations,
@@ -206,7 +221,10 @@ class Evaluation:
 def evaluate(config: EvalConfig) -> None:
     """Score ``model``, and ``models`` on the same prompts and noise; leaves scores, a grid and a report."""
     set_up_logging()
-    Evaluation(config).run()
+    try:
+        Evaluation(config).run()
+    finally:
+        release()
 
 
 def sources(config: EvalConfig) -> dict[str, str | None]:

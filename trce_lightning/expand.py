@@ -22,6 +22,8 @@ from trce_lightning.concept_defaults import KINDS
 from trce_lightning.concepts import Concept, load_concept
 from trce_lightning.draft import ALSO, Draft, Wanted
 from trce_lightning.errors import InputError
+from trce_lightning.signals import stop
+from trce_lightning.streams import keep_speaking
 
 __all__ = ["expand", "write_concept"]
 
@@ -129,11 +131,14 @@ def write_concept(path: Path, concept: Concept, force: bool = False) -> None:
     with replacing(path) as aside:
         aside.write_text(f"# @package concept.{concept.name}\n{text}", encoding="utf-8")
         assert load_concept(aside) == concept, "a concept file reads as what was written"
+        if not force:
+            _claim(path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write a concept file; exits with code 2 on an expected failure, and writes none then."""
-    with expected_failures():
+    keep_speaking()
+    with stop.installed("nothing is written"), expected_failures():
         options = _parser().parse_args(argv)
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         for name in ("httpx", "httpx2"):  # would log every request
@@ -182,6 +187,14 @@ def _parser() -> argparse.ArgumentParser:
 def _check_free(path: Path, force: bool) -> None:
     if path.is_dir() or (path.exists() and not force):
         raise InputError(f"--out: expected a new file, or --force, got '{path}', which is there")
+
+
+def _claim(path: Path) -> None:
+    """Create the file, which another process may have done since :func:`_check_free`."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        _check_free(path, force=False)
 
 
 if __name__ == "__main__":

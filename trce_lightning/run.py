@@ -10,9 +10,11 @@ from omegaconf import OmegaConf
 from trce_lightning import announce, runs
 from trce_lightning.concepts import Concept
 from trce_lightning.errors import InputError
+from trce_lightning.locks import release
 from trce_lightning.logs import set_up_logging
 from trce_lightning.schema import ModelConfig, TrainConfig
 from trce_lightning.session import concepts_of
+from trce_lightning.storage import reading
 from trce_lightning.training_run import TrainingRun
 
 MODEL_IDENTITY = ("name", "path", "hub_id", "revision", "config", "dtype")
@@ -29,8 +31,11 @@ def train(config: TrainConfig) -> None:
     announce.training(run)
     if config.plan:
         return
-    run.erase_and_score()
-    run.write()
+    try:
+        run.erase_and_score()
+        run.write()
+    finally:
+        release()
 
 
 def merge_previous(config: TrainConfig) -> list[Concept]:
@@ -44,12 +49,13 @@ def merge_previous(config: TrainConfig) -> list[Concept]:
     folder = Path(config.previous)
     if not (folder / runs.CONFIG).is_file():
         raise InputError(f"previous: expected the folder of an earlier run, got '{folder}'")
-    written = OmegaConf.load(folder / runs.CONFIG)
-    # Only what is compared and taken over, so that a run of an earlier version will do.
-    earlier = OmegaConf.merge(
-        OmegaConf.structured(TrainConfig), {"model": written.model, "concept": written.concept}
-    )
-    restored = OmegaConf.to_object(earlier)
+    with reading(folder / runs.CONFIG, "the configuration of an earlier run", "name another run"):
+        written = OmegaConf.load(folder / runs.CONFIG)
+        # Only what is compared and taken over, so that a run of an earlier version will do.
+        earlier = OmegaConf.merge(
+            OmegaConf.structured(TrainConfig), {"model": written.model, "concept": written.concept}
+        )
+        restored = OmegaConf.to_object(earlier)
     assert isinstance(restored, TrainConfig)
     _check_same_model(restored.model, config.model)
     config.concept = restored.concept | config.concept

@@ -7,7 +7,10 @@ import os
 import shlex
 import subprocess
 import sys
+import tomllib
+from contextlib import suppress
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,13 @@ from omegaconf import OmegaConf
 
 from trce_lightning import __version__
 from trce_lightning.errors import InputError
-from trce_lightning.storage import write_text
+from trce_lightning.locks import hold, release
+from trce_lightning.storage import clean_up, reading, write_text
 
 log = logging.getLogger(__name__)
 
+PROJECT = Path(__file__).resolve().parents[1]
+GIT_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR")
 FINISHED = "metrics.json"
 CONFIG = "config.yaml"
 FOLDER_VARIABLE = "TRCE_RUN_FOLDER"
@@ -27,11 +33,29 @@ FOLDER_VARIABLE = "TRCE_RUN_FOLDER"
 NOT_COMPARED = ("plan", "fresh", "output", "runs", "checkpoint_minutes")
 
 
-def choose_folder(config: Any) -> Path:
-    """``output``, the newest unfinished run of an equal configuration, or a new folder.
+def open_folder(config: Any) -> Path:
+    """Claim the run's folder for this process, with its resolved configuration, and log into it.
 
-    ``InputError`` when ``output`` holds a run of another configuration, or is needed and not given.
+    It is ``output``, the newest unfinished run of an equal configuration that no process is running, or a
+    new folder. ``InputError`` when ``output`` holds a run of another configuration or one that is running,
+    or is needed and not given.
     """
+    folder = claim_folder(config)
+    os.environ[FOLDER_VARIABLE] = str(folder)
+    if process_rank() == 0:
+        clean_up(folder)
+        if config.fresh:
+            for stale in ("checkpoints/last.ckpt", FINISHED):
+                (folder / stale).unlink(missing_ok=True)
+        write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
+    handler = logging.FileHandler(folder / "run.log", encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    return folder
+
+
+def claim_folder(config: Any) -> Path:
+    """The folder of :func:`open_folder`, locked by the first process of the run; a new one is created."""
     launcher = other_launcher() or ("trainer.num_nodes" if config.trainer.num_nodes > 1 else None)
     if config.output is None and launcher:
         raise InputError(
@@ -40,38 +64,63 @@ def choose_folder(config: Any) -> Path:
         )
     if config.output is None and int(os.environ.get("LOCAL_RANK", "0")) > 0 and FOLDER_VARIABLE in os.environ:
         return Path(os.environ[FOLDER_VARIABLE])
-    parent = Path(config.runs) / "+".join(config.concept) / config.model.name
     if config.output is not None:
-        folder = Path(config.output)
-        if (folder / CONFIG).exists() and not config.fresh and not _equal(folder, config):
-            raise InputError(
-                f"output: {folder} holds a run of another configuration; choose another or fresh=true"
-            )
-        return folder
-    if not config.fresh and parent.is_dir():
+        return _claim_output(Path(config.output), config)
+    parent = Path(config.runs) / "+".join(config.concept) / config.model.name
+    parent.mkdir(parents=True, exist_ok=True)
+    if not config.fresh:
         for folder in sorted(parent.iterdir(), reverse=True):
-            if (folder / CONFIG).exists() and not (folder / FINISHED).exists() and _equal(folder, config):
+            if _claim_unfinished(folder, config):
                 log.info("continuing %s (fresh=true starts anew)", folder)
                 return folder
     start = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    names = (start, *(f"{start}_{number}" for number in range(2, 1000)))
-    return next(parent / name for name in names if not (parent / name).exists())
+    for name in (start, *(f"{start}_{number}" for number in range(2, 1000))):
+        # Of several processes that try one name, one creates the folder.
+        with suppress(FileExistsError):
+            (parent / name).mkdir()
+            hold(parent / name)
+            return parent / name
+    raise FileExistsError(f"{parent}: expected room for a folder named {start}, got 999 of them")
 
 
-def open_folder(config: Any) -> Path:
-    """Create the run's folder with its resolved configuration, and log into it."""
-    folder = choose_folder(config)
+def _claim_output(folder: Path, config: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ[FOLDER_VARIABLE] = str(folder)
-    if config.fresh and process_rank() == 0:
-        for stale in ("checkpoints/last.ckpt", FINISHED):
-            (folder / stale).unlink(missing_ok=True)
-    text = OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
-    write_text(folder / CONFIG, text)
-    handler = logging.FileHandler(folder / "run.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    logging.getLogger().addHandler(handler)
+    if process_rank() > 0:
+        return folder
+    if (holder := hold(folder)) is not None:
+        raise InputError(
+            f"output: expected a folder that no run is using, got '{folder}', which {holder} is writing; "
+            "wait for its end or choose another"
+        )
+    if (folder / CONFIG).exists() and not config.fresh:
+        with reading(folder / CONFIG, "a run's configuration", "choose another folder or fresh=true"):
+            same = _equal(folder, config)
+        if not same:
+            release()
+            raise InputError(
+                f"output: {folder} holds a run of another configuration; choose another or fresh=true"
+            )
     return folder
+
+
+def _claim_unfinished(folder: Path, config: Any) -> bool:
+    """Whether the run there is unfinished, of an equal configuration and, from here on, this process's."""
+    if not (folder / CONFIG).exists() or (folder / FINISHED).exists():
+        return False
+    try:
+        with reading(folder / CONFIG, "a run's configuration", "that run can't be continued"):
+            if not _equal(folder, config):
+                return False
+    except InputError as error:  # of no concern to a run that needs none of it
+        log.warning("%s", error)
+        return False
+    if (holder := hold(folder)) is not None:
+        log.info("%s is being written by %s", folder, holder)
+        return False
+    if (folder / FINISHED).exists():  # meanwhile
+        release()
+        return False
+    return True
 
 
 def process_rank() -> int:
@@ -111,9 +160,41 @@ def command() -> str:
     return shlex.join(["python", *sys.argv])
 
 
+@cache
 def commit() -> str:
-    """This checkout's commit, or the installed version outside of one."""
-    head = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    """This checkout's commit, with ``-dirty`` if files differ from it; the version outside of a checkout.
+
+    Of the first call: files may change while a run goes on.
+    """
+    version = f"v{__version__}"
+    try:
+        if not (_is_checkout(PROJECT) and PROJECT.samefile(_git("rev-parse", "--show-toplevel"))):
+            return version
+        return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):  # no git, one that doesn't start, or no repository
+        return version
+
+
+def _is_checkout(folder: Path) -> bool:
+    """Whether this project lies there, and not its package alone in another project."""
+    file = folder / "pyproject.toml"
+    if not file.is_file():
+        return False
+    project = tomllib.loads(file.read_text("utf-8")).get("project", {})
+    return bool(project.get("name") == "trce-lightning")
+
+
+def _git(*words: str) -> str:
+    # A hook's variables would name the repository that it runs in.
+    environment = {name: value for name, value in os.environ.items() if name not in GIT_VARIABLES}
+    run = subprocess.run(
+        ["git", "--no-optional-locks", *words],
+        cwd=PROJECT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",
+        check=True,
     )
-    return head.stdout.strip() or f"v{__version__}"
+    return run.stdout.strip()

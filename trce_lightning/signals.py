@@ -1,4 +1,4 @@
-"""SIGTERM, and how a process leaves a run that it shares with others. Torch-free."""
+"""Ctrl-C, SIGTERM and a closed terminal, and how a process leaves a run that it shares. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import NoReturn, Protocol
 
-EXIT_CODE = 128 + signal.SIGTERM
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP, the terminal's end"}
+GOES_ON = "the same command continues"
 GRACE_SECONDS = 5.0
+SECOND_AFTER_SECONDS = 0.5
+"""Some programs pass on a Ctrl-C that the terminal has sent to all: it comes twice at once."""
 
 
 class Stopped(SystemExit):
-    """SIGTERM came where there is nothing to finish first."""
+    """A signal came where there is nothing to finish first."""
 
 
 class Launcher(Protocol):
@@ -25,34 +29,57 @@ class Launcher(Protocol):
     procs: list[subprocess.Popen[bytes]]
 
 
-class Sigterm:
-    """This process's handler: SIGTERM ends what it finds, and goes on to the processes that it has started.
+class Stop:
+    """This process's handler: a signal ends what it finds, and goes on to the processes that it has started.
 
-    ``told`` says that it came. While ``deferred`` it ends nothing: a fit looks at ``told`` after each step.
+    ``told`` is the signal that came, or None. While ``deferred`` it ends nothing: a fit looks at ``told``
+    after each step. A second Ctrl-C ends the process at once.
     """
 
     def __init__(self) -> None:
-        self.told = self.deferred = False
+        self.told: signal.Signals | None = None
+        self.deferred = False
+        self.remark = GOES_ON
         self.launchers: list[Launcher] = []
         self._children: list[subprocess.Popen[bytes]] = []
+        self._told_at = 0.0
+        self._installed = False
 
-    def __call__(self, *_: object) -> None:
-        if not self.told:
-            self.told = True
+    def __call__(self, number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
+        if self.told is None:
+            self.told, self._told_at = signal.Signals(number), time.monotonic()
             for launcher in self.launchers:
                 for child in launcher.procs:
+                    # Whatever came here: of a Ctrl-C the child has its own, and a second one means more.
                     child.send_signal(signal.SIGTERM)
+        elif number == signal.SIGINT and time.monotonic() - self._told_at > SECOND_AFTER_SECONDS:
+            self.end_now()
+        elif number == signal.SIGINT:
+            return
         self.check()
 
     def check(self) -> None:
         """Raise :class:`Stopped` if there is reason to."""
-        if self.told and not self.deferred:
+        if self.told is not None and not self.deferred:
             self.adopt()
-            raise Stopped(EXIT_CODE)
+            raise Stopped(self.exit_code)
+
+    @property
+    def exit_code(self) -> int:
+        """As shells report a process that a signal has ended."""
+        return 128 + (self.told or signal.SIGTERM)
+
+    def tell(self) -> None:
+        """Another process of the run has been told."""
+        if self.told is None:
+            self.told = signal.SIGTERM
 
     def begin(self) -> None:
         """A new piece of work, which nobody has told to stop."""
-        self.told = self.deferred = False
+        self.deferred = False
+        if self._installed:
+            self.check()  # a library may have swallowed the exception
+        self.told = None
 
     def adopt(self) -> None:
         """Children may end first from here on: Lightning's observer, which shares the list, would kill us."""
@@ -69,6 +96,26 @@ class Sigterm:
                 child.wait(max(0.0, deadline - time.monotonic()))
             child.kill()
 
+    def end_now(self) -> NoReturn:
+        """Without a last checkpoint and without a farewell."""
+        self.adopt()
+        for child in self._children:
+            child.kill()
+        with suppress(OSError):  # nobody is there to read it
+            os.write(2, f"\nended at once by a second Ctrl-C{self._remark()}\n".encode())
+        os._exit(self.exit_code)
+
+    def leave(self) -> NoReturn:
+        """Say what ended the run and how it goes on; exit."""
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        name = NAMES[self.told or signal.SIGTERM]
+        sys.stderr.write(f"stopped by {name}{self._remark()}\n")
+        leave(self.exit_code, GRACE_SECONDS)
+
+    def _remark(self) -> str:
+        return f"; {self.remark}" if self.remark else ""
+
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """Not deferred within, even in a fit: for what takes long and leaves what it has done on disk."""
@@ -80,16 +127,41 @@ class Sigterm:
             self.deferred = deferred
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
-        """In place of what this process does on SIGTERM; Lightning's Trainers keep it."""
-        before = signal.signal(signal.SIGTERM, self)
+    def installed(self, remark: str = GOES_ON) -> Iterator[None]:
+        """In place of what this process does on these signals; Lightning's Trainers keep it.
+
+        What its parent has it ignore, as nohup does with SIGHUP, stays ignored; not so SIGTERM. ``remark``
+        is said to the user at the end.
+        """
+        self.remark = remark
+        if self._installed:
+            self.check()
+            yield
+            return
+        self.told, self.deferred, self._installed = None, False, True
+        before = {number: signal.getsignal(number) for number in NAMES}
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN or number == signal.SIGTERM:
+                signal.signal(number, self)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            self._installed = False
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
-sigterm = Sigterm()
+stop = Stop()
+
+
+@contextmanager
+def answered(remark: str = GOES_ON) -> Iterator[None]:
+    """Answer the signals with a sentence and their exit code, whatever is done within."""
+    with stop.installed(remark):
+        try:
+            yield
+        except Stopped:
+            stop.leave()
 
 
 def shared() -> bool:
@@ -105,7 +177,7 @@ def leave(code: int, grace_seconds: float = 0.0) -> NoReturn:
 
     Lightning destroys NCCL's connections at exit, which waits for processes that wait for this one.
     """
-    sigterm.end_children(grace_seconds)
+    stop.end_children(grace_seconds)
     if not shared():
         sys.exit(code)
     try:

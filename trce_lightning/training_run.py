@@ -20,7 +20,7 @@ from callbacks import (
     SaveBeforeScoring,
     progress_checkpoints,
 )
-from trce_lightning import export, results, runs
+from trce_lightning import __version__, export, results, runs
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.closed_form import Edit
 from trce_lightning.concepts import Concept
@@ -104,6 +104,7 @@ class TrainingRun:
     def open(self) -> None:
         """Choose and create the folder."""
         self.folder = runs.open_folder(self.config)
+        log.info("trce-lightning %s, %s", __version__, runs.commit())
         self.loggers = make_loggers(self.config.logger, self.folder, self.folder.name)
 
     @property

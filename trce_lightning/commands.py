@@ -1,0 +1,33 @@
+"""The commands as they are started: signals and lost readers are answered while all else is imported."""
+
+from __future__ import annotations
+
+from trce_lightning.signals import answered
+from trce_lightning.streams import keep_speaking
+
+
+def train() -> None:
+    """Run ``train.py``."""
+    keep_speaking()
+    with answered():
+        from trce_lightning import cli
+
+        cli.train()
+
+
+def evaluate() -> None:
+    """Run ``eval.py``."""
+    keep_speaking()
+    with answered():
+        from trce_lightning import cli
+
+        cli.evaluate()
+
+
+def demonstrate() -> None:
+    """Run ``demo.py``."""
+    keep_speaking()
+    with answered(remark=""):
+        from trce_lightning import cli
+
+        cli.demonstrate()
