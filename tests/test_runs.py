@@ -1,19 +1,67 @@
 """Run folders: a new one, the newest unfinished one of an equal configuration, or one that is refused."""
 
 import logging
+import multiprocessing
 import os
 import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
-from trce_lightning import run, runs
+from trce_lightning import __version__, locks, run, runs
+from trce_lightning.errors import InputError
+from trce_lightning.evaluation import Evaluation
+from trce_lightning.evaluation_schema import EvalConfig
 from trce_lightning.schema import ConceptConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 pytestmark = pytest.mark.usefixtures("clean_process")
+ROOT = Path(__file__).parents[1]
+FORK = multiprocessing.get_context("fork")  # nothing is imported anew
+
+
+@pytest.fixture(autouse=True)
+def no_lock_stays() -> Iterator[None]:
+    yield
+    locks.release()
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Iterator[tuple[Path, BaseProcess]]:
+    """A folder that another process is writing, and that process."""
+    process, said = claiming(tmp_path / "runs", time.time(), [0])
+    yield said.recv()[0], process
+    process.kill()
+    process.join()
+
+
+def claiming(place: Path, start: float, seeds: list[int]) -> tuple[BaseProcess, Connection]:
+    """A process that claims a folder for each seed, one after the other, and keeps them all."""
+    said, say = FORK.Pipe(duplex=False)
+
+    def claim() -> None:
+        claimed, held = [], []
+        for number, seed in enumerate(seeds):
+            config = config_of(place / str(number), seed=seed)
+            time.sleep(max(0.0, start + 0.02 * number - time.time()))
+            claimed.append(runs.open_folder(config))
+            held.append(locks._held)
+            locks._held = None
+        say.send(claimed)
+        time.sleep(300)
+
+    process = FORK.Process(target=claim)
+    process.start()
+    return process, said
 
 
 def config_of(folder: Path, **options: Any) -> TrainConfig:
@@ -136,3 +184,115 @@ def test_a_run_on_another_model_is_no_previous_one(
     model = replace(ModelConfig(name="tiny"), **options)
     with pytest.raises(ValueError, match=f"previous: .*same model, with {asked}, got one with {got}$"):
         run.merge_previous(replace(config_of(tmp_path, previous=str(folder)), model=model))
+
+
+def test_two_that_start_at_once_have_a_folder_each(tmp_path: Path) -> None:
+    tries, start = 20, time.time() + 0.5
+    # Every second time the two ask for one configuration.
+    both = [claiming(tmp_path, start, [0, seed] * (tries // 2)) for seed in (1, 2)]
+    found = [said.recv() for _, said in both]
+    for process, _ in both:
+        process.kill()
+        process.join()
+    assert [len(folders) for folders in found] == [tries, tries]
+    assert len({*found[0], *found[1]}) == 2 * tries
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_live_run_is_not_continued(live: tuple[Path, BaseProcess], tmp_path: Path, fresh: bool) -> None:
+    folder, process = live
+    before = (folder / "config.yaml").stat().st_mtime_ns
+    assert runs.open_folder(config_of(tmp_path / "runs" / "0", fresh=fresh)) != folder
+    chosen = config_of(tmp_path, output=str(folder), fresh=fresh)
+    with pytest.raises(InputError, match=rf"output: .*{folder}.*process {process.pid} on .* since \d{{4}}-"):
+        runs.open_folder(chosen)
+    with pytest.raises(InputError, match=rf"output: .*{folder}.*process {process.pid}"):
+        evaluation_in(folder).claim()
+    assert (folder / "config.yaml").stat().st_mtime_ns == before
+
+
+def test_a_killed_run_blocks_nobody(live: tuple[Path, BaseProcess], tmp_path: Path) -> None:
+    folder, process = live
+    process.kill()
+    process.join()
+    evaluation_in(folder).claim()
+    assert runs.open_folder(config_of(tmp_path / "runs" / "0")) == folder
+
+
+def evaluation_in(folder: Path) -> Evaluation:
+    config = config_of(folder)
+    evaluation = Evaluation(EvalConfig(concept=config.concept, model=config.model))
+    evaluation.folder = folder
+    return evaluation
+
+
+@pytest.mark.parametrize("content", [b"", b"seed: [1", b"- a", b"\xff\xfe\0", b"other: 1"])
+def test_a_damaged_configuration_is_named_and_stops_no_other_run(content: bytes, tmp_path: Path) -> None:
+    folder = runs.open_folder(config_of(tmp_path))
+    (folder / "config.yaml").write_bytes(content)
+    assert runs.open_folder(config_of(tmp_path)) != folder
+    options = {"output": str(folder)}, {"previous": str(folder)}
+    for option, act in zip(options, (runs.open_folder, run.merge_previous), strict=True):
+        with pytest.raises(InputError, match=rf"{folder}.*(choose another|another run|fresh=true)"):
+            act(config_of(tmp_path, **option))
+
+
+def test_what_killed_processes_left_half_written_is_cleaned_up(tmp_path: Path) -> None:
+    folder = runs.open_folder(config_of(tmp_path))
+    (folder / "checkpoints").mkdir()
+    asides = [folder / f".{'0' * 32}.grid.png", folder / "checkpoints" / f".{'1' * 32}.last.ckpt"]
+    for aside in asides:
+        aside.touch()
+    (folder / f".{'2' * 32}.erased" / "unet").mkdir(parents=True)
+    (folder / ".old.erased").mkdir()
+    (folder / ".old.erased" / "README.md").touch()
+    assert runs.open_folder(config_of(tmp_path)) == folder
+    assert {file.name for file in folder.rglob("*") if file.is_file()} == {
+        ".lock",
+        "README.md",
+        "config.yaml",
+        "run.log",
+    }
+    assert (folder / "erased" / "README.md").is_file()
+
+
+def committed(folder: Path) -> str:
+    """A repository of ``folder`` as it is; its commit."""
+    name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], [*name, "commit", "-q", "-m", "x"], ["rev-parse", "HEAD"]):
+        done = subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def recorded(project: Path, **environment: str) -> str:
+    """What a copy of the package in ``project`` takes for its commit."""
+    code = "import sys; from trce_lightning import checkout; sys.stdout.write(checkout.commit())"
+    words = [sys.executable, "-c", code]
+    changed = os.environ | {"PYTHONPATH": str(project)} | environment
+    done = subprocess.run(words, cwd=project, env=changed, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The checkout's own files, in a folder ``project``."""
+    project = tmp_path / "outer" / "project"
+    ignore = shutil.ignore_patterns("__pycache__", "weights")
+    shutil.copytree(ROOT / "trce_lightning", project / "trce_lightning", ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", project)
+    return project
+
+
+def test_the_commit_is_this_projects_own(copy: Path) -> None:
+    version = f"v{__version__}"
+    assert recorded(copy) == version
+    outer = committed(copy.parent)
+    assert recorded(copy) == version, "that of the repository around"
+    own = committed(copy)
+    assert recorded(copy) == own != outer
+    assert recorded(copy, GIT_DIR=str(copy.parent / ".git")) == own, "that of a hook"
+    assert recorded(copy, PATH="/nowhere") == version
+    (copy / "trce_lightning" / "errors.py").write_text("# changed\nclass InputError(ValueError): ...\n")
+    assert recorded(copy) == f"{own}-dirty"
+    (copy / "pyproject.toml").write_text("[project]\nname = 'another'\n")
+    assert recorded(copy) == version, "that of a project that contains the package"

@@ -13,6 +13,7 @@ from typing import Any
 
 from callbacks.image_grid import grid_of
 from trce_lightning import __version__, runs
+from trce_lightning.checkout import commit
 from trce_lightning.comparison import (
     Comparison,
     compare,
@@ -180,7 +181,7 @@ class Evaluation:
             "concept": list(self.config.concept),
             "model": base_name(self.config.model),
             "version": __version__,
-            "commit": runs.commit(),
+            "commit": commit(),
             "seconds": self.seconds,
             "network_evaluations": self.evaluations,
             "prompt_sets": self.prompt_sets,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from callbacks.image_grid import grid_of
 from trce_lightning import __version__, export, runs
+from trce_lightning.checkout import commit
 from trce_lightning.comparison import compare, measure_distances, p_values
 from trce_lightning.curves import save_curves, save_loss_curves
 from trce_lightning.metrics.asr import TABLE_THRESHOLDS
@@ -86,7 +87,7 @@ def report_of(run: TrainingRun, columns: Mapping[str, Column]) -> Report:
         facts={
             "command": runs.command(),
             "version": __version__,
-            "commit": runs.commit(),
+            "commit": commit(),
             "base model": f"{run.base}, fingerprint {run.fingerprint}",
             "configuration": run.folder / runs.CONFIG,
             "images": run.scorers["final"].sampling,
@@ -162,7 +163,7 @@ def facts(run: TrainingRun) -> dict[str, Any]:
         "concept": [concept.name for concept in run.session.concepts],
         "model": run.config.model.name,
         "version": __version__,
-        "commit": runs.commit(),
+        "commit": commit(),
         "after_textual": run.evaluation.after_textual if run.evaluation else None,
         "epochs": run.evaluation.epochs if run.evaluation else [],
         "seconds": run.seconds,

@@ -5,27 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import subprocess
 import sys
-import tomllib
 from contextlib import suppress
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from omegaconf import OmegaConf
 
-from trce_lightning import __version__
 from trce_lightning.errors import InputError
 from trce_lightning.locks import hold, release
 from trce_lightning.storage import clean_up, reading, write_text
 
 log = logging.getLogger(__name__)
 
-PROJECT = Path(__file__).resolve().parents[1]
-GIT_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR")
 FINISHED = "metrics.json"
 CONFIG = "config.yaml"
 FOLDER_VARIABLE = "TRCE_RUN_FOLDER"
@@ -147,7 +141,8 @@ def cache_folder(config: Any) -> Path:
 
 def _comparable(config: Any) -> Any:
     content = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
-    assert isinstance(content, dict)
+    if not isinstance(content, dict):
+        raise TypeError(f"expected options, got a {type(content).__name__}")
     return {key: value for key, value in content.items() if key not in NOT_COMPARED}
 
 
@@ -158,43 +153,3 @@ def _equal(folder: Path, config: Any) -> bool:
 def command() -> str:
     """What was typed, as a shell takes it."""
     return shlex.join(["python", *sys.argv])
-
-
-@cache
-def commit() -> str:
-    """This checkout's commit, with ``-dirty`` if files differ from it; the version outside of a checkout.
-
-    Of the first call: files may change while a run goes on.
-    """
-    version = f"v{__version__}"
-    try:
-        if not (_is_checkout(PROJECT) and PROJECT.samefile(_git("rev-parse", "--show-toplevel"))):
-            return version
-        return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    except (OSError, subprocess.CalledProcessError):  # no git, one that doesn't start, or no repository
-        return version
-
-
-def _is_checkout(folder: Path) -> bool:
-    """Whether this project lies there, and not its package alone in another project."""
-    file = folder / "pyproject.toml"
-    if not file.is_file():
-        return False
-    project = tomllib.loads(file.read_text("utf-8")).get("project", {})
-    return bool(project.get("name") == "trce-lightning")
-
-
-def _git(*words: str) -> str:
-    # A hook's variables would name the repository that it runs in.
-    environment = {name: value for name, value in os.environ.items() if name not in GIT_VARIABLES}
-    run = subprocess.run(
-        ["git", "--no-optional-locks", *words],
-        cwd=PROJECT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        errors="surrogateescape",
-        check=True,
-    )
-    return run.stdout.strip()

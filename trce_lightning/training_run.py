@@ -22,6 +22,7 @@ from callbacks import (
 )
 from trce_lightning import __version__, export, results, runs
 from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.checkout import commit
 from trce_lightning.closed_form import Edit
 from trce_lightning.concepts import Concept
 from trce_lightning.data.datamodule import TrajectoryDataModule, check_batch
@@ -104,7 +105,7 @@ class TrainingRun:
     def open(self) -> None:
         """Choose and create the folder."""
         self.folder = runs.open_folder(self.config)
-        log.info("trce-lightning %s, %s", __version__, runs.commit())
+        log.info("trce-lightning %s, %s", __version__, commit())
         self.loggers = make_loggers(self.config.logger, self.folder, self.folder.name)
 
     @property
