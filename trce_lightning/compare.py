@@ -18,6 +18,7 @@ from trce_lightning.errors import InputError
 from trce_lightning.metrics.asr import paired_test
 from trce_lightning.metrics.scores import NO_ATTACKS
 from trce_lightning.report import results_table
+from trce_lightning.schema import STAGES
 from trce_lightning.scored import Scored
 from trce_lightning.signals import stop
 from trce_lightning.storage import reading
@@ -44,7 +45,10 @@ def load_runs(folders: list[Path]) -> dict[str, Scored]:
         erased = Scored.load(scored / "erased.json", ERASE_AGAIN)
         config = folder / "config.yaml"
         with reading(config, "a run's configuration", ERASE_AGAIN):
-            title = TITLES.get(tuple(OmegaConf.load(config).stages), folder.name)
+            stages = tuple(OmegaConf.load(config).stages)
+            if not set(stages) <= set(STAGES):
+                raise ValueError(f"stages {stages}")
+        title = TITLES.get(stages, folder.name)
         columns[title if title not in columns else f"{title} {folder.name}"] = erased
     return columns
 
