@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +9,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from trce_lightning.runs import process_rank
 from trce_lightning.schema import DeviceConfig, LoggerConfig, TrainerConfig
 from trce_lightning.stopping import StopTogether, stop_when_told
 from trce_lightning.storage import reading, replacing
+from trce_lightning.wandb_runs import wandb_logger
 
-log = logging.getLogger(__name__)
 CHECKPOINT_KEYS = {"state_dict", "optimizer_states", "loops", "callbacks", "epoch", "global_step"}
 TRAIN_AGAIN = "delete it, and the same command trains from the start"
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": None}
@@ -104,27 +102,5 @@ def make_loggers(config: LoggerConfig, folder: Path, name: str) -> list[Logger]:
     if config.tensorboard:
         loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
     if config.wandb and process_rank() == 0:
-        loggers.append(_wandb_logger(config, folder, name))
+        loggers.append(wandb_logger(config, folder, name))
     return loggers
-
-
-def _wandb_logger(config: LoggerConfig, folder: Path, name: str) -> WandbLogger:
-    """Online only where a key is known, so that it never prompts; offline after ``init_timeout`` seconds."""
-    import wandb
-
-    (folder / "wandb").mkdir(parents=True, exist_ok=True)
-    online = bool(os.environ.get("WANDB_API_KEY") or wandb.setup().settings.api_key)
-    options: dict[str, Any] = {
-        "project": config.project,
-        "name": name,
-        "save_dir": folder,
-        "settings": wandb.Settings(init_timeout=config.init_timeout),
-    }
-    logger = WandbLogger(offline=not online, **options)
-    try:
-        logger.experiment.define_metric("*")
-    except wandb.errors.CommError as error:
-        log.warning("W&B can't be reached (%s); logging offline", error)
-        logger = WandbLogger(offline=True, **options)
-        logger.experiment.define_metric("*")
-    return logger
