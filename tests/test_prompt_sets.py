@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from trce_lightning.concepts import Concept, load_concept
+from trce_lightning.data.captions import read_captions
 from trce_lightning.data.concept_prompts import concept_prompt_sets, embedded_keep_captions
 from trce_lightning.data.keep_prompts import KEEP_TEMPLATES
 from trce_lightning.data.phrasings import CLASS_FRAMES, OBJECT_FRAMES, STYLE_FRAMES, TOPIC_FRAMES, hints
@@ -29,6 +30,7 @@ from trce_lightning.emoji.captions import (
     STYLE_WORDS,
 )
 from trce_lightning.emoji.subjects import BACKGROUNDS, CATEGORY_WORDS, NEAR_VIOLENCE, SENSITIVE, SUBJECTS
+from trce_lightning.errors import InputError
 from trce_lightning.naming import mentions
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "concept"
@@ -93,7 +95,19 @@ def test_csv_without_ids_counts_rows(tmp_path):
         ("", "got an empty file"),
         ("text,seed\na,1\n", "expected a column named one of prompt, .* got the columns text, seed"),
         ("prompt\n", "at least one row"),
-        ("prompt,seed\na,1\n,2\n", "line 3: expected a text in the prompt column"),
+        ("prompt,seed\na,1\n,2\n,3\n", r"a prompt in every row, got none in 2 of 3, the first in line 3"),
+        ("prompt,seed\n,1\n", "a prompt in every row, got none in 1 of 1"),
+        ("prompt,seed,Prompt \na,1,b\n", r"one column named prompt, got column 1 .* and column 3 \(Prompt"),
+        ("prompt,seed,seed\na,1,2\n", r"one column named seed, got column 2 \(seed\) and column 3"),
+        ("prompt;seed\na;1\n", "the columns prompt;seed, separated by semicolons and not by commas"),
+        ("prompt\tseed\na\t1\n", "separated by tabs"),
+        ("id,prompt\n1,a\x00b\n", "line 2: expected text in UTF-8, got the byte 0x00"),
+        ('prompt,seed\na,1\n"b,2\nc,3\nd,4\n', "line 3: expected a row of CSV"),
+        ('prompt,seed\na,1\n"b"c,2\n', "line 3: expected a row of CSV"),
+        (f"prompt,seed\na,1\n{'b' * 200_000},2\n", "line 3: expected a row of CSV.*limit"),
+        ("prompt,seed\na,1.5\n", "line 2: .* as seed, got '1.5'"),
+        ("prompt,seed\na,1e3\n", "line 2: .* as seed, got '1e3'"),
+        ('prompt,guidance\na,"7,5"\n', "line 2: .* as guidance, got '7,5'"),
         ('id,prompt\n1,"a\nb"\n1,c\n', r"line 4: .* got '1' again \(first in line 2\)"),
         ("id,prompt\n,a\n", "line 2: expected a text in the id column"),
         ("prompt,seed\na,x\n", "line 2: .* as seed, got 'x'"),
@@ -102,7 +116,7 @@ def test_csv_without_ids_counts_rows(tmp_path):
         ("prompt,guidance\na,1\nb,high\n", "line 3: .* as guidance, got 'high'"),
         ("prompt,guidance\na,nan\n", "line 2: .* as guidance, got 'nan'"),
         ("id,prompt\n1,a cat, asleep\n", "line 2: expected 2 cells"),
-        ('prompt\n"a\n', "line 2: expected CSV"),
+        ('prompt\n"a\n', "line 2: expected a row of CSV"),
     ],
 )
 def test_csv_errors_name_the_file_and_line(tmp_path, text, message):
@@ -110,12 +124,39 @@ def test_csv_errors_name_the_file_and_line(tmp_path, text, message):
         load_csv(write(tmp_path, text))
 
 
-def test_csv_must_exist_and_be_utf8(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("prompt\na\ncafé\n".encode("latin-1"), "line 3: expected text in UTF-8, got the byte 0xe9"),
+        ("prompt\r\na\r\né\r\n".encode("cp1252"), "line 3: expected text in UTF-8, got the byte 0xe9"),
+        (b"prompt\n" + 9000 * b"a\n" + b"\xff", "line 9002: expected text in UTF-8, got the byte 0xff"),
+        ("prompt\ncafé\n".encode("utf-16"), "line 1: expected text in UTF-8, got UTF-16"),
+        ("\ufeffprompt\na\n".encode("utf-16-be"), "line 1: expected text in UTF-8, got UTF-16"),
+        ("prompt\na\n".encode("utf-16-le"), "line 1: expected text in UTF-8, got the byte 0x00"),
+        ("prompt\na\n".encode("utf-32"), "line 1: expected text in UTF-8"),
+        (b"PK\x03\x04\x14\x00\x06\x00", "line 1: expected text in UTF-8"),
+    ],
+)
+def test_what_is_no_utf8_is_named_by_its_line(tmp_path, content, message):
+    """Captions, and JSON, just as prompt files."""
+    for name in ("attack.csv", "captions.txt", "captions.json"):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"{name}, {message}.*save it as UTF-8"):
+            load_csv(path) if name == "attack.csv" else read_captions(str(path))
+
+
+def test_csv_must_exist(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_csv(tmp_path / "none.csv")
-    (tmp_path / "latin.csv").write_bytes("prompt\ncafé\n".encode("latin-1"))
-    with pytest.raises(ValueError, match="UTF-8"):
-        load_csv(tmp_path / "latin.csv")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_csv_of_any_system_reads_the_same(tmp_path, end, mark):
+    path = tmp_path / "attack.csv"
+    path.write_bytes(end.join([f"{mark} id , Prompt ", "a,a café", "b,null"]).encode())
+    assert load_csv(path).records == (PromptRecord("a", "a café"), PromptRecord("b", "null"))
 
 
 # --- subjects ----------------------------------------------------------------------------------------------

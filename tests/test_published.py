@@ -104,6 +104,30 @@ def test_a_file_without_a_decisive_column_is_refused(tmp_path, name, header, row
                     load_file(name, replace(PUBLISHED[name], path=str(path)))
 
 
+@pytest.mark.parametrize(("name", "header", "row", "record"), FORMATS)
+def test_a_row_whose_prompt_a_spreadsheet_took_for_nothing_is_left_out(
+    tmp_path, caplog, name, header, row, record
+):
+    """The others keep their ids, whether the file has a column for them or not: noise may derive from it."""
+    cells, columns = header.split(","), PUBLISHED[name].columns
+    (column,) = [cells.index(alias) for alias in columns["prompt"] if alias in cells]
+    numbers = [cells.index(alias) for alias in columns.get("id", []) if alias in cells]
+    lines = [header]
+    for number, prompt in (("11", "one"), ("12", ""), ("13", "three")):
+        values = ["7"] * len(cells)
+        for index in numbers:
+            values[index] = number
+        values[column] = prompt
+        lines.append(",".join(values))
+    path = write(tmp_path, "\n".join(lines))
+    with caplog.at_level("INFO"):
+        prompts = load_file(name, replace(PUBLISHED[name], path=str(path)))
+    found = {record.id: record.prompt for record in prompts.records}
+    assert found == ({"11": "one", "13": "three"} if numbers else {"1": "one", "3": "three"})
+    (said,) = [message for message in caplog.messages if "left out" in message]
+    assert "1 of 3 rows" in said and "line 3" in said and ("(id 12)" in said) == bool(numbers)
+
+
 def test_concept_vector_pairs_are_no_ring_a_bell_prompts(tmp_path):
     path = write(tmp_path, "sensitive prompt,normal prompt\na rose,a vase\n")
     with pytest.raises(ValueError, match="named one of prompt, got the columns sensitive prompt, normal"):

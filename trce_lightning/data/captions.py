@@ -10,6 +10,7 @@ from typing import Any
 
 from trce_lightning.data.hub import dataset_file
 from trce_lightning.data.prompt_files import load_csv
+from trce_lightning.data.text_files import decoded
 from trce_lightning.errors import InputError
 from trce_lightning.schema import HUB_FILE
 
@@ -35,7 +36,7 @@ def read_captions(source: str) -> list[str]:
     readers: dict[str, Callable[[Path], list[str]]] = {".json": _read_coco, ".csv": _read_csv}
     try:
         captions = readers.get(path.suffix.lower(), _read_lines)(path)
-    except (OSError, UnicodeError, ValueError) as error:
+    except (OSError, InputError, json.JSONDecodeError) as error:
         raise InputError(
             f"textual.keep_prompts: expected a readable caption file, got {path}: {error}"
         ) from error
@@ -57,7 +58,7 @@ def _path(source: str) -> Path:
 
 
 def _read_lines(path: Path) -> list[str]:
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    lines = decoded(path, path.read_bytes()).splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -66,7 +67,7 @@ def _read_csv(path: Path) -> list[str]:
 
 
 def _read_coco(path: Path) -> list[str]:
-    content: Any = json.loads(path.read_text(encoding="utf-8-sig"))
+    content: Any = json.loads(decoded(path, path.read_bytes()))
     rows = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and isinstance(row.get("caption"), str) for row in rows

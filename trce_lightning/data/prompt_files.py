@@ -2,14 +2,18 @@
 
 import csv
 import hashlib
+import io
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
+from trce_lightning.data.text_files import decoded
 from trce_lightning.errors import InputError
 
+log = logging.getLogger(__name__)
 FIELDS = ("prompt", "id", "seed", "guidance", "categories", "label")
 """What is read from a prompt file."""
 DECISIVE_FIELDS = ("prompt", "seed", "guidance")
@@ -34,48 +38,77 @@ def load_csv(
     Without it: ``prompt`` (or adv_prompt, "sensitive prompt"); optional ``id`` (or case_number), ``seed`` (or
     evaluation_seed), ``guidance`` (or evaluation_guidance) and ``label``.
 
+    A row without a prompt is left out, and the log says which: spreadsheets and pandas take some words, such
+    as "null", for nothing, and most copies of the published I2P have such a row. It counts as a row, so that
+    the others keep their numbers.
+
     Raises:
         FileNotFoundError: no such file.
-        InputError: the file is empty, has no prompt column, none of ``columns`` for a decisive field, or no
-            rows; or a row, named by its line, has an empty prompt, an empty or repeated id, more cells than
-            the header, an unreadable seed or guidance.
+        InputError: the file is empty or not UTF-8, has no prompt column or two, none of ``columns`` for a
+            decisive field, no rows, or no prompt in most of them; or a row, named by its line, has an empty
+            or repeated id, more cells than the header, an unreadable seed or guidance.
     """
     path = Path(path)
-    with path.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    content = path.read_bytes()
     records: dict[str, PromptRecord] = {}
     lines: dict[str, int] = {}
-    for line, cells in _rows(path, columns):
-        record = _record(f"{path}, line {line}", cells, row_number=len(records) + 1)
+    empty: list[str] = []
+    for row_number, (line, cells) in enumerate(_rows(path, decoded(path, content), columns), start=1):
+        if not cells["prompt"]:
+            empty.append(f"line {line}" + (f" (id {cells['id']})" if cells.get("id") else ""))
+            continue
+        record = _record(f"{path}, line {line}", cells, row_number)
         if record.id in records:
             raise InputError(
                 f"{path}, line {line}: expected a different id in every row, got {record.id!r} again "
                 f"(first in line {lines[record.id]})"
             )
         records[record.id], lines[record.id] = record, line
-    if not records:
+    _check_few_empty(path, empty, len(records))
+    return PromptSet(name or path.stem, tuple(records.values()), hashlib.sha256(content).hexdigest())
+
+
+def _check_few_empty(path: Path, empty: Sequence[str], full: int) -> None:
+    """Log the rows without a prompt, and refuse a file that has more of them than others."""
+    if not empty and not full:
         raise InputError(f"{path}: expected at least one row with a prompt, got the header alone")
-    return PromptSet(name or path.stem, tuple(records.values()), sha256)
+    if len(empty) > full:
+        raise InputError(
+            f"{path}: expected a prompt in every row, got none in {len(empty)} of {len(empty) + full}, "
+            f"the first in {empty[0]}"
+        )
+    if empty:
+        log.info(
+            "%s: %d of %d rows have no prompt and are left out: %s",
+            path,
+            len(empty),
+            len(empty) + full,
+            ", ".join(empty),
+        )
 
 
-def _rows(path: Path, wanted: Mapping[str, Sequence[str]] | None) -> Iterator[tuple[int, dict[str, str]]]:
+def _rows(
+    path: Path, text: str, wanted: Mapping[str, Sequence[str]] | None
+) -> Iterator[tuple[int, dict[str, str]]]:
     """First line and known cells of every row that isn't blank."""
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, strict=True)
-        try:
-            header = next(reader, None)
-            if not header:
-                raise InputError(f"{path}: expected CSV with a header, got an empty file or first line")
-            columns = _columns(path, header, wanted)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    start = 1
+    try:
+        header = next(reader, None)
+        if not header:
+            raise InputError(f"{path}: expected CSV with a header, got an empty file or first line")
+        columns = _columns(path, header, wanted)
+        start = reader.line_num + 1
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                _check_width(f"{path}, line {start}", cells, len(header))
+                padded = [*cells, *[""] * (len(header) - len(cells))]
+                yield start, {field: padded[index].strip() for field, index in columns.items()}
             start = reader.line_num + 1
-            for cells in reader:
-                if any(cell.strip() for cell in cells):
-                    _check_width(f"{path}, line {start}", cells, len(header))
-                    padded = [*cells, *[""] * (len(header) - len(cells))]
-                    yield start, {field: padded[index].strip() for field, index in columns.items()}
-                start = reader.line_num + 1
-        except (csv.Error, UnicodeError) as error:
-            raise InputError(f"{path}, line {reader.line_num}: expected CSV in UTF-8, {error}") from error
+    except csv.Error as error:
+        raise InputError(
+            f"{path}, line {start}: expected a row of CSV, quotes within quotes doubled, got: {error}"
+        ) from error
 
 
 def _columns(path: Path, header: Sequence[str], wanted: Mapping[str, Sequence[str]] | None) -> dict[str, int]:
@@ -86,13 +119,28 @@ def _columns(path: Path, header: Sequence[str], wanted: Mapping[str, Sequence[st
         found = [alias.casefold() for alias in aliases if alias.casefold() in names]
         required = field_name == "prompt" or (wanted is not None and field_name in DECISIVE_FIELDS)
         if found:
-            columns[field_name] = names.index(found[0])
+            columns[field_name] = _only(path, header, names, found[0])
         elif aliases and required:
             raise InputError(
                 f"{path}: expected a column named one of {', '.join(aliases)}, "
-                f"got the columns {', '.join(header)}"
+                f"got the columns {', '.join(header)}{_other_separator(header)}"
             )
     return columns
+
+
+def _only(path: Path, header: Sequence[str], names: Sequence[str], name: str) -> int:
+    """Position of the one column of this name."""
+    positions = [index for index, other in enumerate(names) if other == name]
+    if len(positions) > 1:
+        found = " and ".join(f"column {index + 1} ({header[index]})" for index in positions)
+        raise InputError(f"{path}: expected one column named {name}, got {found}; rename all but one")
+    return positions[0]
+
+
+def _other_separator(header: Sequence[str]) -> str:
+    names = {";": "semicolons", "\t": "tabs"}
+    found = [name for mark, name in names.items() if len(header) == 1 and mark in header[0]]
+    return f", separated by {found[0]} and not by commas" if found else ""
 
 
 def _check_width(place: str, cells: Sequence[str], width: int) -> None:
@@ -103,9 +151,8 @@ def _check_width(place: str, cells: Sequence[str], width: int) -> None:
 
 
 def _record(place: str, cells: dict[str, str], row_number: int) -> PromptRecord:
-    for field_name in ("prompt", "id"):
-        if cells.get(field_name) == "":
-            raise InputError(f"{place}: expected a text in the {field_name} column, got an empty cell")
+    if cells.get("id") == "":
+        raise InputError(f"{place}: expected a text in the id column, got an empty cell")
     seed, guidance = cells.get("seed"), cells.get("guidance")
     return PromptRecord(
         id=cells.get("id", str(row_number)),
