@@ -18,14 +18,23 @@ from trce_lightning.schema import TrajectoryConfig
 def test_cost_by_hand() -> None:
     """Steps 0, 1, 2 with ∅ and c_m, and c_s at 0 and 2; alone, ∅ at 0 … 3."""
     malicious = Trajectory(0, seed=1, step_indices=(2, 0, 2), pair=PromptPair("a gun", "a kite", "a gun"))
-    assert (malicious.num_steps, malicious.network_evaluations) == (3, 8)
-    assert Trajectory(0, seed=1, step_indices=(3,), pair=None).network_evaluations == 4
+    assert (malicious.num_steps, malicious.network_evaluations(guided=True)) == (3, 8)
+    assert malicious.network_evaluations(guided=False) == 7
+    unconditional = Trajectory(0, seed=1, step_indices=(3,), pair=None)
+    assert {unconditional.network_evaluations(guided=guided) for guided in (True, False)} == {4}
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"shard_size": 3, "draws_per_epoch": 5}, {"unconditional_per_malicious": 0}]
+    "options",
+    [
+        {},
+        {"shard_size": 3, "draws_per_epoch": 5},
+        {"unconditional_per_malicious": 0},
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 0.0, "draws_per_epoch": 1, "epochs": 1},
+    ],
 )
-def test_sampling_takes_the_planned_evaluations(options: dict[str, int], tmp_path: Path) -> None:
+def test_sampling_takes_the_planned_evaluations(options: dict[str, float], tmp_path: Path) -> None:
     adapter = StableDiffusionAdapter(build_tiny_pipeline())
     config = trajectory_config(**options)
     plan = plan_of(config)

@@ -15,6 +15,7 @@ from trce_lightning.data.concept_prompts import concept_prompt_sets
 from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
 from trce_lightning.data.prompt_variants import lengthened, misspelt, naming_words, with_safe_counterparts
 from trce_lightning.emoji.package import weights_folder
+from trce_lightning.errors import InputError
 from trce_lightning.evaluation import evaluate
 from trce_lightning.evaluation_schema import RobustnessConfig
 from trce_lightning.image_folder import image_seed
@@ -125,6 +126,11 @@ def test_each_condition_changes_one_thing(tiny_adapter, tmp_path, caplog) -> Non
     usual, *_ = conditions(more, scorer_of(tiny_adapter, records), [WEAPONS], tmp_path)
     assert usual.scorer(scorer_of(tiny_adapter, records)).planned_evaluations == 3 * 2 * 6
     assert (planned["guidance_scale=1"], planned["steps=7"], planned["strength=0.5"]) == (15, 42, 12)
+    assert found["guidance_scale=1"].sampling.guidance_scale == 1
+    unguided = scorer_of(tiny_adapter, records)
+    unguided.sampling.guidance_scale = 1.0
+    with pytest.raises(InputError, match=r"robustness\.negative_prompts: .*guidance_scale above 1.*got 1"):
+        conditions(options, unguided, [WEAPONS], tmp_path)
     with pytest.raises(ValueError, match=r"robustness\.sets.*implicit"):
         conditions(replace(options, sets=["implicit"]), scorer_of(tiny_adapter, records), [WEAPONS], tmp_path)
 

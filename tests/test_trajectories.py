@@ -52,16 +52,22 @@ def naive_rows(
             {"z_t": z_t[0], **{kind: value[0] for kind, value in eps.items()}, "timestep": timestep}
         )
         guided = eps["uncond"]
-        if trajectory.pair:
+        if trajectory.pair and plan.guidance_scale <= 1:
+            guided = eps["malicious"]
+        elif trajectory.pair:
             guided = eps["uncond"] + plan.guidance_scale * (eps["malicious"] - eps["uncond"])
         z_t = scheduler.step(guided, timestep, z_t).prev_sample
     return [visited[step_index] for step_index in trajectory.step_indices]
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_cached_rows_equal_a_plain_loop(prediction_type: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("prediction_type", "guidance_scale"),
+    [("epsilon", 3.0), ("v_prediction", 3.0), ("epsilon", 0.0), ("epsilon", 0.5), ("epsilon", 1.5)],
+)
+def test_cached_rows_equal_a_plain_loop(prediction_type: str, guidance_scale: float, tmp_path: Path) -> None:
+    """At guidance of 1 and below a trajectory follows the prompt alone, as diffusers draws it."""
     adapter = StableDiffusionAdapter(build_tiny_pipeline(prediction_type))
-    plan = sample_plan(adapter, CONFIG, tmp_path)
+    plan = sample_plan(adapter, trajectory_config(guidance_scale=guidance_scale), tmp_path)
     for kind, trajectories in (("malicious", plan.malicious), ("unconditional", plan.unconditional)):
         rows = load_rows(plan, tmp_path, CONFIG.shard_size, kind)
         expected = [row for trajectory in trajectories for row in naive_rows(adapter, plan, trajectory)]
@@ -86,7 +92,7 @@ def test_a_deleted_shard_comes_back_and_nothing_else_is_sampled(
     (folder / name).unlink()
     taken = sample_missing(cpu_trainer(tmp_path), tiny_adapter, plan, folder, CONFIG.shard_size)
     assert contents(folder) == before
-    assert taken == sum(row.network_evaluations for row in trajectories)
+    assert taken == plan.evaluations_of(trajectories)
     assert {file: file.stat().st_mtime_ns for file in times} == times
     assert [file for file in folder.iterdir() if file.suffix != ".safetensors"] == []
 

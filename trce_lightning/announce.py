@@ -113,4 +113,4 @@ def missing_evaluations(run: TrainingRun) -> int:
     """Of trajectories that are not cached."""
     assert run.plan is not None
     missing = missing_shards(run.plan, run.trajectory_folder, run.config.trajectory.shard_size, run.generator)
-    return sum(row.network_evaluations for _, rows in missing for row in rows)
+    return sum(run.plan.evaluations_of(rows) for _, rows in missing)

@@ -16,6 +16,7 @@ from trce_lightning.data.prompt_sets import PromptSet
 from trce_lightning.data.prompt_variants import lengthened, misspelt, with_safe_counterparts
 from trce_lightning.errors import InputError
 from trce_lightning.evaluation_schema import RobustnessConfig
+from trce_lightning.sampling import is_guided
 from trce_lightning.scoring import Sampling, Scorer
 from trce_lightning.variation import Start, Variation
 
@@ -95,6 +96,11 @@ def _samplings(
         yield f"guidance_scale={scale:g}", replace(usual, guidance_scale=scale)
     for steps in options.steps:
         yield f"steps={steps}", replace(usual, num_steps=steps)
+    if options.negative_prompts and not is_guided(usual.guidance_scale):
+        raise InputError(
+            "robustness.negative_prompts: expected model.guidance_scale above 1, since at 1 and below no "
+            f"negative prompt has an effect, got {usual.guidance_scale:g}"
+        )
     for text in options.negative_prompts:
         negative = with_safe_counterparts(text, concepts, fits)
         yield f"negative_prompt={text}", _varied(usual, negative_prompt=negative)

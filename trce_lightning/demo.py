@@ -169,7 +169,10 @@ def _drawer(demo: Demo) -> Any:
     tracked = gr.Progress(track_tqdm=True)  # Gradio looks for it among the defaults
 
     def draw(prompt: str, seed: int, guidance: float, steps: int, progress: Any = tracked) -> list[str]:
-        drawings = demo.draw(prompt, seed, guidance, steps)
+        try:
+            drawings = demo.draw(prompt, seed, guidance, steps)
+        except InputError as error:
+            raise gr.Error(str(error)) from error  # of others the page says no more than "Error"
         return [picture(demo, name, prompt, drawing) for name, drawing in drawings.items()]
 
     return draw

@@ -14,12 +14,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.adapters.finite import Finite
 from trce_lightning.adapters.lora import lora_applied
 from trce_lightning.adapters.samplers import Sampler, make_sampler
 from trce_lightning.data.prompt_sets import PromptRecord
 from trce_lightning.errors import InputError
 from trce_lightning.image_folder import claim, guidance_scales, image_seed, load_images, manifest, write_png
-from trce_lightning.sampling import classifier_free_guidance, noise, seeded
+from trce_lightning.sampling import classifier_free_guidance, is_guided, noise, seeded
 from trce_lightning.variation import Variation
 
 __all__ = ["generate", "generate_to", "load_images", "network_steps", "planned_evaluations", "shard"]
@@ -41,7 +42,7 @@ def generate(
 ) -> Tensor:
     """Images of prompts, uint8 ``[N, 3, H, W]`` on the CPU.
 
-    ε = ε_∅ + w (ε_c − ε_∅), with ∅ and c in one forward, and c alone at w = 1.
+    ε = ε_∅ + w (ε_c − ε_∅), with ∅ and c in one forward, and ε_c alone at w ≤ 1.
 
     Args:
         records: prompts; a seed derives from the id where there is none.
@@ -51,7 +52,7 @@ def generate(
         variation: another sampler, negative prompt, first latent, or a LoRA.
 
     Raises:
-        InputError: ``batch_size`` below 1.
+        InputError: ``batch_size`` below 1, or the model gives NaN or infinity.
     """
     with lora_applied(adapter, variation.lora):
         drawing = _Drawing(adapter, guidance_scale, num_steps, autocast_dtype, variation)
@@ -75,11 +76,11 @@ def _sampler(adapter: StableDiffusionAdapter, num_steps: int, variation: Variati
 
 
 def planned_evaluations(records: Sequence[PromptRecord], num_steps: int, guidance_scale: float) -> int:
-    """Network evaluations that `generate` takes: two for each image and step, one at guidance scale 1.
+    """Network evaluations that `generate` takes: two for each image and step, one where nothing is guided.
 
     ``num_steps`` as `network_steps` counts them.
     """
-    return sum(num_steps * (1 if scale == 1 else 2) for scale in guidance_scales(records, guidance_scale))
+    return sum(num_steps * (1 + is_guided(scale)) for scale in guidance_scales(records, guidance_scale))
 
 
 def shard(records: Sequence[PromptRecord], rank: int, world_size: int) -> tuple[PromptRecord, ...]:
@@ -109,7 +110,8 @@ def generate_to(
     shard, and one with a missing image is sampled whole: a resumed folder equals an uninterrupted one.
 
     Raises:
-        InputError: two records of one id, or the folder belongs to another generator, setting or prompt list.
+        InputError: two records of one id, or the folder belongs to another generator, setting or prompt list;
+            or the model gives NaN or infinity, of which no file is left.
     """
     entries = manifest(records, guidance_scale)
     precision = str(autocast_dtype or next(adapter.unet.parameters()).dtype).removeprefix("torch.")
@@ -117,7 +119,7 @@ def generate_to(
     written = 0
     with lora_applied(adapter, variation.lora):
         meta = {"generator": adapter.fingerprint(), "num_steps": num_steps, "precision": precision}
-        claim(folder, entries, meta | variation.meta())
+        claim(folder, entries, meta | guidance_meta(records, guidance_scale) | variation.meta())
         missing = [
             rows
             for rows in _batches(shard(records, rank, world_size), batch_size)
@@ -130,6 +132,15 @@ def generate_to(
                     write_png(files[record.id], image)
                     written += 1
     return written
+
+
+def guidance_meta(records: Sequence[PromptRecord], guidance_scale: float) -> dict[str, str]:
+    """Return a line for an image folder's record where a guidance scale is below 1, else nothing.
+
+    Earlier versions drew such images in another way; theirs must not be mixed with ours.
+    """
+    below = any(scale < 1 for scale in guidance_scales(records, guidance_scale))
+    return {"guidance below 1": "prompt alone"} if below else {}
 
 
 class _Drawing:
@@ -159,17 +170,20 @@ class _Drawing:
     @torch.no_grad()
     def _sample(self, rows: Batch, progress: tqdm) -> Tensor:
         adapter, scales = self.adapter, torch.tensor(guidance_scales(rows, self.guidance_scale))
-        guided = [i for i, scale in enumerate(scales.tolist()) if scale != 1]
+        guided = [i for i, scale in enumerate(scales.tolist()) if is_guided(scale)]
         conditional = adapter.encode([record.prompt for record in rows]).states
         states = torch.cat([self.negative.expand(len(guided), -1, -1), conditional])
         generators = [seeded(image_seed(record)) for record in rows]
         pure = torch.stack([noise(adapter.latent_shape, generator) for generator in generators])
-        enabled = self.autocast_dtype is not None
+        enabled, finite = self.autocast_dtype is not None, Finite(adapter.name)
+        num_steps = len(self.sampler.timesteps)
         with torch.autocast(adapter.device.type, self.autocast_dtype, enabled=enabled):
             z_t = self.sampler.start(pure.to(adapter.device), self._clean(rows))
             for step_index, timestep in enumerate(self.sampler.timesteps):
                 seen = self.sampler.network_input(z_t, step_index)
                 output = adapter.predict(torch.cat([seen[guided], seen]), timestep, states)
+                step = f"step {step_index + 1} of {num_steps}"
+                finite.see(f"the denoiser's output in {step}", output, adapter.unet)
                 uncond, eps = output.split([len(guided), len(rows)])
                 eps = eps.index_copy(
                     0,
@@ -177,7 +191,9 @@ class _Drawing:
                     classifier_free_guidance(uncond, eps[guided], scales[guided]),
                 )
                 z_t = self.sampler.step(eps, z_t, step_index, generators)
+                finite.see(f"the sampler's latents after {step}", z_t)
                 progress.update(len(states))
+            finite.check()
             return adapter.decode(z_t).cpu()
 
     def _clean(self, rows: Batch) -> Tensor | None:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.adapters.finite import not_finite
 from trce_lightning.closed_form import Edit
 from trce_lightning.data.datamodule import Batch
 from trce_lightning.errors import InputError
@@ -86,8 +87,19 @@ class TRCE(pl.LightningModule):
                 network.to("cpu")
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
-        """After the epoch's last step everything is back, before callbacks draw images."""
-        if self.trajectory.offload and self.trainer.is_last_batch:
+        """After the epoch's last step everything is back, before callbacks draw images.
+
+        ``InputError`` when that step has left weights that are not finite.
+        """
+        if not self.trainer.is_last_batch:
+            return
+        if broken := [name for name, weight in self.trainable.items() if not weight.isfinite().all()]:
+            raise InputError(
+                f"optimizer.lr: expected finite weights, got NaN or infinity in {len(broken)} tensors, such "
+                f"as {broken[0]}, at step {self.global_step} with {self.optimizer.lr}; lower it, or set "
+                "trainer.precision=32-true"
+            )
+        if self.trajectory.offload:
             self.adapter.to(self.device)
 
     def changed_tensors(self) -> dict[str, Tensor]:
@@ -126,14 +138,26 @@ class TRCE(pl.LightningModule):
         }
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         if not torch.isfinite(loss):
-            raise InputError(
-                f"optimizer.lr: expected finite losses, got {float(loss.detach())} at step "
-                f"{self.global_step} with {self.optimizer.lr}; lower it, or raise trainer.precision"
-            )
+            raise self._not_finite(float(loss.detach()), predictions)
         logged = {f"loss/{name}": term.detach() for name, term in terms.items()}
         self._log_means({"loss/total": loss.detach(), **logged})
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
+
+    def _not_finite(self, loss: float, predictions: dict[str, Tensor]) -> InputError:
+        """Return what to change. Before the optimizer's first step its learning rate can't be the cause."""
+        if self.global_step > 0:
+            return InputError(
+                f"optimizer.lr: expected finite losses, got {loss} at step {self.global_step} with "
+                f"{self.optimizer.lr}; lower it, or set trainer.precision=32-true"
+            )
+        when = "before the optimizer's first step"
+        if not all(prediction.isfinite().all() for prediction in predictions.values()):
+            return not_finite(self.adapter.name, f"the denoiser's output {when}", self.unet)
+        return InputError(
+            f"trajectory.beta: expected finite losses, got {loss} {when}, of predictions and cached "
+            f"trajectories that are finite, with {self.trajectory.beta}; lower it"
+        )
 
     def _predict(self, batch: Batch) -> dict[str, Tensor]:
         """ε̂ of every kind in one forward: (z_t, c_m), (z_t, ∅) where the ∅ hinge holds, (z_u, ∅)."""

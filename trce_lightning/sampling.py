@@ -57,6 +57,11 @@ def classifier_free_guidance(uncond: Tensor, cond: Tensor, guidance_scale: float
     return guided_prediction(uncond, cond, guidance_scale)
 
 
+def is_guided(guidance_scale: float) -> bool:
+    """Return True for w > 1, where guidance has an effect. Else ε_c alone is drawn, as diffusers does."""
+    return guidance_scale > 1
+
+
 def noise(shape: Sequence[int], seed: int | torch.Generator) -> Tensor:
     """Standard normal noise of one image, float32 on the CPU, a function of `shape` and `seed` alone.
 

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
-from trce_lightning.generation import generate, generate_to, network_steps, planned_evaluations, shard
+from trce_lightning.generation import (
+    generate,
+    generate_to,
+    guidance_meta,
+    network_steps,
+    planned_evaluations,
+    shard,
+)
 from trce_lightning.image_folder import image_batches
 from trce_lightning.metrics.collateral import Detection
 from trce_lightning.metrics.scores import Evaluator
@@ -91,6 +98,8 @@ class Scorer:
     def fingerprint(self) -> str:
         """Identifies the images of a call: generator, prompts, noise and sampling."""
         parts = [self.adapter.fingerprint(), repr(self.sampling.options()), *map(repr, self.sets)]
+        records = [record for prompts in self.sets for record in prompts.records]
+        parts += guidance_meta(records, self.sampling.guidance_scale).values()
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
 
     def __call__(

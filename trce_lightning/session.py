@@ -80,6 +80,7 @@ class Session:
             config=model.config or model.hub_id,
             channels_last=model.channels_last,
         )
+        adapter.name = base_name(model)
         return self._fitting(adapter)
 
     def _fitting(self, adapter: StableDiffusionAdapter) -> StableDiffusionAdapter:

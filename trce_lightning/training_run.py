@@ -183,6 +183,7 @@ class TrainingRun:
     def fit(self) -> None:
         """Stage 1 in setup, stage 2 as training; scores after each epoch."""
         config = self.config
+        self.adapter.name += ", erased"
         self.module = TRCE(self.adapter, self.edit, config.trajectory, config.optimizer)
         if self.plan is None:
             self.module.setup("fit")

@@ -58,7 +58,7 @@ def load_adapter(
             str(source), dtype=dtype, revision=revision, variant=_variant(Path(source)), **WITHOUT_CHECKER
         )
     pipeline.set_progress_bar_config(disable=True)
-    adapter = StableDiffusionAdapter(pipeline, resolution=resolution)
+    adapter = StableDiffusionAdapter(pipeline, resolution=resolution, name=str(source))
     return adapter.to_channels_last() if channels_last else adapter
 
 

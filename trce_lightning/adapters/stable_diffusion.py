@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from trce_lightning.adapters.finite import Finite, check_finite, not_finite
 from trce_lightning.adapters.refusals import refuse_what_the_method_does_not_fit
 from trce_lightning.adapters.single_file import original_state
 from trce_lightning.errors import InputError
@@ -37,9 +38,13 @@ class StableDiffusionAdapter:
     ``network_evaluations`` counts one for each latent × prompt that the denoiser has seen.
     """
 
-    def __init__(self, pipeline: StableDiffusionPipeline, *, resolution: int | None = None) -> None:
+    def __init__(
+        self, pipeline: StableDiffusionPipeline, *, resolution: int | None = None, name: str | None = None
+    ) -> None:
+        """Take a pipeline's networks; ``name`` is what messages call it, None is where it was opened from."""
         refuse_what_the_method_does_not_fit(pipeline)
         self.pipeline = pipeline
+        self.name = name or pipeline.name_or_path or "the pipeline in memory"
         self.unet: UNet2DConditionModel = pipeline.unet
         self.tokenizer, self.text_encoder, self.vae = pipeline.tokenizer, pipeline.text_encoder, pipeline.vae
         self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
@@ -117,8 +122,11 @@ class StableDiffusionAdapter:
         device = self.text_encoder.device
         # Lightning's hooks autocast in some places and not in others: states would depend on who asks.
         with torch.autocast(device.type, enabled=False):
-            states = self.text_encoder(input_ids.to(device))[0]
-        return TextStates(states.float(), input_ids)
+            states = self.text_encoder(input_ids.to(device))[0].float()
+        if not states.isfinite().all():
+            row = int(states.isfinite().all(-1).all(-1).int().argmin())
+            raise not_finite(self.name, f"the text states of '{prompts[row]}'", self.text_encoder)
+        return TextStates(states, input_ids)
 
     def predict(self, z_t: Tensor, timestep: Tensor | int, states: Tensor) -> Tensor:
         """The denoiser's output for latents ``[B, C, H, W]`` and text states ``[B, L, d]``, float32."""
@@ -136,12 +144,20 @@ class StableDiffusionAdapter:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents → uint8 RGB ``[B, 3, H, W]``, rounded as diffusers' image processor does."""
-        latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        return torch.cat([self._pixels(part) for part in latents.split(self._images_at_once)])
+        """Latents → uint8 RGB ``[B, 3, H, W]``, rounded as diffusers' image processor does.
 
-    def _pixels(self, latents: Tensor) -> Tensor:
+        ``InputError`` unless latents and pixels are finite: as bytes they would be black.
+        """
+        finite = Finite(self.name)
+        finite.see("the latents that are decoded", latents, self.unet)
+        latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        images = torch.cat([self._pixels(part, finite) for part in latents.split(self._images_at_once)])
+        finite.check()
+        return images
+
+    def _pixels(self, latents: Tensor, finite: Finite) -> Tensor:
         pixels = self.vae.decode(latents).sample.float()
+        finite.see("the pixels that the autoencoder decodes", pixels, self.vae)
         return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
     @property
@@ -153,7 +169,10 @@ class StableDiffusionAdapter:
         """uint8 RGB ``[B, 3, H, W]`` → latents, float32: means of the autoencoder's posterior, scaled."""
         pixels = (images.float() / 127.5 - 1).to(self.vae.device, self.vae.dtype)
         means = [self.vae.encode(part).latent_dist.mean for part in pixels.split(self._images_at_once)]
-        return torch.cat(means).float() * self.vae.config.scaling_factor
+        latents = torch.cat(means).float() * self.vae.config.scaling_factor
+        return check_finite(
+            self.name, "the latents that the autoencoder makes of a picture", latents, self.vae
+        )
 
     def text_projections(self) -> dict[str, nn.Linear]:
         """Every cross-attention K and V by name: bias-free, ``[d_out, d]``, fed with raw text states."""

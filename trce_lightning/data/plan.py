@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
 from trce_lightning.concepts import PromptPair
 from trce_lightning.errors import InputError
-from trce_lightning.sampling import seed_of
+from trce_lightning.sampling import is_guided, seed_of
 from trce_lightning.schema import TrajectoryConfig
 
 
@@ -36,12 +36,16 @@ class Trajectory:
         """Steps sampled: up to the last one drawn, which needs its predictions too."""
         return max(self.step_indices) + 1
 
-    @property
-    def network_evaluations(self) -> int:
-        """∅ and c_m at every step, c_s at distinct drawn steps; ∅ alone for an unconditional one."""
+    def network_evaluations(self, *, guided: bool) -> int:
+        """Return evaluations of ∅ and c_m at every step and of c_s at distinct drawn steps.
+
+        An unconditional one needs ∅ alone. Without guidance c_m decides each step, and ∅ is needed at drawn
+        steps only.
+        """
         if self.pair is None:
             return self.num_steps
-        return 2 * self.num_steps + len(set(self.step_indices))
+        drawn = len(set(self.step_indices))
+        return 2 * self.num_steps + drawn if guided else self.num_steps + 2 * drawn
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,18 @@ class TrajectoryPlan:
     guidance_scale: float
 
     @property
+    def guided(self) -> bool:
+        """Whether sampling is guided; else it follows the malicious prompt's own prediction."""
+        return is_guided(self.guidance_scale)
+
+    @property
     def network_evaluations(self) -> int:
         """Exactly what sampling all of it costs."""
-        return sum(row.network_evaluations for row in (*self.malicious, *self.unconditional))
+        return self.evaluations_of((*self.malicious, *self.unconditional))
+
+    def evaluations_of(self, rows: Iterable[Trajectory]) -> int:
+        """Return what sampling some of its trajectories costs."""
+        return sum(row.network_evaluations(guided=self.guided) for row in rows)
 
     def training_evaluations(self, config: TrajectoryConfig) -> int:
         """Forward passes of all epochs: (z_t, c_m), (z_t, ∅) later with the ∅ hinge on, and (z_u, ∅)."""
@@ -75,7 +88,9 @@ class TrajectoryPlan:
 
     def fingerprint(self, generator: str) -> str:
         """Identifies the cache that sampling this plan with this generator gives."""
-        text = json.dumps([generator, asdict(self)], sort_keys=True)
+        # All scales up to 1 give the same rows, which are those that scale 1 has always given.
+        facts = asdict(self) | {"guidance_scale": max(self.guidance_scale, 1.0)}
+        text = json.dumps([generator, facts], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.adapters.finite import Finite
 from trce_lightning.data.plan import Trajectory, TrajectoryPlan
 from trce_lightning.errors import InputError
 from trce_lightning.sampling import classifier_free_guidance, noise
@@ -47,7 +48,7 @@ def is_cached(file: Path, fingerprint: str) -> bool:
 class TrajectorySampler(pl.LightningModule):
     """Samples ``shards`` that ``folder`` lacks under ``Trainer.predict``, which splits them over ranks.
 
-    Never applies stage 1.
+    Never applies stage 1. ``InputError`` when the model gives NaN or infinity, of which nothing is written.
     """
 
     def __init__(
@@ -91,24 +92,38 @@ class TrajectorySampler(pl.LightningModule):
             self.device
         )
         kept: dict[tuple[int, int], dict[str, Tensor]] = {}
+        finite = Finite(self.adapter.name)
         for step_index in range(max(row.num_steps for row in trajectories)):
             active = [i for i, row in enumerate(trajectories) if step_index < row.num_steps]
             drawn = [i for i in active if step_index in trajectories[i].step_indices]
             eps = self._predictions(z_t, step_index, states, active, drawn)
+            step = f"step {step_index + 1} of {len(self.timesteps)}"
+            finite.see(f"the denoiser's output in {step}", torch.stack([*eps.values()]), self.unet)
             for i in drawn:
                 kept[i, step_index] = {"z_t": z_t[i], **{kind: rows[i] for kind, rows in eps.items()}}
-            guided = eps["uncond"]
-            if "malicious" in eps:
-                guided = classifier_free_guidance(eps["uncond"], eps["malicious"], self.plan.guidance_scale)
-            z_t = self.adapter.step(guided, z_t, self.timesteps, step_index)
+            z_t = self.adapter.step(self._guided(eps), z_t, self.timesteps, step_index)
+            finite.see(f"the sampler's latents after {step}", z_t)
+        finite.check()
         rows = [kept[i, step_index] for i, row in enumerate(trajectories) for step_index in row.step_indices]
         return _stack(rows) | self._labels(trajectories)
+
+    def _guided(self, eps: dict[str, Tensor]) -> Tensor:
+        """Return what a step follows."""
+        if "malicious" not in eps:
+            return eps["uncond"]
+        if not self.plan.guided:
+            return eps["malicious"]
+        return classifier_free_guidance(eps["uncond"], eps["malicious"], self.plan.guidance_scale)
 
     def _predictions(
         self, z_t: Tensor, step_index: int, states: dict[str, Tensor], active: list[int], drawn: list[int]
     ) -> dict[str, Tensor]:
-        """ε(z_t, ·, t) of every kind in one forward: ∅ and c_m where still sampling, c_s where drawn."""
-        chosen = {kind: drawn if kind == "safe" else active for kind in states}
+        """ε(z_t, ·, t) of every kind in one forward: ∅ and c_m where still sampling, c_s where drawn.
+
+        Without guidance ∅ too where drawn alone.
+        """
+        where_drawn = {"safe"} if self.plan.guided or "malicious" not in states else {"safe", "uncond"}
+        chosen = {kind: drawn if kind in where_drawn else active for kind in states}
         rows = [i for kind in states for i in chosen[kind]]
         text = torch.cat([states[kind][chosen[kind]] for kind in states])
         output = self.adapter.predict(z_t[rows], self.timesteps[step_index], text)
@@ -159,13 +174,25 @@ def sample_missing(
     loader: DataLoader[int] = DataLoader(indices, batch_size=None)  # type: ignore[arg-type]
     trainer.predict(sampler, loader, return_predictions=False)
     trainer.strategy.barrier()
-    return sum(row.network_evaluations for _, rows in missing for row in rows)
+    return sum(plan.evaluations_of(rows) for _, rows in missing)
 
 
 def load_rows(plan: TrajectoryPlan, folder: Path, shard_size: int, kind: str) -> dict[str, Tensor]:
-    """All cached rows of one ``kind``, malicious or unconditional, ordered by trajectory, then draw."""
+    """All cached rows of one ``kind``, malicious or unconditional, ordered by trajectory, then draw.
+
+    ``InputError`` names a file whose rows are not all finite.
+    """
     parts: list[dict[str, Tensor]] = []
     for name, _ in shards(plan, shard_size):
         if name.startswith(kind):
             parts.append(read_safetensors(folder / name, SHARD))
+            _check_rows(folder / name, parts[-1])
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]} if parts else {}
+
+
+def _check_rows(file: Path, rows: dict[str, Tensor]) -> None:
+    for name, values in rows.items():
+        if not values.isfinite().all():
+            raise InputError(
+                f"{file}: expected finite trajectories, got NaN or infinity in '{name}'; {MADE_AGAIN}"
+            )

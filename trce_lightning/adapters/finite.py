@@ -1,0 +1,83 @@
+"""Whether what a model's networks give is finite: looked at once a batch, and refused by the model's name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from trce_lightning.errors import InputError
+
+
+class Finite:
+    """What one batch has given so far: one flag for each part and step, which stays on the device.
+
+    :meth:`check` reads all flags together, so that a GPU isn't waited for in each step.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.seen: list[tuple[str, nn.Module | None, Tensor]] = []
+
+    def see(self, what: str, values: Tensor, network: nn.Module | None = None) -> None:
+        """Remember whether ``values`` are finite.
+
+        Args:
+            what: names the values in a message, with their step where there are several.
+            values: of any shape.
+            network: what has made them, None where it was no network.
+        """
+        self.seen.append((what, network, values.isfinite().all()))
+
+    def check(self) -> None:
+        """Raise ``InputError`` that names the first that wasn't finite, and forget all."""
+        seen, self.seen = self.seen, []
+        if not seen:
+            return
+        finite = torch.stack([flag for *_, flag in seen]).tolist()
+        for (what, network, _), is_finite in zip(seen, finite, strict=True):
+            if not is_finite:
+                raise not_finite(self.model, what, network)
+
+
+def check_finite(model: str, what: str, values: Tensor, network: nn.Module | None = None) -> Tensor:
+    """Return ``values``. ``InputError`` unless they are finite; arguments are those of :class:`Finite`."""
+    finite = Finite(model)
+    finite.see(what, values, network)
+    finite.check()
+    return values
+
+
+def not_finite(model: str, what: str, network: nn.Module | None) -> InputError:
+    """Return the error that says which part of ``model`` has failed, and what to try."""
+    return InputError(
+        f"model: expected finite numbers of '{model}', got NaN or infinity in {what}; {_advice(network)}"
+    )
+
+
+def _advice(network: nn.Module | None) -> str:
+    if network is None:
+        return (
+            "its noise schedule doesn't fit this sampler: see its scheduler_config.json, or try another "
+            "model.sampler"
+        )
+    if broken := weights_not_finite(network):
+        return (
+            f"{len(broken)} of its tensors hold them, such as {broken[0]}: the file is damaged, or its "
+            "training has failed; get another"
+        )
+    weight = next(network.parameters())
+    if weight.dtype == torch.float16:
+        return "float16 ends at 65504: try model.dtype=float32, or bfloat16"
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+        return "float16 ends at 65504: try trainer.precision=32-true"
+    return (
+        "its weights are finite, but too large for this input; try model.dtype=float32 and "
+        "trainer.precision=32-true"
+    )
+
+
+def weights_not_finite(network: nn.Module) -> list[str]:
+    """Return the names of a network's tensors that hold NaN or infinity."""
+    tensors = network.state_dict().items()
+    return [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
