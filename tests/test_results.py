@@ -4,12 +4,14 @@ import json
 
 import pytest
 from test_configs import composed
+from test_fingerprints import ALL
+from test_fingerprints import hashed as hashed
 
 from trce_lightning import run, validation
 
 
 @pytest.mark.parametrize("stage", ["textual", "trajectory"])
-def test_each_stage_alone_is_scored(tmp_path, stage) -> None:
+def test_each_stage_alone_is_scored(tmp_path, stage, hashed) -> None:
     captions = tmp_path / "captions.txt"
     captions.write_text("a dog\na red car\n")
     config = composed(
@@ -30,8 +32,11 @@ def test_each_stage_alone_is_scored(tmp_path, stage) -> None:
     )
     validation.check(config)
     run.train(config)
+    # The original and the erased model, whatever the number of image folders that name their generator.
+    assert hashed == dict.fromkeys(ALL, 2) and len(list(tmp_path.rglob("meta.json"))) >= 6
     folder = tmp_path / "run"
     metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["peak_memory_mb"] > 100 and metrics["peak_device_memory_mb"] is None
     assert metrics["original"]["asr"].keys() == metrics["erased"]["asr"].keys() == {"direct", "implicit"}
     assert (folder / "report.html").is_file() and (folder / "grid.png").is_file()
     assert (folder / "edit.safetensors").is_file() == (stage == "textual")

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 from test_configs import composed
+from test_fingerprints import ALL
+from test_fingerprints import hashed as hashed
 
 from trce_lightning import validation
 from trce_lightning.concepts import Concept
@@ -228,7 +230,7 @@ def run(tmp_path):
     return folder, start
 
 
-def test_a_run_scores_every_condition_and_goes_on(run, caplog, monkeypatch) -> None:
+def test_a_run_scores_every_condition_and_goes_on(run, caplog, monkeypatch, hashed) -> None:
     folder, start = run
     monkeypatch.setattr(
         "trce_lightning.evaluation.set_up_logging", lambda: None
@@ -236,6 +238,8 @@ def test_a_run_scores_every_condition_and_goes_on(run, caplog, monkeypatch) -> N
     options = (f"model.path={weights_folder()}",)
     with caplog.at_level(logging.INFO):
         metrics = start(*options)
+    # Once each time that it is opened: to be scored, to draw what it starts from, for the conditions.
+    assert hashed == dict.fromkeys(ALL, 3)
     said = int(re.search(r"3 conditions, 1 model\(s\): (\d+) network", caplog.text)[1])
     assert sum(metrics["robustness_evaluations"].values()) == said == 16 + 16 + 8 + 8
     (label, scores), (pictures, drawn) = sorted(metrics["robustness"].items(), reverse=True)

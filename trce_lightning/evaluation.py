@@ -31,6 +31,7 @@ from trce_lightning.metrics.asr import TABLE_THRESHOLDS
 from trce_lightning.metrics.class_detectors import load_class_detector
 from trce_lightning.metrics.detections import detect
 from trce_lightning.page import Report, write_page
+from trce_lightning.ranks import peak_device_memory_mb, peak_memory_mb, total_over_ranks
 from trce_lightning.report import results_table, write_scores_csv
 from trce_lightning.robustness import Robustness, robustness_rows, robustness_table
 from trce_lightning.scored import Column, Scored, category_rates
@@ -59,9 +60,10 @@ class Evaluation:
             model = dataclasses.replace(self.config.model, path=path)
             session = Session(dataclasses.replace(self.config, model=model), concepts_of(self.config))
             scorer = session.scorer("report", self.config.metrics.final_images_per_set)
-            if not self.columns:
-                self.begin(scorer)
-            self.score(label, scorer)
+            with session.adapter.unchanged():
+                if not self.columns:
+                    self.begin(scorer)
+                self.score(label, scorer)
             self.sets, self.features = scorer.sets, session.features()
             del session, scorer
             gc.collect()  # Trainer and module refer to each other, and so hold the model
@@ -113,7 +115,9 @@ class Evaluation:
         start = time.monotonic()
         scores = score_on_all_ranks(trainer, scorer, images, label)
         self.seconds[label] = round(time.monotonic() - start, 2)
-        self.evaluations[label] = scorer.network_evaluations
+        self.evaluations |= total_over_ranks(trainer, {label: scorer.network_evaluations})
+        self.peak_device_memory_mb = peak_device_memory_mb(trainer)
+        self.device = trainer.strategy.root_device
         self.columns[label] = Column(Scored(scores, scorer.detections), images)
         self.is_global_zero = trainer.is_global_zero
 
@@ -145,7 +149,13 @@ class Evaluation:
             label: column.scored.rates_at(self.sets, TABLE_THRESHOLDS)
             for label, column in self.columns.items()
         }
-        metrics = self.facts() | self.results() | {"categories": self.categories(), "asr_by_threshold": rates}
+        memory = {"peak_memory_mb": peak_memory_mb(), "peak_device_memory_mb": self.peak_device_memory_mb}
+        metrics = (
+            self.facts()
+            | memory
+            | self.results()
+            | {"categories": self.categories(), "asr_by_threshold": rates}
+        )
         if self.robustness.results:
             metrics["robustness"] = self.robustness.results
             metrics["robustness_evaluations"] = self.robustness.network_evaluations

@@ -91,6 +91,7 @@ class TRCE(pl.LightningModule):
 
         ``InputError`` when that step has left weights that are not finite.
         """
+        self.adapter.weights_changed()
         if not self.trainer.is_last_batch:
             return
         if broken := [name for name, weight in self.trainable.items() if not weight.isfinite().all()]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -53,3 +54,29 @@ def on_each_rank(trainer: pl.Trainer, function: Callable[[Rank], Result]) -> Res
     trainer.strategy.barrier()
     result: Result = module.result
     return result
+
+
+def total_over_ranks(trainer: pl.Trainer, counts: Mapping[str, int]) -> dict[str, int]:
+    """Return each count summed over the ranks, which all call it with the same names."""
+    if not counts:
+        return {}
+    own = torch.tensor([*counts.values()], device=trainer.strategy.root_device)
+    total = trainer.strategy.reduce(own, reduce_op="sum")
+    assert isinstance(total, torch.Tensor)
+    return dict(zip(counts, total.tolist(), strict=True))
+
+
+def peak_memory_mb() -> int:
+    """Return the largest resident memory of this process, in MiB."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def peak_device_memory_mb(trainer: pl.Trainer) -> int | None:
+    """Return the most that a rank has allocated on its GPU, in MiB; None without GPUs. All ranks call it."""
+    device = trainer.strategy.root_device
+    if device.type != "cuda":
+        return None
+    own = torch.tensor(torch.cuda.max_memory_allocated(device), device=device)
+    most = trainer.strategy.reduce(own, reduce_op="max")
+    assert isinstance(most, torch.Tensor)
+    return round(int(most) / 2**20)

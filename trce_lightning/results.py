@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from trce_lightning.comparison import compare, measure_distances, p_values
 from trce_lightning.curves import save_curves, save_loss_curves
 from trce_lightning.metrics.asr import TABLE_THRESHOLDS
 from trce_lightning.page import Report, write_page
+from trce_lightning.ranks import peak_memory_mb
 from trce_lightning.report import (
     Scores,
     results_table,
@@ -168,6 +168,7 @@ def facts(run: TrainingRun) -> dict[str, Any]:
         "epochs": run.evaluation.epochs if run.evaluation else [],
         "seconds": run.seconds,
         "network_evaluations": run.evaluations,
-        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_memory_mb": peak_memory_mb(),
+        "peak_device_memory_mb": run.peak_device_memory_mb,
         **tests,
     }

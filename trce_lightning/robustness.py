@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 
 from trce_lightning.conditions import USUAL, Condition, conditions
 from trce_lightning.evaluation_schema import EvalConfig
+from trce_lightning.ranks import total_over_ranks
 from trce_lightning.report import ABSENT, Scores, one_line, results_rows
 from trce_lightning.scored import Scored
 from trce_lightning.scoring import Scorer, score_on_all_ranks
@@ -85,10 +86,11 @@ class Robustness:
             self._score_pictures()
         for label, path in self.sources.items():
             scorer, trainer = self._open(path)
-            for condition in self.conditions(scorer):
-                own = self.folder / label / condition.folder
-                folder = self.images[label] if condition.is_drawn else own
-                self._score(label, condition.name, condition.scorer(scorer), trainer, folder)
+            with scorer.adapter.unchanged():
+                for condition in self.conditions(scorer):
+                    own = self.folder / label / condition.folder
+                    folder = self.images[label] if condition.is_drawn else own
+                    self._score(label, condition.name, condition.scorer(scorer), trainer, folder)
             del scorer, trainer
             gc.collect()  # as in `Evaluation.run`
         return self.results
@@ -106,8 +108,8 @@ class Robustness:
     def _score(self, label: str, name: str, scorer: Scorer, trainer: pl.Trainer, images: Path) -> None:
         scores = score_on_all_ranks(trainer, scorer, images, f"{label}, {name}")
         self.results.setdefault(label, {})[name] = scores
-        counted = self.network_evaluations.get(label, 0)
-        self.network_evaluations[label] = counted + scorer.network_evaluations
+        taken = total_over_ranks(trainer, {label: scorer.network_evaluations})[label]
+        self.network_evaluations[label] = self.network_evaluations.get(label, 0) + taken
         log.info("%s, %s: %s", label, name, one_line(scores))
         if scorer.draws and trainer.is_global_zero:
             Scored(scores, scorer.detections).save(images / "scored.json")

@@ -115,7 +115,8 @@ class Scorer:
         images = {}
         for prompts in self.sets:
             share = shard(prompts.records, rank, world_size)
-            description = f"{title}: {prompts.name} images" if rank == 0 else None
+            part = f", 1 of {world_size} processes" if world_size > 1 else ""
+            description = f"{title}: {prompts.name} images{part}" if rank == 0 else None
             options = self.sampling.of_set(prompts.name).options() | {"description": description}
             if folder is None:
                 images[prompts.name] = generate(self.adapter, share, **options)
@@ -124,7 +125,7 @@ class Scorer:
             if self.draws:
                 options |= {"rank": rank, "world_size": world_size}
                 generate_to(folder / prompts.name, self.adapter, prompts.records, **options)
-            judged = f"{title}: judging {prompts.name}" if rank == 0 else None
+            judged = f"{title}: judging {prompts.name}{part}" if rank == 0 else None
             for rows, batch in image_batches(folder / prompts.name, share, judged):
                 evaluator.update(prompts.name, batch, rows)
         self.network_evaluations += self.adapter.network_evaluations - counted
@@ -146,7 +147,8 @@ def score_on_all_ranks(trainer: pl.Trainer, scorer: Scorer, folder: Path, title:
 
     def score(rank: Rank) -> Scores:
         scorer.adapter.to(rank.device)
-        scores, _ = scorer(title, rank.index, rank.world_size, folder)
+        with scorer.adapter.unchanged():
+            scores, _ = scorer(title, rank.index, rank.world_size, folder)
         return scores
 
     return on_each_rank(trainer, score)

@@ -143,4 +143,5 @@ def apply_edit_(adapter: StableDiffusionAdapter, edit: Edit) -> list[str]:
     weights = [projection.weight.data for projection in projections.values()]
     for weight, edited in zip(weights, apply_edits(weights, edit.transform), strict=True):
         weight.copy_(edited)
+    adapter.weights_changed()
     return [f"{name}.weight" for name in projections]

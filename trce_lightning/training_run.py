@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from trce_lightning.errors import InputError
 from trce_lightning.kept import cached_kept
 from trce_lightning.metrics.real_images import source_fingerprint
 from trce_lightning.module import TRCE
-from trce_lightning.ranks import on_each_rank
+from trce_lightning.ranks import on_each_rank, peak_device_memory_mb, total_over_ranks
 from trce_lightning.schema import TrainConfig
 from trce_lightning.scored import SCORED_SCHEMA, Scored, log_scores
 from trce_lightning.scoring import Scorer, score_on_all_ranks
@@ -62,6 +62,8 @@ class TrainingRun:
         if "single_file" in config.export:
             self.adapter.original_state()  # refuses now what could not be named at the end
         self.base = base_name(config.model)
+        self._original_weights = ExitStack()  # until :meth:`fit`
+        self._original_weights.enter_context(self.adapter.unchanged())
         self.fingerprint = self.adapter.fingerprint()
         self.cache = runs.cache_folder(config)
         self.trainer = make_trainer(config.trainer, self.cache)
@@ -82,6 +84,8 @@ class TrainingRun:
         self.evaluation: EpochEvaluation | None = None
         self.seconds: dict[str, float] = {}
         self.evaluations: dict[str, int] = {}
+        """Network evaluations by part: on this rank, and from :meth:`write` on of all ranks."""
+        self.peak_device_memory_mb: int | None = None
         self.edit: Edit | None = None
         self.statistics: TextualStatistics | None = None
 
@@ -184,6 +188,7 @@ class TrainingRun:
         """Stage 1 in setup, stage 2 as training; scores after each epoch."""
         config = self.config
         self.adapter.name += ", erased"
+        self._original_weights.close()
         self.module = TRCE(self.adapter, self.edit, config.trajectory, config.optimizer)
         if self.plan is None:
             self.module.setup("fit")
@@ -227,7 +232,9 @@ class TrainingRun:
         log_scores(self.loggers, scores, step=self.trainer.global_step, prefix="final/")
 
     def write(self) -> None:
-        """Leave the results; one process does."""
+        """Leave the results; one process does, after all have said what they took."""
+        self.evaluations = total_over_ranks(self.trainer, self.evaluations)
+        self.peak_device_memory_mb = peak_device_memory_mb(self.trainer)
         if self.trainer.is_global_zero:
             results.write(self)
 

@@ -27,6 +27,12 @@ def lora_applied(adapter: StableDiffusionAdapter, lora: Lora | None) -> Iterator
     if lora is None:
         yield
         return
+    with adapter.other_weights(), _applied(adapter, lora):
+        yield
+
+
+@contextmanager
+def _applied(adapter: StableDiffusionAdapter, lora: Lora) -> Iterator[None]:
     pipeline = adapter.pipeline
     try:
         pipeline.load_lora_weights(lora.path, adapter_name="lora", local_files_only=True)

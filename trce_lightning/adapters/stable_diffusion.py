@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from typing import NamedTuple
 
@@ -56,6 +57,7 @@ class StableDiffusionAdapter:
         latent_side = side // pipeline.vae_scale_factor
         self.latent_shape = (self.unet.config.in_channels, latent_side, latent_side)
         self.network_evaluations = 0
+        self._hashes: _Hashes | None = None
         for network in (self.unet, self.text_encoder, self.vae):
             network.requires_grad_(False).eval()
 
@@ -200,18 +202,70 @@ class StableDiffusionAdapter:
         """All tensors under the names of one-file checkpoints; see :func:`.single_file.original_state`."""
         return original_state(self.pipeline)
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Within it the weights stay what they are, and each network is hashed once.
+
+        Outside it every fingerprint is made anew. Whoever changes weights within it all the same calls
+        :meth:`weights_changed`. Changes that torch counts are noticed anyway, such as ``load_state_dict``;
+        those through ``.data`` and of fused or 8-bit optimizers are not.
+        """
+        before = self._hashes
+        self._hashes = {} if before is None else before
+        try:
+            yield
+        finally:
+            self._hashes = before
+
+    @contextmanager
+    def other_weights(self) -> Iterator[None]:
+        """Within it the weights are others, which stay what they are; afterwards they are what they were."""
+        before = self._hashes
+        self._hashes = None if before is None else {}
+        try:
+            yield
+        finally:
+            self._hashes = before
+
+    def weights_changed(self) -> None:
+        """Forget what :meth:`unchanged` has kept."""
+        if self._hashes is not None:
+            self._hashes.clear()
+
+    def _fingerprint_of(self, part: str) -> str:
+        network: nn.Module = getattr(self, part)
+        if self._hashes is None:
+            return fingerprint(network)
+        versions = _versions(network)
+        if part not in self._hashes or self._hashes[part][0] != versions:
+            self._hashes[part] = versions, fingerprint(network)
+        return self._hashes[part][1]
+
     def text_fingerprint(self) -> str:
         """Identifies text encoder and tokenizer: what states of a prompt depend on."""
         vocabulary = hashlib.blake2b(repr(sorted(self.tokenizer.get_vocab().items())).encode(), digest_size=8)
-        return fingerprint(self.text_encoder) + vocabulary.hexdigest()
+        return self._fingerprint_of("text_encoder") + vocabulary.hexdigest()
 
     def fingerprint(self) -> str:
         """Identifies the whole generator: denoiser, text encoder, decoder, schedule and resolution."""
-        parts = [fingerprint(self.unet), self.text_fingerprint(), fingerprint(self.vae)]
+        parts = [self._fingerprint_of("unet"), self.text_fingerprint(), self._fingerprint_of("vae")]
         # Keys with an underscore are diffusers' own record, in an order of its own in each process.
         schedule = sorted(str(item) for item in self.scheduler.config.items() if not item[0].startswith("_"))
         parts.append(repr((self.latent_shape, schedule)))
         return hashlib.blake2b("".join(parts).encode(), digest_size=8).hexdigest()
+
+
+_Versions = tuple[tuple[str, torch.dtype, int], ...]
+_Hashes = dict[str, tuple[_Versions, str]]
+"""Of a network by its attribute's name: what its tensors were like when it was hashed, and the hash."""
+
+
+def _versions(network: nn.Module) -> _Versions:
+    """Names, types and torch's counts of changes; a device's change is none."""
+    tensors = network.state_dict(keep_vars=True).items()
+    return tuple(
+        (name, tensor.dtype, 0 if tensor.is_inference() else tensor._version) for name, tensor in tensors
+    )
 
 
 def fingerprint(network: nn.Module) -> str:
