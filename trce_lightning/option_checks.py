@@ -66,7 +66,10 @@ def check_model(model: ModelConfig, option: str) -> None:
 
 def _check_single_file(model: ModelConfig, option: str) -> None:
     if Path(str(model.path)).suffix != ".safetensors":
-        raise InputError(f"option {option!r}: expected a folder or a .safetensors file, got {model.path!r}")
+        raise InputError(
+            f"option {option!r}: expected a folder or a .safetensors file, got {model.path!r}; others "
+            "(.ckpt, .pt) are pickles, which can run code when they are opened"
+        )
     if model.config is None and model.hub_id is None:
         raise InputError(
             "option 'model.config': expected the folder or hub id of the pipeline that "

@@ -19,15 +19,17 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 def previous_alpha_bar(
     alphas_cumprod: Tensor, timesteps: Tensor, step_index: int, set_alpha_to_one: bool
 ) -> Tensor:
-    """ᾱ of the latent that step `step_index` arrives at: that of the next timestep, a scalar tensor.
+    """ᾱ of the latent that step `step_index` arrives at, a scalar tensor: T // n timesteps further down.
 
-    After the last of `timesteps` (the whole descending list, not a part of it) it is 1 with
-    `set_alpha_to_one`, else `alphas_cumprod[0]`. ValueError when `step_index` is out of range.
+    T is the number of training timesteps, n that of `timesteps`, the whole descending list. As in diffusers,
+    that is the next of them where they are equally far apart, and next to it where they are rounded. Below 0
+    it is 1 with `set_alpha_to_one`, else `alphas_cumprod[0]`. ValueError when `step_index` is out of range.
     """
     if not 0 <= step_index < len(timesteps):
         raise ValueError(f"step_index must be in [0, {len(timesteps)}), got {step_index}")
-    if step_index + 1 < len(timesteps):
-        return alphas_cumprod[timesteps[step_index + 1]]
+    previous = int(timesteps[step_index]) - len(alphas_cumprod) // len(timesteps)
+    if previous >= 0:
+        return alphas_cumprod[previous]
     return torch.ones_like(alphas_cumprod[0]) if set_alpha_to_one else alphas_cumprod[0]
 
 

@@ -95,7 +95,7 @@ def _encode_each(
     adapter: StableDiffusionAdapter, prompts: Sequence[str], *, trimmed: bool
 ) -> list[TextStates]:
     """Every prompt's states ``[1, L, d]``, encoded together with prompts of like length, to trim most."""
-    lengths = [len(ids) for ids in adapter.tokenizer(list(prompts), truncation=True).input_ids]
+    lengths = [len(ids) for ids in adapter.token_ids(prompts, cut=True)]
     encoded: dict[int, TextStates] = {}
     for rows in tqdm(batches_by_length(lengths), "encoding pairs", leave=False):
         text = adapter.encode([prompts[row] for row in rows], trimmed=trimmed)
@@ -127,8 +127,8 @@ def _aligned(
 def keyword_mask(adapter: StableDiffusionAdapter, input_ids: Tensor, terms: Sequence[str]) -> Tensor:
     """True where a prompt's tokens spell its term, bool ``[B, L]``; all False where the term isn't found."""
     mask = torch.zeros_like(input_ids, dtype=torch.bool)
-    for row, term in enumerate(terms):
-        word = torch.tensor(adapter.tokenizer(term, add_special_tokens=False).input_ids)
+    for row, ids in enumerate(adapter.token_ids(terms, special=False)):
+        word = torch.tensor(ids)
         if len(word) > input_ids.shape[1]:
             continue
         windows = input_ids[row].unfold(0, len(word), 1)

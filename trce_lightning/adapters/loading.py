@@ -6,11 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
 
+from trce_lightning.adapters.folder import lacks_weights, open_networks
 from trce_lightning.adapters.refusals import refuse_other_pipelines
-from trce_lightning.adapters.single_file import NETWORKS, original_state
+from trce_lightning.adapters.single_file import (
+    CLIP,
+    NETWORKS,
+    current_name,
+    text_state,
+    unet_state,
+    vae_state,
+)
 from trce_lightning.adapters.stable_diffusion import StableDiffusionAdapter
 from trce_lightning.errors import InputError
 
@@ -36,7 +46,7 @@ def load_adapter(
     """Open a pipeline folder, a ``.safetensors`` file, or a hub id ``owner/name``; a ``Path`` is no hub id.
 
     Args:
-        source: folder, file or hub id. A folder of fp16 weights alone opens as well as one of float32.
+        source: folder, file or hub id. Each network of a folder may be stored in float32 or half precision.
         dtype: of all networks, whatever that of the stored weights.
         revision: commit, tag or branch on the hub.
         resolution: pixels; None is the model's own.
@@ -47,76 +57,147 @@ def load_adapter(
     Raises:
         FileNotFoundError: ``source`` or ``config`` is a path and holds no pipeline; no hub is asked for it.
             Or the files of ``config`` can't be had.
-        InputError: the method doesn't fit the model, or a file is no checkpoint of one.
+        InputError: the method doesn't fit the model, or its files don't hold all of it.
     """
     if Path(source).is_file():
         pipeline = _open_file(Path(source), config, dtype, revision)
     else:
-        _check_folder("model.path", source)
-        refuse_other_pipelines(_index("model.path", source, revision), str(source))
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            str(source), dtype=dtype, revision=revision, variant=_variant(Path(source)), **WITHOUT_CHECKER
-        )
+        pipeline = _open_folder(source, dtype, revision)
     pipeline.set_progress_bar_config(disable=True)
     adapter = StableDiffusionAdapter(pipeline, resolution=resolution, name=str(source))
     return adapter.to_channels_last() if channels_last else adapter
 
 
+def _open_folder(source: str | Path, dtype: torch.dtype, revision: str | None) -> StableDiffusionPipeline:
+    _check_folder("model.path", source)
+    index = _index("model.path", source, revision)
+    refuse_other_pipelines(index, str(source))
+    folder = Path(source) if Path(source).is_dir() else _downloaded(str(source), index, revision)
+    networks = open_networks(folder, index, dtype)
+    return StableDiffusionPipeline.from_pretrained(str(folder), dtype=dtype, **networks, **WITHOUT_CHECKER)
+
+
+def _downloaded(hub_id: str, index: dict[str, Any], revision: str | None) -> Path:
+    """The folder of a hub id in the local cache; of half precision where the hub has no other."""
+    folder = Path(StableDiffusionPipeline.download(hub_id, revision=revision, **WITHOUT_CHECKER))
+    if not lacks_weights(folder, index):
+        return folder
+    try:
+        half = StableDiffusionPipeline.download(hub_id, revision=revision, variant="fp16", **WITHOUT_CHECKER)
+    except ValueError:  # no such variant
+        return folder
+    return Path(half)
+
+
 def _open_file(
     file: Path, config: str | Path | None, dtype: torch.dtype, revision: str | None
 ) -> StableDiffusionPipeline:
-    names = _names(file)
+    stored = _stored_shapes(file)
     if config is None:
         raise InputError(
             f"model.config: expected the folder or hub id of the pipeline that '{file}' is a checkpoint of, "
             "for its tokenizer, scheduler and sizes, got none"
         )
     _check_folder("model.config", config)
-    refuse_other_pipelines(_index("model.config", config, revision), str(config))
+    index = _index("model.config", config, revision)
+    refuse_other_pipelines(index, str(config))
+    if index["vae"][1] != AutoencoderKL.__name__:
+        raise InputError(
+            f"model.config: expected a pipeline with an {AutoencoderKL.__name__}, as single files have, got "
+            f"{index['vae'][1]} in '{config}'"
+        )
     try:
-        pipeline = StableDiffusionPipeline.from_single_file(
-            str(file), config=str(config), dtype=dtype, revision=revision, **WITHOUT_CHECKER
+        _refuse_other_tensors(file, stored, config, revision)
+        parts = {"text_encoder": _old_text_encoder(file, config, dtype, revision)}
+        return StableDiffusionPipeline.from_single_file(
+            str(file),
+            config=str(config),
+            dtype=dtype,
+            revision=revision,
+            image_encoder=None,
+            **{name: part for name, part in parts.items() if part is not None},
+            **WITHOUT_CHECKER,
         )
     except OSError as error:
         raise FileNotFoundError(
             f"model.config: expected all configuration files of '{config}' in a folder or from the hub, got: "
             f"{_first_line(error)}"
         ) from error
-    except (RuntimeError, ValueError) as error:  # tensors of other sizes, or none of a network
-        raise InputError(
-            f"model.config: expected the pipeline that '{file}' is a checkpoint of, got '{config}': "
-            f"{_first_line(error)}"
-        ) from error
-    # What a file lacks would stay as initialised.
-    if missing := original_state(pipeline).keys() - names:
-        raise InputError(
-            f"model.path: expected all tensors of '{config}', got '{file}' without {len(missing)} of them, "
-            f"such as {min(missing)}"
-        )
-    return pipeline
 
 
-def _names(file: Path) -> set[str]:
-    """Tensors of a file; refuses by its header alone what is no Stable Diffusion 1.x or 2.x."""
+def _stored_shapes(file: Path) -> dict[str, list[int]]:
+    """Shapes by name; refuses by the file's header alone what is no Stable Diffusion 1.x or 2.x."""
     if file.suffix != SUFFIX:
-        raise InputError(f"model.path: expected a folder or a {SUFFIX} file, got '{file}'")
+        raise InputError(
+            f"model.path: expected a folder or a {SUFFIX} file, got '{file}'; others (.ckpt, .pt) are "
+            f"pickles, which can run code when they are opened: take the same model as {SUFFIX}"
+        )
     try:
         with safe_open(file, "pt") as opened:
-            names = set(opened.keys())
+            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise InputError(f"model.path: expected a readable {SUFFIX} file, got '{file}': {error}") from error
-    if any(name.startswith("conditioner.embedders.") for name in names):
+    if any(name.startswith("conditioner.embedders.") for name in shapes):
         raise InputError(
             f"model: expected one text encoder, got two (Stable Diffusion XL) in '{file}', which have no "
             "adapter yet"
         )
-    absent = [prefix for prefix in NETWORKS if not any(name.startswith(prefix) for name in names)]
+    absent = [prefix for prefix in NETWORKS if not any(name.startswith(prefix) for name in shapes)]
     if absent:
         raise InputError(
             f"model.path: expected a checkpoint of Stable Diffusion 1.x or 2.x, got '{file}' without any "
             f"tensor named {' or '.join(f'{prefix}*' for prefix in absent)}"
         )
-    return names
+    return {current_name(name): shape for name, shape in shapes.items()}
+
+
+def _refuse_other_tensors(
+    file: Path, stored: dict[str, list[int]], config: str | Path, revision: str | None
+) -> None:
+    """Compare with the networks of ``config``: what a file lacks would stay as initialised."""
+    expected = _expected_state(config, revision)
+    if missing := sorted(expected.keys() - stored.keys()):
+        raise InputError(
+            f"model.path: expected all tensors of '{config}', got '{file}' without {len(missing)} of them, "
+            f"such as {missing[0]}"
+        )
+    other = [name for name, part in expected.items() if _plain(stored[name]) != _plain(part.shape)]
+    if other:
+        raise InputError(
+            f"model.config: expected the pipeline that '{file}' is a checkpoint of, got '{config}': "
+            f"{len(other)} tensors have other shapes, such as {other[0]}: {stored[other[0]]} for "
+            f"{[*expected[other[0]].shape]}"
+        )
+
+
+def _expected_state(config: str | Path, revision: str | None) -> dict[str, Tensor]:
+    """All tensors that ``config`` describes by the original names, without memory of their own."""
+    place: dict[str, Any] = {"pretrained_model_name_or_path": str(config), "revision": revision}
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(**place, subfolder="unet"))
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(**place, subfolder="vae"))
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(**place, subfolder="text_encoder"))
+    state = {NETWORKS[0] + name: tensor for name, tensor in unet_state(unet).items()}
+    state |= {NETWORKS[1] + name: tensor for name, tensor in vae_state(vae).items()}
+    return state | text_state(text_encoder)
+
+
+def _plain(shape: list[int] | torch.Size) -> list[int]:
+    """A shape without what a 1×1 convolution has more than a matrix."""
+    return list(shape[:2]) if len(shape) == 4 and list(shape[2:]) == [1, 1] else list(shape)
+
+
+def _old_text_encoder(
+    file: Path, config: str | Path, dtype: torch.dtype, revision: str | None
+) -> CLIPTextModel | None:
+    """The text encoder of a file with names from before transformers had ``text_model`` in them."""
+    with safe_open(file, "pt") as opened:
+        old = {name: current_name(name) for name in opened.keys() if current_name(name) != name}  # noqa: SIM118
+        state = {new.removeprefix(CLIP): opened.get_tensor(name) for name, new in old.items()}
+    if not state:
+        return None
+    sizes = CLIPTextConfig.from_pretrained(str(config), subfolder="text_encoder", revision=revision)
+    return CLIPTextModel.from_pretrained(None, config=sizes, state_dict=state, dtype=dtype)
 
 
 def _first_line(error: Exception) -> str:
@@ -138,9 +219,3 @@ def _index(option: str, source: str | Path, revision: str | None) -> dict[str, A
             f"{option}: expected a pipeline in a folder, in the local cache or on the hub, got '{source}', "
             f"whose {INDEX} can't be read ({reason})"
         ) from error
-
-
-def _variant(folder: Path) -> str | None:
-    """``fp16`` where that is all that a folder has of the denoiser."""
-    names = [file.name for file in folder.glob(f"unet/*{SUFFIX}")]
-    return "fp16" if names and all(".fp16." in name for name in names) else None

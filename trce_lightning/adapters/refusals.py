@@ -6,19 +6,31 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderKL,
+    AutoencoderTiny,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from trce_lightning.adapters.in_memory import refuse_unusable_weights
 from trce_lightning.errors import InputError
 
 PIPELINE = StableDiffusionPipeline.__name__
+AUTOENCODERS = tuple(kind.__name__ for kind in (AutoencoderKL, AutoencoderTiny, AsymmetricAutoencoderKL))
+"""Their decoders draw no noise of their own."""
+PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor")
+"""Ways to compute the same attention."""
 
 
 def refuse_other_pipelines(index: Mapping[str, Any], source: str) -> None:
     """``InputError`` naming the reason unless a ``model_index.json`` is Stable Diffusion 1.x or 2.x's."""
     name = index.get("_class_name")
-    if name == PIPELINE and index.get("unet", [None, None])[1] == UNet2DConditionModel.__name__:
+    if name == PIPELINE and _class_of(index, "unet") == UNet2DConditionModel.__name__:
+        _refuse_other_parts(index, source)
         return
     if "text_encoder_2" in index and "unet" in index:
         reason = "two text encoders have no adapter yet"
@@ -31,45 +43,127 @@ def refuse_other_pipelines(index: Mapping[str, Any], source: str) -> None:
     raise InputError(f"model: expected a {PIPELINE}, got {name} in '{source}': {reason}")
 
 
+def _refuse_other_parts(index: Mapping[str, Any], source: str) -> None:
+    if (found := _class_of(index, "vae")) not in AUTOENCODERS:
+        raise InputError(f"model: expected a vae of {', '.join(AUTOENCODERS)}, got {found} in '{source}'")
+    library, *_ = index.get("text_encoder") or [None]
+    if library != "transformers":
+        raise InputError(
+            f"model: expected a text encoder of the library transformers, got {library} in '{source}'; code "
+            "that comes with a model is never run"
+        )
+
+
+def _class_of(index: Mapping[str, Any], part: str) -> str | None:
+    return (index.get(part) or [None, None])[1]
+
+
 def refuse_what_the_method_does_not_fit(pipeline: StableDiffusionPipeline) -> None:
-    """``InputError`` naming the reason when an edit of K and V would be wrong or without effect."""
+    """``InputError`` naming the reason when an edit of K and V would be wrong or without effect.
+
+    Or when a part of the model would go unread, so that pictures were not those of its own pipeline.
+    """
+    refuse_unusable_weights(pipeline)
     unet = getattr(pipeline, "unet", None)
     if not isinstance(unet, UNet2DConditionModel):
-        raise InputError(
-            "model: expected a UNet2DConditionModel denoiser; joint attention has no adapter yet"
-        )
+        raise InputError(f"model: expected a UNet2DConditionModel denoiser; {_other_denoiser(pipeline)}")
     if getattr(pipeline, "text_encoder_2", None) is not None:
         raise InputError("model: expected one text encoder; two (Stable Diffusion XL) have no adapter yet")
-    if unet.encoder_hid_proj is not None:
-        raise InputError("model: expected raw text states; a model with encoder_hid_proj has no adapter yet")
-    if unet.config.in_channels != pipeline.vae.config.latent_channels:
-        raise InputError(
-            f"model: expected a denoiser of {pipeline.vae.config.latent_channels} latent channels, got "
-            f"{unet.config.in_channels}; inpainting and the like have no adapter yet"
-        )
-    for network in (unet, pipeline.text_encoder):
-        _refuse_unmerged_lora(network)
-    _refuse_other_projections(unet, pipeline.text_encoder.config.hidden_size)
+    for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        if getattr(pipeline, part, None) is None:
+            raise InputError(f"model: expected a pipeline with a {part}, got none")
+    _refuse_other_autoencoders(pipeline)
+    _refuse_other_conditions(unet)
+    _refuse_other_attention(unet, pipeline.text_encoder.config.hidden_size)
+    _refuse_other_tokens(pipeline)
     _refuse_unless_causal(pipeline)
 
 
-def _refuse_unmerged_lora(network: nn.Module) -> None:
-    # PEFT's layers, told by what they wrap: PEFT itself need not be installed.
-    wrapped = [name for name, module in network.named_modules() if hasattr(module, "base_layer")]
-    if wrapped:
+def _other_denoiser(pipeline: Any) -> str:
+    if getattr(pipeline, "transformer", None) is not None:
+        return "joint attention has no adapter yet"
+    return f"got {type(getattr(pipeline, 'unet', None)).__name__}"
+
+
+def _refuse_other_autoencoders(pipeline: StableDiffusionPipeline) -> None:
+    unet, vae = pipeline.unet.config, pipeline.vae
+    if type(vae).__name__ not in AUTOENCODERS:
         raise InputError(
-            f"model: expected plain weights, got {len(wrapped)} layers with LoRA, such as {wrapped[0]}; call "
-            "fuse_lora() and unload_lora_weights() first"
+            f"model: expected a vae of {', '.join(AUTOENCODERS)}, got {type(vae).__name__}; one that draws "
+            "noise of its own, or has other latents, has no adapter yet"
+        )
+    if unet.in_channels != vae.config.latent_channels:
+        raise InputError(
+            f"model: expected a denoiser of {vae.config.latent_channels} latent channels, got "
+            f"{unet.in_channels}; inpainting and the like have no adapter yet"
+        )
+    if unet.out_channels != unet.in_channels:
+        raise InputError(
+            f"model: expected a denoiser that predicts {unet.in_channels} channels, got {unet.out_channels}; "
+            "predicted variances have no adapter yet"
         )
 
 
-def _refuse_other_projections(unet: UNet2DConditionModel, width: int) -> None:
+def _refuse_other_conditions(unet: UNet2DConditionModel) -> None:
+    """What the denoiser reads besides latents, timestep and text states, or the text a second time."""
+    config, hint = unet.config, ""
+    if config.time_cond_proj_dim is not None:
+        reads = "the guidance scale (time_cond_proj_dim, as of latent consistency models)"
+    elif unet.class_embedding is not None:
+        reads = "class labels (class_embed_type or num_class_embeds)"
+    elif config.addition_embed_type is not None:
+        reads = f"further embeddings (addition_embed_type {config.addition_embed_type})"
+    elif unet.encoder_hid_proj is not None:
+        reads = f"projected states or a picture (encoder_hid_proj, {config.encoder_hid_dim_type})"
+        hint = "; call unload_ip_adapter() first" if config.encoder_hid_dim_type == "ip_image_proj" else ""
+    elif config.dual_cross_attention:
+        reads = "two kinds of states in turns (dual_cross_attention)"
+    else:
+        return
+    raise InputError(
+        f"model: expected a denoiser of latents, timestep and raw text states alone, got one that reads "
+        f"{reads}, which has no adapter yet{hint}"
+    )
+
+
+def _refuse_other_attention(unet: UNet2DConditionModel, width: int) -> None:
     attentions = [module for module in unet.modules() if isinstance(module, Attention)]
     if any(module.fused_projections for module in attentions):
         raise InputError("model: expected separate K and V; call unfuse_qkv_projections() first")
+    kinds = {type(module.processor).__name__ for module in attentions} - set(PROCESSORS)
+    added = any(module.added_kv_proj_dim is not None for module in attentions)
+    if kinds and not added:
+        raise InputError(
+            f"model: expected the usual attention processors ({', '.join(PROCESSORS)}), got "
+            f"{', '.join(sorted(kinds))}, whose K and V may be others; call "
+            "pipeline.unet.set_attn_processor(AttnProcessor2_0()) if the model is right without them"
+        )
+    if added or any(module.norm_cross is not None for module in attentions):
+        raise InputError(
+            "model: expected K and V of raw text states, got some of normalised ones (cross_attention_norm "
+            "or added_kv_proj_dim), which has no adapter yet"
+        )
     cross = [module for module in attentions if module.is_cross_attention]
     if not cross or any(m.to_k.bias is not None or m.to_k.in_features != width for m in cross):
         raise InputError(f"model: expected bias-free cross-attention on text states of width {width}")
+    if any(type(getattr(m, part)) is not nn.Linear for m in cross for part in ("to_q", "to_k", "to_v")):
+        raise InputError("model: expected plain linear layers for Q, K and V, got others")
+
+
+def _refuse_other_tokens(pipeline: StableDiffusionPipeline) -> None:
+    tokenizer, positions = pipeline.tokenizer, pipeline.text_encoder.config.max_position_embeddings
+    if tokenizer.model_max_length > positions:
+        raise InputError(
+            f"model: expected a tokenizer whose model_max_length is at most the text encoder's {positions} "
+            f'positions, got {tokenizer.model_max_length:g}; write "model_max_length": {positions} into '
+            "tokenizer/tokenizer_config.json, or set pipeline.tokenizer.model_max_length"
+        )
+    ids = tokenizer("").input_ids
+    if not ids or ids[0] != tokenizer.bos_token_id or tokenizer.eos_token_id not in ids[1:]:
+        raise InputError(
+            "model: expected a tokenizer that puts a start before a text and an end after it, got "
+            f"{tokenizer.convert_ids_to_tokens(ids)} for the empty text"
+        )
 
 
 @torch.no_grad()
@@ -77,6 +171,13 @@ def _refuse_unless_causal(pipeline: StableDiffusionPipeline) -> None:
     start, end = pipeline.tokenizer.bos_token_id, pipeline.tokenizer.eos_token_id
     device = pipeline.text_encoder.device
     short, other = torch.tensor([[start, end, end]]), torch.tensor([[start, end, start]])
-    before, after = (pipeline.text_encoder(ids.to(device))[0][:, :2] for ids in (short, other))
-    if not torch.allclose(before, after, atol=1e-3, equal_nan=True):  # NaN has another reason, told later
+    before, after = (pipeline.text_encoder(ids.to(device))[0] for ids in (short, other))
+    width = pipeline.text_encoder.config.hidden_size
+    if before.shape != (1, 3, width):
+        raise InputError(
+            f"model: expected a text encoder that gives states of every position first, got "
+            f"{type(pipeline.text_encoder).__name__}, whose first output has the shape {[*before.shape]}"
+        )
+    # NaN has another reason, told later.
+    if not torch.allclose(before[:, :2], after[:, :2], atol=1e-3, equal_nan=True):
         raise InputError("model: expected a causal text encoder; this one's end of text sees what follows it")

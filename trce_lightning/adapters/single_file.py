@@ -19,6 +19,8 @@ from trce_lightning.errors import InputError
 NETWORKS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
 """Denoiser, autoencoder and text encoder."""
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
+OLD_CLIP = re.compile(r"cond_stage_model\.transformer\.(?=embeddings\.|encoder\.|final_layer_norm\.)")
+"""CLIP's prefix in some files of 1.x, which were written without the module ``text_model``."""
 OPEN_CLIP_WIDTH = 1024
 """Of text states: by it readers tell 2.x, whose text encoder goes by OpenCLIP's names, from 1.x."""
 UNKNOWN = "export: expected the parts of Stable Diffusion 1.x or 2.x for single_file, got '{}'"
@@ -86,6 +88,11 @@ def original_state(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
     state |= {vae + name: tensor for name, tensor in vae_state(pipeline.vae).items()}
     state |= text_state(pipeline.text_encoder)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def current_name(name: str) -> str:
+    """Return a stored tensor's name with CLIP's prefix as it is usual."""
+    return OLD_CLIP.sub(CLIP, name)
 
 
 def unet_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:

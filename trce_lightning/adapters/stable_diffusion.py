@@ -9,12 +9,14 @@ from fnmatch import fnmatch
 from typing import NamedTuple
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from transformers import BatchEncoding
 
 from trce_lightning.adapters.finite import Finite, check_finite, not_finite
 from trce_lightning.adapters.refusals import refuse_what_the_method_does_not_fit
+from trce_lightning.adapters.schedule import check_placed, ddim_of
 from trce_lightning.adapters.single_file import original_state
 from trce_lightning.errors import InputError
 from trce_lightning.sampling import ddim_step, previous_alpha_bar
@@ -48,8 +50,8 @@ class StableDiffusionAdapter:
         self.name = name or pipeline.name_or_path or "the pipeline in memory"
         self.unet: UNet2DConditionModel = pipeline.unet
         self.tokenizer, self.text_encoder, self.vae = pipeline.tokenizer, pipeline.text_encoder, pipeline.vae
-        self.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-        side = resolution or self.unet.config.sample_size * pipeline.vae_scale_factor
+        self.scheduler = ddim_of(pipeline.scheduler)
+        side = resolution or _latent_side(self.unet) * pipeline.vae_scale_factor
         if side % pipeline.vae_scale_factor:
             raise InputError(
                 f"model.resolution: expected a multiple of {pipeline.vae_scale_factor} pixels, got {side}"
@@ -84,7 +86,7 @@ class StableDiffusionAdapter:
     def timesteps(self, num_steps: int) -> Tensor:
         """Descending timesteps of a sampling run with the model's own spacing, ``[num_steps]`` int64."""
         self.scheduler.set_timesteps(num_steps)
-        return self.scheduler.timesteps.cpu()
+        return check_placed(self.scheduler.timesteps.cpu(), len(self.alphas_cumprod), num_steps)
 
     def to(self, device: torch.device | str) -> StableDiffusionAdapter:
         """Move all networks."""
@@ -99,18 +101,46 @@ class StableDiffusionAdapter:
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Token ids padded (and truncated) to the model's length, ``[B, L]`` on the CPU."""
-        return self.tokenizer(
-            list(prompts),
+        return self._tokens(prompts).input_ids
+
+    def _tokens(self, prompts: Sequence[str]) -> BatchEncoding:
+        tokens = self.tokenizer(
+            self.written_out(prompts),
             padding="max_length",
             truncation=True,
             max_length=self.tokenizer.model_max_length,
             return_tensors="pt",
+        )
+        last, known = int(tokens.input_ids.max()), self.text_encoder.get_input_embeddings().num_embeddings
+        if last >= known:
+            raise InputError(
+                f"model: expected embeddings for every token, got {known} and none for "
+                f"{self.tokenizer.convert_ids_to_tokens(last)!r}; load the textual inversion into tokenizer "
+                "and text encoder"
+            )
+        return tokens
+
+    def written_out(self, prompts: Sequence[str]) -> list[str]:
+        """Prompts with a textual inversion of several vectors as its tokens ``<x> <x>_1 …``, as diffusers."""
+        added = self.tokenizer.added_tokens_encoder
+        if any(f"{token}_1" in added for token in added):
+            return self.pipeline.maybe_convert_prompt(list(prompts), self.tokenizer)
+        return list(prompts)
+
+    def token_ids(
+        self, prompts: Sequence[str], *, special: bool = True, cut: bool = False
+    ) -> list[list[int]]:
+        """Token ids of each prompt without padding.
+
+        ``special`` has start and end, ``cut`` at most the model's length.
+        """
+        return self.tokenizer(
+            self.written_out(prompts), add_special_tokens=special, truncation=cut, verbose=False
         ).input_ids
 
     def fits(self, prompt: str) -> bool:
         """Whether the model reads the whole prompt."""
-        tokens = self.tokenizer(prompt, truncation=False, verbose=False).input_ids
-        return len(tokens) <= self.tokenizer.model_max_length
+        return len(self.token_ids([prompt])[0]) <= self.tokenizer.model_max_length
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, trimmed: bool = False) -> TextStates:
@@ -118,13 +148,16 @@ class StableDiffusionAdapter:
 
         A causal encoder's EoT doesn't see what follows it, so trimming leaves positions up to EoT unchanged.
         """
-        input_ids = self.tokenize(prompts)
-        if trimmed:
-            input_ids = input_ids[:, : trim_length(input_ids, self.tokenizer.eos_token_id)]
+        tokens = self._tokens(prompts)
+        length = trim_length(tokens.input_ids, self.tokenizer.eos_token_id) if trimmed else None
+        input_ids, mask = tokens.input_ids[:, :length], tokens.attention_mask[:, :length]
         device = self.text_encoder.device
+        options = {}
+        if getattr(self.text_encoder.config, "use_attention_mask", False):
+            options["attention_mask"] = mask.to(device)
         # Lightning's hooks autocast in some places and not in others: states would depend on who asks.
         with torch.autocast(device.type, enabled=False):
-            states = self.text_encoder(input_ids.to(device))[0].float()
+            states = self.text_encoder(input_ids.to(device), **options)[0].float()
         if not states.isfinite().all():
             row = int(states.isfinite().all(-1).all(-1).int().argmin())
             raise not_finite(self.name, f"the text states of '{prompts[row]}'", self.text_encoder)
@@ -170,7 +203,9 @@ class StableDiffusionAdapter:
     def encode_images(self, images: Tensor) -> Tensor:
         """uint8 RGB ``[B, 3, H, W]`` → latents, float32: means of the autoencoder's posterior, scaled."""
         pixels = (images.float() / 127.5 - 1).to(self.vae.device, self.vae.dtype)
-        means = [self.vae.encode(part).latent_dist.mean for part in pixels.split(self._images_at_once)]
+        parts = [self.vae.encode(part) for part in pixels.split(self._images_at_once)]
+        # An AutoencoderTiny has no posterior.
+        means = [part.latent_dist.mean if "latent_dist" in part else part.latents for part in parts]
         latents = torch.cat(means).float() * self.vae.config.scaling_factor
         return check_finite(
             self.name, "the latents that the autoencoder makes of a picture", latents, self.vae
@@ -266,6 +301,18 @@ def _versions(network: nn.Module) -> _Versions:
     return tuple(
         (name, tensor.dtype, 0 if tensor.is_inference() else tensor._version) for name, tensor in tensors
     )
+
+
+def _latent_side(unet: UNet2DConditionModel) -> int:
+    """Side of the latents that the denoiser was made for: a number, or two equal ones."""
+    size = unet.config.sample_size
+    sides = {size} if isinstance(size, int) else set(size or [])
+    if len(sides) != 1:
+        raise InputError(
+            f"model.resolution: expected pixels of a side, since the model's own sample_size is {size} and "
+            "pictures are square"
+        )
+    return sides.pop()
 
 
 def fingerprint(network: nn.Module) -> str:

@@ -1,0 +1,141 @@
+"""Networks of a pipeline folder: which of their files are read, and whether these hold all of a network.
+
+Pickled weights (``.bin``) are read as tensors alone: diffusers and transformers load them with torch's
+``weights_only``, which runs no code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from trce_lightning.errors import InputError
+
+log = logging.getLogger(__name__)
+NETWORKS = ("unet", "text_encoder", "vae")
+STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "(?:pytorch_)?model"}
+PREFERRED = (None, "fp16", "bf16")
+"""Variants, the most exact first; others follow by name."""
+
+
+class Form(NamedTuple):
+    """How a network's weights are stored."""
+
+    variant: str | None
+    """What stands in the files' names, such as ``fp16``."""
+    suffix: str
+    """``safetensors`` or ``bin``."""
+
+
+def open_networks(folder: Path, index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Return denoiser, text encoder and autoencoder of a folder by their names in its index.
+
+    ``InputError`` when the weights of one are not there, can't be read, or aren't those that it is built of.
+    """
+    return {name: _open_network(folder / name, index[name], dtype) for name in NETWORKS}
+
+
+def lacks_weights(folder: Path, index: Mapping[str, Any]) -> bool:
+    """Whether a network's folder has no weights in any form."""
+    return any(not forms(folder / name, index[name][0]) for name in NETWORKS)
+
+
+def forms(folder: Path, library: str) -> list[Form]:
+    """Return the forms in which weights lie in a network's folder, the first to be taken first.
+
+    A file is one form, and so is an index of shards. Full precision goes before half, safetensors before bin.
+    """
+    stem, name = STEMS[library], r"[^.-]+"
+    patterns = (
+        rf"{stem}(?:\.(?P<variant>{name}))?\.(?P<suffix>safetensors|bin)",
+        rf"{stem}\.(?P<suffix>safetensors|bin)\.index(?:\.(?P<variant>{name}))?\.json",
+        rf"{stem}\.(?P<suffix>safetensors|bin)\.(?P<variant>{name})\.index\.json",
+    )
+    files = folder.iterdir() if folder.is_dir() else ()
+    matches = [re.fullmatch(pattern, file.name) for file in files for pattern in patterns]
+    found = {Form(match["variant"], match["suffix"]) for match in matches if match}
+    return sorted(found, key=_rank)
+
+
+def _rank(form: Form) -> tuple[int, str, bool]:
+    preferred = PREFERRED.index(form.variant) if form.variant in PREFERRED else len(PREFERRED)
+    return preferred, form.variant or "", form.suffix == "bin"
+
+
+def _open_network(folder: Path, entry: Sequence[str], dtype: torch.dtype) -> nn.Module:
+    library, class_name = entry
+    found = forms(folder, library)
+    if not found:
+        raise InputError(
+            f"model.path: expected weights of {folder.name} in '{folder}', as .safetensors or .bin, got none"
+        )
+    _refuse_quantized(folder)
+    form = found[0]
+    if form.variant is not None:
+        log.info("%s: read in its stored form %s", folder.name, form.variant)
+    options = {"variant": form.variant, "use_safetensors": form.suffix == "safetensors", "dtype": dtype}
+    if library == "transformers":
+        options["ignore_mismatched_sizes"] = True  # named below
+    network_class = getattr(importlib.import_module(library), class_name)
+    try:
+        network, report = network_class.from_pretrained(
+            str(folder), output_loading_info=True, local_files_only=True, **options
+        )
+    except (OSError, SafetensorError, pickle.UnpicklingError) as error:
+        raise InputError(
+            f"model.path: expected weights of {folder.name} that can be read, got damaged ones in "
+            f"'{folder}': {_first_line(error)}; get them anew{_pointers(folder)}"
+        ) from error
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"model.path: expected weights of {folder.name} that fit '{folder / 'config.json'}', got others: "
+            f"{_first_line(error)}"
+        ) from error
+    _refuse_incomplete(folder, report)
+    return network
+
+
+def _refuse_incomplete(folder: Path, report: Mapping[str, Any]) -> None:
+    """What is missing from the files has just been filled with random numbers."""
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"model.path: expected all tensors of {folder.name}, got '{folder}' without {len(missing)} of "
+            f"them, such as {missing[0]}; get the folder anew"
+        )
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise InputError(
+            f"model.path: expected weights of {folder.name} that fit '{folder / 'config.json'}', got "
+            f"{len(mismatched)} of other shapes, such as {name}: {[*stored]} for {[*expected]}"
+        )
+
+
+def _refuse_quantized(folder: Path) -> None:
+    file = folder / "config.json"
+    if file.is_file() and "quantization_config" in json.loads(file.read_text(encoding="utf-8")):
+        raise InputError(
+            f"model.path: expected plain weights of {folder.name}, got quantized ones in '{folder}', which "
+            "can't be edited; take the model that they were made from"
+        )
+
+
+def _pointers(folder: Path) -> str:
+    """A hint where a file is only git-lfs's pointer to itself."""
+    for file in (file for file in folder.iterdir() if file.is_file() and file.stat().st_size < 1024):
+        if file.read_bytes().startswith(b"version https://git-lfs"):
+            return f" ('{file.name}' is git-lfs's pointer: run git lfs pull)"
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

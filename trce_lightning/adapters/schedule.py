@@ -1,0 +1,93 @@
+"""A model's noise schedule: read from its own scheduler, whichever class that is, into diffusers' DDIM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from trce_lightning.errors import InputError
+from trce_lightning.sampling import PREDICTION_TYPES
+
+NOISE_SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
+"""What decides ᾱ and what the network predicts, by diffusers' names."""
+ATOL = 1e-6
+"""Of ᾱ. Some schedulers write 2⁻²⁴ for zero."""
+
+
+def ddim_of(scheduler: Any) -> DDIMScheduler:
+    """Return the DDIM scheduler of the same noise schedule. ``InputError`` when there is none.
+
+    The schedule is passed by name: diffusers' ``from_config`` replaces what is another class's default by its
+    own, and ends of β differ between classes. ``clip_sample`` is off, as diffusers turns it off in whatever
+    pipeline it opens.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    _refuse_other_processes(scheduler)
+    schedule = {key: config[key] for key in NOISE_SCHEDULE if key in config}
+    try:
+        ddim = DDIMScheduler.from_config(config, **schedule, clip_sample=False)
+    except NotImplementedError as error:
+        raise InputError(f"model: expected a noise schedule that DDIM has, got {name}: {error}") from error
+    if not has_schedule(scheduler, ddim.alphas_cumprod):
+        raise InputError(f"model: expected the noise schedule that {name}'s settings name, got another")
+    if ddim.config.prediction_type == "epsilon" and bool((ddim.alphas_cumprod == 0).any()):
+        raise InputError(
+            f"model: expected prediction_type v_prediction with rescale_betas_zero_snr, got epsilon in "
+            f"{name}: noise that is predicted from noise alone says nothing of the picture"
+        )
+    return ddim
+
+
+def has_schedule(scheduler: Any, alphas_cumprod: Tensor) -> bool:
+    """Whether a scheduler's own ᾱ are these."""
+    own = scheduler.alphas_cumprod
+    return own.shape == alphas_cumprod.shape and torch.allclose(
+        own.double().cpu(), alphas_cumprod.double().cpu(), atol=ATOL
+    )
+
+
+def check_placed(timesteps: Tensor, available: int, num_steps: int) -> Tensor:
+    """Return ``timesteps``. ``InputError`` when diffusers has placed one outside ``[0, available)``.
+
+    Rounding does that: with the spacing "trailing" for 61 steps, with "leading" for as many as there are.
+    """
+    if int(timesteps.min()) < 0 or int(timesteps.max()) >= available:
+        raise InputError(
+            f"num_inference_steps: expected a number whose steps lie between 0 and {available - 1}, got "
+            f"{num_steps}, which diffusers places from {int(timesteps.max())} to {int(timesteps.min())}; "
+            "take one step less"
+        )
+    return timesteps
+
+
+def _refuse_other_processes(scheduler: Any) -> None:
+    name, config = type(scheduler).__name__, scheduler.config
+    if not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
+        raise InputError(
+            f"model: expected a scheduler with a noise schedule (betas), got {name}; models of flow matching "
+            "and of continuous noise levels have no adapter yet"
+        )
+    prediction_type = config.get("prediction_type", "epsilon")
+    if prediction_type not in PREDICTION_TYPES or config.get("use_flow_sigmas"):
+        raise InputError(
+            f"model: expected prediction_type {' or '.join(PREDICTION_TYPES)}, got "
+            f"{prediction_type}{' with use_flow_sigmas' if config.get('use_flow_sigmas') else ''} in {name}; "
+            "others have no adapter yet"
+        )
+    for option in ("clip_sample", "thresholding"):
+        if config.get(option):
+            raise InputError(
+                f"model: expected {option}=False, since latents have no fixed range, got True in {name}; set "
+                f"pipeline.scheduler = {name}.from_config(pipeline.scheduler.config, {option}=False)"
+            )
