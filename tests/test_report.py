@@ -1,15 +1,19 @@
 """Pictures, tables and files: they show the numbers and images they were given, and appear whole."""
 
 import csv
+import itertools
 import json
+import time
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from matplotlib.font_manager import findfont
+from PIL import Image, ImageFont
 
 from trce_lightning import curves, report
 from trce_lightning.curves import save_curves, save_loss_curves
+from trce_lightning.image_grid import _wrapped
 from trce_lightning.report import image_grid, results_table, write_json
 
 PAPER = 250
@@ -124,6 +128,38 @@ def test_grid_writes_labels_left_and_whole_captions_below_on_light_paper():
     assert not (pixels[top + height :, :left] < 200).any()
     assert not (np.asarray(grids[""].convert("L"))[top + height :] < 200).any()
     assert grids["short"].height < grids[long].height
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a dagger on a table " * 500, "x" * 10_000, "ab " * 3_333, "枪" * 10_000, "iii. " * 2_000],
+    ids=["words", "one word", "short words", "no spaces", "narrow"],
+)
+@pytest.mark.parametrize("width", [128, 1024])
+def test_a_very_long_caption_is_wrapped_at_once(text, width):
+    font = ImageFont.truetype(findfont("DejaVu Sans"), 12)
+    start = time.perf_counter()
+    lines = _wrapped(text, font, width).split("\n")
+    assert time.perf_counter() - start < 0.25  # seconds; a few milliseconds on an idle machine
+    assert len(lines) == 8 and lines[-1].endswith("…")
+    assert all(font.getlength(line) <= width for line in lines)
+    # Lines are full: no line could take the first word of the next one, or its first character.
+    shown = " " if " " in text else ""
+    for line, following in itertools.pairwise(lines[:-1]):
+        assert font.getlength(f"{line}{shown}{following.split()[0] if shown else following[0]}") > width - 1
+    assert text.startswith(shown.join(lines)[:-1].rstrip())
+
+
+@pytest.mark.parametrize("width", [1, 5, 40, 4000])
+def test_a_caption_keeps_all_its_words(width):
+    font = ImageFont.truetype(findfont("DejaVu Sans"), 12)
+    lines = _wrapped("one red gun", font, width).split("\n")
+    if width == 4000:
+        assert lines == ["one red gun"]
+    elif width == 40:
+        assert lines == ["one", "red", "gun"] or lines == ["one red", "gun"]
+    else:
+        assert all(len(line.rstrip("…")) == 1 for line in lines) and len(lines) == 8
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """One picture that shows the same prompts drawn by several models."""
 
-import textwrap
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from matplotlib.font_manager import findfont
@@ -15,6 +16,7 @@ _PAPER, _INK, _MUTED = (250, 250, 248), (30, 30, 34), (90, 90, 96)  # sRGB
 _GAP = 6  # pixels
 _FONT_SIZE = 12  # pixels
 _CAPTION_LINES = 8
+_NARROWEST = 3  # pixels of a character of that font and size
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,29 @@ def _draw_rows(
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """``text`` in lines of at most ``width`` pixels; the rest of a very long one becomes an ellipsis."""
-    lines = [""]
-    for characters in range(max(len(text), 1), 0, -1):
-        lines = textwrap.wrap(text, characters, max_lines=_CAPTION_LINES, placeholder="…") or [""]
-        if all(_width(line, font) <= width for line in lines):
-            break
+    lines = list(islice(_lines(text, font, width), _CAPTION_LINES + 1))
+    if len(lines) > _CAPTION_LINES:
+        last = lines[_CAPTION_LINES - 1]
+        lines[_CAPTION_LINES - 1 :] = [f"{_fitting(last, font, width - _width('…', font))}…"]
     return "\n".join(lines)
+
+
+def _lines(text: str, font: ImageFont.FreeTypeFont, width: int) -> Iterator[str]:
+    """Lines as full as words allow; a word that is wider than a line is cut."""
+    rest = " ".join(text.split())
+    while rest:
+        line = _fitting(rest, font, width)
+        if " " in line and rest[len(line) : len(line) + 1] not in ("", " "):
+            line = line[: line.rindex(" ")]
+        yield line
+        rest = rest[len(line) :].lstrip()
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """As many characters from the front as fit, and at least one."""
+    counts = range(1, min(len(text), max(width, 0) // _NARROWEST) + 1)
+    count = bisect_right(counts, width, key=lambda count: _width(text[:count], font))
+    return text[: max(count, 1)]
 
 
 def _width(text: str, font: ImageFont.FreeTypeFont) -> int:
