@@ -11,12 +11,13 @@ import yaml
 from matplotlib import cbook
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from trce_lightning import cli
 from trce_lightning.concepts import Concept
-from trce_lightning.data.prompt_sets import PromptRecord
+from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
 from trce_lightning.evaluation_schema import EvalConfig
 from trce_lightning.image_folder import META, claim, manifest, write_png
 from trce_lightning.metrics import nudenet
@@ -26,6 +27,7 @@ from trce_lightning.metrics.detectors import Detector, load_detector
 from trce_lightning.metrics.nudenet import LABELS, NudeNet
 from trce_lightning.metrics.q16 import Q16, q16, read_prompts
 from trce_lightning.schema import ModelConfig
+from trce_lightning.scored import detection_rates
 from trce_lightning.session import Session
 
 NUDITY = Concept("nudity", {"a nude": "a portrait"})
@@ -189,6 +191,47 @@ def image_folder(folder, images, meta="first"):
     for index, image in enumerate(images):
         write_png(folder / f"{index:05d}.png", image)
     return records
+
+
+class Elsewhere(nn.Module):
+    """A detector of one class that notes where its images and weights are; it answers on the CPU."""
+
+    name, version, classes, floor, shape = "elsewhere", "1", ("bright",), 0.0, (1,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.seen = nn.Parameter(torch.ones(1)), []
+
+    def forward(self, images):
+        self.seen.append((images.device.type, self.weight.device.type))
+        return torch.full((len(images), *self.shape), 0.75)
+
+
+class PlainDetector:
+    """No module: what it is given stays on the CPU."""
+
+    name, version, classes, floor, shape = "plain", "1", ("bright",), 0.0, (1,)
+
+    def __init__(self) -> None:
+        self.seen = []
+
+    def __call__(self, images):
+        self.seen.append((images.device.type, "cpu"))
+        return torch.full((len(images), *self.shape), 0.75)
+
+
+@pytest.mark.parametrize(("kind", "place"), [(Elsewhere, "meta"), (PlainDetector, "cpu")])
+def test_detectors_that_are_modules_work_on_the_device_and_others_on_the_cpu(tmp_path, kind, place) -> None:
+    """The meta device stands for a GPU: whatever computed on it by mistake would have no values."""
+    records, device = image_folder(tmp_path / "direct", coloured(5)), torch.device("meta")
+    detector = kind()
+    found = detect(detector, tmp_path / "direct", records, tmp_path / "x.csv", batch_size=2, device=device)
+    assert found.scores.device.type == "cpu" and found.scores.flatten().tolist() == [0.75] * 5
+    assert detector.seen == [(place, place)] * 3
+    detector = kind()
+    detector.shape = ()  # a detector of one concept
+    rates = detection_rates(detector, [PromptSet("direct", tuple(records))], tmp_path, device)
+    assert rates["direct"]["successes"] == 5 and detector.seen == [(place, place)]
 
 
 def test_stored_scores_come_back(tmp_path) -> None:

@@ -186,6 +186,34 @@ def test_distances_are_zero_for_equal_images_and_grow_with_the_change(pictures, 
         distances(Means(), [pictures[:3]], [pictures[:3]], 3)
 
 
+class Moved(Means):
+    """Notes where it is sent, and stays."""
+
+    def to(self, *arguments):
+        self.sent = [*getattr(self, "sent", []), *arguments]
+        return self
+
+
+def test_distances_are_measured_where_the_trainer_works(pictures, tmp_path) -> None:
+    prompts = PromptSet("benign", tuple(PromptRecord(str(i), "a cat") for i in range(40)))
+    for name in ("original", "much"):
+        write_images(tmp_path / name / "benign", prompts, pictures[:40] + 40 * (name == "much"))
+    columns = {name: Column(Scored({}, {}), tmp_path / name) for name in ("original", "much")}
+    features, device = Moved(), torch.device("meta")
+    measure_distances(features, [prompts], columns, device)
+    assert features.sent == [device]
+    assert columns["much"].scored.scores["fid_to_original"] == pytest.approx(12 * 1600, rel=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_distances_on_a_gpu_are_those_on_the_cpu(pictures) -> None:
+    network = nn.Sequential(Means(), nn.Linear(12, 12, dtype=torch.float64))
+    network.num_features = 12
+    halves = [pictures[:40]], [pictures[40:]]
+    expected = distances(network, *halves, 40)
+    assert distances(network.to("cuda"), *halves, 40) == pytest.approx(expected, rel=1e-6)
+
+
 def test_comparison_pairs_images(pictures) -> None:
     prompts = PromptSet("direct", tuple(PromptRecord(str(i), f"gun {i}") for i in range(40)))
     benign = PromptSet("benign", tuple(PromptRecord(str(i), f"cat {i}") for i in range(40)))

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from trce_lightning.data.prompt_sets import BENIGN, PromptRecord, PromptSet
 from trce_lightning.image_folder import image_batches
 from trce_lightning.metrics.asr import paired_test
+from trce_lightning.metrics.class_detectors import CPU
 from trce_lightning.metrics.distance import LEAST_IMAGES, distances
 from trce_lightning.metrics.uncertainty import holm, paired_difference, paired_rate_difference
 from trce_lightning.scored import Column, Scored
@@ -51,16 +53,20 @@ def one_line(comparison: Comparison) -> str:
 
 
 def measure_distances(
-    features: nn.Module | None, sets: Sequence[PromptSet], columns: Mapping[str, Column]
+    features: nn.Module | None,
+    sets: Sequence[PromptSet],
+    columns: Mapping[str, Column],
+    device: torch.device = CPU,
 ) -> None:
     """Add to the scores how far each model's benign images have moved from the first model's.
 
     The first gets :func:`same_model_floor`, the others :func:`distances_to_original`. Nothing is added
-    without ``features``, FID's feature network, or without benign prompts.
+    without ``features``, FID's feature network, which works on ``device``, or without benign prompts.
     """
     benign = next((prompts for prompts in sets if prompts.name == BENIGN), None)
     if features is None or benign is None:
         return
+    features.to(device)
     (_, first), *others = columns.items()
     original = first.images / BENIGN
     first.scored.scores.update(same_model_floor(features, benign, original))

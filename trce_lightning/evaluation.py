@@ -71,7 +71,7 @@ class Evaluation:
             self.robustness.run()
         if self.is_global_zero:
             # Last, since the other processes wait for no one: they have nothing left to do.
-            measure_distances(self.features, self.sets, self.columns)
+            measure_distances(self.features, self.sets, self.columns, self.device)
             self.detect()
             self.write()
 
@@ -125,7 +125,8 @@ class Evaluation:
         """Class scores of each further detector for every image, as ``detections/LABEL/SET-DETECTOR.csv``."""
         for detector, label, prompts in product(self.detectors, self.columns, self.sets):
             file = self.folder / "detections" / label / f"{prompts.name}-{detector.name}.csv"
-            detect(detector, self.columns[label].images / prompts.name, prompts.records, file)
+            images = self.columns[label].images / prompts.name
+            detect(detector, images, prompts.records, file, device=self.device)
 
     def default_folder(self, scorer: Scorer) -> Path:
         """The same for the same command: a run that was killed goes on.

@@ -51,7 +51,7 @@ def write(run: TrainingRun) -> None:
 def write_scores(run: TrainingRun) -> dict[str, Any]:
     """Scores with their hits, grid and curves; returns what the second detector saw."""
     columns, sets = columns_of(run), run.scorers["final"].sets
-    measure_distances(run.session.features(), sets, columns)
+    measure_distances(run.session.features(), sets, columns, run.trainer.strategy.root_device)
     for label, column in columns.items():
         column.scored.save(run.folder / "scored" / f"{label}.json")
     grid_of(sets, {label: column.images for label, column in columns.items()}, run.folder / "grid.png")
@@ -123,8 +123,9 @@ def second_opinion(run: TrainingRun, columns: Mapping[str, Column]) -> dict[str,
     detector = run.session.second_detector()
     if detector is None:
         return {}
+    device = run.trainer.strategy.root_device
     return {
-        label: detection_rates(detector, run.scorers["final"].sets, column.images)
+        label: detection_rates(detector, run.scorers["final"].sets, column.images, device)
         for label, column in columns.items()
     }
 

@@ -15,6 +15,7 @@ from trce_lightning.data.prompt_sets import BENIGN, PromptSet
 from trce_lightning.errors import InputError
 from trce_lightning.image_folder import image_batches
 from trce_lightning.metrics.asr import THRESHOLD, shows_concept
+from trce_lightning.metrics.class_detectors import CPU, to_device
 from trce_lightning.metrics.collateral import Detection, accuracies, clip_score_interval
 from trce_lightning.metrics.detectors import Detector
 from trce_lightning.metrics.uncertainty import clustered_rate
@@ -125,13 +126,16 @@ def category_rates(prompts: PromptSet, scored: Scored) -> dict[str, dict[str, fl
 
 
 def detection_rates(
-    detector: Detector, sets: Sequence[PromptSet], folder: Path
+    detector: Detector, sets: Sequence[PromptSet], folder: Path, device: torch.device = CPU
 ) -> dict[str, dict[str, float]]:
-    """How often another detector sees the concept in images that are there, by set, for one process alone."""
-    rates = {}
+    """How often another detector sees the concept in images that are there, by set, for one process alone.
+
+    ``device`` is where it works if it is an ``nn.Module``; others get images on the CPU.
+    """
+    rates, place = {}, to_device(detector, device)
     for prompts in sets:
         batches = image_batches(folder / prompts.name, prompts.records)
-        hits = shows_concept(torch.cat([detector(images).cpu() for _, images in batches]))
+        hits = shows_concept(torch.cat([detector(images.to(place)).cpu() for _, images in batches]))
         rates[prompts.name] = clustered_rate(hits.tolist(), prompts.texts)
     return rates
 

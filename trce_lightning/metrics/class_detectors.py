@@ -11,6 +11,16 @@ from torch import Tensor, nn
 from trce_lightning.errors import InputError
 from trce_lightning.metrics.factories import made_by
 
+CPU = torch.device("cpu")
+
+
+def to_device(detector: object, device: torch.device) -> torch.device:
+    """Move a detector that is an ``nn.Module``; return where it takes images, the CPU where it is none."""
+    if not isinstance(detector, nn.Module):
+        return CPU
+    detector.to(device)
+    return device
+
 
 @runtime_checkable
 class ClassDetector(Protocol):

@@ -22,7 +22,7 @@ from trce_lightning.data.prompt_sets import PromptRecord
 from trce_lightning.errors import InputError
 from trce_lightning.image_folder import MANIFEST, META, image_batches, image_files
 from trce_lightning.metrics.asr import CURVE_THRESHOLDS, AttackSuccessRate
-from trce_lightning.metrics.class_detectors import ClassDetector, class_columns
+from trce_lightning.metrics.class_detectors import CPU, ClassDetector, class_columns, to_device
 from trce_lightning.storage import MADE_AGAIN, reading, replacing, write_json
 
 ID = "id"
@@ -60,6 +60,7 @@ def detect(
     file: Path,
     *,
     batch_size: int = 64,
+    device: torch.device = CPU,
 ) -> Detections:
     """Scores of the folder's images: read from ``file`` if they are there, else made and written there.
 
@@ -69,6 +70,7 @@ def detect(
         records: the manifest's prompts, in its order.
         file: a CSV file; another suffix for the JSON file beside it.
         batch_size: images in memory at once.
+        device: where a detector works that is an ``nn.Module``; others get images on the CPU.
 
     Raises:
         FileNotFoundError: no manifest, or an image is missing.
@@ -85,7 +87,8 @@ def detect(
         _check_same(file, found, source, ids)
         return found
     batches = image_batches(folder, records, size=batch_size)
-    scores = [_scores(detector, images) for _, images in batches]
+    place = to_device(detector, device)
+    scores = [_scores(detector, images.to(place)) for _, images in batches]
     detections = Detections(source, ids, torch.cat([torch.empty(0, len(detector.classes)), *scores]))
     _write(file, detections)
     return detections

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ def distances(
     not; on the same noise equal models have FID 0 and KID a little below.
 
     Args:
-        features: uint8 images → features ``[B, d]``, with ``num_features`` = d.
+        features: uint8 images → features ``[B, d]``, with ``num_features`` = d. It works where it lies.
         first: images of the model to measure from.
         second: those of the other.
         count: images of each.
@@ -44,11 +45,20 @@ def distances(
         kid = KernelInceptionDistance(
             feature=features, subsets=SUBSETS, subset_size=min(SUBSET_SIZE, count // 2), sync_on_compute=False
         )
+    device = _device(features)
+    fid.to(device)
+    kid.to(device)
     for side, real in ((first, True), (second, False)):
         for batch in side:
-            fid.update(batch, real=real)
-            kid.update(batch, real=real)
+            images = batch.to(device)
+            fid.update(images, real=real)
+            kid.update(images, real=real)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         mean, deviation = kid.compute()
     return {"fid": float(fid.compute()), "kid": float(mean), "kid_std": float(deviation)}
+
+
+def _device(network: nn.Module) -> torch.device:
+    tensor = next(chain(network.parameters(), network.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
