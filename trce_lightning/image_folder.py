@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -144,11 +145,23 @@ def _own_image(file: Path) -> Tensor:
 
 def read_image(file: Path) -> Tensor:
     """uint8 RGB ``[3, H, W]``. ``FileNotFoundError``, or ``InputError`` on one that can't be read."""
+    with _opened(file) as image:
+        return pil_to_tensor(image.convert("RGB"))
+
+
+def image_size(file: Path) -> tuple[int, int]:
+    """Return width and height in pixels, which are read alone; raises like :func:`read_image`."""
+    with _opened(file) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: expected an image, got none")
     try:
         with Image.open(file) as image:
-            return pil_to_tensor(image.convert("RGB"))
+            yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # of broken PNG chunks
         raise InputError(f"{file}: expected a readable image, got: {error}") from error
 

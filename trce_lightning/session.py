@@ -170,7 +170,8 @@ class Session:
                     "model.real_images: expected model.inception, FID's weights, beside it, got none"
                 )
             fid = inception_fid(Path(model.inception))
-            load_real(fid, Path(model.real_images), cache_folder(self.config) / "real")
+            cache = cache_folder(self.config) / "real"
+            load_real(fid, Path(model.real_images), cache, self.adapter.device)
         judge = self._clip_judge
         return Evaluator(detector, names, judge=judge, fid=fid, clip=None if judge is None else judge.clip)
 

@@ -3,38 +3,102 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 
 from trce_lightning.adapters.stable_diffusion import fingerprint
 from trce_lightning.errors import InputError
-from trce_lightning.image_folder import read_image
-from trce_lightning.metrics.fidelity import load_real_statistics, save_real_statistics
+from trce_lightning.image_folder import image_size, read_image
+from trce_lightning.metrics.class_detectors import CPU
+from trce_lightning.metrics.fidelity import REAL_STATES, load_real_statistics, save_real_statistics
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+PIXELS_AT_ONCE = 32 * 512**2
+"""Of pictures that go through the feature network together."""
 
 
-def load_real(metric: FrechetInceptionDistance, source: Path, cache: Path) -> None:
-    """Give ``metric`` the statistics of real images.
+def load_real(
+    metric: FrechetInceptionDistance, source: Path, cache: Path, device: torch.device = CPU
+) -> None:
+    """Give ``metric`` the statistics of real images. Every rank calls it; each sees a share of the pictures.
 
     Args:
         metric: FID.
         source: a file of statistics, or a folder: all pictures below it, of any sizes.
         cache: folder where statistics of folders are kept, by the pictures' names, sizes and times.
+        device: where features of pictures are made.
 
     Raises:
         FileNotFoundError: no such file or folder.
         InputError: a folder without pictures, an unreadable picture, or statistics of another network.
     """
-    name = f"{fingerprint(metric.inception)}{source_fingerprint(source)}.safetensors"
-    file = source if source.is_file() else cache / name
-    if not file.is_file():
-        for picture in tqdm(_pictures(source), desc="real images", unit="image"):
-            metric.update(read_image(picture)[None].to(metric.device), real=True)
-        save_real_statistics(metric, file)
+    if source.is_file():
+        load_real_statistics(metric, source)
+        return
+    file = cache / f"{fingerprint(metric.inception)}{source_fingerprint(source)}.safetensors"
+    # Rank 0 decides: another run may write the file between two ranks' looks at it.
+    if not _decided_by_the_first(file.is_file()):
+        metric.to(device)
+        _see_pictures(metric, _pictures(source))
+        if _rank() == 0:
+            save_real_statistics(metric, file)
+        if _is_shared():
+            dist.barrier()
     load_real_statistics(metric, file)
+
+
+def _see_pictures(metric: FrechetInceptionDistance, pictures: Sequence[Path]) -> None:
+    """Sum the features of all pictures, this rank's and the others'.
+
+    The feature network scales each picture by itself, so those of one size go through it together.
+    """
+    world_size = dist.get_world_size() if _is_shared() else 1
+    share = pictures[_rank() :: world_size]
+    part = f", 1 of {world_size} processes" if world_size > 1 else ""
+    with tqdm(total=len(share), desc=f"real images{part}", unit="image", disable=_rank() > 0) as progress:
+        for batch in batches_of_one_size(share):
+            images = torch.stack([read_image(picture) for picture in batch])
+            metric.update(images.to(metric.device), real=True)
+            progress.update(len(batch))
+    if _is_shared():
+        for name in REAL_STATES:
+            dist.all_reduce(getattr(metric, name))
+
+
+def batches_of_one_size(pictures: Sequence[Path]) -> Iterator[list[Path]]:
+    """Pictures ordered by size, in batches of one size that hold at most :data:`PIXELS_AT_ONCE`."""
+    sizes = {picture: image_size(picture) for picture in pictures}
+    for (width, height), group in groupby(sorted(pictures, key=sizes.__getitem__), key=sizes.__getitem__):
+        yield from batched(group, max(1, PIXELS_AT_ONCE // (width * height)))
+
+
+def batched(items: Iterable[Path], count: int) -> Iterator[list[Path]]:
+    """Lists of ``count`` items, the last of fewer."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, count)):
+        yield batch
+
+
+def _is_shared() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _rank() -> int:
+    return dist.get_rank() if _is_shared() else 0
+
+
+def _decided_by_the_first(verdict: bool) -> bool:
+    if not _is_shared():
+        return verdict
+    verdicts = [verdict]
+    dist.broadcast_object_list(verdicts)
+    return verdicts[0]
 
 
 def source_fingerprint(source: Path) -> str:
