@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +11,11 @@ import hydra
 from diffusers import StableDiffusionPipeline
 from omegaconf import OmegaConf
 
-from trce_lightning import cli, runs, validation
+from trce_lightning import cli, validation
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.concepts import Concept
 from trce_lightning.errors import InputError
+from trce_lightning.host import hydra_kept, pipeline_kept, process_kept
 from trce_lightning.schema import ConceptConfig, TrainConfig
 from trce_lightning.session import concepts_of
 from trce_lightning.training_run import TrainingRun
@@ -29,7 +29,9 @@ def erase(
 ) -> StableDiffusionPipeline:
     """Erase ``concept`` from ``pipeline``, in place, and return it: the weights that ``train.py`` would give.
 
-    One device does the work, unless ``options`` say otherwise; the pipeline stays on its own.
+    One device does the work, unless ``options`` say otherwise. All else stays as it was: the pipeline's
+    device, modes and gradients; the process's random state, environment, log handlers and Hydra. What ends
+    with an error may have changed some of the weights: load the pipeline again then.
 
     Args:
         pipeline: a Stable Diffusion pipeline in memory.
@@ -40,7 +42,7 @@ def erase(
     Raises:
         InputError: an option or a model that doesn't fit; the message names it.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, process_kept(), pipeline_kept(pipeline):
         places = [f"runs={folder}", f"cache={cache or folder}", "trainer.devices=1"]
         config = compose(concept, "metrics.enabled=false", *places, *options)
         validation.check(config)
@@ -50,22 +52,17 @@ def erase(
         run = TrainingRun(config, concepts_of(config), adapter)
         if run.trainer.world_size > 1 and cache is None:
             raise InputError("cache: expected a folder that all processes see, got none")
-        home = pipeline.device
-        try:
-            run.open()
-            run.sample_trajectories()
-            run.solve()
-            run.fit()
-        finally:
-            pipeline.to(home)
-            os.environ.pop(runs.FOLDER_VARIABLE, None)  # for processes of this run alone
+        run.open()
+        run.sample_trajectories()
+        run.solve()
+        run.fit()
     return pipeline
 
 
 def compose(concept: str | Concept | Sequence[str], *options: str) -> TrainConfig:
     """The configuration that these words would give on the command line of ``train.py``."""
     chosen = [] if isinstance(concept, Concept) else [_choice(concept)]
-    with hydra.initialize_config_dir(str(cli.config_folder()), version_base="1.3"):
+    with hydra_kept(), hydra.initialize_config_dir(str(cli.config_folder()), version_base="1.3"):
         overrides = cli.overrides("train", TrainConfig, [*chosen, *options])
         config = OmegaConf.to_object(hydra.compose("train", overrides))
     assert isinstance(config, TrainConfig)
