@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from trce_lightning.data.trajectories import missing_shards
+from trce_lightning.resources import is_out_of_memory
 
 if TYPE_CHECKING:
     from trce_lightning.training_run import TrainingRun
@@ -19,6 +21,12 @@ log = logging.getLogger(__name__)
 TRAINING = "training"
 TRAINING_COST = 2.1
 """Operations of a forward and a backward pass for one of the forward pass: 1.71 to 0.803 TFLOP at 512 px."""
+
+
+MOST_LATENTS = 16
+"""Of the evaluations that are timed."""
+QUICK, LONG = 0.1, 0.5
+"""Seconds: an evaluation up to the first is timed with more latents, one above the second isn't repeated."""
 
 
 def training(run: TrainingRun) -> None:
@@ -41,16 +49,23 @@ def training(run: TrainingRun) -> None:
     )
     if run.scorers:
         log.info("images that are scored: %s", run.scorers["final"].sampling)
-    seconds = seconds_per_evaluation(run) / run.trainer.world_size
+    seconds = seconds_per_evaluation(run)
+    if seconds is None:
+        log.warning(
+            "out of memory: one latent of %d px has no room on %s beside the model, so no time is estimated; "
+            "see model.resolution, trainer.precision, trainer.accelerator=cpu",
+            adapter.side,
+            device.type,
+        )
     parts = ahead(run)
-    durations = expected_seconds(parts, seconds)
+    durations = expected_seconds(parts, (seconds or math.nan) / run.trainer.world_size)
     for part, evaluations in parts.items():
         log.info("ahead: %-36s %8d network evaluations, about %s", part, evaluations, _time(durations[part]))
     disk = run.plan.stored_bytes(math.prod(adapter.latent_shape)) if run.plan else 0
     weights = sum(tensor.numel() * tensor.element_size() for tensor in adapter.unet.parameters())
     log.info(
-        "ahead: %s in all; trajectories of %.0f MB on disk; one network of %.0f MB in memory, with gradients "
-        "and optimizer states of %.0f MB",
+        "ahead: %s in all, by estimate; trajectories of %.0f MB on disk; one network of %.0f MB in memory, "
+        "with gradients and optimizer states of %.0f MB",
         _time(sum(durations.values())),
         disk / 1e6,
         weights / 1e6,
@@ -58,24 +73,45 @@ def training(run: TrainingRun) -> None:
     )
 
 
-def seconds_per_evaluation(run: TrainingRun) -> float:
-    """Measured on one batch of pure noise, in the precision of the run."""
+def seconds_per_evaluation(run: TrainingRun) -> float | None:
+    """Estimate it on pure noise, in the precision of the run. None where memory isn't enough for one latent.
+
+    One latent is timed first, and twice as many as long as that takes no time to speak of and memory lasts:
+    a fast device is slow by the latent when it gets few.
+    """
     adapter, device = run.adapter, run.trainer.strategy.root_device
-    adapter.to(device)
-    batch_size = min(16, run.config.metrics.batch_size)
-    z_t = torch.randn(batch_size, *adapter.latent_shape, device=device)
-    states = adapter.encode([""]).states.expand(batch_size, -1, -1)
-    counted = adapter.network_evaluations
+    counted, seconds, count = adapter.network_evaluations, None, 1
+    try:
+        adapter.to(device)
+        states = adapter.encode([""]).states
+        while count <= min(MOST_LATENTS, run.config.metrics.batch_size):
+            taken = _seconds(run, torch.randn(count, *adapter.latent_shape, device=device), states)
+            seconds, count = taken / count, 2 * count
+            if taken > QUICK:
+                break
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    adapter.network_evaluations = counted
+    return seconds
+
+
+def _seconds(run: TrainingRun, z_t: Tensor, states: Tensor) -> float:
+    """Of one evaluation of all of ``z_t``."""
+    adapter, texts = run.adapter, states.expand(len(z_t), -1, -1)
 
     def evaluate() -> float:
-        return float(adapter.predict(z_t, adapter.timesteps(10)[0], states).mean())  # waits for the device
+        start = time.monotonic()
+        # The mean waits for the device.
+        float(adapter.predict(z_t, adapter.timesteps(10)[0], texts).mean())
+        return time.monotonic() - start
 
     with torch.no_grad(), run.trainer.precision_plugin.forward_context():
-        evaluate()  # what comes once, such as loading kernels, is not timed
-        start = time.monotonic()
-        evaluate()
-    adapter.network_evaluations = counted
-    return (time.monotonic() - start) / batch_size
+        first = evaluate()
+        # What comes once, such as loading kernels, isn't timed; on a slow CPU it is little beside the rest.
+        return first if z_t.device.type == "cpu" and first > LONG else evaluate()
 
 
 def expected_seconds(parts: Mapping[str, int], seconds: float) -> dict[str, float]:
@@ -87,6 +123,8 @@ def expected_seconds(parts: Mapping[str, int], seconds: float) -> dict[str, floa
 
 
 def _time(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "an unknown time"
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 

@@ -18,6 +18,12 @@ def is_peer_gone(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _PEER_GONE.search(str(error)) is not None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True for what Python and torch raise where memory isn't enough, of the host or of a device."""
+    is_torchs = isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+    return isinstance(error, MemoryError) or is_torchs
+
+
 def explain_machine(error: BaseException) -> list[str] | None:
     """Lines of advice for an error that says that one of these happened, else None."""
     first = (str(error).splitlines() or [""])[0]
@@ -29,7 +35,7 @@ def explain_machine(error: BaseException) -> list[str] | None:
             "trajectory.num_trajectories and metrics.final_images_per_set need less",
             _GOES_ON,
         ]
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+    if is_out_of_memory(error):
         return [
             f"out of memory: {first}",
             "lower trajectory.batch_size if it was training (trainer.accumulate_grad_batches makes up for "
