@@ -146,7 +146,7 @@ def expected_failures() -> Iterator[None]:
             leave(end.code)
         raise
     except Exception as error:
-        if stop.told and is_peer_gone(error):  # it was told as well, and was faster
+        if stop.raised or (stop.told and is_peer_gone(error)):  # it was told as well, and was faster
             stop.leave()
         lines = explain(error)
         if lines is not None and os.environ.get("TRCE_TRACEBACK") != "1":

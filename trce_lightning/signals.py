@@ -10,13 +10,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP, the terminal's end"}
 GOES_ON = "the same command continues"
 GRACE_SECONDS = 5.0
 SECOND_AFTER_SECONDS = 0.5
 """Some programs pass on a Ctrl-C that the terminal has sent to all: it comes twice at once."""
+
+
+AGAIN_AFTER_SECONDS = 0.1
+"""Libraries catch everything while they are imported, and go on: until work begins it is raised again."""
 
 
 class Stopped(SystemExit):
@@ -43,7 +47,9 @@ class Stop:
         self.launchers: list[Launcher] = []
         self._children: list[subprocess.Popen[bytes]] = []
         self._told_at = 0.0
-        self._installed = False
+        self.raised = False
+        """Whether what fails now may do so because of :class:`Stopped`, which some libraries catch."""
+        self._installed = self._starting = False
 
     def __call__(self, number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
         if self.told is None:
@@ -62,6 +68,9 @@ class Stop:
         """Raise :class:`Stopped` if there is reason to."""
         if self.told is not None and not self.deferred:
             self.adopt()
+            self.raised = True
+            if self._starting:
+                signal.setitimer(signal.ITIMER_REAL, AGAIN_AFTER_SECONDS)
             raise Stopped(self.exit_code)
 
     @property
@@ -78,8 +87,8 @@ class Stop:
         """A new piece of work, which nobody has told to stop."""
         self.deferred = False
         if self._installed:
-            self.check()  # a library may have swallowed the exception
-        self.told = None
+            self.check()
+        self.told, self.raised, self._starting = None, False, False
 
     def adopt(self) -> None:
         """Children may end first from here on: Lightning's observer, which shares the list, would kill us."""
@@ -107,7 +116,7 @@ class Stop:
 
     def leave(self) -> NoReturn:
         """Say what ended the run and how it goes on; exit."""
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
             signal.signal(number, signal.SIG_IGN)
         name = NAMES[self.told or signal.SIGTERM]
         sys.stderr.write(f"stopped by {name}{self._remark()}\n")
@@ -138,17 +147,29 @@ class Stop:
             self.check()
             yield
             return
-        self.told, self.deferred, self._installed = None, False, True
-        before = {number: signal.getsignal(number) for number in NAMES}
-        for number, handler in before.items():
-            if handler is not signal.SIG_IGN or number == signal.SIGTERM:
+        self.told, self.deferred, self.raised = None, False, False
+        self._installed = self._starting = True
+        before = {number: signal.getsignal(number) for number in (*NAMES, signal.SIGALRM)}
+        for number in NAMES:
+            if before[number] is not signal.SIG_IGN or number == signal.SIGTERM:
                 signal.signal(number, self)
+        signal.signal(signal.SIGALRM, lambda *_: self.check())
+        hook, sys.unraisablehook = sys.unraisablehook, self._raise_again
         try:
             yield
         finally:
-            self._installed = False
+            self._installed = self._starting = False
+            sys.unraisablehook = hook
+            signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _raise_again(self, unraisable: Any) -> None:
+        """The exception came in a destructor or a callback, as imports have many, where Python drops it."""
+        if issubclass(unraisable.exc_type, Stopped):
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_AFTER_SECONDS)
+        else:
+            sys.__unraisablehook__(unraisable)
 
 
 stop = Stop()
@@ -161,6 +182,10 @@ def answered(remark: str = GOES_ON) -> Iterator[None]:
         try:
             yield
         except Stopped:
+            stop.leave()
+        except Exception:
+            if not stop.raised:
+                raise
             stop.leave()
 
 
