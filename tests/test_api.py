@@ -52,6 +52,11 @@ def options(tmp_path: Path) -> list[str]:
     ]
 
 
+def open_files() -> list[str]:
+    """Return where the process's descriptors lead; the one that lists them is gone again."""
+    return [str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+
+
 def of_process() -> dict[str, Any]:
     """What a process has that others may rely on."""
     root, store = logging.getLogger(), ConfigStore.instance()
@@ -59,6 +64,7 @@ def of_process() -> dict[str, Any]:
     return {
         "environment": dict(os.environ),
         "arguments": list(sys.argv),
+        "locks": [link for link in open_files() if ".lock" in link],
         "folder": Path.cwd(),
         "log": [root.level, *root.handlers, *(logging.getLogger(name).level for name in names)],
         "warnings": list(warnings.filters),

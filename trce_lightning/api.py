@@ -16,6 +16,7 @@ from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.concepts import Concept
 from trce_lightning.errors import InputError
 from trce_lightning.host import hydra_kept, pipeline_kept, process_kept
+from trce_lightning.locks import release
 from trce_lightning.schema import ConceptConfig, TrainConfig
 from trce_lightning.session import concepts_of
 from trce_lightning.training_run import TrainingRun
@@ -52,10 +53,13 @@ def erase(
         run = TrainingRun(config, concepts_of(config), adapter)
         if run.trainer.world_size > 1 and cache is None:
             raise InputError("cache: expected a folder that all processes see, got none")
-        run.open()
-        run.sample_trajectories()
-        run.solve()
-        run.fit()
+        try:
+            run.open()
+            run.sample_trajectories()
+            run.solve()
+            run.fit()
+        finally:
+            release()
     return pipeline
 
 
