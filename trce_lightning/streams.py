@@ -38,15 +38,19 @@ def keep_speaking() -> None:
 
 
 def _lasting(stream: TextIO | None, number: int) -> TextIO:
-    if stream is None:  # as Python finds a closed one
-        encoding = "utf-8"
-    elif not isinstance(stream, io.TextIOWrapper):  # a notebook's
-        return stream
-    elif type(getattr(stream.buffer, "raw", None)) is not io.FileIO or stream.fileno() != number:
-        stream.reconfigure(errors="backslashreplace")
-        return stream
-    else:
+    encoding, unbuffered = "utf-8", False
+    if stream is not None:  # as Python finds a closed one
+        if not isinstance(stream, io.TextIOWrapper):  # a notebook's
+            return stream
+        unbuffered = isinstance(stream.buffer, io.FileIO)  # python -u
+        raw = stream.buffer if unbuffered else getattr(stream.buffer, "raw", None)
+        if type(raw) is not io.FileIO or raw.fileno() != number:  # pytest's, or one of these
+            stream.reconfigure(errors="backslashreplace")
+            return stream
         stream.flush()
         encoding = stream.encoding
-    buffered = io.BufferedWriter(_Unbreakable(number, "w", closefd=False))
-    return io.TextIOWrapper(buffered, encoding, "backslashreplace", line_buffering=True)
+    file = _Unbreakable(number, "w", closefd=False)
+    binary: Any = file if unbuffered else io.BufferedWriter(file)
+    return io.TextIOWrapper(
+        binary, encoding, "backslashreplace", line_buffering=True, write_through=unbuffered
+    )
