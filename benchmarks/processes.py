@@ -26,16 +26,16 @@ def log_to_stderr() -> None:
 
 def forget_peak() -> None:
     """Start this process's peak of resident memory anew (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_gb() -> float:
     """This process's peak of resident memory in GB (Linux)."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
 
 
 def available_gb() -> float:
     """What the machine can still give, in GB (Linux)."""
-    memory = Path("/proc/meminfo").read_text()
+    memory = Path("/proc/meminfo").read_text(encoding="utf-8")
     return int(memory.partition("MemAvailable:")[2].split()[0]) * 1024 / 1e9

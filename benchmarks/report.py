@@ -79,21 +79,24 @@ def load(file: Path = RESULTS) -> dict[str, list[Row]]:
     """Rows by benchmark, as :func:`save` left them."""
     if not file.exists():
         return {}
-    found = json.loads(file.read_text())["benchmarks"]
+    found = json.loads(file.read_text(encoding="utf-8"))["benchmarks"]
     return {name: [Row(**row) for row in rows] for name, rows in found.items()}
 
 
 def save(results: dict[str, list[Row]], machine: dict[str, Any], file: Path = RESULTS) -> None:
     """Rows by benchmark, and what they were measured on."""
     rows = {name: [dataclasses.asdict(row) for row in rows] for name, rows in results.items()}
-    file.write_text(json.dumps({"machine": machine, "benchmarks": rows}, indent=1, ensure_ascii=False) + "\n")
+    file.write_text(
+        json.dumps({"machine": machine, "benchmarks": rows}, indent=1, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+    )
 
 
 def refresh(text: str, page: Path = PAGE, name: str = "benchmarks") -> None:
     """Put ``text`` between the page's two marks of that name. ``ValueError`` where it has none."""
     first, last = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, begin, rest = page.read_text().partition(first)
+    before, begin, rest = page.read_text(encoding="utf-8").partition(first)
     _, end, after = rest.partition(last)
     if not (begin and end):
         raise ValueError(f"{page}: expected the lines {first} and {last}")
-    page.write_text(f"{before}{first}\n{text.strip()}\n{last}{after}")
+    page.write_text(f"{before}{first}\n{text.strip()}\n{last}{after}", encoding="utf-8")

@@ -87,7 +87,7 @@ def test_a_signal_ends_two_processes_that_draw(tmp_path: Path, number: signal.Si
 
 
 def catches(process: subprocess.Popen, number: signal.Signals) -> bool:
-    status = Path(f"/proc/{process.pid}/status").read_text()
+    status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
     (caught,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
     return bool(int(caught, 16) >> (number - 1) & 1)
 

@@ -212,7 +212,7 @@ def test_a_run_whose_second_process_dies_ends_with_the_cause_and_goes_on(
     shutil.copytree(runs / "cache", mine / "cache")
     process = start("train.py", *OPTIONS, f"runs={mine}", *two)
     wait_for(lambda: any(mine.glob("violence/emoji/*/checkpoints/last.ckpt")), process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
     for child in children:
         os.kill(int(child), signal.SIGKILL)
     said, _ = process.communicate(timeout=DEADLINE_SECONDS)

@@ -168,6 +168,8 @@ def _thumbnail(file: Path) -> str:
         with Image.open(file) as image:
             image.thumbnail((THUMBNAIL, THUMBNAIL))
             return _data_uri(image)
+    except FileNotFoundError:
+        raise
     except (OSError, SyntaxError) as error:
         raise InputError(f"{file}: expected a readable image, got: {error}; {MADE_AGAIN}") from error
 
