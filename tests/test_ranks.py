@@ -64,5 +64,5 @@ def test_network_evaluations_are_of_all_processes_and_as_announced(
 
 def test_nothing_to_count_and_memory(tmp_path: Path) -> None:
     assert total_over_ranks(cpu_trainer(tmp_path), {}) == {}
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+    (line,) = (line for line in Path("/proc/self/status").read_text("utf-8").splitlines() if "VmHWM" in line)
     assert peak_memory_mb() == pytest.approx(int(line.split()[1]) / 1024, rel=0.05)  # the kernel says KiB
