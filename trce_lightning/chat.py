@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tqdm import tqdm
 
 from trce_lightning.errors import InputError
+from trce_lightning.network import check_hub, check_proxies, spare_this_machine
 
 if TYPE_CHECKING:
     from openai import APIError, OpenAI
@@ -137,6 +138,8 @@ class LocalChat:
     """
 
     def __init__(self, model: str, max_tokens: int = 4096) -> None:
+        if not Path(model).exists():
+            check_hub()
         from transformers import pipeline
 
         try:
@@ -212,6 +215,8 @@ def _client(timeout: float, retries: int) -> OpenAI:
         raise InputError(
             "OPENAI_API_KEY: expected a key, or OPENAI_BASE_URL with a server's URL, got neither"
         )
+    check_proxies()
+    spare_this_machine()
     return OpenAI(base_url=url or None, api_key=key or "none", timeout=timeout, max_retries=retries)
 
 

@@ -84,6 +84,8 @@ def _main(name: str, schema: type, argv: Sequence[str] | None) -> None:
 
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds; a log keeps every line that a bar draws
+    # Figures are files, and a backend that matplotlib doesn't know fails at its import.
+    os.environ["MPLBACKEND"] = "agg"
     with stop.installed(REMARKS.get(name, GOES_ON)), expected_failures():
         folder = config_folder()
         rewritten = overrides(name, schema, typed[1:] if argv is None else list(argv))

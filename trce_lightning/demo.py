@@ -22,7 +22,8 @@ from trce_lightning.evaluation_schema import EvalConfig
 from trce_lightning.generation import generate
 from trce_lightning.logs import set_up_logging
 from trce_lightning.metrics.asr import shows_concept
-from trce_lightning.metrics.detectors import Detector, EmbeddedJudgeDetector
+from trce_lightning.metrics.detectors import Detector, EmbeddedJudgeDetector, checked_probability
+from trce_lightning.network import check_proxies, spare_this_machine
 from trce_lightning.schema import DemoConfig
 from trce_lightning.session import Session, concepts_of
 from trce_lightning.trainers import make_trainer
@@ -96,7 +97,7 @@ class Demo:
         if isinstance(self.detector, EmbeddedJudgeDetector):
             judge = self.detector.judge
             subject = judge.vocabulary["subject"][int(judge(images)["subject"].argmax())]
-        return Drawing(images[0].cpu(), self.detector(images).item(), subject)
+        return Drawing(images[0].cpu(), checked_probability(self.detector(images), 1).item(), subject)
 
     def examples(self) -> dict[str, list[str]]:
         """Prompts of the concept's evaluation, by prompt set."""
@@ -115,6 +116,8 @@ def demonstrate(config: DemoConfig) -> None:
 
 def serve(page: gr.Blocks, port: int) -> None:
     """Serve on the loopback interface alone, in threads. ``OSError`` when the port is taken."""
+    check_proxies()
+    spare_this_machine()  # Gradio asks for its own page before it goes on
     import gradio as gr
 
     page.launch(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from types import ModuleType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -28,6 +29,16 @@ from trce_lightning.schema import OptimizerConfig, TrajectoryConfig
 from trce_lightning.textual import apply_edit_
 
 log = logging.getLogger(__name__)
+
+
+def _bitsandbytes() -> ModuleType:
+    """The optimizers of a package that loads a library of its own, which a machine may lack."""
+    try:
+        return importlib.import_module("bitsandbytes.optim")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise InputError(
+            f"optimizer.name: expected bitsandbytes, which 8-bit states need, to load, got: {error}; or adamw"
+        ) from error
 
 
 class TRCE(pl.LightningModule):
@@ -120,9 +131,7 @@ class TRCE(pl.LightningModule):
         if config.name == "adamw":
             return torch.optim.AdamW(parameters, **options)
         classes = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
-        return getattr(importlib.import_module("bitsandbytes.optim"), classes[config.name])(
-            parameters, **options
-        )
+        return getattr(_bitsandbytes(), classes[config.name])(parameters, **options)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """L = L_erase(ε̂(z_t, c_m)) + w_∅ L_erase(ε̂(z_t, ∅)) + λ_p ‖ε̂(z_u, ∅) − ε(z_u, ∅)‖² + optional pull.

@@ -1,6 +1,7 @@
 """Checks of single options, whichever command has them. Torch-free."""
 
 import dataclasses
+import importlib.util
 import math
 import os
 from collections.abc import Iterable
@@ -95,6 +96,21 @@ def check_judge(model: ModelConfig, concepts: Iterable[ConceptConfig], way_out: 
             raise InputError(
                 f"option 'model.{name}': expected none with model.judge={model.judge}, got {value!r}"
             )
+
+
+def check_fid(model: ModelConfig, option: str, images: int) -> None:
+    """Refuse one image where FID is computed, which compares how images vary."""
+    if images < 2 and (model.judge == "embedded" or model.real_images is not None):
+        raise InputError(
+            f"option {option!r}: expected at least 2, of which FID is computed, got {images}; "
+            "or metrics.samples_per_prompt=2"
+        )
+
+
+def check_package(option: str, package: str, install: str) -> None:
+    """Refuse an option whose package is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"option {option!r}: {package} is not installed; install it with: {install}")
 
 
 def check_devices(devices: Any) -> None:

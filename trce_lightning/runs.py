@@ -56,7 +56,7 @@ def claim_folder(config: Any) -> Path:
             f"output: expected a folder that all processes share, since {launcher} starts them apart from "
             f"each other, got none"
         )
-    if config.output is None and int(os.environ.get("LOCAL_RANK", "0")) > 0 and FOLDER_VARIABLE in os.environ:
+    if config.output is None and _number("LOCAL_RANK", 0) > 0 and FOLDER_VARIABLE in os.environ:
         return Path(os.environ[FOLDER_VARIABLE])
     if config.output is not None:
         return _claim_output(Path(config.output), config)
@@ -120,18 +120,57 @@ def _claim_unfinished(folder: Path, config: Any) -> bool:
 def process_rank() -> int:
     """0 for the first process of a run, as its launcher says, and where there is no other; else above."""
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
-    return next((rank for name in names if (rank := int(os.environ.get(name, "0")))), 0)
+    return next((rank for name in names if (rank := _number(name, 0))), 0)
 
 
 def other_launcher() -> str | None:
     """What started several processes in place of Lightning, if anything did."""
     for environment, count, name in (
         (TorchElasticEnvironment, "WORLD_SIZE", "torchrun"),
-        (SLURMEnvironment, "SLURM_NTASKS", "srun"),
+        (SLURMEnvironment, "SLURM_STEP_NUM_TASKS", "srun"),  # in a job's shell SLURM_NTASKS is the job's
     ):
-        if environment.detect() and int(os.environ.get(count, "1")) > 1:
+        if environment.detect() and _number(count, 1) > 1:
             return name
     return None
+
+
+def check_launcher(processes: int) -> None:
+    """Refuse variables of a launcher that don't fit the processes that this run is to have.
+
+    Left behind in a shell they make a process wait for others that never come; set by a launcher that has
+    started more than the run knows of, each of them would do all the work.
+    """
+    launcher = other_launcher()
+    started = {"torchrun": _number("WORLD_SIZE", 1), "srun": _number("SLURM_NTASKS", 1), None: processes}
+    if started[launcher] != processes:
+        raise InputError(
+            f"trainer.devices, trainer.num_nodes: expected {started[launcher]} processes, as {launcher} has "
+            f"started, got {processes}"
+        )
+    stale = [name for name in ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK") if name in os.environ]
+    needed = ["MASTER_PORT"] if stale else []  # WORLD_SIZE goes when a Trainer of Lightning's own has ended
+    if TorchElasticEnvironment.detect():
+        needed = ["RANK", "LOCAL_RANK", "WORLD_SIZE"]
+    if missing := [name for name in needed if name not in os.environ]:
+        raise InputError(
+            f"{', '.join(stale)}: expected {', '.join(missing)} beside it, as what starts several processes "
+            "sets them all, got none; unset it where nothing does"
+        )
+
+
+def started_by_none() -> bool:
+    """Whether this is a process of a SLURM job that wants several, but not by srun, which starts them."""
+    return SLURMEnvironment.detect() and other_launcher() is None and _number("SLURM_NTASKS", 1) > 1
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not (text.isascii() and text.isdecimal()):
+        raise InputError(
+            f"{variable}: expected a whole number, as what starts several processes sets it, got {text!r}; "
+            "unset it where nothing does"
+        )
+    return int(text)
 
 
 def cache_folder(config: Any) -> Path:

@@ -39,6 +39,7 @@ from trce_lightning.metrics.fidelity import (
 )
 from trce_lightning.metrics.real_images import load_real
 from trce_lightning.metrics.scores import Evaluator
+from trce_lightning.network import check_hub
 from trce_lightning.runs import cache_folder
 from trce_lightning.schema import ModelConfig, TrainConfig
 from trce_lightning.scoring import Sampling, Scorer
@@ -71,9 +72,11 @@ class Session:
     @cached_property
     def adapter(self) -> StableDiffusionAdapter:
         """The model, on the CPU until a trainer moves it."""
-        model = self.config.model
+        model, source = self.config.model, source_of(self.config.model)
+        if not Path(source).exists():
+            check_hub()
         adapter = load_adapter(
-            source_of(model),
+            source,
             dtype=getattr(torch, model.dtype),
             revision=model.revision,
             resolution=model.resolution,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from trce_lightning.runs import process_rank
+from trce_lightning.errors import InputError
+from trce_lightning.runs import check_launcher, process_rank, started_by_none
 from trce_lightning.schema import DeviceConfig, LoggerConfig, TrainerConfig
 from trce_lightning.stopping import StopTogether, stop_when_told
 from trce_lightning.storage import reading, replacing
@@ -45,7 +49,10 @@ def make_trainer(
     callbacks: Sequence[pl.Callback] = (),
     loggers: Sequence[Logger] = (),
 ) -> pl.Trainer:
-    """A Trainer on the configured devices; ``DeviceConfig`` alone gives one that only predicts."""
+    """A Trainer on the configured devices; ``DeviceConfig`` alone gives one that only predicts.
+
+    ``InputError`` on options that don't fit each other, this machine or what has started this process.
+    """
     fitting: dict[str, Any] = {}
     if isinstance(config, TrainerConfig):
         fitting = {
@@ -54,26 +61,46 @@ def make_trainer(
             "log_every_n_steps": config.log_every_n_steps,
         }
     precision: Any = choose_precision(config.precision, config.accelerator)
-    trainer = pl.Trainer(
-        accelerator=config.accelerator,
-        devices=config.devices,
-        num_nodes=config.num_nodes,
-        strategy=config.strategy,
-        precision=precision,
-        max_epochs=epochs,
-        enable_progress_bar=config.enable_progress_bar,
-        enable_model_summary=False,
-        inference_mode=False,  # what moves to another device in it could never train
-        use_distributed_sampler=True,
-        callbacks=[*callbacks, StopTogether()],
-        logger=list(loggers),
-        default_root_dir=folder,
-        plugins=[WholeCheckpoints()],
-        enable_checkpointing=any(isinstance(c, pl.callbacks.ModelCheckpoint) for c in callbacks),
-        **fitting,
-    )
+    plugins: list[Any] = [WholeCheckpoints()]
+    if started_by_none():
+        plugins.append(LightningEnvironment())
+    places: dict[str, Any] = {
+        name: getattr(config, name) for name in ("accelerator", "devices", "num_nodes", "strategy")
+    }
+    with _refusals_explained(places):
+        trainer = pl.Trainer(
+            **places,
+            precision=precision,
+            max_epochs=epochs,
+            enable_progress_bar=config.enable_progress_bar,
+            enable_model_summary=False,
+            inference_mode=False,  # what moves to another device in it could never train
+            use_distributed_sampler=True,
+            callbacks=[*callbacks, StopTogether()],
+            logger=list(loggers),
+            default_root_dir=folder,
+            plugins=plugins,
+            enable_checkpointing=any(isinstance(c, pl.callbacks.ModelCheckpoint) for c in callbacks),
+            **fitting,
+        )
+        if environment := getattr(trainer.strategy, "cluster_environment", None):
+            environment.validate_settings(trainer.num_devices, trainer.num_nodes)  # as it would at a fit
+    check_launcher(trainer.num_devices * trainer.num_nodes)
     stop_when_told(trainer)
     return trainer
+
+
+@contextmanager
+def _refusals_explained(places: Mapping[str, Any]) -> Iterator[None]:
+    """Name the options that Lightning refuses, in whichever way it does. Around nothing else."""
+    try:
+        yield
+    except (MisconfigurationException, ModuleNotFoundError, RuntimeError, TypeError, ValueError) as error:
+        chosen = ", ".join(f"trainer.{name}={value}" for name, value in places.items())
+        raise InputError(
+            "trainer: expected options that fit each other, this machine and what has started this process, "
+            f"got {chosen}: {' '.join(str(error).split())}"
+        ) from error
 
 
 class WholeCheckpoints(TorchCheckpointIO):

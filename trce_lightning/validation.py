@@ -1,20 +1,22 @@
 """What can be refused before torch is imported: values out of range, unknown choices, missing files."""
 
 import dataclasses
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any
 
 from trce_lightning.concepts import Concept
+from trce_lightning.data.prompt_sets import BENIGN
 from trce_lightning.errors import InputError
 from trce_lightning.evaluation_schema import EvalConfig
 from trce_lightning.naming import mentions
 from trce_lightning.option_checks import (
     check_devices,
+    check_fid,
     check_is_file,
     check_judge,
     check_model,
+    check_package,
     check_strategy,
     check_value,
     check_values,
@@ -54,6 +56,9 @@ def _check_evaluation(config: EvalConfig) -> None:
     from trce_lightning.data.published import check_file, prompt_files
 
     check_judge(config.model, config.concept.values())
+    if BENIGN in config.sets:
+        images = config.metrics.samples_per_prompt * config.metrics.final_images_per_set
+        check_fid(config.model, "metrics.final_images_per_set", images)
     for path in config.models:
         check_model(dataclasses.replace(config.model, path=path), "models")
     for name, file in prompt_files(config.prompts, config.published):
@@ -78,6 +83,9 @@ def _check_robustness(config: EvalConfig) -> None:
             "option 'robustness.images_per_set': expected at most metrics.final_images_per_set, "
             f"{limit}, got {options.images_per_set}"
         )
+    if any(conditions.values()) and BENIGN in options.sets:
+        images = config.metrics.samples_per_prompt * options.images_per_set
+        check_fid(config.model, "robustness.images_per_set", images)
     if options.misspellings and "direct" not in options.sets:
         raise InputError(
             "option 'robustness.misspellings': expected direct among robustness.sets, whose prompts they "
@@ -116,11 +124,8 @@ def _check_lora(paths: list[str]) -> None:
     for path in paths:
         if not Path(path).exists():
             raise FileNotFoundError(f"option 'robustness.lora': no file or folder {path!r}")
-    if paths and importlib.util.find_spec("peft") is None:
-        raise InputError(
-            "option 'robustness.lora': peft is not installed; "
-            "install it with: pip install 'trce-lightning[lora]'"
-        )
+    if paths:
+        check_package("robustness.lora", "peft", "pip install 'trce-lightning[lora]'")
 
 
 def _check_model_config(config: TrainConfig | EvalConfig | DemoConfig) -> None:
@@ -143,8 +148,7 @@ def _check_demo(config: DemoConfig) -> None:
         check_judge(config.model, config.concept.values(), "; model.judge=null gives no verdicts")
     if config.port >= 2**16:
         raise InputError(f"option 'port': expected at most {2**16 - 1}, got {config.port}")
-    if importlib.util.find_spec("gradio") is None:
-        raise InputError("demo: gradio is not installed; install it with: pip install 'trce-lightning[demo]'")
+    check_package("demo", "gradio", "pip install 'trce-lightning[demo]'")
 
 
 def _check_training(config: TrainConfig) -> None:
@@ -154,6 +158,13 @@ def _check_training(config: TrainConfig) -> None:
             raise InputError(f"option {name!r}: expected one at least and each at most once, got {items}")
     if config.metrics.enabled:
         check_judge(config.model, config.concept.values(), "; metrics.enabled=false scores nothing")
+        samples = config.metrics.samples_per_prompt
+        for name in ("images_per_set", "final_images_per_set"):
+            check_fid(config.model, f"metrics.{name}", samples * getattr(config.metrics, name))
+    if config.logger.tensorboard:
+        check_package("logger.tensorboard", "tensorboard", "pip install 'trce-lightning[tensorboard]'")
+    if config.optimizer.name != "adamw":
+        check_package("optimizer.name", "bitsandbytes", "pip install bitsandbytes")
     if not config.textual.positions:
         raise InputError("option 'textual.positions': expected one position at least, got none")
     if config.trajectory.early_steps > config.trajectory.num_steps:

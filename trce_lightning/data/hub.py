@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from trce_lightning.network import check_hub
+
 __all__ = ["dataset_file"]
 
 
@@ -11,6 +13,7 @@ def dataset_file(hub_id: str, filename: str, revision: str | None = None) -> Pat
     """A file of the data set ``hub_id``, from the local cache where it is.
 
     ``FileNotFoundError`` saying why it can't be had: no such data set or file, no network, no permission.
+    ``InputError`` where the environment names a proxy or an address of the Hub that is none.
     """
     # Slow to import, and needed for no file of one's own.
     from huggingface_hub import hf_hub_download
@@ -21,6 +24,7 @@ def dataset_file(hub_id: str, filename: str, revision: str | None = None) -> Pat
         OfflineModeIsEnabled,
     )
 
+    check_hub()
     try:
         return Path(hf_hub_download(hub_id, filename, repo_type="dataset", revision=revision))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:

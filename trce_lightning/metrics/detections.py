@@ -147,7 +147,10 @@ def threshold_curve(
 
 
 def _scores(detector: ClassDetector, images: Tensor) -> Tensor:
-    scores = detector(images).float().cpu()
+    found: Any = detector(images)
+    if not isinstance(found, Tensor):
+        raise InputError(f"{detector.name}: expected scores as a tensor, got a {type(found).__name__}")
+    scores = found.float().cpu()
     if scores.shape != (len(images), len(detector.classes)):
         raise InputError(
             f"{detector.name}: expected scores [{len(images)}, {len(detector.classes)}], "

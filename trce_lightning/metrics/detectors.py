@@ -18,6 +18,9 @@ from trce_lightning.metrics.factories import made_by
 from trce_lightning.metrics.fidelity import Clip
 from trce_lightning.naming import mentions
 
+ROUNDING = 0.01
+"""Of a sum of probabilities, in bfloat16 too."""
+
 
 @runtime_checkable
 class Detector(Protocol):
@@ -25,6 +28,28 @@ class Detector(Protocol):
 
     def __call__(self, images: Tensor, /) -> Tensor:
         """uint8 ``[B, 3, H, W]`` → probability ``[B]`` in [0, 1] that the image shows the concept."""
+
+
+def checked_probability(found: Any, images: int) -> Tensor:
+    """Return what a detector has found in some images.
+
+    Raises:
+        InputError: it is no tensor ``[B]`` of numbers in [0, 1], give or take the rounding of a sum.
+    """
+    if not isinstance(found, Tensor):
+        kind = type(found).__name__
+        raise InputError(
+            f"model.judge: expected a detector that returns a tensor, got one that returns {kind}"
+        )
+    if found.shape != (images,):
+        raise InputError(
+            f"model.judge: expected a detector that returns [{images}], one number for each image, got "
+            f"{list(found.shape)}"
+        )
+    low, high = found.float().min(), found.float().max()
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # NaN is neither
+        raise InputError(f"model.judge: expected probabilities in [0, 1], got {low:g} to {high:g}")
+    return found
 
 
 class EmbeddedJudgeDetector(nn.Module):

@@ -25,7 +25,15 @@ def made_by(option: str, path: str, kind: type[Made], *arguments: Any, **options
         ) from error
     if callable(factory):
         _check_arguments(option, path, factory, arguments, options)
-    made = factory(*arguments, **options) if callable(factory) else None
+    made = None
+    if callable(factory):
+        try:
+            made = factory(*arguments, **options)
+        except Exception as error:
+            error.add_note(
+                f"raised by '{path}', which {option} names"
+            )  # its own fault, and its own traceback
+            raise
     if not isinstance(made, kind):
         raise InputError(f"{option}: expected what returns a {kind.__name__}, got '{path}'")
     return made

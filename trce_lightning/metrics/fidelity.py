@@ -17,6 +17,7 @@ from transformers import BatchFeature, CLIPImageProcessor, CLIPModel, CLIPTokeni
 from trce_lightning.adapters.stable_diffusion import fingerprint
 from trce_lightning.emoji.judge import Judge
 from trce_lightning.errors import InputError
+from trce_lightning.network import check_hub
 from trce_lightning.storage import reading, write_safetensors
 
 REAL_STATES = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")
@@ -56,10 +57,16 @@ def inception_fid(weights: Path) -> FrechetInceptionDistance:
             "model.inception: expected torch-fidelity to be installed: pip install 'trce-lightning[fid]'"
         )
     try:
+        state = torch.load(
+            weights, map_location="cpu", weights_only=True
+        )  # torch-fidelity would run its code
+        if not isinstance(state, dict):
+            kind = type(state).__name__
+            raise InputError(f"model.inception: expected torch-fidelity's weights, got '{weights}': a {kind}")
         metric = FrechetInceptionDistance(
             feature=2048, reset_real_features=False, feature_extractor_weights_path=str(weights)
         )
-    except (RuntimeError, UnpicklingError) as error:
+    except (EOFError, RuntimeError, UnpicklingError) as error:
         raise InputError(
             f"model.inception: expected torch-fidelity's weights, got '{weights}': {error}"
         ) from error
@@ -150,13 +157,15 @@ def load_clip(source: str | Path) -> Clip:
 
     Raises:
         FileNotFoundError: the folder lacks one of them.
-        InputError: the hub can't be reached or has no such model.
+        InputError: the hub can't be reached or has no such model, or a file isn't what it should be.
     """
     folder = Path(source)
     is_local = isinstance(source, Path) or folder.exists() or str(source).count("/") != 1
     for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json") if is_local else ():
         if not (folder / name).is_file():
             raise FileNotFoundError(f"model.clip: expected a folder with {name}, got '{folder}'")
+    if not is_local:
+        check_hub()
     try:
         model = CLIPModel.from_pretrained(str(source), local_files_only=is_local, dtype=torch.float32)
         return Clip(
@@ -164,7 +173,7 @@ def load_clip(source: str | Path) -> Clip:
             CLIPTokenizer.from_pretrained(str(source), local_files_only=is_local),
             CLIPImageProcessor.from_pretrained(str(source), local_files_only=is_local),
         )
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError, UnpicklingError, ValueError) as error:
         raise InputError(
             f"model.clip: expected a folder or hub id of CLIP, got '{source}': {error}"
         ) from error

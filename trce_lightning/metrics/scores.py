@@ -16,7 +16,7 @@ from trce_lightning.data.prompt_sets import BENIGN, NEIGHBOURS, UNERASED, Prompt
 from trce_lightning.errors import InputError
 from trce_lightning.metrics.asr import AttackSuccessRate
 from trce_lightning.metrics.collateral import ATTRIBUTES, Detection
-from trce_lightning.metrics.detectors import Detector
+from trce_lightning.metrics.detectors import Detector, checked_probability
 from trce_lightning.metrics.fidelity import Clip
 from trce_lightning.sampling import seed_of
 
@@ -146,7 +146,7 @@ class Evaluator(nn.Module):
         for start in range(0, len(images), self.batch_size):
             part = slice(start, start + self.batch_size)
             pixels, rows = images[part].to(self.clip_score.device), records[part]
-            probability = self.detector(pixels).to(pixels.device)
+            probability = checked_probability(self.detector(pixels), len(pixels)).to(pixels.device)
             self.rates[set_name].update(probability)
             seen = {} if self.judge is None else self.judge(pixels)
             best = {name: probabilities.argmax(-1) for name, probabilities in seen.items()}
