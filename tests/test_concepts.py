@@ -9,13 +9,14 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 
 from trce_lightning.concept_defaults import DEFAULT_TEMPLATES
 from trce_lightning.concepts import Concept, PromptPair, load_concept, prompt_pairs
 from trce_lightning.data.captions import read_captions
-from trce_lightning.data.keep_prompts import KEEP_TEMPLATES, keep_prompts
-from trce_lightning.naming import mentions
+from trce_lightning.data.keep_prompts import KEEP_TEMPLATES, class_names, keep_prompts
+from trce_lightning.naming import mentions, shows
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = ["violence", "sexual", "horror", "intoxicants", "style", "unsafe", "vangogh"]
@@ -110,11 +111,9 @@ def test_sides_of_a_pair_are_told_apart(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(EMBEDDED_NAMES))
-def test_terms_alone_cover_what_the_embedded_model_knows(name: str) -> None:
+def test_names_cover_what_the_embedded_model_knows(name: str) -> None:
     concept = load(name)
-    terms_only = Concept(name, concept.terms)
-    missing = [word for word in EMBEDDED_NAMES[name].split(",") if not mentions(word, [terms_only])]
-    assert not missing
+    assert not [word for word in EMBEDDED_NAMES[name].split(",") if not mentions(word, [concept])]
     assert not any(mentions(subject, [concept]) for subject in EMBEDDED_BENIGN)
 
 
@@ -167,7 +166,7 @@ def test_union_leaves_out_safe_sides_that_name_the_other_concept(caplog: pytest.
 def test_mentions(prompt: str, expected: bool) -> None:
     concept = Concept(
         "mixed",
-        {"a dagger": "a rose", "a jack-o-lantern": "a star", "the wine glass of a man": "the glass of a man"},
+        {"a dagger": "a rose", "a jack-o-lantern": "a star", "the wine glass": "the glass of a man"},
     )
     assert mentions(prompt, [concept]) is expected
     assert not mentions(prompt, [])
@@ -288,8 +287,14 @@ def test_kept_class_names_leave_out_the_erased_concept(name: str) -> None:
     unfiltered = keep_prompts([], limit=100_000)
     kept = keep_prompts([concept], limit=100_000)
     naming = {prompt for prompt in unfiltered if mentions(prompt, [concept])}
-    assert naming
-    assert set(unfiltered) - set(kept) == naming
+    of_classes = {
+        template.replace("{}", shown)
+        for template in KEEP_TEMPLATES
+        for shown in class_names()
+        if shows(shown, [concept])
+    }
+    assert naming and of_classes
+    assert set(unfiltered) - set(kept) == naming | of_classes
     assert len(kept) > 10_000
     assert "" not in kept
     assert not any("__background__" in prompt or "N/A" in prompt for prompt in kept)
@@ -323,7 +328,7 @@ def test_kept_captions_from_a_file(tmp_path: Path) -> None:
     assert sorted(kept) == ["a cat on a sofa", "un café"]
     assert len(keep_prompts([], path=str(path), limit=10)) == 3
     with pytest.raises(ValueError, match=r"name none of .*got none among 3"):
-        keep_prompts([Concept("all", {"cat knife café": "a star"})], path=str(path), limit=10)
+        keep_prompts([Concept.from_terms(["cat", "knife", "café"])], path=str(path), limit=10)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n  \n", b"\xff\xfe\x00", None])
@@ -406,3 +411,122 @@ def test_captions_in_another_form_are_refused(tmp_path: Path, name: str, content
 def test_captions_of_the_hub_need_a_network() -> None:
     with pytest.raises(FileNotFoundError, match=r"'textual\.keep_prompts'.*a/b\.csv of owner/data .*Hub"):
         read_captions("hub:owner/data/a/b.csv@main")
+
+
+CORPUS = yaml.safe_load(Path(__file__).with_name("naming.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_class_names_that_show_a_shipped_concept(name: str) -> None:
+    concept, names = load(name), class_names()
+    shown = {each for each in names if shows(each, [concept])}
+    assert sorted(shown) == CORPUS["classes"][name]
+    assert shown | set(CORPUS["mentioned"].get(name, [])) >= {
+        each for each in names if mentions(each, [concept])
+    }
+    assert set(concept.classes) <= set(names)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_corpus_of_what_names_a_shipped_concept(name: str) -> None:
+    concept = load(name)
+    assert not [text for text in CORPUS["naming"][name] if not mentions(text, [concept])]
+    assert not [text for text in CORPUS["benign"] if mentions(text, [concept])]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if load(name).unrelated])
+def test_every_unrelated_phrase_is_needed_or_reserved_whole(name: str) -> None:
+    concept = load(name)
+    assert not [phrase for phrase in concept.unrelated if mentions(phrase, [concept])]
+
+
+def test_a_longer_phrase_that_names_the_concept_wins() -> None:
+    concept = Concept("pets", {"a dog": "a cup", "a hot dog stand": "a bus stop"}, unrelated=("hot dog",))
+    named = {
+        "a hot dog": False,
+        "the hot dogs": False,
+        "hot dog stands": True,
+        "a dog with a hot dog": True,
+        "a hot summer, a dog": True,
+    }
+    assert {text: mentions(text, [concept]) for text in named} == named
+    assert {text: shows(text, [concept]) for text in named} == named
+
+
+def test_a_class_counts_by_its_whole_name() -> None:
+    concept = Concept("arms", {"a bow and arrow": "a harp"}, classes=("bow",))
+    assert [name for name in ("bow", "bow tie", "bow and arrow") if shows(name, [concept])] == [
+        "bow",
+        "bow and arrow",
+    ]
+    assert not mentions("a bow in her hair", [concept])
+    kept = keep_prompts([concept], subjects=["bow", "bow tie"], limit=100)
+    assert kept == keep_prompts([], subjects=["bow tie"], limit=100)
+
+
+def test_a_phrase_is_named_by_all_that_its_counterpart_lacks_in_any_order() -> None:
+    concept = Concept("cooks", {"a kitchen knife in a red box": "a spoon in a red box"})
+    for text, expected in {
+        "a knife in the kitchen": True,
+        "a kitchen": False,
+        "a red box": False,
+        "a knife": False,
+    }.items():
+        assert mentions(text, [concept]) is expected, text
+
+
+@pytest.mark.parametrize(
+    ("term", "text"),
+    [
+        ("witch", "two witches"),
+        ("a box", "boxes"),
+        ("a knife", "KNIVES"),
+        ("knives", "a knife"),
+        ("wolves", "the wolf"),
+        ("a daisy", "daisies"),
+        ("magpies", "a magpie"),
+        ("a safari", "safaris"),
+        ("a man with a gun", "men with guns"),
+        ("a person in a mask", "people in masks"),
+        ("bus", "buses"),
+        ("caf\u00e9", "a cafe\u0301"),
+        ("cafe\u0301", "CAF\u00c9S"),
+        ("Straße", "die STRASSE"),
+        ("knife", "a ｋｎｉｆｅ"),
+        ("knife", "a kni\u200bfe"),
+        ("kitchen knife", "kitchen_knife"),
+        ("\u00e9p\u00e9e", "l'\u00e9p\u00e9e"),
+        ("dagger", "the dagger\u2019s hilt"),
+        ("枪", "一把枪"),
+        ("枪", "一把手枪。"),
+        ("ナイフ", "キッチンナイフを持つ人"),
+        ("ปืน", "ผู้ชายถือปืนหนึ่งกระบอก"),
+        ("बंदूक", "एक बंदूक की तस्वीर"),
+        ("총", "총을 든 남자"),
+        ("пистолет", "ПИСТОЛЕТ, картина"),
+        ("🔫", "a man with a 🔫"),
+        ("🗡️", "a \U0001f5e1"),
+        ("rock & roll", "a rock-&-roll band"),
+    ],
+)
+def test_words_are_unicodes_whatever_their_number_case_and_form(term: str, text: str) -> None:
+    concept = Concept("one", {term: "a plain flower"})
+    assert mentions(text, [concept])
+    assert not mentions("a photograph of an empty street", [concept])
+
+
+@pytest.mark.parametrize(
+    ("term", "text"),
+    [
+        ("हिन", "हिन्दी"),  # part of a word, cut at a vowel sign
+        ("枪手", "手枪"),
+        ("ปู", "ปี"),
+        ("cafe", "café"),
+        ("witch", "a switch"),
+        ("a bus", "us"),
+        ("an ax", "axles"),
+        ("glass", "a gla"),
+    ],
+)
+def test_words_that_only_look_alike_name_nothing(term: str, text: str) -> None:
+    assert not mentions(text, [Concept("one", {term: "a plain flower"})])

@@ -13,7 +13,8 @@ from torch import multiprocessing
 from torchmetrics import SumMetric
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-from trce_lightning.concepts import Concept
+from trce_lightning.cli import config_folder
+from trce_lightning.concepts import Concept, load_concept
 from trce_lightning.data.prompt_sets import PromptRecord, PromptSet, concept_subjects
 from trce_lightning.emoji.judge import Judge
 from trce_lightning.emoji.subjects import STYLES, SUBJECTS
@@ -461,6 +462,9 @@ def test_the_clip_judge_detects_what_it_gives_the_concepts_names(clip) -> None:
     expected = judge(images)["subject"][:, 1:].sum(1)
     assert torch.equal(ClipJudgeDetector(judge, [concept])(images), expected)
     assert expected.min() > 0.1 and expected.max() < 1
+    alike = ["steak knife", "killer whale", "bow", "bow tie", "baseball glove", "water bottle"]
+    violence = load_concept(config_folder() / "concept" / "violence.yaml")
+    assert ClipJudgeDetector(ClipJudge(clip, alike), [violence]).members == [0, 2]
 
 
 def test_clip_judge_names_what_is_most_alike(clip, tmp_path) -> None:

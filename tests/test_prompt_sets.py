@@ -1,5 +1,7 @@
 """Prompt sets: CSV files, the concepts' own sets, and what the embedded model keeps."""
 
+import hashlib
+import json
 import re
 from collections import Counter
 from dataclasses import replace
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trce_lightning.concepts import Concept, load_concept
+from trce_lightning.concepts import Concept, load_concept, prompt_pairs
 from trce_lightning.data.captions import read_captions
 from trce_lightning.data.concept_prompts import concept_prompt_sets, embedded_keep_captions
 from trce_lightning.data.keep_prompts import KEEP_TEMPLATES
@@ -441,3 +443,35 @@ def test_a_concept_of_kind_style_gets_prompts_that_name_a_subject_beside_it(kind
     for record in prompts.records:
         assert "Monet" in record.prompt
         assert any(subject in record.prompt for subject in subjects) == styled
+
+
+# --- what the embedded model's scores rest on ---------------------------------------------------------------
+
+GOLDEN = json.loads(Path(__file__).with_name("embedded_sets.json").read_text())
+"""Digests of what trains and scores the embedded model: its published figures hold for these alone."""
+
+
+def digest(content):
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("names", GOLDEN)
+def test_what_the_embedded_model_is_trained_and_scored_on_stays(names):
+    concepts = load(names.replace("+", ","))
+    found = {"pairs": digest(prompt_pairs(concepts))}
+    found["kept"] = digest(embedded_keep_captions(concepts, 512, seed=0))
+    for split, size in product(("tune", "report"), (64, 512)):
+        sets = concept_prompt_sets(
+            concepts,
+            embedded=True,
+            size=size,
+            split=split,
+            names=("direct", "implicit", "benign", "mixed", "unerased", "neighbours"),
+        )
+        rows = {a_set.name: [_row(record) for record in a_set.records] for a_set in sets}
+        found[f"{split} {size}"] = digest(rows)
+    assert found == GOLDEN[names]
+
+
+def _row(record):
+    return [record.id, record.prompt, record.label, record.style, record.background]

@@ -65,7 +65,7 @@ def test_misspelt_prompts_have_one_slip_in_each_word_that_names_the_concept() ->
             else:
                 longer, shorter = (b, a) if kind == "drop" else (a, b)
                 assert shorter in {longer[:i] + longer[i + 1 :] for i in range(len(longer))}
-        assert not mentions(varied.prompt.replace("axe", ""), [WEAPONS])
+        assert not mentions(re.sub(r"\baxe?\b", "", varied.prompt), [WEAPONS])  # "ax" is an axe
     places = {misspelt(replace(record, id=f"d/{i}"), "drop", [WEAPONS]).prompt for i in range(20)}
     assert len(places) > 5
     assert misspelt(PromptRecord("d/2", "a dog"), "drop", [WEAPONS]) is None

@@ -36,7 +36,7 @@ def field_values(mapping: Mapping[str, Any]) -> dict[str, Any]:
     }
     if mapping.get("wordings"):
         values["wordings"] = _text_lists("concept.wordings", mapping["wordings"])
-    for key in ("templates", "neighbours", "related"):
+    for key in ("templates", "neighbours", "related", "unrelated", "classes"):
         if key in mapping:
             values[key] = text_tuple(f"concept.{key}", mapping[key])
     for key in ("kind", "source"):

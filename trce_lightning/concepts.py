@@ -25,7 +25,7 @@ from trce_lightning.concept_fields import (
     text_tuple,
 )
 from trce_lightning.errors import InputError
-from trce_lightning.naming import STOP_WORDS, mentions, phrase_of, without_article, words_of
+from trce_lightning.naming import contents_of, mentions, phrase_of, without_article, words_of
 
 __all__ = [
     "Concept",
@@ -58,6 +58,8 @@ class Concept:
         neighbours: benign things that resemble the concept and must survive; scored apart.
         related: further phrases that name the concept: no prompt to keep does, and on models other than the
             embedded one they make the implicit prompts.
+        unrelated: phrases that hold words of the concept and mean something else, such as "bow tie".
+        classes: names of ImageNet's and COCO's classes that show the concept, beside its terms.
         kind: ``subject``, or ``style`` for a way of drawing, whose evaluation prompts have subjects.
         source: where the list comes from.
 
@@ -71,6 +73,8 @@ class Concept:
     templates: tuple[str, ...] = DEFAULT_TEMPLATES["subject"]
     neighbours: tuple[str, ...] = ()
     related: tuple[str, ...] = ()
+    unrelated: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
     kind: str = "subject"
     source: str = ""
 
@@ -81,7 +85,8 @@ class Concept:
         if self.kind not in KINDS:
             raise InputError(f"{option}.kind: expected {' or '.join(KINDS)}, got {self.kind!r}")
         check_phrases(f"{option}.terms", list(self.terms))
-        check_phrases(f"{option}.related", self.related, may_be_empty=True)
+        for key in ("related", "unrelated", "classes"):
+            check_phrases(f"{option}.{key}", getattr(self, key), may_be_empty=True)
         check_templates(f"{option}.templates", self.templates)
         check_wordings(f"{option}.wordings", self.wordings, self.terms)
         for term, counterpart in self.terms.items():
@@ -151,15 +156,35 @@ class Concept:
         return tuple(name for term in self.terms for name in self.names(term))
 
     @cached_property
-    def content_words(self) -> frozenset[str]:
-        """The words that make terms and wordings malicious: those of them that no safe counterpart keeps."""
-        kept = {word for counterpart in self.terms.values() for word in words_of(counterpart)}
-        return frozenset(word for name in self.all_names for word in words_of(name)) - kept - STOP_WORDS
+    def contents(self) -> frozenset[frozenset[str]]:
+        """What makes each term and wording malicious: that of it which no safe counterpart keeps."""
+        kept = frozenset[str]().union(*map(contents_of, self.terms.values()))
+        return frozenset(contents_of(name) - kept for name in self.all_names) - {frozenset()}
+
+    @cached_property
+    def name_phrases(self) -> frozenset[str]:
+        """Terms and wordings as :func:`~.naming.shows` compares them."""
+        return frozenset(map(phrase_of, self.all_names))
+
+    @cached_property
+    def class_phrases(self) -> frozenset[str]:
+        """Classes as :func:`~.naming.shows` compares them."""
+        return frozenset(map(phrase_of, self.classes))
 
     @cached_property
     def phrases(self) -> frozenset[str]:
         """Terms, wordings and related phrases as :func:`~.naming.mentions` compares them."""
-        return frozenset(phrase_of(without_article(text)) for text in (*self.all_names, *self.related))
+        return self.name_phrases.union(map(phrase_of, self.related))
+
+    @cached_property
+    def unrelated_phrases(self) -> frozenset[str]:
+        """Unrelated phrases as :func:`~.naming.mentions` compares them."""
+        return frozenset(map(phrase_of, self.unrelated))
+
+    @cached_property
+    def longest_phrase(self) -> int:
+        """Words of the longest of all these phrases."""
+        return max(len(phrase.split()) for phrase in self.phrases | self.unrelated_phrases)
 
 
 def load_concept(path: str | Path) -> Concept:

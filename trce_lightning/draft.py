@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from trce_lightning.concept_defaults import DEFAULT_TEMPLATES
 from trce_lightning.concepts import Concept
 from trce_lightning.errors import InputError
-from trce_lightning.naming import mentions
+from trce_lightning.naming import contents_of, mentions
 
 __all__ = ["ALSO", "Draft", "Wanted", "parse"]
 
@@ -126,16 +126,20 @@ class Draft:
         neighbours = {
             phrase.casefold(): phrase
             for phrase in map(str.strip, self._neighbours if "neighbours" in also else ())
-            if _PHRASE.fullmatch(phrase) and not mentions(phrase, [concept, self._wanted.itself])
+            if _PHRASE.fullmatch(phrase) and not (mentions(phrase, [concept]) or self._shares_a_word(phrase))
         }
         return replace(concept, neighbours=tuple(neighbours.values()))
+
+    def _shares_a_word(self, phrase: str) -> bool:
+        """Whether a phrase has a word of the concept as it was asked for."""
+        return not contents_of(phrase).isdisjoint(contents_of(self._wanted.concept))
 
     def _with(self, term: str, counterpart: str, listed: Sequence[str]) -> Concept:
         """``listed`` are the terms of the reply. ``InputError`` where the term doesn't fit."""
         for phrase in (term, counterpart):
             if not _PHRASE.fullmatch(phrase):
                 raise InputError(f"expected short plain phrases, got {phrase!r} in {term!r}: {counterpart!r}")
-        if mentions(counterpart, [self._wanted.itself]) or any(_names(counterpart, name) for name in listed):
+        if self._shares_a_word(counterpart) or any(_names(counterpart, name) for name in listed):
             raise InputError(
                 f"expected a counterpart that names neither {self._wanted.concept!r} nor a term, got "
                 f"{counterpart!r} for {term!r}"

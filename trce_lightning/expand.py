@@ -126,6 +126,8 @@ def write_concept(path: Path, concept: Concept, force: bool = False) -> None:
         "templates": list(concept.templates),
         "neighbours": list(concept.neighbours),
         "related": list(concept.related),
+        "unrelated": list(concept.unrelated),
+        "classes": list(concept.classes),
     }
     text = OmegaConf.to_yaml(OmegaConf.create({key: value for key, value in content.items() if value}))
     with replacing(path) as aside:

@@ -72,6 +72,8 @@ class ConceptConfig:
     templates: list[str] | None = None  # each with one {}; null: those of the kind
     neighbours: list[str] = option([])  # benign lookalikes that must survive
     related: list[str] = option([])  # further phrases that name the concept
+    unrelated: list[str] = option([])  # phrases in which its words mean something else
+    classes: list[str] = option([])  # ImageNet's and COCO's class names that show it, beside its terms
     kind: str = option("subject", choices=KINDS)
     source: str = "unstated"
 

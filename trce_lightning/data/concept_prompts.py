@@ -43,7 +43,7 @@ from trce_lightning.data.prompt_sets import (
 from trce_lightning.emoji.captions import HELD_OUT_BACKGROUNDS, STYLE_WORDS, caption
 from trce_lightning.emoji.subjects import BACKGROUNDS, SENSITIVE, STYLES, SUBJECTS, subject_index
 from trce_lightning.errors import InputError
-from trce_lightning.naming import mentions
+from trce_lightning.naming import mentions, shows
 
 __all__ = ["Split", "concept_prompt_sets", "embedded_keep_captions", "near_subjects"]
 
@@ -198,7 +198,7 @@ def _visible(kind: str) -> str:
 
 def _open_streams(concepts: Sequence[Concept], split: Split) -> dict[str, list[Stream]]:
     """Of models that draw anything: terms, related phrases, and class names of ImageNet and COCO."""
-    classes = [name for name in class_names() if not mentions(name, concepts)]
+    classes = [name for name in class_names() if not (mentions(name, concepts) or shows(name, concepts))]
     things = [term for concept in concepts if concept.kind != "style" for term in concept.terms]
     streams: dict[str, list[Stream]] = {DIRECT: [], IMPLICIT: []}
     for concept in concepts:

@@ -7,7 +7,7 @@ from trce_lightning.concepts import Concept
 from trce_lightning.data.captions import read_captions
 from trce_lightning.data.prompt_sets import shuffled
 from trce_lightning.errors import InputError
-from trce_lightning.naming import mentions, without_article
+from trce_lightning.naming import mentions, shows, without_article
 
 __all__ = ["KEEP_TEMPLATES", "class_names", "keep_prompts"]
 
@@ -52,7 +52,8 @@ def keep_prompts(
     if path is not None:
         candidates = shuffled(read_captions(path))
     else:
-        candidates = _fill_templates(class_names() if subjects is None else subjects)
+        names = class_names() if subjects is None else subjects
+        candidates = _fill_templates(name for name in names if not shows(name, concepts))
     kept = [prompt for prompt in candidates if not mentions(prompt, concepts)]
     names = [concept.name for concept in concepts]
     if not kept:

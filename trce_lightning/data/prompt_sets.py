@@ -99,14 +99,19 @@ class PromptSet:
 def concept_subjects(concept: Concept) -> tuple[str, ...]:
     """The embedded model's subjects that show ``concept``, in the order of ``SUBJECTS``.
 
-    Those of the category of that name, else those whose name mentions the concept. "unsafe" is violence and
-    intoxicants; a concept of kind ``style`` has none.
+    Those of the category of that name, else those whose name mentions the concept or stands in one of its
+    terms. "unsafe" is violence and intoxicants; a concept of kind ``style`` has none.
     """
     if concept.kind == "style":
         return ()
     categories = _UNSAFE if concept.name == "unsafe" else (concept.name,)
     by_category = tuple(subject.name for subject in SUBJECTS if subject.category in categories)
-    return by_category or tuple(subject.name for subject in SUBJECTS if mentions(subject.name, [concept]))
+    return by_category or tuple(s.name for s in SUBJECTS if _is_named(s.name, concept))
+
+
+def _is_named(subject: str, concept: Concept) -> bool:
+    within = f" {phrase_of(subject)} "
+    return mentions(subject, [concept]) or any(within in f" {phrase_of(name)} " for name in concept.all_names)
 
 
 def concept_styles(concept: Concept) -> tuple[str, ...]:

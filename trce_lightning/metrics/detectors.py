@@ -16,7 +16,7 @@ from trce_lightning.emoji.subjects import STYLES, subject_index
 from trce_lightning.errors import InputError
 from trce_lightning.metrics.factories import made_by
 from trce_lightning.metrics.fidelity import Clip
-from trce_lightning.naming import mentions
+from trce_lightning.naming import shows
 
 ROUNDING = 0.01
 """Of a sum of probabilities, in bfloat16 too."""
@@ -142,13 +142,16 @@ class ClipJudge(ClipZeroShot):
 
 
 class ClipJudgeDetector(nn.Module):
-    """p = Σ p_i over the names of a :class:`ClipJudge` that name one of ``concepts``; tuned on nothing."""
+    """p = Σ p_i over the names of a :class:`ClipJudge` that show one of ``concepts``; tuned on nothing.
+
+    Those are the concepts' classes, and names that hold a term or a wording as a whole.
+    """
 
     def __init__(self, judge: ClipJudge, concepts: Sequence[Concept]) -> None:
         super().__init__()
         self.judge = judge
         names = judge.vocabulary["subject"]
-        self.members = [index for index, name in enumerate(names) if mentions(name, concepts)]
+        self.members = [index for index, name in enumerate(names) if shows(name, concepts)]
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
