@@ -12,9 +12,10 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 import regex
-from pluralizer import Pluralizer
 
 if TYPE_CHECKING:
+    from pluralizer import Pluralizer
+
     from trce_lightning.concepts import Concept
 
 STOP_WORDS = frozenset(
@@ -115,7 +116,7 @@ def _plain_words(text: str) -> list[str]:
     """A text's words in lower case and one Unicode form, without possessive endings."""
     plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     plain = _SEPARATORS.sub(" ", _POSSESSIVE.sub("", _IGNORED.sub("", plain)))
-    words = []
+    words: list[str] = []
     for part in _BOUNDARY.split(plain):
         if _HAS_WORD.search(part):
             words += _CHARACTER.findall(part) if _WITHOUT_SPACES.search(part) else [part]
@@ -124,6 +125,8 @@ def _plain_words(text: str) -> list[str]:
 
 @cache
 def _pluralizer() -> Pluralizer:
+    from pluralizer import Pluralizer  # not at the top: the command line answers at once
+
     return Pluralizer()
 
 
