@@ -9,7 +9,7 @@ from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import BatchFeature, CLIPImageProcessor, CLIPModel, CLIPTokenizer
