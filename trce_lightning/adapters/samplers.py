@@ -10,7 +10,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from trce_lightning.adapters.schedule import NOISE_SCHEDULE, check_placed, has_schedule
+from trce_lightning.adapters.schedule import check_placed, has_schedule
 from trce_lightning.adapters.stable_diffusion import StableDiffusionAdapter
 from trce_lightning.errors import InputError
 from trce_lightning.sampling import add_noise
@@ -94,11 +94,8 @@ class _Scheduler:
         compatible = {kind.__name__ for kind in adapter.scheduler.compatibles}
         if name not in compatible:
             raise InputError(f"sampler: expected one of {', '.join(sorted(compatible))}, got {name}")
-        config = adapter.scheduler.config
-        options = {key: config[key] for key in NOISE_SCHEDULE}
-        if timestep_spacing is not None:
-            options["timestep_spacing"] = timestep_spacing
-        self.scheduler: Any = getattr(diffusers, name).from_config(config, **options)
+        spacing = {} if timestep_spacing is None else {"timestep_spacing": timestep_spacing}
+        self.scheduler: Any = getattr(diffusers, name).from_config(adapter.scheduler.config, **spacing)
         if not has_schedule(self.scheduler, adapter.alphas_cumprod):
             raise InputError(
                 f"sampler: expected one that draws by the model's noise schedule, got {name}, which has no "
@@ -109,7 +106,13 @@ class _Scheduler:
         self._reset(torch.device("cpu"))
 
     def _reset(self, device: torch.device) -> None:
-        self.scheduler.set_timesteps(self.num_steps, device=device)
+        try:
+            self.scheduler.set_timesteps(self.num_steps, device=device)
+        except ValueError as error:  # PNDM's first steps take four
+            name = type(self.scheduler).__name__
+            raise InputError(
+                f"num_inference_steps: expected a number that {name} can take, got {self.num_steps}: {error}"
+            ) from error
         available = self.scheduler.config.num_train_timesteps
         self.timesteps = check_placed(self.scheduler.timesteps, available, self.num_steps)[self.skipped :]
         if hasattr(self.scheduler, "set_begin_index"):

@@ -11,16 +11,8 @@ from torch import Tensor
 from trce_lightning.errors import InputError
 from trce_lightning.sampling import PREDICTION_TYPES
 
-NOISE_SCHEDULE = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-)
-"""What decides ᾱ and what the network predicts, by diffusers' names."""
+DEFAULTS = "_use_default_values"
+"""diffusers' record of settings that nobody gave."""
 ATOL = 1e-6
 """Of ᾱ. Some schedulers write 2⁻²⁴ for zero."""
 
@@ -28,15 +20,15 @@ ATOL = 1e-6
 def ddim_of(scheduler: Any) -> DDIMScheduler:
     """Return the DDIM scheduler of the same noise schedule. ``InputError`` when there is none.
 
-    The schedule is passed by name: diffusers' ``from_config`` replaces what is another class's default by its
-    own, and ends of β differ between classes. ``clip_sample`` is off, as diffusers turns it off in whatever
-    pipeline it opens.
+    All settings are taken over, as from a scheduler that was saved and read again: diffusers' ``from_config``
+    replaces one class's defaults by another's, and ends of β differ between classes. As in whatever pipeline
+    diffusers opens, ``clip_sample`` is off, and ``steps_offset`` is 1 where a class has none.
     """
     name, config = type(scheduler).__name__, scheduler.config
     _refuse_other_processes(scheduler)
-    schedule = {key: config[key] for key in NOISE_SCHEDULE if key in config}
+    settings = {"steps_offset": 1, **{key: value for key, value in config.items() if key != DEFAULTS}}
     try:
-        ddim = DDIMScheduler.from_config(config, **schedule, clip_sample=False)
+        ddim = DDIMScheduler.from_config(settings, clip_sample=False)
     except NotImplementedError as error:
         raise InputError(f"model: expected a noise schedule that DDIM has, got {name}: {error}") from error
     if not has_schedule(scheduler, ddim.alphas_cumprod):
