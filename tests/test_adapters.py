@@ -1,9 +1,13 @@
 """The adapter against diffusers' own pipeline: states, predictions, projections, fingerprints, refusals."""
 
+import copy
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
+import huggingface_hub
 import pytest
 import torch
 from conftest import MAX_LENGTH, WIDTH, build_tiny_pipeline
@@ -14,11 +18,17 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
+from diffusers.models.attention_processor import AttnProcessor2_0, CustomDiffusionAttnProcessor
+from model_table import write
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, CLIPTextModelWithProjection
 
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter, stable_diffusion
+from trce_lightning.adapters.samplers import make_sampler
 from trce_lightning.adapters.stable_diffusion import fingerprint
+from trce_lightning.errors import InputError
+from trce_lightning.textual import keyword_mask
 
 PROMPTS = ["a gun", "", "tea", "word " * MAX_LENGTH]
 PATH_MESSAGE = "expected a diffusers pipeline folder"
@@ -267,3 +277,268 @@ def test_only_an_owner_and_a_name_are_asked_of_a_hub() -> None:
     with pytest.raises(OSError) as raised:
         load_adapter("owner/no-such-model")
     assert PATH_MESSAGE not in str(raised.value)
+
+
+# --- text ---------------------------------------------------------------------------------------------------
+
+
+def with_inversion(pipeline: StableDiffusionPipeline, vectors: int = 3) -> StableDiffusionPipeline:
+    """A textual inversion ``<x>`` of several vectors, as diffusers loads it."""
+    pipeline.tokenizer.add_tokens(["<x>", *(f"<x>_{i}" for i in range(1, vectors))])
+    pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer), mean_resizing=False)
+    return pipeline
+
+
+def test_a_textual_inversion_of_several_vectors_is_all_of_its_tokens(
+    tiny_pipeline: StableDiffusionPipeline,
+) -> None:
+    adapter = StableDiffusionAdapter(with_inversion(tiny_pipeline))
+    ids = adapter.tokenize(["<x> a"])
+    assert adapter.tokenizer.convert_ids_to_tokens(ids[0])[1:5] == ["<x>", "<x>_1", "<x>_2", "a</w>"]
+    assert keyword_mask(adapter, ids, ["<x>"])[0].nonzero().flatten().tolist() == [1, 2, 3]
+    with torch.no_grad():
+        expected = tiny_pipeline.encode_prompt(["<x> a", ""], "cpu", 1, False)[0]
+    assert torch.equal(adapter.encode(["<x> a", ""]).states, expected)
+    # Start, end and three for each of ten.
+    assert MAX_LENGTH == 32 and adapter.fits("<x> " * 10) and not adapter.fits("<x> " * 11)
+
+
+def test_an_attention_mask_is_used_where_the_text_encoder_asks_for_it(
+    tiny_pipeline: StableDiffusionPipeline,
+) -> None:
+    without = StableDiffusionAdapter(tiny_pipeline).encode(PROMPTS).states
+    tiny_pipeline.text_encoder.config.use_attention_mask = True
+    adapter = StableDiffusionAdapter(tiny_pipeline)
+    with torch.no_grad():
+        expected = tiny_pipeline.encode_prompt(PROMPTS, "cpu", 1, False)[0]
+    assert torch.equal(adapter.encode(PROMPTS).states, expected)
+    assert not torch.allclose(without, expected, atol=1e-3)
+    trimmed = adapter.encode(PROMPTS[:3], trimmed=True).states
+    torch.testing.assert_close(trimmed[0], expected[0, : trimmed.shape[1]], atol=1e-5, rtol=1e-4)
+
+
+# --- schedules ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("num_steps", [1, 3, 7, 30, 61])
+def test_a_step_is_that_of_diffusers(
+    tiny_pipeline: StableDiffusionPipeline, spacing: str, num_steps: int
+) -> None:
+    config = tiny_pipeline.scheduler.config
+    scheduler = type(tiny_pipeline.scheduler).from_config(config, timestep_spacing=spacing)
+    tiny_pipeline.scheduler = scheduler
+    adapter = StableDiffusionAdapter(tiny_pipeline)
+    if (spacing, num_steps) == ("trailing", 61):
+        with pytest.raises(InputError, match=r"num_inference_steps.* got 61, .* to -1; take one step less"):
+            adapter.timesteps(num_steps)
+        return
+    scheduler.set_timesteps(num_steps)
+    timesteps = adapter.timesteps(num_steps)
+    z_t, prediction = torch.randn(2, 1, *adapter.latent_shape).unbind(0)
+    for step_index, timestep in enumerate(timesteps):
+        expected = scheduler.step(prediction, timestep, z_t).prev_sample
+        torch.testing.assert_close(
+            adapter.step(prediction, z_t, timesteps, step_index), expected, atol=1e-5, rtol=1e-5
+        )
+
+
+def test_as_many_steps_as_timesteps_have_no_place(tiny_adapter: StableDiffusionAdapter) -> None:
+    with pytest.raises(InputError, match=r"between 0 and 999, got 1000, which diffusers places from 1000"):
+        tiny_adapter.timesteps(1000)
+    with pytest.raises(InputError, match=r"num_inference_steps.*PNDMScheduler can take, got 3"):
+        make_sampler(tiny_adapter, 3, scheduler="PNDMScheduler")
+
+
+# --- networks in memory -------------------------------------------------------------------------------------
+
+
+def offloaded(pipeline: StableDiffusionPipeline) -> None:
+    pipeline.enable_sequential_cpu_offload(device="cpu")
+
+
+def compiled(network: str) -> Callable[[StableDiffusionPipeline], None]:
+    return lambda pipeline: setattr(pipeline, network, torch.compile(getattr(pipeline, network)))
+
+
+def original(network: str) -> Callable[[StableDiffusionPipeline], None]:
+    return lambda pipeline: setattr(pipeline, network, getattr(pipeline, network)._orig_mod)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "undo"),
+    [
+        (offloaded, r"call pipeline\.remove_all_hooks\(\)", lambda p: p.remove_all_hooks()),
+        *(
+            (compiled(name), rf"pipeline\.{name} = pipeline\.{name}\._orig_mod", original(name))
+            for name in ("unet", "text_encoder", "vae")
+        ),
+        (
+            lambda p: p.unet.set_attn_processor(CustomDiffusionAttnProcessor(hidden_size=32)),
+            r"call pipeline\.unet\.set_attn_processor\(AttnProcessor2_0\(\)\)",
+            lambda p: p.unet.set_attn_processor(AttnProcessor2_0()),
+        ),
+    ],
+)
+def test_a_refusal_says_what_undoes_it(
+    tiny_pipeline: StableDiffusionPipeline, change: Callable, reason: str, undo: Callable
+) -> None:
+    before = StableDiffusionAdapter(tiny_pipeline).fingerprint()
+    change(tiny_pipeline)
+    with pytest.raises(InputError, match=reason):
+        StableDiffusionAdapter(tiny_pipeline)
+    undo(tiny_pipeline)
+    assert StableDiffusionAdapter(tiny_pipeline).fingerprint() == before
+
+
+def test_weights_that_know_no_gradients_are_refused() -> None:
+    with torch.inference_mode():
+        pipeline = build_tiny_pipeline()
+        with pytest.raises(InputError, match=r"outside of torch\.inference_mode"):
+            StableDiffusionAdapter(pipeline)
+    for name in ("unet", "text_encoder", "vae"):
+        with pytest.raises(InputError, match=rf"{name} made in .*copy\.deepcopy\(pipeline\.{name}\)"):
+            StableDiffusionAdapter(pipeline)
+        setattr(pipeline, name, copy.deepcopy(getattr(pipeline, name)))
+    adapter = StableDiffusionAdapter(pipeline)
+    assert adapter.fingerprint() == StableDiffusionAdapter(build_tiny_pipeline()).fingerprint()
+
+
+# --- stored weights -----------------------------------------------------------------------------------------
+
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+FORMS = [
+    ("unet", "bin", False),
+    ("vae", "safetensors", True),
+    ("text_encoder", "bin", True),
+    ("text_encoder", "safetensors", False),
+]
+
+
+@pytest.fixture
+def folder(tiny_pipeline: StableDiffusionPipeline, tmp_path: Path) -> Path:
+    tiny_pipeline.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def rewrite(folder: Path, network: str, suffix: str, sharded: bool, change: Callable) -> None:
+    """A network's weights after a change, in another form."""
+    file = folder / network / f"{STEMS[network]}.safetensors"
+    state = change(load_file(file))
+    file.unlink()
+    stem = f"pytorch_{STEMS[network]}" if (network, suffix) == ("text_encoder", "bin") else STEMS[network]
+    write(folder / network, stem, state, "", suffix, sharded, False)
+
+
+@pytest.mark.parametrize(("network", "suffix", "sharded"), FORMS)
+def test_weights_that_are_missing_are_named(folder: Path, network: str, suffix: str, sharded: bool) -> None:
+    """Random numbers would stand in their place."""
+    lost: list[str] = []
+
+    def change(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        lost.extend(sorted(state)[-3:])
+        return {name: tensor for name, tensor in state.items() if name not in lost}
+
+    rewrite(folder, network, suffix, sharded, change)
+    message = rf"all tensors of {network}, got '.*/{network}' without 3 of them, such as {re.escape(lost[0])}"
+    with pytest.raises(InputError, match=message):
+        load_adapter(folder)
+
+
+@pytest.mark.parametrize(("network", "suffix", "sharded"), FORMS)
+def test_weights_of_other_shapes_are_named(folder: Path, network: str, suffix: str, sharded: bool) -> None:
+    changed: list[str] = []
+
+    def change(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        changed.append(max(state))
+        return {**state, changed[0]: torch.zeros(3)}
+
+    rewrite(folder, network, suffix, sharded, change)
+    with pytest.raises(InputError, match=rf"weights of {network} that fit .*{re.escape(changed[0])}"):
+        load_adapter(folder)
+
+
+def empty(folder: Path) -> None:
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+
+
+def pointer(folder: Path) -> None:
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+
+
+def lost_shard(folder: Path) -> None:
+    rewrite(folder, "vae", "safetensors", True, lambda state: state)
+    next((folder / "vae").glob("*-00002-of-*")).unlink()
+
+
+class Code:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path("ran"),)
+
+
+def with_code(folder: Path) -> None:
+    rewrite(folder, "text_encoder", "bin", False, lambda state: {**state, "code": Code()})
+
+
+def quantized(folder: Path) -> None:
+    file = folder / "vae" / "config.json"
+    config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (empty, r"weights of vae in .*as \.safetensors or \.bin, got none"),
+        (pointer, r"vae that can be read.*run git lfs pull"),
+        (lost_shard, r"vae that can be read"),
+        (with_code, r"text_encoder that can be read"),
+        (quantized, r"plain weights of vae, got quantized"),
+    ],
+)
+def test_damaged_folders_are_answered_by_name(
+    folder: Path, damage: Callable, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    damage(folder)
+    with pytest.raises(InputError, match=f"model.path: expected .*{reason}"):
+        load_adapter(folder)
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        (
+            {"vae": ["diffusers", "ConsistencyDecoderVAE"]},
+            "a vae of AutoencoderKL.* got ConsistencyDecoderVAE",
+        ),
+        ({"vae": [None, None]}, "a vae of AutoencoderKL"),
+        ({"text_encoder": ["my_code", "MyEncoder"]}, "never run"),
+    ],
+)
+def test_other_parts_are_refused_by_the_index(folder: Path, part: dict, reason: str) -> None:
+    file = folder / "model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | part))
+    with pytest.raises(InputError, match=reason):
+        load_adapter(folder)
+
+
+def test_a_hub_that_has_half_precision_alone_opens(
+    tiny_pipeline: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "models--owner--name"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("c" * 40)
+    half = copy.deepcopy(tiny_pipeline.unet).half().float()
+    copy.deepcopy(tiny_pipeline).to(torch.float16).save_pretrained(
+        cached / "snapshots" / ("c" * 40), variant="fp16"
+    )
+    for module in (huggingface_hub.constants, diffusers.utils.constants):
+        for name in ("HF_HUB_CACHE", "HF_MODULES_CACHE"):
+            monkeypatch.setattr(module, name, str(tmp_path), raising=False)
+    found = load_adapter("owner/name").unet.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in half.state_dict().items())
