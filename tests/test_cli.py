@@ -1,6 +1,7 @@
 """What a user types: accepted spellings, and refusals in a few lines with exit code 2, without torch."""
 
 import contextlib
+import importlib.util
 import os
 import re
 import resource
@@ -13,12 +14,12 @@ import pytest
 import yaml
 from hydra.core.config_store import ConfigStore
 
-from trce_lightning import cli
+from trce_lightning import cli, validation
 from trce_lightning.arguments import rewrite
 from trce_lightning.errors import InputError
 from trce_lightning.evaluation_schema import EvalConfig
 from trce_lightning.generation import shard
-from trce_lightning.schema import DemoConfig, TrainConfig
+from trce_lightning.schema import ConceptConfig, DemoConfig, ModelConfig, ScoresConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -133,6 +134,13 @@ WRONG = [
         ["trajectory.batch_size", "a multiple of the 2 processes, got 7"],
     ),
     (["-m", "concept=violence,horror", "seed=-1"], ["'seed'", "at least 0"]),
+    (
+        ["concept=violence", "metrics.final_images_per_set=1"],
+        ["'metrics.final_images_per_set'", "at least 2", "FID", "got 1", "samples_per_prompt=2"],
+    ),
+    (["concept=violence", "metrics.images_per_set=1"], ["'metrics.images_per_set'", "at least 2"]),
+    (["concept=violence", "trainer.accelerator=foo"], ["trainer.accelerator=foo", "cuda"]),
+    (["concept=violence", "trainer.accelerator=cpu", "trainer.strategy=foo"], ["trainer.strategy=foo"]),
 ]
 
 
@@ -141,6 +149,46 @@ def test_wrong_input_is_explained(argv, expected, capsys):
     text = refusal(capsys, *argv)
     for part in expected:
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "option"),
+    [
+        (["metrics.final_images_per_set=1"], "metrics.final_images_per_set"),
+        (["robustness.steps=[2]", "robustness.images_per_set=1"], "robustness.images_per_set"),
+    ],
+)
+def test_fid_of_one_image_is_refused_before_it_is_drawn(argv, option, capsys):
+    text = refusal(capsys, "concept=violence", *argv, command=cli.evaluate)
+    assert f"'{option}'" in text and "at least 2" in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"metrics": ScoresConfig(final_images_per_set=1, samples_per_prompt=2)},
+        {"metrics": ScoresConfig(final_images_per_set=1), "sets": ["direct"]},
+        {"metrics": ScoresConfig(final_images_per_set=1), "judge": "a.judge"},
+        {"metrics": ScoresConfig(final_images_per_set=2)},
+    ],
+)
+def test_one_image_is_enough_where_no_fid_is_computed(options):
+    violence = ConceptConfig("violence", {"a knife": "a spoon"})
+    model = ModelConfig(name="emoji", judge=options.pop("judge", "embedded"))
+    validation.check(EvalConfig(concept={"violence": violence}, model=model, **options))
+
+
+@pytest.mark.parametrize(
+    ("package", "argv"),
+    [("tensorboard", ["logger=tensorboard"]), ("bitsandbytes", ["optimizer=adamw8bit"])],
+)
+def test_a_package_that_is_missing_is_named_at_once(package, argv, capsys, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *of: None if name == package else found(name)
+    )
+    text = refusal(capsys, "concept=violence", *argv)
+    assert f"{package} is not installed" in text and "pip install" in text
 
 
 def test_wrong_input_of_eval_is_explained(capsys):
@@ -365,6 +413,16 @@ def test_torch_is_not_imported(argv, empty_folder):
         timeout=60,
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_figures_are_drawn_whatever_backend_is_set(empty_folder, monkeypatch):
+    """matplotlib itself fails at import where it doesn't know the variable's."""
+    monkeypatch.setenv("MPLBACKEND", "bogus")
+    figure = "from matplotlib.figure import Figure; Figure().savefig('figure.png')"
+    assert python("-c", figure, cwd=empty_folder).returncode != 0
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom trce_lightning import cli\n"
+    result = python("-c", f"{code}cli.train(['--help'])\n{figure}", cwd=empty_folder)
+    assert result.returncode == 0 and (empty_folder / "figure.png").exists(), result.stderr
 
 
 def test_script_refuses_with_exit_code_two(empty_folder):

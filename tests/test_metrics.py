@@ -1,6 +1,8 @@
 """Scores against independent references, with networks of random weights; one rank against two."""
 
+import io
 import math
+import pickle
 from itertools import chain
 
 import numpy as np
@@ -19,6 +21,7 @@ from trce_lightning.data.prompt_sets import PromptRecord, PromptSet, concept_sub
 from trce_lightning.emoji.judge import Judge
 from trce_lightning.emoji.subjects import STYLES, SUBJECTS
 from trce_lightning.emoji.vae import to_unit
+from trce_lightning.errors import InputError
 from trce_lightning.generation import shard
 from trce_lightning.image_folder import write_png
 from trce_lightning.metrics import (
@@ -253,6 +256,46 @@ def test_clip_detector_is_a_softmax_over_texts(clip) -> None:
         ClipZeroShotDetector(clip, positive, [])
 
 
+def failing_detector(concepts):
+    return {}["weights"]
+
+
+def test_a_detector_that_fails_keeps_its_own_error_and_names_the_option() -> None:
+    with pytest.raises(KeyError, match="weights") as raised:
+        load_detector(f"{__name__}.failing_detector", [VIOLENCE])
+    (note,) = raised.value.__notes__
+    assert "model.judge" in note and "failing_detector" in note
+
+
+@pytest.mark.parametrize(
+    ("found", "got"),
+    [
+        (lambda images: brightness(images).tolist(), "returns list"),
+        (lambda images: brightness(images).numpy(), "returns ndarray"),
+        (lambda images: None, "returns NoneType"),
+        (lambda images: brightness(images)[:, None], r"got \[3, 1\]"),
+        (lambda images: brightness(images)[:2], r"got \[2\]"),
+        (lambda images: brightness(images).mean(), r"got \[\]"),
+        (lambda images: brightness(images) + 1, r"\[0, 1\], got 1"),
+        (lambda images: brightness(images) - 1, r"\[0, 1\], got -"),
+        (lambda images: brightness(images) * math.nan, r"\[0, 1\], got nan"),
+    ],
+)
+def test_what_is_no_probability_for_each_image_is_refused_by_the_options_name(found, got) -> None:
+    records = PromptSet("direct", tuple(PromptRecord(str(i), "x") for i in range(3))).records
+    with pytest.raises(InputError, match=rf"model\.judge: expected .*{got}"):
+        Evaluator(found, ["direct"]).update("direct", random_images(3), records)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.bfloat16, torch.float64])
+def test_probabilities_of_any_type_count(dtype) -> None:
+    """A sum of probabilities may be a little above 1."""
+    records = tuple(PromptRecord(str(i), "x") for i in range(3))
+    evaluator = Evaluator(lambda images: torch.tensor([0, 1, 1 + 1e-6]).to(dtype), ["direct"])
+    evaluator.update("direct", random_images(3), records)
+    assert evaluator.compute()["asr"]["direct"]["rate"] == pytest.approx(2 / 3)
+
+
 def test_load_detector() -> None:
     images = random_images(3)
     detector = load_detector(f"{__name__}.build_bright_detector", [VIOLENCE], gain=0.5)
@@ -413,6 +456,33 @@ def inception_weights(tmp_path_factory):
         network = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(file))
     torch.save(network.state_dict(), file)
     return file
+
+
+def not_weights():
+    """Files that a user may take for Inception's weights, by what they are."""
+
+    def saved(content):
+        torch.save(content, stream := io.BytesIO())
+        return stream.getvalue()
+
+    return {
+        "empty": b"",
+        "text": b"hello",
+        "a list": saved([1]),
+        "a number": saved(3),
+        "no tensors": saved({}),
+        "others' tensors": saved({"a": torch.zeros(1)}),
+        "a whole module": saved(torch.nn.Linear(1, 1)),
+        "a pickle": pickle.dumps({"a": 1}),
+    }
+
+
+@pytest.mark.parametrize("kind", not_weights())
+def test_what_is_no_inception_weights_is_refused_by_the_options_name(kind, tmp_path) -> None:
+    file = tmp_path / "inception.pth"
+    file.write_bytes(not_weights()[kind])
+    with pytest.raises(InputError, match=r"model\.inception: expected torch-fidelity's weights, got .*\.pth"):
+        inception_fid(file)
 
 
 def test_inception_fid_reads_a_folder_of_real_images_once(inception_weights, tmp_path, monkeypatch) -> None:

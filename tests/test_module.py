@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import signal
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from callbacks import RanksAgree, SaveBeforeScoring, progress_checkpoints
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.closed_form import Edit
 from trce_lightning.data.datamodule import TrajectoryDataModule
+from trce_lightning.errors import InputError
 from trce_lightning.module import TRCE
 from trce_lightning.schema import OptimizerConfig, TextualConfig, TrajectoryConfig
 
@@ -326,6 +328,15 @@ def test_eight_bit_optimizers(sampled: Sampled, tmp_path: Path, name: str) -> No
     found, expected = fit.run(tmp_path).changed(), torch_fit.run(tmp_path).changed()
     assert_same(found, expected, atol=2e-4, rtol=0.0)
     assert any(not torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_a_bitsandbytes_that_does_not_load_is_named_by_the_option(
+    sampled: Sampled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)  # Python's way to say that there is none
+    module = Fit(sampled, optimizer="adamw8bit").module
+    with pytest.raises(InputError, match=r"optimizer\.name: expected bitsandbytes.* or adamw"):
+        module.configure_optimizers()
 
 
 def test_bf16_mixed_keeps_float32_weights_and_losses(sampled: Sampled, tmp_path: Path) -> None:

@@ -57,20 +57,25 @@ def inception_fid(weights: Path) -> FrechetInceptionDistance:
             "model.inception: expected torch-fidelity to be installed: pip install 'trce-lightning[fid]'"
         )
     try:
-        state = torch.load(
-            weights, map_location="cpu", weights_only=True
-        )  # torch-fidelity would run its code
-        if not isinstance(state, dict):
-            kind = type(state).__name__
-            raise InputError(f"model.inception: expected torch-fidelity's weights, got '{weights}': a {kind}")
+        _check_tensors(weights)
         metric = FrechetInceptionDistance(
             feature=2048, reset_real_features=False, feature_extractor_weights_path=str(weights)
         )
-    except (EOFError, RuntimeError, UnpicklingError) as error:
+    except (UnpicklingError, RuntimeError) as error:
         raise InputError(
             f"model.inception: expected torch-fidelity's weights, got '{weights}': {error}"
         ) from error
     return _float32(metric)
+
+
+def _check_tensors(file: Path) -> None:
+    """``UnpicklingError`` unless a file holds a dictionary that needs no code of its own to be read."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (AttributeError, EOFError, IndexError, KeyError, TypeError, ValueError) as error:  # of other bytes
+        raise UnpicklingError(f"no file of tensors ({type(error).__name__})") from error
+    if not isinstance(content, dict):
+        raise UnpicklingError(f"a {type(content).__name__} in place of a dictionary")
 
 
 def _float32(metric: FrechetInceptionDistance) -> FrechetInceptionDistance:
