@@ -458,6 +458,14 @@ def test_weights_of_other_shapes_are_named(folder: Path, network: str, suffix: s
         load_adapter(folder)
 
 
+def without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:40]) and None
+
+
 def empty(folder: Path) -> None:
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
 
@@ -497,6 +505,12 @@ def quantized(folder: Path) -> None:
         (lost_shard, r"vae that can be read"),
         (with_code, r"text_encoder that can be read"),
         (quantized, r"plain weights of vae, got quantized"),
+        (without("tokenizer/tokenizer.json"), "a tokenizer with a vocabulary"),
+        (without("tokenizer/tokenizer_config.json"), 'write "model_max_length": 32 into'),
+        (without("text_encoder/config.json"), "how text_encoder is built"),
+        *((cut(f"{part}/config.json"), f"{part}/config.json' as JSON") for part in STEMS),
+        *((cut(f"tokenizer/tokenizer{end}.json"), "a tokenizer and a scheduler") for end in ("", "_config")),
+        (cut("scheduler/scheduler_config.json"), "a tokenizer and a scheduler"),
     ],
 )
 def test_damaged_folders_are_answered_by_name(
@@ -504,7 +518,7 @@ def test_damaged_folders_are_answered_by_name(
 ) -> None:
     monkeypatch.chdir(folder)
     damage(folder)
-    with pytest.raises(InputError, match=f"model.path: expected .*{reason}"):
+    with pytest.raises(InputError, match=rf"model(\.path)?: expected .*{reason}"):
         load_adapter(folder)
     assert not Path("ran").exists()
 
@@ -518,6 +532,9 @@ def test_damaged_folders_are_answered_by_name(
         ),
         ({"vae": [None, None]}, "a vae of AutoencoderKL"),
         ({"text_encoder": ["my_code", "MyEncoder"]}, "never run"),
+        ({"text_encoder": ["transformers", "NoSuchModel"]}, "transformers knows, got NoSuchModel"),
+        ({"tokenizer": [None, None]}, "with a tokenizer, got none"),
+        ({"scheduler": ["my_code", "MyScheduler"]}, "a tokenizer and a scheduler .*my_code"),
     ],
 )
 def test_other_parts_are_refused_by_the_index(folder: Path, part: dict, reason: str) -> None:

@@ -79,14 +79,16 @@ def _open_network(folder: Path, entry: Sequence[str], dtype: torch.dtype) -> nn.
         raise InputError(
             f"model.path: expected weights of {folder.name} in '{folder}', as .safetensors or .bin, got none"
         )
-    _refuse_quantized(folder)
+    _refuse_other_settings(folder)
     form = found[0]
     if form.variant is not None:
         log.info("%s: read in its stored form %s", folder.name, form.variant)
     options = {"variant": form.variant, "use_safetensors": form.suffix == "safetensors", "dtype": dtype}
     if library == "transformers":
         options["ignore_mismatched_sizes"] = True  # named below
-    network_class = getattr(importlib.import_module(library), class_name)
+    network_class = getattr(importlib.import_module(library), class_name, None)
+    if network_class is None:
+        raise InputError(f"model.path: expected a {folder.name} that {library} knows, got {class_name}")
     try:
         network, report = network_class.from_pretrained(
             str(folder), output_loading_info=True, local_files_only=True, **options
@@ -120,9 +122,17 @@ def _refuse_incomplete(folder: Path, report: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_quantized(folder: Path) -> None:
+def _refuse_other_settings(folder: Path) -> None:
     file = folder / "config.json"
-    if file.is_file() and "quantization_config" in json.loads(file.read_text(encoding="utf-8")):
+    if not file.is_file():
+        raise InputError(
+            f"model.path: expected '{file}', which says how {folder.name} is built, got no such file"
+        )
+    try:
+        settings = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise InputError(f"model.path: expected '{file}' as JSON, got: {error}; get it anew") from error
+    if "quantization_config" in settings:
         raise InputError(
             f"model.path: expected plain weights of {folder.name}, got quantized ones in '{folder}', which "
             "can't be edited; take the model that they were made from"

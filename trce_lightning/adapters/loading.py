@@ -74,7 +74,15 @@ def _open_folder(source: str | Path, dtype: torch.dtype, revision: str | None) -
     refuse_other_pipelines(index, str(source))
     folder = Path(source) if Path(source).is_dir() else _downloaded(str(source), index, revision)
     networks = open_networks(folder, index, dtype)
-    return StableDiffusionPipeline.from_pretrained(str(folder), dtype=dtype, **networks, **WITHOUT_CHECKER)
+    try:
+        return StableDiffusionPipeline.from_pretrained(
+            str(folder), dtype=dtype, **networks, **WITHOUT_CHECKER
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"model.path: expected a tokenizer and a scheduler that can be read in '{folder}', got "
+            f"{type(error).__name__}: {_first_line(error)}"
+        ) from error
 
 
 def _downloaded(hub_id: str, index: dict[str, Any], revision: str | None) -> Path:
@@ -118,9 +126,16 @@ def _open_file(
             **{name: part for name, part in parts.items() if part is not None},
             **WITHOUT_CHECKER,
         )
+    except InputError:
+        raise
     except OSError as error:
         raise FileNotFoundError(
             f"model.config: expected all configuration files of '{config}' in a folder or from the hub, got: "
+            f"{_first_line(error)}"
+        ) from error
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputError(
+            f"model.config: expected the pipeline that '{file}' is a checkpoint of, got '{config}': "
             f"{_first_line(error)}"
         ) from error
 

@@ -46,6 +46,9 @@ def refuse_other_pipelines(index: Mapping[str, Any], source: str) -> None:
 def _refuse_other_parts(index: Mapping[str, Any], source: str) -> None:
     if (found := _class_of(index, "vae")) not in AUTOENCODERS:
         raise InputError(f"model: expected a vae of {', '.join(AUTOENCODERS)}, got {found} in '{source}'")
+    for part in ("tokenizer", "scheduler"):
+        if _class_of(index, part) is None:
+            raise InputError(f"model: expected a pipeline with a {part}, got none in '{source}'")
     library, *_ = index.get("text_encoder") or [None]
     if library != "transformers":
         raise InputError(
@@ -163,6 +166,11 @@ def _refuse_other_tokens(pipeline: StableDiffusionPipeline) -> None:
         raise InputError(
             "model: expected a tokenizer that puts a start before a text and an end after it, got "
             f"{tokenizer.convert_ids_to_tokens(ids)} for the empty text"
+        )
+    if tokenizer("a").input_ids == tokenizer("b").input_ids:
+        raise InputError(
+            "model: expected a tokenizer with a vocabulary, got one that reads 'a' and 'b' as the same; its "
+            "files (tokenizer.json, or vocab.json and merges.txt) are missing"
         )
 
 
