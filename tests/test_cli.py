@@ -11,11 +11,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import regex
 import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from trce_lightning import cli, validation
+from trce_lightning.api import compose
 from trce_lightning.arguments import rewrite
+from trce_lightning.concepts import Concept
 from trce_lightning.errors import InputError
 from trce_lightning.evaluation_schema import EvalConfig
 from trce_lightning.generation import shard
@@ -60,6 +64,16 @@ WRONG = [
     (["concept.terms=3"], ["concept.terms", "a list of texts", "3"]),
     (["concept.terms=[cubism]", "concept.kind=mood"], ["concept.cubism.kind", "subject or style", "'mood'"]),
     (["concept=violence", "concept.terms=[knife]"], ["concept.NAME.terms"]),
+    (["concept.terms=[a {b}]"], ["concept.terms=[a {b}]", '"TEXT"']),
+    (["concept.terms=[café"], ["concept.terms=[café", '"TEXT"']),
+    (["concept.terms=[dagger]", "concept.templates=[a {}]"], ["concept.templates=[a {}]", '"TEXT"']),
+    (["concept.terms=[a]b,[é]"], ["concept.terms=[a]b,[é]", '"TEXT"']),
+    (["concept.terms='${oc.env:HOME}'"], ["terms", "'${'", "a reference"]),
+    (["concept=violence", "concept.枪.terms={a: b}"], ["'concept.枪.terms'", "ASCII", "its own file"]),
+    (["concept=violence", "expected.asr={café: 0.1}"], ["'expected.asr'", "ASCII", "'café'", "a YAML file"]),
+    (["concept=épée"], ["'épée'", "violence"]),
+    (["model=ünï dir"], ["'ünï dir'", "emoji"]),
+    (["concept=violence", "seed=é"], ["'seed'", "a whole number", "'é'"]),
     (["concept=violence", "concept.violence.templates=[abc]"], ["concept.violence.templates", "'abc'"]),
     (["model=sd144"], ["'sd144'", "Did you mean 'sd14'?", "emoji"]),
     (["concept=violence", "model=/"], ["model.path=/"]),
@@ -337,6 +351,107 @@ def test_sweep_values_stay_apart():
     argv = ["-m", "concept=violence,horror", "textual.eta=0.1,1", "export=delta,pipeline"]
     assert rewrite(argv, TrainConfig, ["concept"]) == argv
     assert rewrite(["prompts=a,b"], EvalConfig, []) == ["prompts=['a,b']"]
+
+
+WORDS = [
+    "café",
+    "rock & roll",
+    "枪",
+    "हिन्दी बंदूक",
+    "🔫",
+    "it's",
+    "10:30",
+    "C#",
+    "a (b)",
+    "50% off",
+    "a=b",
+    "what?!",
+]
+WORDS += ["“x”; y", "cafe\u0301", "a $5 bill", "a\\b"]
+
+
+def stored(*argv):
+    """The one concept that these words put in Hydra's store, under a name that Hydra reads."""
+    (override,) = rewrite(list(argv), TrainConfig, ["concept"])
+    choice = OverridesParser.create().parse_overrides([override])[0].value()
+    return ConfigStore.instance().load(f"concept/{choice}.yaml").node
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_free_words_are_taken_as_typed(word):
+    for typed in (f"concept.terms=[{word}]", f"concept.terms={word}", f"concept.terms=['b, c',{word}]"):
+        if "c'," in typed and set("'?") & set(word):
+            continue  # quotes of both kinds in a list: quote all
+        assert list(stored(typed).terms)[-1] == word
+
+
+def test_all_of_them_make_one_configuration(capsys):
+    words = [word for word in WORDS if "'" not in word]
+    ((name, concept),) = composed(capsys, f"concept.terms=[{', '.join(words)}]")["concept"].items()
+    assert list(concept["terms"]) == words and concept["name"] == name
+
+
+@pytest.mark.parametrize(
+    "word", [*WORDS, "a, b", "a {b}", "[x]", "a: b", '"x"', "#1", "- y", "*z", "no", "3"]
+)
+def test_words_in_quotes_may_hold_anything(word):
+    for quote in "'\"":
+        if quote not in word:
+            assert list(stored(f"concept.terms=[{quote}{word}{quote}]").terms) == [word]
+
+
+def test_maps_and_lists_of_a_concept_take_words_of_any_script(capsys):
+    argv = ["concept.terms={枪: 花, café: rock & roll}", "concept.wordings={枪: [手枪, it's]}"]
+    argv += ["concept.related=[C#, naïve art]", "concept.templates=['{}','à {}, é']"]
+    argv += ["concept.source=ü: 'x', [y", "concept.name=épée"]
+    concept = composed(capsys, *argv)["concept"]["épée"]
+    assert concept["terms"] == {"枪": "花", "café": "rock & roll"}
+    assert concept["wordings"] == {"枪": ["手枪", "it's"]}
+    assert concept["related"] == ["C#", "naïve art"] and concept["templates"] == ["{}", "à {}, é"]
+    assert concept["source"] == "ü: 'x', [y"
+
+
+ODD_PATHS = ["mañana.yaml", "a b, c=d (1).yaml", "枪/x & y.yaml", "it's #1.yaml"]
+
+
+@pytest.mark.parametrize("path", ODD_PATHS)
+def test_paths_of_concepts_are_taken_as_typed(path, empty_folder):
+    file = empty_folder / path
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("name: mañana\nterms: {a knife: a spoon}\n", encoding="utf-8")
+    quoted = f'"{path}"'
+    for typed in (path, quoted, f"[{quoted}]", f"[{path}]"):
+        if typed[0] != "[" or quoted in typed or "," not in path:
+            (override,) = rewrite([f"concept={typed}"], TrainConfig, ["concept"])
+            assert override in ("concept='own_mañana'", "concept=['own_mañana']")
+    for concept in (path, ["violence", path]):
+        assert compose(concept).concept["mañana"].terms == {"a knife": "a spoon"}
+
+
+@pytest.mark.parametrize("path", ODD_PATHS)
+def test_other_paths_are_taken_as_typed(path, capsys):
+    options = ("output", "runs", "previous", "model.path", "expected.source")
+    config = composed(capsys, "concept=violence", *(f"{option}={path}" for option in options))
+    assert {config["output"], config["runs"], config["previous"], config["model"]["path"]} == {path}
+    assert config["expected"] == {"source": path}
+    for typed in (path, f'["{path}"]', f'["{path}",b.csv]'):
+        (override,) = rewrite([f"prompts={typed}"], EvalConfig, [])
+        assert OverridesParser.create().parse_overrides([override])[0].value()[0] == path
+
+
+def test_a_list_of_paths_needs_no_quotes_where_it_is_clear(capsys):
+    typed = "prompts=[mañana.csv,a b=c (1).csv, it's.csv]"
+    prompts = composed(capsys, "concept=violence", typed, command=cli.evaluate)["prompts"]
+    assert prompts == ["mañana.csv", "a b=c (1).csv", "it's.csv"]
+
+
+def test_names_of_free_words_are_folders():
+    names = [
+        Concept.from_terms([word]).name
+        for word in (*"枪🔫🗡", "ปืน", "ปีน", "हिन", "हीन", "a/b", "..x", "é" * 90)
+    ]
+    assert len(set(names)) == len(names)
+    assert all(regex.fullmatch(r"[\w-]+", name) and len(name.encode()) < 200 for name in names)
 
 
 def python(*argv, cwd):

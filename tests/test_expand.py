@@ -1,5 +1,6 @@
 """Concept files by a language model: against a server that speaks the protocol, and tiny local models."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -14,14 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from trce_lightning.api import compose
 from trce_lightning.chat import EndpointChat, LocalChat
 from trce_lightning.concept_defaults import DEFAULT_TEMPLATES
-from trce_lightning.concepts import load_concept
+from trce_lightning.concepts import Concept, load_concept
 from trce_lightning.draft import Wanted, parse
-from trce_lightning.expand import SYSTEM, expand, main, request
+from trce_lightning.expand import SYSTEM, expand, main, request, write_concept
 from trce_lightning.naming import mentions
 
 Step = tuple[int, dict[str, str], str]  # status, headers, body
@@ -486,3 +490,54 @@ def test_local_model_answers_through_its_chat_template(tmp_path: Path) -> None:
 def test_no_model_in_the_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--local: expected a text-generation model, got"):
         LocalChat(str(tmp_path))
+
+
+ODD = [
+    "a clock at 10:30",
+    "50% & more",
+    "rock 'n' roll",
+    '"quoted" words',
+    "- dash",
+    "#hash",
+    "yes",
+    "123",
+    "1e5",
+    "null",
+]
+ODD += [
+    "~x",
+    "=y",
+    "a: b",
+    "[x]",
+    "{y}",
+    "a $5 bill",
+    "café",
+    "枪",
+    "🔫",
+    "a\\b",
+    "St. Peter",
+    "?q",
+    "!t",
+    "*s",
+    "&r",
+    "%h",
+]
+
+
+def test_a_file_of_any_words_is_read_from_the_command_line(tmp_path: Path) -> None:
+    concept = Concept(
+        "枪-ü",
+        dict.fromkeys(ODD, "a plain flower"),
+        wordings={ODD[0]: tuple(f"the {word}" for word in ODD[1:])},
+        related=tuple(f"my {word}" for word in ODD),
+        unrelated=("a: {x}", "枪 & 花"),
+        classes=("bow",),
+        source="x: 'y' {z} #1",
+    )
+    file = tmp_path / "枪 (1), x=y.yaml"
+    write_concept(file, concept)
+    for config in (compose(str(file)), compose([str(file), "violence"]), compose(concept)):
+        found = dataclasses.asdict(config.concept["枪-ü"])
+        assert Concept.from_mapping(found, "options") == concept
+        text = OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+        assert Concept.from_mapping(yaml.safe_load(text)["concept"]["枪-ü"], "run") == concept

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hydra
 from diffusers import StableDiffusionPipeline
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import OmegaConf
 
 from trce_lightning import cli, validation
@@ -79,4 +80,6 @@ def compose(concept: str | Concept | Sequence[str], *options: str) -> TrainConfi
 
 
 def _choice(concept: str | Sequence[str]) -> str:
-    return f"concept={concept}" if isinstance(concept, str) else f"concept=[{','.join(concept)}]"
+    if isinstance(concept, str):
+        return f"concept={concept}"
+    return f"concept=[{','.join(str(QuotedString(name, Quote.single).with_quotes()) for name in concept)}]"

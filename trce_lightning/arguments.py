@@ -9,9 +9,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import regex
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Quote, QuotedString, Sweep
+from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
 from trce_lightning.concepts import Concept, load_concept
@@ -27,14 +30,19 @@ _HYDRA_OPTIONS = frozenset(
     "--experimental-rerun".split()
 )
 _WORDS = frozenset(f"concept.{entry.name}" for entry in dataclasses.fields(ConceptConfig))
-_OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[\w./@:-]+)(?:=(?P<value>.*))?", re.DOTALL)
+# \w of the regex package holds combining marks too.
+_OVERRIDE = regex.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[\w./@:-]+)(?:=(?P<value>.*))?", regex.DOTALL)
+_PLAIN_LIST = re.compile(r"\[((?:\s*[^\s'\"\[\]{},][^\[\]{},]*(?:,|(?=\])))+)\]")
+_PLAIN_CHOICE = re.compile(r"[A-Za-z_][\w-]*", re.ASCII)
 
 
 def rewrite(argv: list[str], schema: type, groups: Iterable[str]) -> list[str]:
     """Arguments for Hydra. `groups` are the config groups; `schema` is the dataclass of other options.
 
     Concepts given by path or by words are put in Hydra's ConfigStore, and the override names them there.
-    Raises InputError for an unknown option, an option without a value, or a concept file that does not fit.
+    Values that Hydra's grammar has no place for, such as [café], are read as YAML and quoted.
+    Raises InputError for an unknown option, an option without a value, a value that neither reads, or a
+    concept file that does not fit.
     """
     multirun = bool({"-m", "--multirun"} & set(argv))
     result: list[str] = []
@@ -47,25 +55,31 @@ def rewrite(argv: list[str], schema: type, groups: Iterable[str]) -> list[str]:
         sign, key, value = match["sign"] or "", match["key"], match["value"]
         if not value and sign != "~":
             raise InputError(f"option {key!r} needs a value: {key}=VALUE")
+        if not key.isascii():
+            raise InputError(
+                f"option {key!r}: expected letters of ASCII in an option's name; "
+                "what has other letters is changed in its own file"
+            )
         if key in _WORDS:
-            words[key.removeprefix("concept.")] = _parse(argument)
+            words[key.removeprefix("concept.")] = _parsed(key, value)
         elif key == "concept":
             result.append(f"{sign}concept={_concepts(value)}")
         elif key.startswith(("hydra.", "hydra/")) or "@" in key or key in groups:
             if key in groups:
+                argument = f"{sign}{key}={_readable(key, value)}"
                 _check_names(key, _parse_override(argument))
             result.append(argument)
         else:
             kind = annotation(schema, key, groups)
             if _has_own_names(schema, key, groups):
                 sign = sign or "++"  # which Hydra wants for a name that isn't there yet
-            result.append(f"{sign}{key}={_value(value, kind, multirun)}")
+            result.append(f"{sign}{key}={_readable(key, _value(value, kind, multirun))}")
     if words and any(argument.startswith("concept=") for argument in result):
         raise InputError(
             f"concept=NAME beside concept.{next(iter(words))}: free words are a concept of their own.\n"
             f"To change a chosen concept, name it: concept.NAME.{next(iter(words))}=..."
         )
-    return [*result, f"concept={_store(_from_words(words))}"] if words else result
+    return [*result, f"concept={_choice(_from_words(words))}"] if words else result
 
 
 def did_you_mean(word: str, choices: Iterable[str], prefix: str = "") -> str:
@@ -157,11 +171,54 @@ def _check_names(group: str, value: Any) -> None:
             raise InputError(f"option {group!r}: expected the name of a choice, or [NAME,...], got {item!r}")
 
 
-def _parse(argument: str) -> Any:
-    value = _parse_override(argument)
+def _parsed(option: str, text: str) -> Any:
+    """The value that Hydra reads, or else YAML; the text itself where it is no list, map or quotation.
+
+    Raises InputError where YAML can't either, and for several values without brackets.
+    """
+    try:
+        value = _parse_override(f"{option}={text}")
+    except OverrideParseException:
+        value = _parsed_yaml(option, text)
     if isinstance(value, ChoiceSweep):
-        raise InputError(f"{argument!r}: write a list in brackets")
+        raise InputError(f"{f'{option}={text}'!r}: write a list in brackets")
     return value
+
+
+def _parsed_yaml(option: str, text: str) -> Any:
+    if text[0] not in "[{'\"":
+        return text
+    if plain := _PLAIN_LIST.fullmatch(text):  # of whose words YAML takes some for comments, tags and so on
+        return [item.strip() for item in plain[1].split(",")]
+    try:
+        return yaml.load(text, yaml.BaseLoader)  # all scalars are texts
+    except yaml.YAMLError as error:
+        raise InputError(
+            f"cannot read {f'{option}={text}'!r}; write TEXT or [TEXT,...], "
+            'and a TEXT that holds brackets, braces, commas, colons or quotes as "TEXT"'
+        ) from error
+
+
+def _readable(option: str, text: str) -> str:
+    """A value as Hydra reads it: with its texts in quotes where it couldn't read them otherwise."""
+    try:
+        _parse_override(f"{option}={text}")
+    except OverrideParseException:
+        return _quoted(option, _parsed_yaml(option, text))
+    return text
+
+
+def _quoted(option: str, value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(_quoted(option, item) for item in value)}]"
+    if isinstance(value, dict):
+        if wrong := [key for key in value if not _PLAIN_CHOICE.fullmatch(key)]:
+            raise InputError(
+                f"option {option!r}: expected letters, digits, '_' and '-' of ASCII in a map's keys, "
+                f"got {wrong[0]!r}; write it in a YAML file"
+            )
+        return f"{{{','.join(f'{key}:{_quoted(option, item)}' for key, item in value.items())}}}"
+    return str(QuotedString(value, Quote.single).with_quotes())
 
 
 def _value(text: str, kind: Any, multirun: bool) -> str:
@@ -179,19 +236,22 @@ def _value(text: str, kind: Any, multirun: bool) -> str:
 
 def _concepts(text: str) -> str:
     """The value of `concept=` with each path replaced by the choice that it has become."""
-    if Path(text).is_file() or (_is_path(text) and text[0] != "[" and "," not in text):
-        return _store(load_concept(text))
-    value = _parse_override(f"concept={text}")
+    if Path(text).is_file() or (_is_path(text) and text[0] not in "['\"" and "," not in text):
+        return _choice(load_concept(text))
+    readable = _readable("concept", text)
+    value = _parse_override(f"concept={readable}")
     _check_names("concept", value)
     items: Any = value.list if isinstance(value, ChoiceSweep) else value
+    if isinstance(items, str) and _is_path(items):
+        return _choice(load_concept(items))
     if not isinstance(items, list) or any(not isinstance(item, str | QuotedString) for item in items):
-        return text
+        return readable
     names = [str(getattr(item, "text", item)) for item in items]
     choices = [_store(load_concept(name)) if _is_path(name) else name for name in names]
     erased = [choice.removeprefix(OWN) for choice in choices]
     if len(set(erased)) < len(erased):
         raise InputError(f"option 'concept': expected each concept once, got {', '.join(erased)}")
-    joined = ",".join(choices)
+    joined = ",".join(map(_written, choices))
     return joined if isinstance(value, ChoiceSweep) else f"[{joined}]"
 
 
@@ -209,11 +269,19 @@ def _from_words(words: dict[str, Any]) -> Concept:
 
 
 def _store(concept: Concept) -> str:
-    """Make `concept` a choice of the group `concept`, under a name that no shipped file has."""
+    """Make `concept` a choice of the group `concept`, under a name that no shipped file has; return that."""
     node = OmegaConf.structured(ConceptConfig(**_plain(dataclasses.asdict(concept))))
     choice = f"{OWN}{concept.name}"
     ConfigStore.instance().store(choice, node, group="concept", package=f"concept.{concept.name}")
     return choice
+
+
+def _choice(concept: Concept) -> str:
+    return _written(_store(concept))
+
+
+def _written(choice: str) -> str:
+    return choice if _PLAIN_CHOICE.fullmatch(choice) else _quoted("concept", choice)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

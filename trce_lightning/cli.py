@@ -172,7 +172,10 @@ def explain(error: Exception) -> list[str] | None:
     if isinstance(error, MissingConfigException) and "/" in str(error.missing_cfg_file):
         return _explain_choice(error)
     if isinstance(error, OverrideParseException):
-        return [f"cannot read {error.override!r}: {str(error).splitlines()[0]}"]
+        return [
+            f"cannot read {error.override!r}: {str(error).splitlines()[0]}",
+            'a text that holds more than letters, digits and ./_- goes in quotes: OPTION="TEXT"',
+        ]
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _explain_option(error)
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:

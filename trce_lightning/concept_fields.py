@@ -74,6 +74,19 @@ def _mapping(option: str, value: object, kind: str) -> Mapping[Any, object]:
     return value
 
 
+def check_references(option: str, value: object) -> None:
+    """Refuse ``${`` in any text, which stands for a reference in the configuration that holds the concept."""
+    if isinstance(value, str) and "${" in value:
+        raise InputError(f"{option}: expected texts without '${{', which begins a reference, got {value!r}")
+    if isinstance(value, Mapping):
+        check_references(option, list(value))
+        for key, item in value.items():
+            check_references(f"{option}.{key}", item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_references(option, item)
+
+
 def check_phrases(option: str, phrases: Sequence[str], may_be_empty: bool = False) -> None:
     """Refuse no phrases, one without words, and one twice."""
     if not phrases and not may_be_empty:

@@ -6,18 +6,21 @@ wants one ("a dagger", "bloodshed"), so that one set of templates serves all of 
 """
 
 import logging
-import re
+import unicodedata
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import regex
+
 from trce_lightning.concept_defaults import DEFAULT_COUNTERPART, DEFAULT_TEMPLATES, KINDS
 from trce_lightning.concept_fields import (
     check_phrases,
+    check_references,
     check_templates,
     check_wordings,
     field_values,
@@ -79,11 +82,12 @@ class Concept:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"\w[\w-]*", self.name):
+        if not regex.fullmatch(r"\w[\w-]*", self.name):
             raise InputError(f"concept.name: expected letters, digits, '_' and '-', got {self.name!r}")
         option = f"concept.{self.name}"
         if self.kind not in KINDS:
             raise InputError(f"{option}.kind: expected {' or '.join(KINDS)}, got {self.kind!r}")
+        check_references(option, asdict(self))
         check_phrases(f"{option}.terms", list(self.terms))
         for key in ("related", "unrelated", "classes"):
             check_phrases(f"{option}.{key}", getattr(self, key), may_be_empty=True)
@@ -124,16 +128,15 @@ class Concept:
 
         Without a counterpart it has the kind's.
 
-        The name is made of the words, with a checksum in place of what exceeds 48 characters.
+        The name is made of the words, with a checksum in place of what exceeds 48 characters, and of words
+        that have no letters.
 
         Raises:
             InputError: no words, a word twice, words that name the counterpart itself, or an unknown kind.
         """
         terms = [word.strip() for word in text_tuple("concept.terms", words)]
         check_phrases("concept.terms", terms)
-        name = re.sub(r"\W+", "_", "_".join(without_article(term) for term in terms)).strip("_").lower()
-        if len(name) > 48:
-            name = f"{name[:39]}_{zlib.crc32(name.encode()):08x}"
+        name = _name_of(terms)
         safe = DEFAULT_COUNTERPART.get(kind, "") if counterpart is None else counterpart
         templates = DEFAULT_TEMPLATES.get(kind, ())
         return cls(name, dict.fromkeys(terms, safe), templates=templates, kind=kind, source="free words")
@@ -185,6 +188,15 @@ class Concept:
     def longest_phrase(self) -> int:
         """Words of the longest of all these phrases."""
         return max(len(phrase.split()) for phrase in self.phrases | self.unrelated_phrases)
+
+
+def _name_of(terms: Sequence[str]) -> str:
+    words = "_".join(without_article(term) for term in terms)
+    # Letters with their combining marks, which the standard library's \w leaves out.
+    name = regex.sub(r"\W+", "_", unicodedata.normalize("NFC", words)).strip("_").lower()
+    if 0 < len(name) <= 48:
+        return name
+    return f"{name[:39] or 'concept'}_{zlib.crc32((name or words).encode()):08x}"
 
 
 def load_concept(path: str | Path) -> Concept:
