@@ -555,3 +555,14 @@ def test_sweep_runs_every_job(empty_folder):
     assert result.returncode == 0, result.stderr
     said = result.stdout + result.stderr
     assert "violence" in said and "horror" in said
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(given, expected):
+    code = "import os, sys, trce_lightning.commands\n"
+    code += "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    environment = {name: text for name, text in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert said.stdout.split() == [expected, "False"]
