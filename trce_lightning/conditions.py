@@ -103,6 +103,8 @@ def _samplings(
         )
     for text in options.negative_prompts:
         negative = with_safe_counterparts(text, concepts, fits)
+        if not fits(negative):
+            log.warning("negative_prompt=%s is longer than what the model reads; it is cut", text)
         yield f"negative_prompt={text}", _varied(usual, negative_prompt=negative)
     for strength in options.strengths:
         yield f"strength={strength:g}", _varied(usual, start=Start(pictures, strength))

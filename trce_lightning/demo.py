@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
+from trce_lightning.cut_prompts import warn_of_cut
 from trce_lightning.data.prompt_sets import PromptRecord
 from trce_lightning.errors import InputError
 from trce_lightning.evaluation_schema import EvalConfig
@@ -82,6 +83,7 @@ class Demo:
     def draw(self, prompt: str, seed: int, guidance_scale: float, num_steps: int) -> dict[str, Drawing]:
         """The prompt's picture by each of ``MODELS``, from the same noise."""
         record = PromptRecord("demo", prompt, seed=seed, guidance_scale=guidance_scale)
+        warn_of_cut(self.adapters["Erased"], [prompt], "the page")
         options = self.sessions["Erased"].sampling().options() | {"num_steps": num_steps}
         return {
             name: self._judged(generate(adapter, [record], description=f"{name} model", **options))

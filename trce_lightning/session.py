@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
-from trce_lightning.concepts import Concept, PromptPair, prompt_pairs
+from trce_lightning.concepts import Concept
+from trce_lightning.cut_prompts import warn_of_cut
 from trce_lightning.data.concept_prompts import Split, concept_prompt_sets, embedded_keep_captions
 from trce_lightning.data.keep_prompts import class_names, keep_prompts
 from trce_lightning.data.prompt_sets import PromptSet, benign_subjects, label_groups
@@ -92,10 +93,6 @@ class Session:
             check_embedded(adapter.unet)
         return adapter
 
-    def pairs(self) -> list[PromptPair]:
-        """Every concept's pairs."""
-        return [pair for rows in prompt_pairs(self.concepts).values() for pair in rows]
-
     def keep_prompts(self) -> list[str]:
         """Prompts to keep: a caption file, the embedded model's captions, or class names."""
         assert isinstance(self.config, TrainConfig)
@@ -133,7 +130,10 @@ class Session:
 
     def scorer(self, split: Split, size: int) -> Scorer:
         """Scores this session's model."""
-        sets = [prompts.sampled(self.config.metrics.samples_per_prompt) for prompts in self.sets(split, size)]
+        sets = self.sets(split, size)
+        for prompts in sets:
+            warn_of_cut(self.adapter, prompts.texts, prompts.name)
+        sets = [prompts.sampled(self.config.metrics.samples_per_prompt) for prompts in sets]
         groups = {}
         if self.embedded:
             check_labels(sets, Judge.vocabulary["subject"])

@@ -24,7 +24,8 @@ from trce_lightning import __version__, export, results, runs
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.checkout import commit
 from trce_lightning.closed_form import Edit
-from trce_lightning.concepts import Concept
+from trce_lightning.concepts import Concept, prompt_pairs
+from trce_lightning.cut_prompts import check_pairs, warn_of_cut
 from trce_lightning.data.datamodule import TrajectoryDataModule, check_batch
 from trce_lightning.data.plan import TrajectoryPlan, draw_plan
 from trce_lightning.data.trajectories import generator_of, sample_missing
@@ -70,10 +71,13 @@ class TrainingRun:
         if "trajectory" in config.stages:
             check_batch(config.trajectory.batch_size, self.trainer.world_size)
             self._check_precision()
+        pairs = prompt_pairs(concepts)
+        check_pairs(self.adapter, pairs)
         self.generator = generator_of(self.fingerprint, self.trainer)
         self.plan: TrajectoryPlan | None = None
         if "trajectory" in config.stages:
-            self.plan = draw_plan(self.session.pairs(), config.trajectory, config.seed)
+            every = [pair for rows in pairs.values() for pair in rows]
+            self.plan = draw_plan(every, config.trajectory, config.seed)
         self.scorers: dict[str, Scorer] = {}
         if config.metrics.enabled:
             if self.plan is not None:
@@ -171,7 +175,9 @@ class TrainingRun:
             return
         with self._stage("textual"):
             textual = self.config.textual
-            kept = cached_kept(self.trainer, self.adapter, self.session.keep_prompts(), self.cache)
+            prompts = self.session.keep_prompts()
+            warn_of_cut(self.adapter, prompts, "those to keep")
+            kept = cached_kept(self.trainer, self.adapter, prompts, self.cache)
             self.statistics = textual_statistics(self.adapter, self.session.concepts, kept, textual)
             self.edit = self.statistics.solve(textual)
         if self.trainer.is_global_zero:

@@ -138,9 +138,24 @@ class StableDiffusionAdapter:
             self.written_out(prompts), add_special_tokens=special, truncation=cut, verbose=False
         ).input_ids
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens that the model reads of a prompt, with the start's and the end's."""
+        return int(self.tokenizer.model_max_length)
+
+    def cut(self, prompts: Sequence[str]) -> list[str]:
+        """Return the prompts of which the model reads a beginning alone."""
+        if not prompts:
+            return []
+        return [
+            prompt
+            for prompt, ids in zip(prompts, self.token_ids(prompts), strict=True)
+            if len(ids) > self.prompt_tokens
+        ]
+
     def fits(self, prompt: str) -> bool:
         """Whether the model reads the whole prompt."""
-        return len(self.token_ids([prompt])[0]) <= self.tokenizer.model_max_length
+        return not self.cut([prompt])
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, trimmed: bool = False) -> TextStates:
