@@ -21,6 +21,8 @@ from trce_lightning.stopping import StopTogether, stop_when_told
 from trce_lightning.storage import reading, replacing
 from trce_lightning.wandb_runs import wandb_logger
 
+LAST_CHECKPOINT = "last.ckpt"
+"""A run's own, from which it goes on."""
 CHECKPOINT_KEYS = {"state_dict", "optimizer_states", "loops", "callbacks", "epoch", "global_step"}
 TRAIN_AGAIN = "delete it, and the same command trains from the start"
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": None}
@@ -115,7 +117,9 @@ class WholeCheckpoints(TorchCheckpointIO):
         """As Lightning does. ``InputError`` names a file that is damaged."""
         with reading(path, "a checkpoint", TRAIN_AGAIN):
             checkpoint = super().load_checkpoint(path, *arguments, **options)
-            if missing := CHECKPOINT_KEYS - set(checkpoint):
+            missing = CHECKPOINT_KEYS - set(checkpoint)
+            # What a forked process hands back comes this way too, and is less.
+            if missing and Path(path).name == LAST_CHECKPOINT:
                 raise KeyError(min(missing))
             return checkpoint
 

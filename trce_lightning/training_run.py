@@ -39,7 +39,7 @@ from trce_lightning.scored import SCORED_SCHEMA, Scored, log_scores
 from trce_lightning.scoring import Scorer, score_on_all_ranks
 from trce_lightning.session import Session, base_name
 from trce_lightning.textual import TextualStatistics, textual_statistics
-from trce_lightning.trainers import make_loggers, make_trainer
+from trce_lightning.trainers import LAST_CHECKPOINT, make_loggers, make_trainer
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ class TrainingRun:
         data = TrajectoryDataModule(
             self.adapter, self.plan, self.trajectory_folder, config.trajectory, config.seed
         )
-        last = self.folder / "checkpoints" / "last.ckpt"
+        last = self.folder / "checkpoints" / LAST_CHECKPOINT
         with self._stage("training"):
             trainer.fit(self.module, data, ckpt_path=str(last) if last.exists() else None)
         if "epochs" in self.scorers:
