@@ -504,6 +504,26 @@ def cut_short(pipeline: Pipeline, folder: Path) -> Path:
     return folder
 
 
+def by_older_names(pipeline: Pipeline, folder: Path) -> Path:
+    """As Stable Diffusion 1.x is published: names that diffusers and transformers have given up since."""
+    pipeline.save_pretrained(folder)
+    attention = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    vae, text_encoder = folder / "vae" / STEMS["vae"], folder / "text_encoder" / STEMS["text_encoder"]
+    tensors = {}
+    for name, tensor in load_file(vae.with_suffix(".safetensors")).items():
+        for new, old in attention.items():
+            name = name.replace(f".attentions.0.{new}.", f".attentions.0.{old}.")
+        tensors[name] = tensor
+    assert any(".query." in name for name in tensors)
+    save_file(tensors, vae.with_suffix(".safetensors"), {"format": "pt"})
+    stored_text = load_file(text_encoder.with_suffix(".safetensors")).items()
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in stored_text}
+    length = pipeline.text_encoder.config.max_position_embeddings
+    tensors["text_model.embeddings.position_ids"] = torch.arange(length)[None]
+    save_file(tensors, text_encoder.with_suffix(".safetensors"), {"format": "pt"})
+    return folder
+
+
 def folders() -> Iterator[Case]:
     group = "Folders"
     every = tuple(STEMS)
@@ -521,6 +541,7 @@ def folders() -> Iterator[Case]:
             stored(every, sharded=True, older=True),
         ),
         ("half precision by another name (`.half.safetensors`)", every, stored(every, variant="half")),
+        ("older names of autoencoder and text encoder, as published", (), by_older_names),
         ("denoiser alone in half precision", ("unet",), stored(("unet",))),
         ("text encoder alone in half precision", ("text_encoder",), stored(("text_encoder",))),
         ("both, of which float32 is read", (), stored(every, whole_beside=True)),
