@@ -81,7 +81,7 @@ def test_a_fit_of_two_processes_stops_after_the_same_step(tmp_path: Path, number
     assert steps[0] == steps[1] and int(steps[0]) > 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
 def test_a_signal_ends_two_processes_that_draw(tmp_path: Path, number: signal.Signals) -> None:
     stop_two_processes("draw", tmp_path, number)
 
@@ -92,7 +92,9 @@ def catches(process: subprocess.Popen, number: signal.Signals) -> bool:
     return bool(int(caught, 16) >> (number - 1) & 1)
 
 
-@pytest.mark.parametrize("seconds", [0, 0.2, 0.5, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize(
+    "seconds", [0, 0.5, 2.0, *(pytest.param(seconds, marks=pytest.mark.slow) for seconds in (0.2, 1.0, 3.0))]
+)
 def test_ctrl_c_is_answered_while_a_run_begins(tmp_path: Path, seconds: float) -> None:
     process = start(ROOT / "train.py", *SMALL, f"runs={tmp_path}")
     wait_for(lambda: catches(process, signal.SIGHUP), process)  # the last one that we install
@@ -233,7 +235,7 @@ def test_ctrl_c_closes_the_demo(tmp_path: Path) -> None:
     assert "same command" not in said
 
 
-@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("culprit", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_process_that_fails_ends_the_other(tmp_path: Path, culprit: int) -> None:
     process = start(ROOT / "tests" / "two_processes.py", f"fail{culprit}", tmp_path)
     wait_for((tmp_path / "begun").exists, process)
@@ -242,6 +244,7 @@ def test_a_process_that_fails_ends_the_other(tmp_path: Path, culprit: int) -> No
     assert "ValueError: trainer.devices: expected a better day" in said
 
 
+@pytest.mark.slow
 @BOTH
 def test_a_signal_ends_one_process_that_draws(tmp_path: Path, number: signal.Signals) -> None:
     command = [ROOT / "train.py", *SMALL, f"runs={tmp_path}", "stages=[textual]"]
