@@ -1,1 +1,1 @@
-"""What the method costs, next to a plain implementation of the authors' procedure: `python -m benchmarks`."""
+"""The costs of the method beside a plain implementation of the authors' procedure: `python -m benchmarks`."""

@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def machine() -> dict[str, str]:
-    """What the results depend on."""
+    """Return what the results depend on: the cores and the version of PyTorch."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"CPU cores:": f"{cores} ({platform.machine()})", "PyTorch": torch.__version__}
 

@@ -82,7 +82,7 @@ class StepsInTurns(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """From the end of the last measurement, so that data, logging and optimizer count."""
+        """Measure from the end of the last measurement, so that data, logging and optimizer count."""
         self.ours.append(time.perf_counter() - self.since)
         assert isinstance(pl_module, TRCE)
         adapter = pl_module.adapter

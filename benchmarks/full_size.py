@@ -9,7 +9,7 @@ from benchmarks.report import Row
 
 
 def run() -> list[Row]:
-    """With and without gradient checkpointing; what the disk holds is what the plan says."""
+    """Measure with and without gradient checkpointing, and check that the disk holds what the plan says."""
     peaks: dict[bool, Peak] = {
         flag: alone(ours, networks.LATENT_SIDE, networks.LARGEST_BATCH, flag) for flag in (True, False)
     }

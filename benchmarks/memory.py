@@ -23,7 +23,7 @@ SIDE, ROWS = 16, 5
 
 @dataclass(frozen=True)
 class Peak:
-    """Of one training step."""
+    """The peak memory of one training step, and the size of what it trains on."""
 
     gb: float
     shard_bytes: int

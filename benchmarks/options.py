@@ -1,4 +1,4 @@
-"""What layouts, attention kernels, compilation and 8-bit optimizer states change, on this machine.
+"""The effects of layouts, attention kernels, compilation and 8-bit optimizer states on this machine.
 
 ``ours`` is with the option, ``plain`` without.
 """

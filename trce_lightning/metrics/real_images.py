@@ -17,6 +17,7 @@ from trce_lightning.errors import InputError
 from trce_lightning.image_folder import image_size, read_image
 from trce_lightning.metrics.class_detectors import CPU
 from trce_lightning.metrics.fidelity import REAL_STATES, load_real_statistics, save_real_statistics
+from trce_lightning.signals import shared
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 PIXELS_AT_ONCE = 32 * 512**2
@@ -48,7 +49,7 @@ def load_real(
         _see_pictures(metric, _pictures(source))
         if _rank() == 0:
             save_real_statistics(metric, file)
-        if _is_shared():
+        if shared():
             dist.barrier()
     load_real_statistics(metric, file)
 
@@ -58,7 +59,7 @@ def _see_pictures(metric: FrechetInceptionDistance, pictures: Sequence[Path]) ->
 
     The feature network scales each picture by itself, so those of one size go through it together.
     """
-    world_size = dist.get_world_size() if _is_shared() else 1
+    world_size = dist.get_world_size() if shared() else 1
     share = pictures[_rank() :: world_size]
     part = f", 1 of {world_size} processes" if world_size > 1 else ""
     with tqdm(total=len(share), desc=f"real images{part}", unit="image", disable=_rank() > 0) as progress:
@@ -66,7 +67,7 @@ def _see_pictures(metric: FrechetInceptionDistance, pictures: Sequence[Path]) ->
             images = torch.stack([read_image(picture) for picture in batch])
             metric.update(images.to(metric.device), real=True)
             progress.update(len(batch))
-    if _is_shared():
+    if shared():
         for name in REAL_STATES:
             dist.all_reduce(getattr(metric, name))
 
@@ -85,16 +86,12 @@ def batched(items: Iterable[Path], count: int) -> Iterator[list[Path]]:
         yield batch
 
 
-def _is_shared() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def _rank() -> int:
-    return dist.get_rank() if _is_shared() else 0
+    return dist.get_rank() if shared() else 0
 
 
 def _decided_by_the_first(verdict: bool) -> bool:
-    if not _is_shared():
+    if not shared():
         return verdict
     verdicts = [verdict]
     dist.broadcast_object_list(verdicts)
