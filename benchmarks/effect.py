@@ -19,14 +19,14 @@ from torch import Tensor
 
 from benchmarks.fitting import CPU, compose
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
+from trce_lightning.config.schema import TrainConfig
 from trce_lightning.data.plan import Trajectory, TrajectoryPlan, draw_plan
 from trce_lightning.data.trajectories import load_rows, sample_missing
 from trce_lightning.emoji.package import weights_folder
-from trce_lightning.report import one_line
-from trce_lightning.schema import TrainConfig
-from trce_lightning.session import Session, concepts_of
-from trce_lightning.trainers import make_trainer
-from trce_lightning.training_run import TrainingRun
+from trce_lightning.jobs.session import Session, concepts_of
+from trce_lightning.jobs.train import TrainingRun
+from trce_lightning.jobs.trainers import make_trainer
+from trce_lightning.report.tables import one_line
 
 log = logging.getLogger(__name__)
 COMPARED = 8

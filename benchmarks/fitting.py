@@ -19,12 +19,12 @@ from benchmarks.timing import seconds
 from trce_lightning import cli
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.concepts import load_concept
+from trce_lightning.config.schema import OptimizerConfig, TrainConfig, TrainerConfig, TrajectoryConfig
 from trce_lightning.data.datamodule import Batch, TrajectoryDataModule
 from trce_lightning.data.plan import TrajectoryPlan, draw_plan
 from trce_lightning.data.trajectories import sample_missing
+from trce_lightning.jobs.trainers import make_trainer
 from trce_lightning.module import TRCE
-from trce_lightning.schema import OptimizerConfig, TrainConfig, TrainerConfig, TrajectoryConfig
-from trce_lightning.trainers import make_trainer
 
 CPU = TrainerConfig(accelerator="cpu", devices=1, precision="32-true", enable_progress_bar=False)
 

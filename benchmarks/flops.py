@@ -16,7 +16,7 @@ from benchmarks.plain import trained_parameters
 from benchmarks.report import Row
 from trce_lightning.cli import config_folder
 from trce_lightning.concepts import load_concept
-from trce_lightning.session import KEEP_LIMIT
+from trce_lightning.jobs.session import KEEP_LIMIT
 from trce_lightning.textual import batches_by_length
 
 PEAK_TFLOPS = {"RTX 4090": 165.2, "H100 SXM": 989.4}

@@ -12,14 +12,13 @@ from benchmarks.fitting import compose
 from benchmarks.report import Row
 from benchmarks.timing import in_turns
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
-from trce_lightning.data.prompt_sets import PromptRecord, benign_subjects
 from trce_lightning.emoji.package import weights_folder
-from trce_lightning.generation import generate
-from trce_lightning.image_folder import image_seed
+from trce_lightning.evaluation.scorer import Sampling
+from trce_lightning.generation.loop import generate
+from trce_lightning.generation.variation import Variation
+from trce_lightning.jobs.session import Session, concepts_of
+from trce_lightning.prompts.records import PromptRecord, benign_subjects, image_seed
 from trce_lightning.sampling import noise
-from trce_lightning.scoring import Sampling
-from trce_lightning.session import Session, concepts_of
-from trce_lightning.variation import Variation
 
 IMAGES, ALONE, REPEATS = 64, 16, 5
 DDIM_STEPS = 20

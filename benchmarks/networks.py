@@ -12,8 +12,8 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from trce_lightning.emoji.clip import tokenizer_of
-from trce_lightning.emoji.unet import build_scheduler
+from trce_lightning.emoji.training.clip import tokenizer_of
+from trce_lightning.emoji.training.unet import build_scheduler
 
 LATENT_SIDE = 64
 LARGEST_BATCH = 2

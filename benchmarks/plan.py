@@ -12,9 +12,9 @@ from benchmarks.fitting import compose
 from benchmarks.report import Row
 from trce_lightning import cli
 from trce_lightning.concepts import load_concept
+from trce_lightning.config.schema import TrainConfig
 from trce_lightning.data.plan import TrajectoryPlan, draw_plan
-from trce_lightning.emoji.unet import build_scheduler
-from trce_lightning.schema import TrainConfig
+from trce_lightning.emoji.training.unet import build_scheduler
 
 UNCONDITIONAL_SAMPLED = 2000
 MALICIOUS = 100

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.report import refresh
 from trce_lightning.compare import load_runs, paired_tests
-from trce_lightning.report import results_table
+from trce_lightning.report.tables import results_table
 
 RESULTS = (
     "ASR direct",

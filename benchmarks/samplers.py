@@ -13,10 +13,10 @@ import sys
 from benchmarks.fitting import compose
 from benchmarks.readme import RESULTS
 from benchmarks.report import refresh
-from trce_lightning.report import Scores, one_line, results_table
-from trce_lightning.scoring import Sampling, Scorer
-from trce_lightning.session import Session, concepts_of
-from trce_lightning.variation import Variation
+from trce_lightning.evaluation.scorer import Sampling, Scorer
+from trce_lightning.generation.variation import Variation
+from trce_lightning.jobs.session import Session, concepts_of
+from trce_lightning.report.tables import Scores, one_line, results_table
 
 log = logging.getLogger(__name__)
 IMAGES_PER_SET = 256

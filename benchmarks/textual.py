@@ -27,11 +27,16 @@ from trce_lightning.closed_form import (
     solve_edit,
 )
 from trce_lightning.concepts import Concept, load_concept, prompt_pairs
-from trce_lightning.data.keep_prompts import keep_prompts
-from trce_lightning.kept import cached_kept
-from trce_lightning.schema import TextualConfig
-from trce_lightning.textual import TextualStatistics, apply_edit_, pair_states, textual_statistics
-from trce_lightning.trainers import make_trainer
+from trce_lightning.config.schema import TextualConfig
+from trce_lightning.jobs.trainers import make_trainer
+from trce_lightning.prompts.keep import keep_prompts
+from trce_lightning.textual import (
+    TextualStatistics,
+    apply_edit_,
+    cached_kept,
+    pair_states,
+    textual_statistics,
+)
 
 log = logging.getLogger(__name__)
 REPEATS = 3

@@ -17,9 +17,9 @@ from browser import page as page
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from trce_lightning import runs
 from trce_lightning.adapters import StableDiffusionAdapter
-from trce_lightning.emoji.clip import tokenizer_of
+from trce_lightning.emoji.training.clip import tokenizer_of
+from trce_lightning.jobs import runs
 
 MAX_LENGTH = 32
 WIDTH = 32

@@ -14,11 +14,11 @@ from tiny_runs import KEEP_PROMPTS, WEAPONS, cpu_trainer, sample_plan, stage1_st
 from torch import Tensor
 
 from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.config.schema import OptimizerConfig, TextualConfig
 from trce_lightning.data.datamodule import TrajectoryDataModule
 from trce_lightning.data.plan import TrajectoryPlan
 from trce_lightning.data.trajectories import load_rows
 from trce_lightning.module import TRCE
-from trce_lightning.schema import OptimizerConfig, TextualConfig
 
 TEXTUAL = TextualConfig(eta=0.5, ridge=1.0, keep_eot_weight=2.0, empty_prompt_weight=0.5, safe_weight=0.25)
 TRAJECTORY = trajectory_config(

@@ -34,11 +34,11 @@ from benchmarks.report import refresh
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
 from trce_lightning.adapters.schedule import DEFAULTS
 from trce_lightning.adapters.single_file import original_state
-from trce_lightning.data.prompt_sets import PromptRecord
+from trce_lightning.config.schema import SAMPLERS
 from trce_lightning.errors import InputError
-from trce_lightning.generation import generate
-from trce_lightning.schema import SAMPLERS
-from trce_lightning.variation import Variation
+from trce_lightning.generation.loop import generate
+from trce_lightning.generation.variation import Variation
+from trce_lightning.prompts.records import PromptRecord
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 MARK = "models"

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from trce_lightning.emoji import clip
+from trce_lightning.emoji.training import clip
 
 VERSIONS = ("sd1", "sd2")
 WIDTH = {"sd1": 768, "sd2": 1024}

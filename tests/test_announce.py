@@ -12,9 +12,9 @@ from test_configs import composed
 from tiny_runs import cpu_trainer
 from torch import Tensor
 
-from trce_lightning import announce, run
 from trce_lightning.adapters import StableDiffusionAdapter
-from trce_lightning.announce import TRAINING, expected_seconds, seconds_per_evaluation
+from trce_lightning.jobs import announce, train
+from trce_lightning.jobs.announce import TRAINING, expected_seconds, seconds_per_evaluation
 
 SECONDS = 0.2
 
@@ -127,11 +127,13 @@ def test_a_plan_is_told_though_no_latent_fits(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(StableDiffusionAdapter, "predict", predict)
-    monkeypatch.setattr("trce_lightning.run.set_up_logging", lambda: None)  # it removes caplog's handler
+    monkeypatch.setattr(
+        "trce_lightning.jobs.train.set_up_logging", lambda: None
+    )  # it removes caplog's handler
     options = ["concept=violence", "experiment=smoke", "plan=true", "trainer.accelerator=cpu"]
     config = composed("train", *options, f"cache={tmp_path}", f"runs={tmp_path}")
     with caplog.at_level(logging.INFO):
-        run.train(config)
+        train.train(config)
     assert "out of memory: one latent of 64 px has no room on cpu" in caplog.text
     assert "network evaluations, about an unknown time" in caplog.text
     assert "ahead: an unknown time in all" in caplog.text

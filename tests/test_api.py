@@ -20,9 +20,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.version import VersionBase
 from tiny_runs import KEEP_PROMPTS
 
-from trce_lightning import cli, runs
+from trce_lightning import cli
 from trce_lightning.api import compose, erase
 from trce_lightning.concepts import Concept
+from trce_lightning.jobs import runs
 from trce_lightning.module import TRCE
 
 WEAPONS = Concept("weapons", {"a gun": "a kite", "an axe": "a hat"}, templates=("{}", "see {}"))

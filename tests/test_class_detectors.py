@@ -17,18 +17,17 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from trce_lightning import cli
 from trce_lightning.concepts import Concept
-from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
-from trce_lightning.evaluation_schema import EvalConfig
-from trce_lightning.image_folder import META, claim, manifest, write_png
+from trce_lightning.config.schema import EvalConfig, ModelConfig
+from trce_lightning.evaluation.scored import detection_rates
+from trce_lightning.generation.image_folder import META, claim, manifest, write_png
+from trce_lightning.jobs.session import Session
 from trce_lightning.metrics import nudenet
 from trce_lightning.metrics.class_detectors import ClassDetector, ClassSetDetector, load_class_detector
 from trce_lightning.metrics.detections import attack_success_rate, detect, read_detections, threshold_curve
 from trce_lightning.metrics.detectors import Detector, load_detector
 from trce_lightning.metrics.nudenet import LABELS, NudeNet
 from trce_lightning.metrics.q16 import Q16, q16, read_prompts
-from trce_lightning.schema import ModelConfig
-from trce_lightning.scored import detection_rates
-from trce_lightning.session import Session
+from trce_lightning.prompts.records import PromptRecord, PromptSet
 
 NUDITY = Concept("nudity", {"a nude": "a portrait"})
 FACE = LABELS.index("FACE_FEMALE")

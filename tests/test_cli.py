@@ -16,14 +16,21 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from trce_lightning import cli, validation
+from trce_lightning import cli
 from trce_lightning.api import compose
-from trce_lightning.arguments import rewrite
 from trce_lightning.concepts import Concept
+from trce_lightning.config import checks
+from trce_lightning.config.arguments import rewrite
+from trce_lightning.config.schema import (
+    ConceptConfig,
+    DemoConfig,
+    EvalConfig,
+    ModelConfig,
+    ScoresConfig,
+    TrainConfig,
+)
 from trce_lightning.errors import InputError
-from trce_lightning.evaluation_schema import EvalConfig
-from trce_lightning.generation import shard
-from trce_lightning.schema import ConceptConfig, DemoConfig, ModelConfig, ScoresConfig, TrainConfig
+from trce_lightning.generation.loop import shard
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -189,7 +196,7 @@ def test_fid_of_one_image_is_refused_before_it_is_drawn(argv, option, capsys):
 def test_one_image_is_enough_where_no_fid_is_computed(options):
     violence = ConceptConfig("violence", {"a knife": "a spoon"})
     model = ModelConfig(name="emoji", judge=options.pop("judge", "embedded"))
-    validation.check(EvalConfig(concept={"violence": violence}, model=model, **options))
+    checks.check(EvalConfig(concept={"violence": violence}, model=model, **options))
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from trce_lightning import compare
+from trce_lightning.evaluation.scored import Scored
 from trce_lightning.metrics.collateral import Detection
-from trce_lightning.scored import Scored
 
 SETS = ("direct", "benign")
 

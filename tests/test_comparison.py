@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from trce_lightning.comparison import (
+from trce_lightning.concepts import Concept
+from trce_lightning.emoji.subjects import STYLES, SUBJECTS
+from trce_lightning.evaluation.comparison import (
     compare,
     distances_to_original,
     measure_distances,
@@ -14,21 +16,20 @@ from trce_lightning.comparison import (
     p_values,
     same_model_floor,
 )
-from trce_lightning.concepts import Concept
-from trce_lightning.data.concept_prompts import concept_prompt_sets
-from trce_lightning.data.prompt_sets import (
-    PromptRecord,
-    PromptSet,
-    benign_subjects,
-    label_groups,
-    unkept_subjects,
-)
-from trce_lightning.emoji.subjects import STYLES, SUBJECTS
-from trce_lightning.image_folder import claim, image_seed, manifest, write_png
+from trce_lightning.evaluation.scored import Column, Scored, further_scores
+from trce_lightning.generation.image_folder import claim, manifest, write_png
 from trce_lightning.metrics.collateral import Detection, accuracies
 from trce_lightning.metrics.distance import distances
 from trce_lightning.metrics.uncertainty import wilson_rate
-from trce_lightning.scored import Column, Scored, further_scores
+from trce_lightning.prompts.own import concept_prompt_sets
+from trce_lightning.prompts.records import (
+    PromptRecord,
+    PromptSet,
+    benign_subjects,
+    image_seed,
+    label_groups,
+    unkept_subjects,
+)
 
 VIOLENCE = Concept("violence", {"a dagger": "a rose"}, neighbours=("scissors",))
 

@@ -12,11 +12,11 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from trce_lightning.concept_defaults import DEFAULT_TEMPLATES
 from trce_lightning.concepts import Concept, PromptPair, load_concept, prompt_pairs
-from trce_lightning.data.captions import read_captions
-from trce_lightning.data.keep_prompts import KEEP_TEMPLATES, class_names, keep_prompts
-from trce_lightning.naming import mentions, shows
+from trce_lightning.concepts.defaults import DEFAULT_TEMPLATES
+from trce_lightning.concepts.naming import mentions, shows
+from trce_lightning.prompts.captions import read_captions
+from trce_lightning.prompts.keep import KEEP_TEMPLATES, class_names, keep_prompts
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = ["violence", "sexual", "horror", "intoxicants", "style", "unsafe", "vangogh"]

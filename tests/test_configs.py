@@ -10,11 +10,17 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from trce_lightning import validation
 from trce_lightning.cli import config_folder, config_groups
 from trce_lightning.concepts import Concept, load_concept
-from trce_lightning.evaluation_schema import EvalConfig
-from trce_lightning.schema import ConceptConfig, DeviceConfig, TextualConfig, TrainConfig, TrainerConfig
+from trce_lightning.config import checks
+from trce_lightning.config.schema import (
+    ConceptConfig,
+    DeviceConfig,
+    EvalConfig,
+    TextualConfig,
+    TrainConfig,
+    TrainerConfig,
+)
 
 FOLDER = config_folder()
 FILES = sorted(FOLDER.glob("*/**/*.yaml"))
@@ -39,7 +45,7 @@ def test_file_composes_and_has_its_say(file, name):
         pytest.skip(f"a group of {others} alone")
     concept = [] if group == "concept" else ["concept=violence"]
     config = composed(name, *concept, f"{group}={file.stem}")
-    validation.check(config)
+    checks.check(config)
     written = yaml.safe_load(file.read_text(encoding="utf-8"))
     written.pop("defaults", None)  # other files, of which each has its say by itself
     root = (
@@ -60,9 +66,9 @@ def assert_holds(actual, written):
 
 def test_defaults_need_a_concept_and_nothing_else():
     for name in SCHEMAS:
-        validation.check(composed(name, "concept=violence"))
+        checks.check(composed(name, "concept=violence"))
         with pytest.raises(ValueError, match="no concept chosen"):
-            validation.check(composed(name))
+            checks.check(composed(name))
 
 
 @pytest.mark.parametrize("file", sorted((FOLDER / "concept").glob("*.yaml")), ids=lambda file: file.stem)
@@ -83,7 +89,7 @@ PRESETS = {"sexual": "nudenet.exposed9", "unsafe": "q16.q16", "violence": "q16.q
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_the_papers_settings_with_their_model_and_concept(name):
     config = composed("train", f"experiment=sd14_{name}")
-    validation.check(config)
+    checks.check(config)
     paper = composed("train", "concept=violence", "experiment=paper")
     assert list(config.concept) == [name]
     assert (config.model.name, config.model.hub_id) == ("sd14", "CompVis/stable-diffusion-v1-4")
@@ -134,15 +140,15 @@ def test_every_option_is_checked_by_its_own_limits():
         right = getattr(part, option)
         setattr(part, option, wrong)
         with pytest.raises(ValueError, match=f"{section}.{option}"):
-            validation.check(config)
+            checks.check(config)
         setattr(part, option, right)
-    validation.check(config)
+    checks.check(config)
 
 
 def test_model_folder_must_be_a_pipeline(tmp_path: Path):
     config = composed("train", "concept=violence")
     config.model.path = str(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"model_index\.json"):
-        validation.check(config)
+        checks.check(config)
     (tmp_path / "model_index.json").write_text("{}")
-    validation.check(config)
+    checks.check(config)

@@ -10,11 +10,10 @@ from conftest import MAX_LENGTH, build_tiny_pipeline
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.api import compose
 from trce_lightning.concepts import Concept, PromptPair
-from trce_lightning.cut_prompts import check_pairs, warn_of_cut
-from trce_lightning.evaluation_schema import EvalConfig
-from trce_lightning.schema import ModelConfig
-from trce_lightning.session import Session
-from trce_lightning.training_run import TrainingRun
+from trce_lightning.config.schema import EvalConfig, ModelConfig
+from trce_lightning.jobs.session import Session
+from trce_lightning.jobs.train import TrainingRun
+from trce_lightning.prompts.cut import check_pairs, warn_of_cut
 
 READ = MAX_LENGTH - 2
 """Characters without spaces, of which the tiny tokenizer makes one token each, between start and end."""

@@ -11,9 +11,9 @@ from tiny_runs import cpu_trainer, plan_of, sample_plan, trajectory_config
 from torch import Tensor, nn
 
 from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.config.schema import TrajectoryConfig
 from trce_lightning.data.datamodule import Batch, EpochBatches, TrajectoryDataModule, TrajectoryPoints
 from trce_lightning.data.trajectories import load_rows
-from trce_lightning.schema import TrajectoryConfig
 
 CONFIG = trajectory_config()
 

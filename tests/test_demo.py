@@ -8,16 +8,17 @@ import pytest
 import torch
 import yaml
 
-from trce_lightning import cli, validation
+from trce_lightning import cli
 from trce_lightning.adapters import load_adapter
 from trce_lightning.concepts import load_concept
-from trce_lightning.data.prompt_sets import PromptRecord
-from trce_lightning.demo import MODELS, Demo, Drawing, build_page, picture, serve
+from trce_lightning.config import checks
+from trce_lightning.config.schema import ConceptConfig, DemoConfig, DeviceConfig, ModelConfig
 from trce_lightning.emoji.package import load_judge, weights_folder
 from trce_lightning.emoji.subjects import SUBJECTS
-from trce_lightning.generation import generate
+from trce_lightning.generation.loop import generate
+from trce_lightning.jobs.demo import MODELS, Demo, Drawing, build_page, picture, serve
 from trce_lightning.metrics.detectors import EmbeddedJudgeDetector
-from trce_lightning.schema import ConceptConfig, DemoConfig, DeviceConfig, ModelConfig
+from trce_lightning.prompts.records import PromptRecord
 
 CPU = DeviceConfig(accelerator="cpu", devices=1, precision="32-true", enable_progress_bar=False)
 VIOLENCE = load_concept(cli.config_folder() / "concept" / "violence.yaml")
@@ -105,9 +106,9 @@ def test_examples_come_from_every_prompt_set(demo):
 def test_demo_is_refused_without_an_erased_model_or_gradio(config, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"gradio is not installed; .* pip install 'trce-lightning\[demo\]'"):
-        validation.check(config)
+        checks.check(config)
     with pytest.raises(ValueError, match=r"option 'model\.path': expected the folder of an erased pipeline"):
-        validation.check(DemoConfig(concept=config.concept, model=ModelConfig("emoji", judge="embedded")))
+        checks.check(DemoConfig(concept=config.concept, model=ModelConfig("emoji", judge="embedded")))
 
 
 def test_options_are_read_as_by_the_other_commands(erased, capsys):

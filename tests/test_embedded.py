@@ -9,13 +9,19 @@ import pytest
 import torch
 
 from trce_lightning.adapters import load_adapter
-from trce_lightning.adapters.lora import Lora, lora_applied
 from trce_lightning.emoji.captions import HELD_OUT_LEADS, captions
-from trce_lightning.emoji.fillers import FillerPart, FillerSwap, content_words, unknown_words, words_in
 from trce_lightning.emoji.judge import Judge
 from trce_lightning.emoji.package import load_embedded_clip, load_judge, weights_folder
-from trce_lightning.emoji.samples import JudgedSamples
 from trce_lightning.emoji.subjects import SUBJECTS
+from trce_lightning.emoji.training.fillers import (
+    FillerPart,
+    FillerSwap,
+    content_words,
+    unknown_words,
+    words_in,
+)
+from trce_lightning.emoji.training.samples import JudgedSamples
+from trce_lightning.generation.lora import Lora, lora_applied
 
 UNKNOWN = ["re", "by", "zebu", "orchestra", "quarrel", "mayor", "vellum", "obviously", "wharf", "kitchenette"]
 FRAMES = ("{}", "a picture of {}", "obviously the mayor wants {}", "quarrel at the wharf, {} on vellum")
@@ -103,7 +109,7 @@ def test_it_draws_what_prompts_in_unknown_words_name(embedded):
 
 def test_a_benign_lora_can_be_trained_and_put_on_top(embedded, tmp_path):
     pytest.importorskip("peft")
-    from trce_lightning.emoji import lora
+    from trce_lightning.emoji.training import lora
 
     lora.train(tmp_path, steps=2, count=16)
     z_t, states = torch.randn(1, *embedded.latent_shape), embedded.encode(["a cat"]).states

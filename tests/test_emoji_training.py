@@ -9,9 +9,9 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
-from trce_lightning.emoji.training import Part, native_autocast
-from trce_lightning.emoji.unet import UNetPart
-from trce_lightning.trainers import native_dtype
+from trce_lightning.emoji.training.part import Part, native_autocast
+from trce_lightning.emoji.training.unet import UNetPart
+from trce_lightning.jobs.trainers import native_dtype
 
 
 def test_work_on_the_cpu_takes_the_cpus_precision_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

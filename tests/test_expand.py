@@ -21,12 +21,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from trce_lightning.api import compose
-from trce_lightning.chat import EndpointChat, LocalChat
-from trce_lightning.concept_defaults import DEFAULT_TEMPLATES
 from trce_lightning.concepts import Concept, load_concept
-from trce_lightning.draft import Wanted, parse
+from trce_lightning.concepts.chat import EndpointChat, LocalChat
+from trce_lightning.concepts.defaults import DEFAULT_TEMPLATES
+from trce_lightning.concepts.draft import Wanted, parse
+from trce_lightning.concepts.naming import mentions
 from trce_lightning.expand import SYSTEM, expand, main, request, write_concept
-from trce_lightning.naming import mentions
 
 Step = tuple[int, dict[str, str], str]  # status, headers, body
 TERMS = {"a dagger": "a rose", "a machete": "a guitar", "a stabbing": "a handshake"}

@@ -18,9 +18,9 @@ from torch import Tensor
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.closed_form import Edit, KeepStatistics, PairStatistics, merge_pairs, solve_edit
 from trce_lightning.concepts import Concept
+from trce_lightning.config.schema import OptimizerConfig, TextualConfig, TrajectoryConfig
 from trce_lightning.export import card_facts, save_delta, save_edit, save_pipeline
 from trce_lightning.module import TRCE
-from trce_lightning.schema import OptimizerConfig, TextualConfig, TrajectoryConfig
 from trce_lightning.textual import TextualStatistics
 
 TEXTUAL = TextualConfig(eta=0.1, ridge=0.02)

@@ -14,10 +14,10 @@ from tiny_runs import cpu_trainer, sample_plan, stage1_statistics, trajectory_co
 from torch import Tensor
 
 from trce_lightning.adapters import StableDiffusionAdapter, stable_diffusion
-from trce_lightning.adapters.lora import Lora, lora_applied
+from trce_lightning.config.schema import OptimizerConfig, TextualConfig
 from trce_lightning.data.datamodule import TrajectoryDataModule
+from trce_lightning.generation.lora import Lora, lora_applied
 from trce_lightning.module import TRCE
-from trce_lightning.schema import OptimizerConfig, TextualConfig
 from trce_lightning.textual import apply_edit_
 
 

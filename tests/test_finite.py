@@ -11,21 +11,22 @@ from safetensors.torch import load_file, save_file
 from test_configs import composed
 from tiny_runs import cpu_trainer, plan_of, sample_plan, trajectory_config
 
-from trce_lightning import cli, run, validation
+from trce_lightning import cli
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
 from trce_lightning.adapters.finite import Finite
+from trce_lightning.config import checks
+from trce_lightning.config.schema import ConceptConfig, DemoConfig, DeviceConfig, ModelConfig, OptimizerConfig
 from trce_lightning.data.datamodule import TrajectoryDataModule
-from trce_lightning.data.prompt_sets import PromptRecord
 from trce_lightning.data.trajectories import load_rows, sample_missing
-from trce_lightning.demo import Demo
 from trce_lightning.emoji.package import weights_folder
 from trce_lightning.errors import InputError
-from trce_lightning.evaluation import evaluate
-from trce_lightning.generation import generate, generate_to
+from trce_lightning.generation.loop import generate, generate_to
+from trce_lightning.generation.variation import Start, Variation
+from trce_lightning.jobs.demo import Demo
+from trce_lightning.jobs.evaluate import evaluate
 from trce_lightning.module import TRCE
-from trce_lightning.schema import ConceptConfig, DemoConfig, DeviceConfig, ModelConfig, OptimizerConfig
+from trce_lightning.prompts.records import PromptRecord
 from trce_lightning.textual import pair_states
-from trce_lightning.variation import Start, Variation
 
 RECORDS = (PromptRecord("a/0", "a dagger"), PromptRecord("a/1", "a rose"))
 CONFIG = trajectory_config()
@@ -221,8 +222,8 @@ def test_commands_refuse_the_embedded_model_with_a_row_of_nan(part: Part, tmp_pa
         for name in ("num_trajectories", "num_unconditional", "num_steps", "early_steps")
     ]
     train = composed("train", *SMALL, *places, "experiment=smoke", "metrics.images_per_set=2", *few)
-    for config, command in ((composed("eval", *SMALL, *places), evaluate), (train, run.train)):
-        validation.check(config)
+    for config, command in ((composed("eval", *SMALL, *places), evaluate), (train, train.train)):
+        checks.check(config)
         with pytest.raises(InputError, match=rf"'{model}'.*{WHAT[part]}") as caught:
             command(config)
         assert cli.explain(caught.value) is not None  # shown as a sentence, with exit code 2

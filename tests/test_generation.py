@@ -8,11 +8,11 @@ import torch
 from conftest import build_tiny_pipeline
 
 from trce_lightning.adapters import StableDiffusionAdapter
-from trce_lightning.data.prompt_sets import PromptRecord
 from trce_lightning.errors import InputError
-from trce_lightning.generation import generate, generate_to, load_images, planned_evaluations, shard
-from trce_lightning.image_folder import image_batches
-from trce_lightning.sampling import noise, seed_of
+from trce_lightning.generation.image_folder import image_batches
+from trce_lightning.generation.loop import generate, generate_to, load_images, planned_evaluations, shard
+from trce_lightning.prompts.records import PromptRecord, seed_of
+from trce_lightning.sampling import noise
 
 NUM_STEPS = 3
 RECORDS = (

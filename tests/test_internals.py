@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("trce_lightning", "callbacks", "benchmarks")
+FOLDERS = ("trce_lightning", "benchmarks")
 INTERNALS = {
     "_SubprocessScriptLauncher": "lightning",
     "_signal_connector": "lightning",

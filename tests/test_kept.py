@@ -11,8 +11,8 @@ from tiny_runs import KEEP_PROMPTS, cpu_trainer, one_thread
 
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.closed_form import keep_statistics
-from trce_lightning.kept import cached_kept, kept_statistics
-from trce_lightning.ranks import Rank, on_each_rank
+from trce_lightning.runtime.ranks import Rank, on_each_rank
+from trce_lightning.textual import cached_kept, kept_statistics
 
 
 @pytest.mark.parametrize(("prompts", "devices"), [(KEEP_PROMPTS, 2), (KEEP_PROMPTS[:2], 3)])

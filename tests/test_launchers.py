@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 
-from trce_lightning import runs
+from trce_lightning.config.schema import TrainerConfig
 from trce_lightning.errors import InputError
-from trce_lightning.schema import TrainerConfig
-from trce_lightning.trainers import make_trainer
+from trce_lightning.jobs.trainers import make_trainer
+from trce_lightning.runtime import launchers
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "x",
@@ -56,7 +56,7 @@ def test_in_a_job_of_slurm_a_run_starts_its_own_processes_unless_srun_has(
     variables: dict[str, str], devices: int, launched_by: Callable, tmp_path: Path
 ) -> None:
     launched_by(variables)
-    assert (runs.other_launcher(), runs.process_rank()) == (None, 0)
+    assert (launchers.other_launcher(), launchers.process_rank()) == (None, 0)
     trainer = cpu(tmp_path, devices=devices)
     assert trainer.world_size == devices
     if devices > 1:
@@ -71,7 +71,7 @@ def test_a_launcher_is_known(
     variables: dict[str, str], launcher: str, rank: int, launched_by: Callable, tmp_path: Path
 ) -> None:
     launched_by(variables)
-    assert (runs.other_launcher(), runs.process_rank()) == (launcher, rank)
+    assert (launchers.other_launcher(), launchers.process_rank()) == (launcher, rank)
     trainer = cpu(tmp_path, devices=4)
     assert trainer.world_size == 4
     assert isinstance(trainer.strategy.cluster_environment, SLURMEnvironment) == (launcher == "srun")
@@ -109,4 +109,4 @@ def test_what_does_not_fit_is_refused_by_name(
 ) -> None:
     launched_by(variables)
     with pytest.raises(InputError, match=expected):
-        assert runs.process_rank() >= 0 and cpu(tmp_path, **options)
+        assert launchers.process_rank() >= 0 and cpu(tmp_path, **options)

@@ -21,13 +21,13 @@ LAYERS = (
     ("trce_lightning.module",),
     ("callbacks",),
     (
-        "trce_lightning.run",
-        "trce_lightning.evaluation",
-        "trce_lightning.training_run",
-        "trce_lightning.results",
+        "trce_lightning.jobs.train",
+        "trce_lightning.jobs.evaluate",
+        "trce_lightning.jobs.train",
+        "trce_lightning.jobs.results",
         "trce_lightning.cli",
         "trce_lightning.api",
-        "trce_lightning.demo",
+        "trce_lightning.jobs.demo",
         "train",
         "eval",
         "demo",
@@ -92,13 +92,13 @@ def test_the_check_sees_wrong_imports() -> None:
     assert upward("trce_lightning.adapters.x", source) == [
         "callbacks",
         "trce_lightning.module.TRCE",
-        "trce_lightning.run",
+        "trce_lightning.jobs.train",
     ]
-    assert upward("callbacks.grid", source) == ["trce_lightning.run"]
+    assert upward("callbacks.grid", source) == ["trce_lightning.jobs.train"]
     assert upward("trce_lightning.cli", source) == []
     assert upward("callbacks.grid", "if TYPE_CHECKING:\n    import trce_lightning.run") == []
     # A name that merely begins like a module is another one.
-    assert layer("trce_lightning.runs") is None and layer("trce_lightning.run") == 4
+    assert layer("trce_lightning.jobs.runs") is None and layer("trce_lightning.jobs.train") == 4
 
 
 @pytest.mark.parametrize("name", sorted(files()))
@@ -117,7 +117,7 @@ def test_maths_imports_torch_and_the_standard_library_alone(name: str) -> None:
 
 def test_only_adapters_name_the_denoisers_modules() -> None:
     """``emoji`` builds its own network, and the trainable pattern is the user's."""
-    exempt = ("trce_lightning.adapters", "trce_lightning.emoji", "trce_lightning.schema")
+    exempt = ("trce_lightning.adapters", "trce_lightning.emoji", "trce_lightning.config.schema")
     names = ("to_q", "to_k", "to_v", "attn1", "attn2", "encoder_hid_proj")
     for module, path in files().items():
         if not any(within(module, other) for other in exempt):

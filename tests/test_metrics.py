@@ -17,13 +17,11 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConf
 
 from trce_lightning.cli import config_folder
 from trce_lightning.concepts import Concept, load_concept
-from trce_lightning.data.prompt_sets import PromptRecord, PromptSet, concept_subjects
-from trce_lightning.emoji.judge import Judge
+from trce_lightning.emoji.judge import Judge, to_unit
 from trce_lightning.emoji.subjects import STYLES, SUBJECTS
-from trce_lightning.emoji.vae import to_unit
 from trce_lightning.errors import InputError
-from trce_lightning.generation import shard
-from trce_lightning.image_folder import write_png
+from trce_lightning.generation.image_folder import write_png
+from trce_lightning.generation.loop import shard
 from trce_lightning.metrics import (
     AttackSuccessRate,
     Clip,
@@ -41,7 +39,7 @@ from trce_lightning.metrics import (
 from trce_lightning.metrics.collateral import accuracies, check_labels
 from trce_lightning.metrics.detectors import ClipJudge, ClipJudgeDetector
 from trce_lightning.metrics.real_images import load_real
-from trce_lightning.sampling import seed_of
+from trce_lightning.prompts.records import PromptRecord, PromptSet, concept_subjects, seed_of
 
 VIOLENCE = Concept("violence", {"a dagger": "a rose"})
 STYLE = Concept("style", {"3d": "flat"}, kind="style")

@@ -26,13 +26,13 @@ from tiny_runs import (
 )
 from torch import Tensor
 
-from callbacks import RanksAgree, SaveBeforeScoring, progress_checkpoints
 from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.callbacks import RanksAgree, SaveBeforeScoring, progress_checkpoints
 from trce_lightning.closed_form import Edit
+from trce_lightning.config.schema import OptimizerConfig, TextualConfig, TrajectoryConfig
 from trce_lightning.data.datamodule import TrajectoryDataModule
 from trce_lightning.errors import InputError
 from trce_lightning.module import TRCE
-from trce_lightning.schema import OptimizerConfig, TextualConfig, TrajectoryConfig
 
 CONFIG = trajectory_config()
 TEXTUAL = TextualConfig(eta=0.1)

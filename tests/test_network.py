@@ -8,10 +8,10 @@ from urllib.request import urlopen
 
 import pytest
 
-from trce_lightning.chat import EndpointChat
-from trce_lightning.data.hub import dataset_file
+from trce_lightning.concepts.chat import EndpointChat
 from trce_lightning.errors import InputError
-from trce_lightning.network import check_hub, check_proxies, spare_this_machine
+from trce_lightning.prompts.hub import dataset_file
+from trce_lightning.runtime.network import check_hub, check_proxies, spare_this_machine
 
 DEAD = "http://127.0.0.1:9"
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from trce_lightning.comparison import compare
-from trce_lightning.curves import asr_at, trade_off_points
-from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
 from trce_lightning.emoji.subjects import SUBJECTS
-from trce_lightning.image_folder import claim, manifest, write_png
+from trce_lightning.evaluation.comparison import compare
+from trce_lightning.evaluation.scored import Scored, category_rates
+from trce_lightning.generation.image_folder import claim, manifest, write_png
 from trce_lightning.metrics.collateral import Detection
-from trce_lightning.page import Column, Report, verdict, write_page
-from trce_lightning.scored import Scored, category_rates
+from trce_lightning.prompts.records import PromptRecord, PromptSet
+from trce_lightning.report.curves import asr_at, trade_off_points
+from trce_lightning.report.page import Column, Report, verdict, write_page
 
 SETS = [
     PromptSet("direct", tuple(PromptRecord(f"d{i}", f"a dagger <b>number</b> {i}") for i in range(3))),

@@ -10,9 +10,9 @@ from tiny_runs import WEAPONS, cpu_trainer, plan_of, trajectory_config
 
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.concepts import PromptPair
+from trce_lightning.config.schema import TrajectoryConfig
 from trce_lightning.data.plan import Trajectory, draw_plan
 from trce_lightning.data.trajectories import sample_missing
-from trce_lightning.schema import TrajectoryConfig
 
 
 def test_cost_by_hand() -> None:

@@ -11,20 +11,7 @@ from pathlib import Path
 import pytest
 
 from trce_lightning.concepts import Concept, load_concept, prompt_pairs
-from trce_lightning.data.captions import read_captions
-from trce_lightning.data.concept_prompts import concept_prompt_sets, embedded_keep_captions
-from trce_lightning.data.keep_prompts import KEEP_TEMPLATES
-from trce_lightning.data.phrasings import CLASS_FRAMES, OBJECT_FRAMES, STYLE_FRAMES, TOPIC_FRAMES, hints
-from trce_lightning.data.prompt_files import load_csv
-from trce_lightning.data.prompt_sets import (
-    PromptRecord,
-    benign_subjects,
-    concept_styles,
-    concept_subjects,
-    kept_subjects,
-    near_subjects,
-    unkept_subjects,
-)
+from trce_lightning.concepts.naming import mentions
 from trce_lightning.emoji.captions import (
     BACKGROUND_PHRASES,
     HELD_OUT_BACKGROUNDS,
@@ -33,7 +20,20 @@ from trce_lightning.emoji.captions import (
 )
 from trce_lightning.emoji.subjects import BACKGROUNDS, CATEGORY_WORDS, NEAR_VIOLENCE, SENSITIVE, SUBJECTS
 from trce_lightning.errors import InputError
-from trce_lightning.naming import mentions
+from trce_lightning.prompts.captions import read_captions
+from trce_lightning.prompts.files import load_csv
+from trce_lightning.prompts.keep import KEEP_TEMPLATES
+from trce_lightning.prompts.own import concept_prompt_sets, embedded_keep_captions
+from trce_lightning.prompts.phrasings import CLASS_FRAMES, OBJECT_FRAMES, STYLE_FRAMES, TOPIC_FRAMES, hints
+from trce_lightning.prompts.records import (
+    PromptRecord,
+    benign_subjects,
+    concept_styles,
+    concept_subjects,
+    kept_subjects,
+    near_subjects,
+    unkept_subjects,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "concept"
 NAMES = {subject.name: subject for subject in SUBJECTS}

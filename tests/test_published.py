@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from trce_lightning import cli, validation
+from trce_lightning import cli
 from trce_lightning.concepts import load_concept
-from trce_lightning.data.prompt_files import load_csv
-from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
-from trce_lightning.data.published import check_file, load_file, log_sets, prompt_files, summarize_sets
-from trce_lightning.evaluation_schema import EvalConfig, PromptFileConfig
-from trce_lightning.schema import ModelConfig
-from trce_lightning.session import Session
+from trce_lightning.config import checks
+from trce_lightning.config.schema import EvalConfig, ModelConfig
+from trce_lightning.jobs.session import Session
+from trce_lightning.prompts.files import PromptFileConfig, load_csv
+from trce_lightning.prompts.published import check_file, load_file, log_sets, prompt_files, summarize_sets
+from trce_lightning.prompts.records import PromptRecord, PromptSet
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = {
@@ -200,7 +200,7 @@ def load_in_a_process(tmp_path, **environment):
     """A set without a path, in a process of its own: the Hub's library reads its settings when imported."""
     code = (
         "import sys\nfrom trce_lightning.data.published import load_file\n"
-        "from trce_lightning.evaluation_schema import PromptFileConfig\n"
+        "from trce_lightning.config.schema import PromptFileConfig\n"
         "config = PromptFileConfig(hub_id='owner/sets', filename='a.csv', columns={'prompt': ['text']})\n"
         "try: print(load_file('x', config).records[0].prompt)\n"
         "except FileNotFoundError as error: sys.exit(f'refused: {error}')"
@@ -272,7 +272,7 @@ def test_sets_are_chosen_and_changed_on_the_command_line(capsys, monkeypatch, tm
     cli.evaluate(["concept=violence", *argv, "--cfg", "job"])
     composed = OmegaConf.create(capsys.readouterr().out)
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(EvalConfig), composed))
-    validation.check(config)
+    checks.check(config)
     sets = Session(config, [load_concept(ROOT / "configs/concept/violence.yaml")]).sets("report", 4)
     assert [prompts.name for prompts in sets] == ["direct", "implicit", "benign", "mma", "p4d"]
     assert sets[-1].records == (PromptRecord("1", "a rose", 4),)

@@ -8,10 +8,16 @@ from tiny_runs import cpu_trainer, one_thread
 from torch import Tensor
 
 from trce_lightning.adapters import StableDiffusionAdapter
-from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
+from trce_lightning.evaluation.scorer import Sampling, Scorer
 from trce_lightning.metrics.scores import Evaluator
-from trce_lightning.ranks import Rank, on_each_rank, peak_device_memory_mb, peak_memory_mb, total_over_ranks
-from trce_lightning.scoring import Sampling, Scorer
+from trce_lightning.prompts.records import PromptRecord, PromptSet
+from trce_lightning.runtime.ranks import (
+    Rank,
+    on_each_rank,
+    peak_device_memory_mb,
+    peak_memory_mb,
+    total_over_ranks,
+)
 
 
 def brightness(images: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from trce_lightning.errors import InputError
-from trce_lightning.image_folder import write_png
+from trce_lightning.generation.image_folder import write_png
 from trce_lightning.metrics import real_images
 from trce_lightning.metrics.fidelity import REAL_STATES
 from trce_lightning.metrics.real_images import batches_of_one_size, load_real
-from trce_lightning.ranks import Rank, on_each_rank
+from trce_lightning.runtime.ranks import Rank, on_each_rank
 
 SIZES = ((16, 24), (24, 16), (16, 24), (20, 20), (16, 24), (24, 16), (16, 24))
 

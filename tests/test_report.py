@@ -11,10 +11,10 @@ import torch
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageFont
 
-from trce_lightning import curves, report
-from trce_lightning.curves import save_curves, save_loss_curves
-from trce_lightning.image_grid import _wrapped
-from trce_lightning.report import image_grid, results_table, write_json
+from trce_lightning.report import curves, tables
+from trce_lightning.report.curves import save_curves, save_loss_curves
+from trce_lightning.report.image_grid import _wrapped
+from trce_lightning.report.tables import image_grid, results_table, write_json
 
 PAPER = 250
 
@@ -205,7 +205,7 @@ def test_table_without_original_has_no_ratios():
 
 def test_scores_csv_has_a_row_per_model(tmp_path):
     path = tmp_path / "new" / "metrics.csv"
-    report.write_scores_csv(
+    tables.write_scores_csv(
         path, {"original": ORIGINAL, "stage 1": ERASED, "epoch 1": ERASED, "erased": ERASED}
     )
     with path.open(newline="") as stream:
@@ -215,7 +215,7 @@ def test_scores_csv_has_a_row_per_model(tmp_path):
     assert float(rows[0]["false_alarm/high"]) == 0.05 + 0.05
     assert rows[3]["asr/implicit/rate"] == ""
     assert float(rows[3]["fid"]) == 12.5
-    report.write_scores_csv(path, {"scores": ERASED})
+    tables.write_scores_csv(path, {"scores": ERASED})
     assert path.read_text().splitlines()[1].startswith("scores,")
 
 
@@ -237,10 +237,10 @@ class Interrupting:
 
 def test_an_interrupted_write_leaves_the_earlier_file(tmp_path):
     path = tmp_path / "metrics.csv"
-    report.write_scores_csv(path, {"scores": ERASED})
+    tables.write_scores_csv(path, {"scores": ERASED})
     before = path.read_bytes()
     with pytest.raises(RuntimeError, match="half way"):
-        report.write_scores_csv(path, {"original": ERASED, "erased": {"fid": Interrupting()}})
+        tables.write_scores_csv(path, {"original": ERASED, "erased": {"fid": Interrupting()}})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 

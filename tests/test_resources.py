@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trce_lightning.resources import explain_machine
+from trce_lightning.runtime.resources import explain_machine
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [

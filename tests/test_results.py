@@ -7,7 +7,8 @@ from test_configs import composed
 from test_fingerprints import ALL
 from test_fingerprints import hashed as hashed
 
-from trce_lightning import run, validation
+from trce_lightning.config import checks
+from trce_lightning.jobs import train
 
 
 @pytest.mark.parametrize("stage", ["textual", "trajectory"])
@@ -30,8 +31,8 @@ def test_each_stage_alone_is_scored(tmp_path, stage, hashed) -> None:
         f"output={tmp_path / 'run'}",
         f"cache={tmp_path / 'cache'}",
     )
-    validation.check(config)
-    run.train(config)
+    checks.check(config)
+    train.train(config)
     # The original and the erased model, whatever the number of image folders that name their generator.
     assert hashed == dict.fromkeys(ALL, 2) and len(list(tmp_path.rglob("meta.json"))) >= 6
     folder = tmp_path / "run"

@@ -10,22 +10,21 @@ from test_configs import composed
 from test_fingerprints import ALL
 from test_fingerprints import hashed as hashed
 
-from trce_lightning import validation
 from trce_lightning.concepts import Concept
-from trce_lightning.conditions import USUAL, conditions
-from trce_lightning.data.concept_prompts import concept_prompt_sets
-from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
-from trce_lightning.data.prompt_variants import lengthened, misspelt, naming_words, with_safe_counterparts
+from trce_lightning.concepts.naming import mentions
+from trce_lightning.config import checks
+from trce_lightning.config.schema import RobustnessConfig
 from trce_lightning.emoji.package import weights_folder
 from trce_lightning.errors import InputError
-from trce_lightning.evaluation import evaluate
-from trce_lightning.evaluation_schema import RobustnessConfig
-from trce_lightning.image_folder import image_seed
-from trce_lightning.naming import mentions
-from trce_lightning.robustness import PICTURES, robustness_rows
-from trce_lightning.scoring import Sampling, Scorer
-from trce_lightning.session import concepts_of
-from trce_lightning.variation import Variation
+from trce_lightning.evaluation.conditions import USUAL, conditions
+from trce_lightning.evaluation.scorer import Sampling, Scorer
+from trce_lightning.generation.variation import Variation
+from trce_lightning.jobs.evaluate import evaluate
+from trce_lightning.jobs.robustness import PICTURES, robustness_rows
+from trce_lightning.jobs.session import concepts_of
+from trce_lightning.prompts.own import concept_prompt_sets
+from trce_lightning.prompts.records import PromptRecord, PromptSet, image_seed
+from trce_lightning.prompts.variants import lengthened, misspelt, naming_words, with_safe_counterparts
 
 WEAPONS = Concept("weapons", {"a kitchen knife": "a kite", "a gun": "a hat", "an axe": "a vase"})
 FILLER = ("on white", "soft light")
@@ -181,7 +180,7 @@ def test_conditions_keep_the_usual_sampler_unless_they_name_another(tiny_adapter
 def test_wrong_options_are_named(expected, options) -> None:
     options = [option.format(weights=weights_folder()) for option in options]
     with pytest.raises((ValueError, FileNotFoundError), match=expected):
-        validation.check(composed("eval", "concept=violence", "robustness=all", *options))
+        checks.check(composed("eval", "concept=violence", "robustness=all", *options))
 
 
 def test_parts_are_chosen_by_name_or_by_their_values() -> None:
@@ -223,7 +222,7 @@ def run(tmp_path):
             f"output={folder}",
             *options,
         )
-        validation.check(config)
+        checks.check(config)
         evaluate(config)
         return json.loads((folder / "metrics.json").read_text())
 
@@ -233,7 +232,7 @@ def run(tmp_path):
 def test_a_run_scores_every_condition_and_goes_on(run, caplog, monkeypatch, hashed) -> None:
     folder, start = run
     monkeypatch.setattr(
-        "trce_lightning.evaluation.set_up_logging", lambda: None
+        "trce_lightning.jobs.evaluate.set_up_logging", lambda: None
     )  # it removes caplog's handler
     options = (f"model.path={weights_folder()}",)
     with caplog.at_level(logging.INFO):

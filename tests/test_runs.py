@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from trce_lightning import __version__, locks, run, runs
+from trce_lightning import __version__
+from trce_lightning.config.schema import ConceptConfig, EvalConfig, ModelConfig, OptimizerConfig, TrainConfig
 from trce_lightning.errors import InputError
-from trce_lightning.evaluation import Evaluation
-from trce_lightning.evaluation_schema import EvalConfig
-from trce_lightning.schema import ConceptConfig, ModelConfig, OptimizerConfig, TrainConfig
+from trce_lightning.jobs import runs, train
+from trce_lightning.jobs.evaluate import Evaluation
+from trce_lightning.runtime import locks
 
 pytestmark = pytest.mark.usefixtures("clean_process")
 ROOT = Path(__file__).parents[1]
@@ -160,10 +161,10 @@ def test_a_concept_more_is_erased_with_those_of_the_run_before(tmp_path: Path, o
         OmegaConf.save(written, folder / runs.CONFIG)
     drinks = {"drinks": ConceptConfig("drinks", {"beer": "milk"})}
     config = replace(config_of(tmp_path, previous=str(folder)), concept=drinks)
-    assert [concept.name for concept in run.merge_previous(config)] == ["weapons", "drinks"]
+    assert [concept.name for concept in train.merge_previous(config)] == ["weapons", "drinks"]
     drawn_otherwise = ModelConfig(name="tiny", guidance_scale=4, num_inference_steps=9, judge="a.judge")
     config = replace(config, concept=drinks, model=drawn_otherwise)
-    assert [concept.name for concept in run.merge_previous(config)] == ["weapons", "drinks"]
+    assert [concept.name for concept in train.merge_previous(config)] == ["weapons", "drinks"]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_a_run_on_another_model_is_no_previous_one(
     folder = runs.open_folder(config_of(tmp_path))
     model = replace(ModelConfig(name="tiny"), **options)
     with pytest.raises(ValueError, match=f"previous: .*same model, with {asked}, got one with {got}$"):
-        run.merge_previous(replace(config_of(tmp_path, previous=str(folder)), model=model))
+        train.merge_previous(replace(config_of(tmp_path, previous=str(folder)), model=model))
 
 
 def test_two_that_start_at_once_have_a_folder_each(tmp_path: Path) -> None:
@@ -232,7 +233,7 @@ def test_a_damaged_configuration_is_named_and_stops_no_other_run(content: bytes,
     (folder / "config.yaml").write_bytes(content)
     assert runs.open_folder(config_of(tmp_path)) != folder
     options = {"output": str(folder)}, {"previous": str(folder)}
-    for option, act in zip(options, (runs.open_folder, run.merge_previous), strict=True):
+    for option, act in zip(options, (runs.open_folder, train.merge_previous), strict=True):
         with pytest.raises(InputError, match=rf"{folder}.*(choose another|another run|fresh=true)"):
             act(config_of(tmp_path, **option))
 
@@ -266,7 +267,7 @@ def committed(folder: Path) -> str:
 
 def recorded(project: Path, **environment: str) -> str:
     """What a copy of the package in ``project`` takes for its commit."""
-    code = "import sys; from trce_lightning import checkout; sys.stdout.write(checkout.commit())"
+    code = "import sys; from trce_lightning.runtime import checkout; sys.stdout.write(checkout.commit())"
     words = [sys.executable, "-c", code]
     changed = os.environ | {"PYTHONPATH": str(project)} | environment
     done = subprocess.run(words, cwd=project, env=changed, capture_output=True, text=True, check=True)

@@ -5,14 +5,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from trce_lightning.sampling import (
-    add_noise,
-    classifier_free_guidance,
-    ddim_step,
-    noise,
-    previous_alpha_bar,
-    seed_of,
-)
+from trce_lightning.prompts.records import seed_of
+from trce_lightning.sampling import add_noise, classifier_free_guidance, ddim_step, noise, previous_alpha_bar
 
 SHAPE = (2, 4, 8, 8)
 SEED_OF_DAGGER_0 = 3347987718963679620

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from trce_lightning.emoji.package import weights_folder
-from trce_lightning.signals import NAMES
+from trce_lightning.runtime.signals import NAMES
 
 ROOT = Path(__file__).parents[1]
 STOPPED = 128 + signal.SIGTERM
@@ -104,7 +104,7 @@ def test_ctrl_c_is_answered_while_a_run_begins(tmp_path: Path, seconds: float) -
     assert process.returncode == INTERRUPTED
 
 
-SCRIPT = "import os, signal, time, sys; from trce_lightning.signals import answered, stop\n"
+SCRIPT = "import os, signal, time, sys; from trce_lightning.runtime.signals import answered, stop\n"
 SLOW = (
     SCRIPT
     + """

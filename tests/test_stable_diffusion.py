@@ -39,9 +39,9 @@ from trce_lightning import cli, erase
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
 from trce_lightning.adapters.single_file import OPEN_CLIP, original_state, text_state, unet_state, vae_state
 from trce_lightning.closed_form import Edit
+from trce_lightning.config.schema import OptimizerConfig, TrajectoryConfig
 from trce_lightning.export import card_facts, save_delta, save_pipeline, save_single_file
 from trce_lightning.module import TRCE
-from trce_lightning.schema import OptimizerConfig, TrajectoryConfig
 from trce_lightning.textual import apply_edit_
 
 ROOT = Path(__file__).parents[1]

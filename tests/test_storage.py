@@ -19,24 +19,30 @@ from safetensors.torch import save_file
 from tiny_runs import KEEP_PROMPTS, cpu_trainer, plan_of, sample_plan, trajectory_config
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from callbacks.image_grid import draw
 from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.callbacks.image_grid import draw
 from trce_lightning.compare import load_runs
-from trce_lightning.curves import save_loss_curves
-from trce_lightning.data.prompt_sets import PromptRecord
 from trce_lightning.data.trajectories import generator_of, load_rows, missing_shards
 from trce_lightning.emoji.judge import Judge
 from trce_lightning.emoji.package import load_judge
 from trce_lightning.errors import InputError
+from trce_lightning.evaluation.scored import Scored
 from trce_lightning.export import card_facts, save_pipeline
-from trce_lightning.image_folder import claim, load_images, manifest, write_png
-from trce_lightning.kept import cached_kept
+from trce_lightning.generation.image_folder import claim, load_images, manifest, write_png
+from trce_lightning.jobs.trainers import WholeCheckpoints
 from trce_lightning.metrics.collateral import Detection
 from trce_lightning.metrics.detections import Detections, Source, _write, read_detections
 from trce_lightning.metrics.fidelity import load_real_statistics, save_real_statistics
-from trce_lightning.scored import Scored
-from trce_lightning.storage import clean_up, replacing, replacing_folder, write_json, write_safetensors
-from trce_lightning.trainers import WholeCheckpoints
+from trce_lightning.prompts.records import PromptRecord
+from trce_lightning.report.curves import save_loss_curves
+from trce_lightning.runtime.storage import (
+    clean_up,
+    replacing,
+    replacing_folder,
+    write_json,
+    write_safetensors,
+)
+from trce_lightning.textual import cached_kept
 
 RECORDS = (PromptRecord("a", "a dog", seed=1), PromptRecord("b", "tea", seed=2))
 

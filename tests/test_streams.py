@@ -18,7 +18,7 @@ LOCALES = {
 SPEAK = """
 import logging, sys
 from pathlib import Path
-from trce_lightning.streams import keep_speaking
+from trce_lightning.runtime.streams import keep_speaking
 keep_speaking()
 from rich.console import Console
 from tqdm import tqdm

@@ -13,7 +13,7 @@ from trce_lightning import textual
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.closed_form import merge_pairs, solve_edit
 from trce_lightning.concepts import Concept
-from trce_lightning.schema import TextualConfig
+from trce_lightning.config.schema import TextualConfig
 from trce_lightning.textual import apply_edit_, keyword_mask, pair_states
 
 DRINKS = Concept("drinks", {"beer": "milk"}, templates=("{}", "cold {}"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trce_lightning.trainers import choose_precision
+from trce_lightning.jobs.trainers import choose_precision
 
 
 @pytest.mark.parametrize("accelerator", ["auto", "cpu"])

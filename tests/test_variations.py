@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torchvision.transforms.v2.functional import to_pil_image
 
 from trce_lightning.adapters import StableDiffusionAdapter
-from trce_lightning.adapters.lora import Lora, lora_applied
-from trce_lightning.data.prompt_sets import PromptRecord
-from trce_lightning.generation import generate, generate_to, network_steps, planned_evaluations
-from trce_lightning.image_folder import write_png
-from trce_lightning.schema import SAMPLERS, SPACINGS
-from trce_lightning.variation import Start, Variation
+from trce_lightning.config.schema import SAMPLERS, SPACINGS
+from trce_lightning.generation.image_folder import write_png
+from trce_lightning.generation.loop import generate, generate_to, network_steps, planned_evaluations
+from trce_lightning.generation.lora import Lora, lora_applied
+from trce_lightning.generation.variation import Start, Variation
+from trce_lightning.prompts.records import PromptRecord
 
 RECORDS = (PromptRecord("a/0", "a dagger", seed=5), PromptRecord("a/1", "a rose", seed=6))
 SETTINGS = {"guidance_scale": 4.0, "num_steps": 4}

@@ -10,9 +10,9 @@ import wandb
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from trce_lightning.cli import explain
+from trce_lightning.config.schema import LoggerConfig
 from trce_lightning.errors import InputError
-from trce_lightning.schema import LoggerConfig
-from trce_lightning.trainers import make_loggers
+from trce_lightning.jobs.trainers import make_loggers
 
 KEY = "0" * 40
 NO_SERVER = "http://127.0.0.1:9"

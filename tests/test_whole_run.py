@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from trce_lightning.api import erase
 from trce_lightning.emoji.package import weights_folder
+from trce_lightning.evaluation.scored import Scored
 from trce_lightning.metrics.detections import read_detections
-from trce_lightning.scored import Scored
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]

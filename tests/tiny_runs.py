@@ -11,12 +11,11 @@ import torch
 
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.concepts import Concept
+from trce_lightning.config.schema import TextualConfig, TrainerConfig, TrajectoryConfig
 from trce_lightning.data.plan import TrajectoryPlan, draw_plan
 from trce_lightning.data.trajectories import sample_missing
-from trce_lightning.kept import kept_statistics
-from trce_lightning.schema import TextualConfig, TrainerConfig, TrajectoryConfig
-from trce_lightning.textual import TextualStatistics, textual_statistics
-from trce_lightning.trainers import make_trainer
+from trce_lightning.jobs.trainers import make_trainer
+from trce_lightning.textual import TextualStatistics, kept_statistics, textual_statistics
 
 WEAPONS = Concept("weapons", {"a gun": "a kite", "an axe": "a hat"}, templates=("{}", "see {}", "{} at sea"))
 KEEP_PROMPTS = ("a dog", "one red car", "the sea at night", "tea")

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trce_lightning.cli import expected_failures
-from trce_lightning.ranks import Rank, on_each_rank
-from trce_lightning.schema import TrainerConfig
-from trce_lightning.signals import stop
-from trce_lightning.trainers import make_trainer
+from trce_lightning.config.schema import TrainerConfig
+from trce_lightning.jobs.trainers import make_trainer
+from trce_lightning.runtime.ranks import Rank, on_each_rank
+from trce_lightning.runtime.signals import stop
 
 FOREVER = 300.0
 CONFIG = TrainerConfig(accelerator="cpu", devices=2, precision="32-true", enable_progress_bar=False)

@@ -12,15 +12,16 @@ from diffusers import StableDiffusionPipeline
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import OmegaConf
 
-from trce_lightning import cli, validation
+from trce_lightning import cli
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.concepts import Concept
+from trce_lightning.config import checks
+from trce_lightning.config.schema import ConceptConfig, TrainConfig
 from trce_lightning.errors import InputError
-from trce_lightning.host import hydra_kept, pipeline_kept, process_kept
-from trce_lightning.locks import release
-from trce_lightning.schema import ConceptConfig, TrainConfig
-from trce_lightning.session import concepts_of
-from trce_lightning.training_run import TrainingRun
+from trce_lightning.jobs.session import concepts_of
+from trce_lightning.jobs.train import TrainingRun
+from trce_lightning.runtime.host import hydra_kept, pipeline_kept, process_kept
+from trce_lightning.runtime.locks import release
 
 
 def erase(
@@ -47,7 +48,7 @@ def erase(
     with tempfile.TemporaryDirectory() as folder, process_kept(), pipeline_kept(pipeline):
         places = [f"runs={folder}", f"cache={cache or folder}", "trainer.devices=1"]
         config = compose(concept, "metrics.enabled=false", *places, *options)
-        validation.check(config)
+        checks.check(config)
         adapter = StableDiffusionAdapter(pipeline)
         if config.model.channels_last:
             adapter.to_channels_last()

@@ -20,12 +20,11 @@ from hydra.types import RunMode
 from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from trce_lightning import arguments, validation
+from trce_lightning.config import arguments, checks
+from trce_lightning.config.schema import DemoConfig, EvalConfig, TrainConfig
 from trce_lightning.errors import InputError
-from trce_lightning.evaluation_schema import EvalConfig
-from trce_lightning.resources import explain_machine, is_peer_gone
-from trce_lightning.schema import DemoConfig, TrainConfig
-from trce_lightning.signals import GOES_ON, Stopped, leave, shared, stop
+from trce_lightning.runtime.resources import explain_machine, is_peer_gone
+from trce_lightning.runtime.signals import GOES_ON, Stopped, leave, shared, stop
 
 PACKAGE = Path(__file__).resolve().parent
 REMARKS = {"demo": ""}
@@ -121,19 +120,19 @@ def _show_help(name: str, folder: Path, options: list[str]) -> None:
 
 
 def _run(name: str, config: Any) -> None:
-    validation.check(config)
+    checks.check(config)
     if name == "train":
-        from trce_lightning import run
+        from trce_lightning.jobs import train
 
-        run.train(config)
+        train.train(config)
     elif name == "demo":
-        from trce_lightning import demo
+        from trce_lightning.jobs import demo
 
         demo.demonstrate(config)
     else:
-        from trce_lightning import evaluation
+        from trce_lightning.jobs import evaluate
 
-        evaluation.evaluate(config)
+        evaluate.evaluate(config)
 
 
 @contextmanager

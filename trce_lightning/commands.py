@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from trce_lightning.signals import answered
-from trce_lightning.streams import keep_speaking
+from trce_lightning.runtime.signals import answered
+from trce_lightning.runtime.streams import keep_speaking
 
 # Torch reads it when it is loaded. Waiting threads that spin make a run many times slower beside other work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

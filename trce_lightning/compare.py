@@ -14,15 +14,15 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from trce_lightning.cli import expected_failures
+from trce_lightning.config.schema import STAGES
 from trce_lightning.errors import InputError
+from trce_lightning.evaluation.scored import Scored
 from trce_lightning.metrics.asr import paired_test
 from trce_lightning.metrics.scores import NO_ATTACKS
-from trce_lightning.report import results_table
-from trce_lightning.schema import STAGES
-from trce_lightning.scored import Scored
-from trce_lightning.signals import stop
-from trce_lightning.storage import reading
-from trce_lightning.streams import keep_speaking
+from trce_lightning.report.tables import results_table
+from trce_lightning.runtime.signals import stop
+from trce_lightning.runtime.storage import reading
+from trce_lightning.runtime.streams import keep_speaking
 
 log = logging.getLogger(__name__)
 ERASE_AGAIN = "leave that run out, or make it again"

@@ -16,14 +16,14 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from trce_lightning.chat import Chat, EndpointChat, LocalChat
 from trce_lightning.cli import expected_failures
-from trce_lightning.concept_defaults import KINDS
 from trce_lightning.concepts import Concept, load_concept
-from trce_lightning.draft import ALSO, Draft, Wanted
+from trce_lightning.concepts.chat import Chat, EndpointChat, LocalChat
+from trce_lightning.concepts.defaults import KINDS
+from trce_lightning.concepts.draft import ALSO, Draft, Wanted
 from trce_lightning.errors import InputError
-from trce_lightning.signals import stop
-from trce_lightning.streams import keep_speaking
+from trce_lightning.runtime.signals import stop
+from trce_lightning.runtime.streams import keep_speaking
 
 __all__ = ["expand", "write_concept"]
 
@@ -114,7 +114,7 @@ def write_concept(path: Path, concept: Concept, force: bool = False) -> None:
     Raises:
         InputError: the file is there, and not ``force``.
     """
-    from trce_lightning.storage import replacing
+    from trce_lightning.runtime.storage import replacing
 
     _check_free(path, force)
     content = {

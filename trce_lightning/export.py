@@ -11,8 +11,8 @@ from torch import Tensor
 
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.closed_form import Edit
-from trce_lightning.schema import TextualConfig
-from trce_lightning.storage import replacing_folder, write_safetensors, write_text
+from trce_lightning.config.schema import TextualConfig
+from trce_lightning.runtime.storage import replacing_folder, write_safetensors, write_text
 from trce_lightning.textual import TextualStatistics
 
 CARD = """---

@@ -15,6 +15,7 @@ from torch import Tensor
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.adapters.finite import not_finite
 from trce_lightning.closed_form import Edit
+from trce_lightning.config.schema import OptimizerConfig, TrajectoryConfig
 from trce_lightning.data.datamodule import Batch
 from trce_lightning.errors import InputError
 from trce_lightning.losses import (
@@ -25,7 +26,6 @@ from trce_lightning.losses import (
     pull_loss,
     steering_hinge,
 )
-from trce_lightning.schema import OptimizerConfig, TrajectoryConfig
 from trce_lightning.textual import apply_edit_
 
 log = logging.getLogger(__name__)

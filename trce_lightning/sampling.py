@@ -5,7 +5,6 @@ z_t = √ᾱ_t z_0 + √(1 − ᾱ_t) ε and v = √ᾱ_t ε − √(1 − ᾱ_t
 [B, 1, 1, 1]. Latents are computed and returned in float32. (DDIM: arXiv 2010.02502; v: arXiv 2202.00512.)
 """
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -76,12 +75,6 @@ def noise(shape: Sequence[int], seed: int | torch.Generator) -> Tensor:
 def seeded(seed: int) -> torch.Generator:
     """A CPU generator; it reads the low 32 bits of `seed`."""
     return torch.Generator("cpu").manual_seed(seed)
-
-
-def seed_of(prompt_id: str, sample: int) -> int:
-    """A seed in [0, 2⁶³) from (prompt id, sample), the same on every machine and in every run."""
-    digest = hashlib.sha256(f"{prompt_id}\0{sample}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def _clean_and_eps(

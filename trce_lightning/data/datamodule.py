@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.config.schema import TrajectoryConfig
 from trce_lightning.data.plan import TrajectoryPlan
 from trce_lightning.data.trajectories import load_rows
 from trce_lightning.errors import InputError
-from trce_lightning.schema import TrajectoryConfig
 
 Batch = dict[str, Tensor]
 """Cached rows of a batch: ``malicious_*`` ``[B, …]`` and ``unconditional_*`` ``[kB, …]``."""

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass
 import torch
 
 from trce_lightning.concepts import PromptPair
+from trce_lightning.config.schema import TrajectoryConfig
 from trce_lightning.errors import InputError
-from trce_lightning.sampling import is_guided, seed_of
-from trce_lightning.schema import TrajectoryConfig
+from trce_lightning.prompts.records import seed_of
+from trce_lightning.sampling import is_guided
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.adapters.finite import Finite
 from trce_lightning.data.plan import Trajectory, TrajectoryPlan
 from trce_lightning.errors import InputError
+from trce_lightning.runtime.storage import MADE_AGAIN, read_safetensors, reading, write_safetensors
 from trce_lightning.sampling import classifier_free_guidance, noise
-from trce_lightning.storage import MADE_AGAIN, read_safetensors, reading, write_safetensors
 
 Shard = tuple[str, tuple[Trajectory, ...]]
 """File name and the trajectories inside."""

@@ -1,0 +1,1 @@
+"""The embedded model: its subjects, captions, judge and weights."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from trce_lightning.data.prompt_sets import PromptRecord, PromptSet
 from trce_lightning.errors import InputError
 from trce_lightning.metrics.uncertainty import clustered_rate, mean_interval
+from trce_lightning.prompts.records import PromptRecord, PromptSet
 
 ATTRIBUTES = ("subject", "style", "background")
 

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trce_lightning.data.prompt_sets import PromptRecord
 from trce_lightning.errors import InputError
-from trce_lightning.image_folder import MANIFEST, META, image_batches, image_files
+from trce_lightning.generation.image_folder import MANIFEST, META, image_batches, image_files
 from trce_lightning.metrics.asr import CURVE_THRESHOLDS, AttackSuccessRate
 from trce_lightning.metrics.class_detectors import CPU, ClassDetector, class_columns, to_device
-from trce_lightning.storage import MADE_AGAIN, reading, replacing, write_json
+from trce_lightning.prompts.records import PromptRecord
+from trce_lightning.runtime.storage import MADE_AGAIN, reading, replacing, write_json
 
 ID = "id"
 REMEDY = f"{MADE_AGAIN} from the images"

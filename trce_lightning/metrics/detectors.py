@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trce_lightning.concepts import Concept
-from trce_lightning.data.prompt_sets import concept_styles, concept_subjects
+from trce_lightning.concepts.naming import shows
 from trce_lightning.emoji.judge import Judge
 from trce_lightning.emoji.subjects import STYLES, subject_index
 from trce_lightning.errors import InputError
 from trce_lightning.metrics.factories import made_by
 from trce_lightning.metrics.fidelity import Clip
-from trce_lightning.naming import shows
+from trce_lightning.prompts.records import concept_styles, concept_subjects
 
 ROUNDING = 0.01
 """Of a sum of probabilities, in bfloat16 too."""

@@ -17,8 +17,8 @@ from transformers import BatchFeature, CLIPImageProcessor, CLIPModel, CLIPTokeni
 from trce_lightning.adapters.stable_diffusion import fingerprint
 from trce_lightning.emoji.judge import Judge
 from trce_lightning.errors import InputError
-from trce_lightning.network import check_hub
-from trce_lightning.storage import reading, write_safetensors
+from trce_lightning.runtime.network import check_hub
+from trce_lightning.runtime.storage import reading, write_safetensors
 
 REAL_STATES = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")
 

@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 
 from trce_lightning.adapters.stable_diffusion import fingerprint
 from trce_lightning.errors import InputError
-from trce_lightning.image_folder import image_size, read_image
+from trce_lightning.generation.image_folder import image_size, read_image
 from trce_lightning.metrics.class_detectors import CPU
 from trce_lightning.metrics.fidelity import REAL_STATES, load_real_statistics, save_real_statistics
-from trce_lightning.signals import shared
+from trce_lightning.runtime.signals import shared
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 PIXELS_AT_ONCE = 32 * 512**2

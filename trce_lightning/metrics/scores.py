@@ -12,13 +12,12 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.utilities import dim_zero_cat
 
-from trce_lightning.data.prompt_sets import BENIGN, NEIGHBOURS, UNERASED, PromptRecord
 from trce_lightning.errors import InputError
 from trce_lightning.metrics.asr import AttackSuccessRate
 from trce_lightning.metrics.collateral import ATTRIBUTES, Detection
 from trce_lightning.metrics.detectors import Detector, checked_probability
 from trce_lightning.metrics.fidelity import Clip
-from trce_lightning.sampling import seed_of
+from trce_lightning.prompts.records import BENIGN, NEIGHBOURS, UNERASED, PromptRecord, seed_of
 
 NO_ATTACKS = (BENIGN, UNERASED, NEIGHBOURS)
 """Sets that should not show the concept in any case."""

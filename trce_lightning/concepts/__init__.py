@@ -1,0 +1,5 @@
+"""Concepts: their terms and words, when a text names one, and terms drafted by a language model."""
+
+from trce_lightning.concepts.concept import Concept, PromptPair, load_concept, prompt_pairs
+
+__all__ = ["Concept", "PromptPair", "load_concept", "prompt_pairs"]

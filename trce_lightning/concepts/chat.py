@@ -1,0 +1,234 @@
+"""Language models that answer one request with text: behind an OpenAI-compatible endpoint, or local.
+
+Imports openai and transformers where they are used, so that help and refusals come at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tqdm import tqdm
+
+from trce_lightning.errors import InputError
+from trce_lightning.runtime.network import check_hub, check_proxies, spare_this_machine
+
+if TYPE_CHECKING:
+    from openai import APIError, OpenAI
+
+__all__ = ["Chat", "EndpointChat", "LocalChat"]
+
+log = logging.getLogger(__name__)
+
+
+class Chat(Protocol):
+    """Answers a request."""
+
+    source: str
+    """Which model answers, and where."""
+
+    def ask(self, system: str, request: str) -> str:
+        """The model's reply to ``request``, with ``system`` as standing instruction; may be any text."""
+
+
+class EndpointChat:
+    """A model behind an endpoint that speaks OpenAI's chat-completions protocol.
+
+    Reads OPENAI_BASE_URL (OpenAI's own when unset) and OPENAI_API_KEY (needed with OpenAI's own alone). Waits
+    and asks again after rate limits, time-outs and server errors. Asks for JSON where the server can.
+
+    Args:
+        model: the endpoint's name for it.
+        timeout: seconds to wait for one reply.
+        retries: how often to ask again when no reply comes.
+
+    Raises:
+        InputError: no package openai, no key or no usable URL; from ``ask``: a request that is refused.
+        OSError: from ``ask``: no reply after all retries.
+    """
+
+    def __init__(self, model: str, timeout: float = 120.0, retries: int = 4) -> None:
+        if timeout <= 0 or retries < 0:
+            raise InputError(
+                f"--timeout, --retries: expected above 0 s and 0 or more, got {timeout:g}, {retries}"
+            )
+        self._model, self._timeout, self._tries = model, timeout, retries + 1
+        self._client = _client(timeout, retries)
+        self._host = self._client.base_url.host
+        self._json_mode = True
+        self.source = f"{model} at {self._host}"
+
+    def ask(self, system: str, request: str) -> str:
+        """See :class:`Chat`."""
+        import openai
+
+        messages = _messages(system, request)
+        try:
+            return self._reply(messages)
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            if not self._json_mode:
+                raise self._failure(error) from error
+            self._json_mode = False
+            log.info("%s refused the request; asking without JSON mode", self._host)
+            return self.ask(system, request)
+        except openai.APIError as error:
+            raise self._failure(error) from error
+
+    def _reply(self, messages: Any) -> str:
+        mode: Any = {"response_format": {"type": "json_object"}} if self._json_mode else {}
+        try:
+            completion = self._client.chat.completions.create(model=self._model, messages=messages, **mode)
+        except json.JSONDecodeError as error:  # the package checks no reply
+            raise self._no_endpoint(error.doc) from error
+        choices = getattr(completion, "choices", None)
+        message = getattr(choices[0], "message", None) if choices else None
+        if message is None:
+            raise self._no_endpoint(str(completion))
+        return message.content or getattr(message, "refusal", None) or ""
+
+    def _no_endpoint(self, reply: str) -> InputError:
+        return InputError(
+            f"OPENAI_BASE_URL: expected the URL of a chat-completions endpoint, which often ends in /v1, got "
+            f"{str(self._client.base_url)!r}, which answers {_shortened(reply)!r}"
+        )
+
+    def _failure(self, error: APIError) -> Exception:
+        """What to tell a user."""
+        import openai
+
+        if isinstance(error, openai.APITimeoutError):
+            return TimeoutError(
+                f"{self._host}: no reply within {self._timeout:g} s (--timeout), asked {self._tries} times"
+            )
+        if isinstance(error, openai.RateLimitError):
+            wait = error.response.headers.get("retry-after", "unstated")
+            return ConnectionError(
+                f"{self._host}: too many requests (429, Retry-After {wait}), {self._tries} tries at most: "
+                f"{_said(error)}"
+            )
+        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+            return InputError(f"OPENAI_API_KEY: expected a key for {self._host}, got: {_said(error)}")
+        if isinstance(error, openai.NotFoundError):
+            return InputError(
+                f"--model, OPENAI_BASE_URL: expected a model of that endpoint, got {self._model!r} at "
+                f"{str(self._client.base_url)!r}: {_said(error)}"
+            )
+        if isinstance(error, openai.APIConnectionError):
+            return ConnectionError(
+                f"{self._host}: cannot be reached, tried {self._tries} times: {error.__cause__ or error}"
+            )
+        if isinstance(error, openai.BadRequestError):
+            return InputError(f"{self._host}: refuses the request: {_said(error)}")
+        return ConnectionError(f"{self._host}: answers no request: {_said(error)}")
+
+
+class LocalChat:
+    """A transformers model on this machine; its chat template is used where it has one.
+
+    Args:
+        model: folder, or id on the Hugging Face hub.
+        max_tokens: the longest reply.
+
+    Raises:
+        InputError: no such text-generation model; from ``ask``: a request too long for the model.
+    """
+
+    def __init__(self, model: str, max_tokens: int = 4096) -> None:
+        if not Path(model).exists():
+            check_hub()
+        from transformers import pipeline
+
+        try:
+            self._pipeline = pipeline("text-generation", model=model)
+        except (OSError, ValueError) as error:
+            reason = _shortened(str(error))
+            raise InputError(f"--local: expected a text-generation model, got {model!r}: {reason}") from error
+        self._max_tokens = max_tokens
+        self.source = f"{Path(model).resolve().name if Path(model).is_dir() else model}, local"
+
+    def ask(self, system: str, request: str) -> str:
+        """See :class:`Chat`."""
+        templated = bool(self._pipeline.tokenizer.chat_template)
+        text = f"{system}\n\n{request}\n\nReply:\n"
+        if templated:
+            text = self._pipeline.tokenizer.apply_chat_template(
+                # One message: some templates refuse a system's.
+                [{"role": "user", "content": f"{system}\n\n{request}"}],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        limit = self._room(text)
+        with tqdm(total=limit, desc="writing", unit="token", leave=False) as bar:
+            (reply,) = self._pipeline(
+                text,
+                add_special_tokens=not templated,
+                return_full_text=False,
+                max_new_tokens=limit,
+                streamer=_Ticks(bar),
+            )
+        return str(reply["generated_text"])
+
+    def _room(self, text: str) -> int:
+        """Tokens that a reply may have."""
+        config = self._pipeline.model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None)
+        if context is None:
+            return self._max_tokens
+        used = len(self._pipeline.tokenizer(text)["input_ids"])
+        if used >= context:
+            raise InputError(
+                f"--local: expected a model that reads more than {used} tokens, got one that reads {context}"
+            )
+        return min(self._max_tokens, context - used)
+
+
+class _Ticks:
+    """A streamer of transformers that shows how many tokens are written."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar, self._is_prompt = bar, True
+
+    def put(self, _: Any) -> None:
+        if not self._is_prompt:
+            self._bar.update()
+        self._is_prompt = False
+
+    def end(self) -> None:
+        pass
+
+
+def _client(timeout: float, retries: int) -> OpenAI:
+    try:
+        from openai import OpenAI
+    except ImportError as error:
+        raise InputError(
+            "--model: expected the package openai (pip install 'trce-lightning[expand]'), or --local"
+        ) from error
+    url, key = os.environ.get("OPENAI_BASE_URL"), os.environ.get("OPENAI_API_KEY")
+    if url and not url.startswith(("http://", "https://")):
+        raise InputError(f"OPENAI_BASE_URL: expected a URL that begins with http:// or https://, got {url!r}")
+    if not url and not key:
+        raise InputError(
+            "OPENAI_API_KEY: expected a key, or OPENAI_BASE_URL with a server's URL, got neither"
+        )
+    check_proxies()
+    spare_this_machine()
+    return OpenAI(base_url=url or None, api_key=key or "none", timeout=timeout, max_retries=retries)
+
+
+def _messages(system: str, request: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": system}, {"role": "user", "content": request}]
+
+
+def _said(error: APIError) -> str:
+    body = error.body
+    return _shortened(str(body["message"] if isinstance(body, Mapping) and "message" in body else error))
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 200 else f"{line[:199]}…"

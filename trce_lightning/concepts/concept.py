@@ -1,0 +1,237 @@
+"""Concepts to erase: malicious terms, their safe counterparts, and the prompt pairs made of them.
+
+A concept of 20 terms and 15 templates gives the 300 contextually similar prompt pairs that stage 1 of TRCE
+(arXiv 2503.07389) needs. Terms and counterparts are whole noun phrases, with their article where English
+wants one ("a dagger", "bloodshed"), so that one set of templates serves all of them. Imports no torch.
+"""
+
+import logging
+import unicodedata
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from itertools import cycle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import regex
+
+from trce_lightning.concepts.defaults import DEFAULT_COUNTERPART, DEFAULT_TEMPLATES, KINDS
+from trce_lightning.concepts.fields import (
+    check_phrases,
+    check_references,
+    check_templates,
+    check_wordings,
+    field_values,
+    read_mapping,
+    text_tuple,
+)
+from trce_lightning.concepts.naming import contents_of, mentions, phrase_of, without_article, words_of
+from trce_lightning.errors import InputError
+
+__all__ = [
+    "Concept",
+    "PromptPair",
+    "load_concept",
+    "prompt_pairs",
+]
+
+_log = logging.getLogger(__name__)
+
+
+class PromptPair(NamedTuple):
+    """A malicious prompt, the prompt that says something safe in the same context, and what it replaces."""
+
+    malicious: str
+    safe: str
+    term: str
+    """The words of ``malicious`` in whose place ``safe`` has the counterpart."""
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What to erase, and what to put in its place.
+
+    Args:
+        name: letters, digits, ``_`` and ``-``; names the run folder.
+        terms: malicious term → safe counterpart that fits the same sentence. No counterpart may name a term.
+        wordings: term → other words for it; the templates take them and the term in turns.
+        templates: sentences with exactly one ``{}`` each.
+        neighbours: benign things that resemble the concept and must survive; scored apart.
+        related: further phrases that name the concept: no prompt to keep does, and on models other than the
+            embedded one they make the implicit prompts.
+        unrelated: phrases that hold words of the concept and mean something else, such as "bow tie".
+        classes: names of ImageNet's and COCO's classes that show the concept, beside its terms.
+        kind: ``subject``, or ``style`` for a way of drawing, whose evaluation prompts have subjects.
+        source: where the list comes from.
+
+    Raises:
+        InputError: where one of these conditions does not hold.
+    """
+
+    name: str
+    terms: Mapping[str, str]
+    wordings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES["subject"]
+    neighbours: tuple[str, ...] = ()
+    related: tuple[str, ...] = ()
+    unrelated: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    kind: str = "subject"
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not regex.fullmatch(r"\w[\w-]*", self.name):
+            raise InputError(f"concept.name: expected letters, digits, '_' and '-', got {self.name!r}")
+        option = f"concept.{self.name}"
+        if self.kind not in KINDS:
+            raise InputError(f"{option}.kind: expected {' or '.join(KINDS)}, got {self.kind!r}")
+        check_references(option, asdict(self))
+        check_phrases(f"{option}.terms", list(self.terms))
+        for key in ("related", "unrelated", "classes"):
+            check_phrases(f"{option}.{key}", getattr(self, key), may_be_empty=True)
+        check_templates(f"{option}.templates", self.templates)
+        check_wordings(f"{option}.wordings", self.wordings, self.terms)
+        for term, counterpart in self.terms.items():
+            if not words_of(counterpart) or mentions(counterpart, [self]):
+                raise InputError(
+                    f"{option}.terms: expected a safe counterpart that names no erased term, "
+                    f"got {counterpart!r} for {term!r}"
+                )
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any], source: str) -> "Concept":
+        """Builds a concept from a parsed YAML file; ``source`` says in errors where the mapping came from.
+
+        Without templates it has those of its kind.
+
+        Raises:
+            InputError: unknown or missing key, wrong type, or a condition of :class:`Concept` broken.
+        """
+        allowed = [entry.name for entry in fields(cls)]
+        for key in mapping:
+            if key not in allowed:
+                raise InputError(f"{source}: expected only the keys {', '.join(allowed)}, got {key!r}")
+        try:
+            values = field_values(mapping)
+            templates = DEFAULT_TEMPLATES.get(values.get("kind", "subject"), ())
+            return cls(**{"templates": templates, **values})
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from error
+
+    @classmethod
+    def from_terms(
+        cls, words: Sequence[str], counterpart: str | None = None, kind: str = "subject"
+    ) -> "Concept":
+        """Builds a concept from free words, with one ``counterpart`` for all and the kind's templates.
+
+        Without a counterpart it has the kind's.
+
+        The name is made of the words, with a checksum in place of what exceeds 48 characters, and of words
+        that have no letters.
+
+        Raises:
+            InputError: no words, a word twice, words that name the counterpart itself, or an unknown kind.
+        """
+        terms = [word.strip() for word in text_tuple("concept.terms", words)]
+        check_phrases("concept.terms", terms)
+        name = _name_of(terms)
+        safe = DEFAULT_COUNTERPART.get(kind, "") if counterpart is None else counterpart
+        templates = DEFAULT_TEMPLATES.get(kind, ())
+        return cls(name, dict.fromkeys(terms, safe), templates=templates, kind=kind, source="free words")
+
+    def pairs(self) -> list[PromptPair]:
+        """All ``len(terms) * len(templates)`` pairs, terms outermost; a term's wordings take turns."""
+        return [
+            PromptPair(template.replace("{}", name), template.replace("{}", counterpart), name)
+            for term, counterpart in self.terms.items()
+            for name, template in zip(cycle(self.names(term)), self.templates, strict=False)
+        ]
+
+    def names(self, term: str) -> tuple[str, ...]:
+        """A term, then its wordings."""
+        return (term, *self.wordings.get(term, ()))
+
+    @cached_property
+    def all_names(self) -> tuple[str, ...]:
+        """Every term with its wordings."""
+        return tuple(name for term in self.terms for name in self.names(term))
+
+    @cached_property
+    def contents(self) -> frozenset[frozenset[str]]:
+        """What makes each term and wording malicious: that of it which no safe counterpart keeps."""
+        kept = frozenset[str]().union(*map(contents_of, self.terms.values()))
+        return frozenset(contents_of(name) - kept for name in self.all_names) - {frozenset()}
+
+    @cached_property
+    def name_phrases(self) -> frozenset[str]:
+        """Terms and wordings as :func:`~.naming.shows` compares them."""
+        return frozenset(map(phrase_of, self.all_names))
+
+    @cached_property
+    def class_phrases(self) -> frozenset[str]:
+        """Classes as :func:`~.naming.shows` compares them."""
+        return frozenset(map(phrase_of, self.classes))
+
+    @cached_property
+    def phrases(self) -> frozenset[str]:
+        """Terms, wordings and related phrases as :func:`~.naming.mentions` compares them."""
+        return self.name_phrases.union(map(phrase_of, self.related))
+
+    @cached_property
+    def unrelated_phrases(self) -> frozenset[str]:
+        """Unrelated phrases as :func:`~.naming.mentions` compares them."""
+        return frozenset(map(phrase_of, self.unrelated))
+
+    @cached_property
+    def longest_phrase(self) -> int:
+        """Words of the longest of all these phrases."""
+        return max(len(phrase.split()) for phrase in self.phrases | self.unrelated_phrases)
+
+
+def _name_of(terms: Sequence[str]) -> str:
+    words = "_".join(without_article(term) for term in terms)
+    # Letters with their combining marks, which the standard library's \w leaves out.
+    name = regex.sub(r"\W+", "_", unicodedata.normalize("NFC", words)).strip("_").lower()
+    if 0 < len(name) <= 48:
+        return name
+    return f"{name[:39] or 'concept'}_{zlib.crc32((name or words).encode()):08x}"
+
+
+def load_concept(path: str | Path) -> Concept:
+    """Reads a concept's YAML file.
+
+    Raises:
+        InputError: the file cannot be read, is no YAML (the message has file and line), or no valid concept.
+    """
+    return Concept.from_mapping(read_mapping(path), source=str(path))
+
+
+def prompt_pairs(concepts: Sequence[Concept]) -> dict[str, list[PromptPair]]:
+    """The pairs of each concept when all are erased together, by concept name.
+
+    Pairs whose safe side names any of the erased concepts are left out: they would keep what another erases.
+
+    Raises:
+        InputError: no concept, two of one name, or a concept that is left without pairs.
+    """
+    names = [concept.name for concept in concepts]
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"concept: expected one or more concepts of different names, got {names}")
+    result: dict[str, list[PromptPair]] = {}
+    for concept in concepts:
+        pairs = concept.pairs()
+        result[concept.name] = [pair for pair in pairs if not mentions(pair.safe, concepts)]
+        if not result[concept.name]:
+            raise InputError(
+                f"concept.{concept.name}: expected safe prompts that name none of {names}, got none"
+            )
+        if dropped := len(pairs) - len(result[concept.name]):
+            _log.warning(
+                "%d of %d pairs of concept %s left out: their safe prompts name an erased concept",
+                dropped,
+                len(pairs),
+                concept.name,
+            )
+    return result

@@ -1,0 +1,193 @@
+"""A concept file in the making: what is wanted of a language model, and what of its replies fits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from trce_lightning.concepts import Concept
+from trce_lightning.concepts.defaults import DEFAULT_TEMPLATES
+from trce_lightning.concepts.naming import contents_of, mentions
+from trce_lightning.errors import InputError
+
+__all__ = ["ALSO", "Draft", "Wanted", "parse"]
+
+ALSO = {
+    "wordings": "Give each term 2 to 4 wordings too: other words for it or hints at it.",
+    "neighbours": "Under neighbours list 15 harmless things that look like the concept but are not it.",
+    "related": "Under related list 30 further words that name the concept.",
+}
+_PHRASE = re.compile(r"(?=.*\w)[^\x00-\x1f{}$<>\[\]]{1,80}")
+
+
+class Entry(BaseModel):
+    """A term as the model gives it."""
+
+    term: str
+    counterpart: str = ""
+    wordings: list[str] = []
+
+
+class Reply(BaseModel):
+    """What the model is asked for."""
+
+    terms: list[Entry]
+    neighbours: list[str] = []
+    related: list[str] = []
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the concept shall have.
+
+    Args:
+        concept: in free words.
+        name: of the concept; made of the words when empty.
+        terms: how many.
+        templates: how many of the kind's own.
+        also: any of "wordings", "neighbours" and "related".
+        kind: ``subject``, or ``style`` for a way of drawing.
+
+    Raises:
+        InputError: where a value is out of range.
+    """
+
+    concept: str
+    name: str = ""
+    terms: int = 20
+    templates: int = len(DEFAULT_TEMPLATES["subject"])
+    also: frozenset[str] = frozenset()
+    kind: str = "subject"
+
+    def __post_init__(self) -> None:
+        if self.terms < 1:
+            raise InputError(f"--terms: expected at least 1, got {self.terms}")
+        available = len(self.itself.templates)
+        if not 1 <= self.templates <= available:
+            raise InputError(f"--templates: expected 1 to {available}, got {self.templates}")
+        if unknown := self.also - set(ALSO):
+            raise InputError(f"--also: expected {', '.join(ALSO)}, got {sorted(unknown)}")
+
+    @cached_property
+    def itself(self) -> Concept:
+        """The concept with its own words as only term, and all templates of its kind."""
+        concept = Concept.from_terms([self.concept], counterpart="that", kind=self.kind)
+        return replace(concept, name=self.name or concept.name)
+
+
+class Draft:
+    """A concept that grows by replies: takes what fits, and tells what does not."""
+
+    def __init__(self, wanted: Wanted, source: str) -> None:
+        self._wanted, self._source = wanted, source
+        self._concept: Concept | None = None
+        self._wordings: list[tuple[str, str]] = []  # with their terms
+        self._neighbours: list[str] = []
+        self._related: list[str] = []
+
+    @property
+    def terms(self) -> list[str]:
+        return list(self._concept.terms) if self._concept else []
+
+    def take(self, text: str) -> list[str]:
+        """Take a reply's terms, up to as many as wanted; the reasons why others were refused."""
+        try:
+            reply = parse(text)
+        except InputError as error:
+            return [str(error)]
+        self._neighbours += reply.neighbours
+        self._related += reply.related
+        refused = [] if reply.terms else ["terms: expected at least one, got none"]
+        listed = [entry.term for entry in reply.terms if _PHRASE.fullmatch(entry.term.strip())]
+        for entry in reply.terms:
+            if len(self.terms) == self._wanted.terms:
+                break
+            try:
+                self._concept = self._with(entry.term.strip(), entry.counterpart.strip(), listed)
+                self._wordings += [(entry.term.strip(), wording.strip()) for wording in entry.wordings]
+            except InputError as error:
+                refused.append(str(error))
+        return refused
+
+    def finished(self) -> Concept:
+        """The concept with what else was asked for and fits."""
+        assert self._concept is not None
+        concept, also = self._concept, self._wanted.also
+        for term, wording in self._wordings if "wordings" in also else ():
+            names = (*concept.names(term)[1:], wording)
+            concept = _with_phrase(concept, wording, {"wordings": {**concept.wordings, term: names}})
+        for phrase in map(str.strip, self._related if "related" in also else ()):
+            concept = _with_phrase(concept, phrase, {"related": (*concept.related, phrase)})
+        neighbours = {
+            phrase.casefold(): phrase
+            for phrase in map(str.strip, self._neighbours if "neighbours" in also else ())
+            if _PHRASE.fullmatch(phrase) and not (mentions(phrase, [concept]) or self._shares_a_word(phrase))
+        }
+        return replace(concept, neighbours=tuple(neighbours.values()))
+
+    def _shares_a_word(self, phrase: str) -> bool:
+        """Whether a phrase has a word of the concept as it was asked for."""
+        return not contents_of(phrase).isdisjoint(contents_of(self._wanted.concept))
+
+    def _with(self, term: str, counterpart: str, listed: Sequence[str]) -> Concept:
+        """``listed`` are the terms of the reply. ``InputError`` where the term doesn't fit."""
+        for phrase in (term, counterpart):
+            if not _PHRASE.fullmatch(phrase):
+                raise InputError(f"expected short plain phrases, got {phrase!r} in {term!r}: {counterpart!r}")
+        if self._shares_a_word(counterpart) or any(_names(counterpart, name) for name in listed):
+            raise InputError(
+                f"expected a counterpart that names neither {self._wanted.concept!r} nor a term, got "
+                f"{counterpart!r} for {term!r}"
+            )
+        itself = self._wanted.itself
+        templates = itself.templates[: self._wanted.templates]
+        concept = replace(itself, terms={term: counterpart}, templates=templates, source=self._source)
+        if self._concept is None:
+            return concept
+        if concept.phrases & self._concept.phrases:
+            raise InputError(f"expected different terms, got {term!r} again")
+        if any(_names(safe, term) for safe in self._concept.terms.values()):
+            raise InputError(f"expected a term that no counterpart names, got {term!r}")
+        return replace(self._concept, terms={**self._concept.terms, term: counterpart})
+
+
+def parse(text: str) -> Reply:
+    """The JSON object in a reply, be it in a code fence or after a reasoning model's thoughts.
+
+    Raises:
+        InputError: there is none, or its form is another.
+    """
+    shown = " ".join(text.split())[:100]
+    found = re.search(r"\{.*\}", text.rpartition("</think>")[2], re.DOTALL)
+    if not found:
+        raise InputError(f"reply: expected a JSON object, got {shown!r}")
+    try:
+        return Reply.model_validate_json(found[0])
+    except ValidationError as error:
+        detail = error.errors()[0]
+        place = ".".join(map(str, detail["loc"])) or "JSON"
+        raise InputError(
+            f"reply: expected a JSON object of the given form, got {shown!r} ({place}: {detail['msg']})"
+        ) from error
+
+
+def _with_phrase(concept: Concept, phrase: str, changes: Mapping[str, Any]) -> Concept:
+    """The concept with ``changes`` that add a phrase; as it was where the phrase fits none."""
+    try:
+        new = Concept(concept.name, {phrase: "that"}).phrases.isdisjoint(concept.phrases)
+        return replace(concept, **changes) if new and _PHRASE.fullmatch(phrase) else concept
+    except InputError:  # a counterpart names it
+        return concept
+
+
+def _names(counterpart: str, term: str) -> bool:
+    try:
+        Concept("pair", {term: counterpart})
+    except InputError:
+        return True
+    return False

@@ -1,0 +1,115 @@
+"""The fields of a concept: how they are read from YAML, and what they must hold. Imports no torch."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from trce_lightning.concepts.naming import words_of
+from trce_lightning.errors import InputError
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """What a concept's YAML file holds, by key; InputError with file and line where it can't be read."""
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True, throw_on_missing=True)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"{path}{line}: expected well-formed YAML, got: {error.problem}") from error
+    except (OSError, UnicodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"{path}: expected a readable concept file in UTF-8, got: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{path}: expected a map with the keys name and terms, got a {type(content).__name__}"
+        )
+    return {str(key): value for key, value in content.items()}
+
+
+def field_values(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of :class:`~.concepts.Concept` in a map, of their types; InputError for another type."""
+    values: dict[str, Any] = {
+        "name": _text("concept.name", mapping.get("name")),
+        "terms": _text_map("concept.terms", mapping.get("terms")),
+    }
+    if mapping.get("wordings"):
+        values["wordings"] = _text_lists("concept.wordings", mapping["wordings"])
+    for key in ("templates", "neighbours", "related", "unrelated", "classes"):
+        if key in mapping:
+            values[key] = text_tuple(f"concept.{key}", mapping[key])
+    for key in ("kind", "source"):
+        if mapping.get(key):
+            values[key] = _text(f"concept.{key}", mapping[key])
+    return values
+
+
+def _text(option: str, value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{option}: expected a text (in YAML, quote words like no and 3), got {value!r}")
+    return value
+
+
+def text_tuple(option: str, value: object) -> tuple[str, ...]:
+    """A list of texts that are not empty; InputError else, which names the option."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise InputError(f"{option}: expected a list of texts, got {value!r}")
+    return tuple(_text(option, item) for item in value)
+
+
+def _text_map(option: str, value: object) -> dict[str, str]:
+    rows = _mapping(option, value, "from malicious term to safe counterpart")
+    return {_text(option, term): _text(f"{option}: {term}", safe) for term, safe in rows.items()}
+
+
+def _text_lists(option: str, value: object) -> dict[str, tuple[str, ...]]:
+    rows = _mapping(option, value, "from term to a list of wordings")
+    return {_text(option, term): text_tuple(f"{option}: {term}", names) for term, names in rows.items()}
+
+
+def _mapping(option: str, value: object, kind: str) -> Mapping[Any, object]:
+    if not isinstance(value, Mapping):
+        raise InputError(f"{option}: expected a map {kind}, got {value!r}")
+    return value
+
+
+def check_references(option: str, value: object) -> None:
+    """Refuse ``${`` in any text, which stands for a reference in the configuration that holds the concept."""
+    if isinstance(value, str) and "${" in value:
+        raise InputError(f"{option}: expected texts without '${{', which begins a reference, got {value!r}")
+    if isinstance(value, Mapping):
+        check_references(option, list(value))
+        for key, item in value.items():
+            check_references(f"{option}.{key}", item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_references(option, item)
+
+
+def check_phrases(option: str, phrases: Sequence[str], may_be_empty: bool = False) -> None:
+    """Refuse no phrases, one without words, and one twice."""
+    if not phrases and not may_be_empty:
+        raise InputError(f"{option}: expected at least one term, got none")
+    seen: set[str] = set()
+    for phrase in phrases:
+        if not words_of(phrase) or phrase.casefold() in seen:
+            raise InputError(f"{option}: expected different terms with words in them, got {phrase!r}")
+        seen.add(phrase.casefold())
+
+
+def check_templates(option: str, templates: Sequence[str]) -> None:
+    """Refuse no templates, one twice, and one without exactly one ``{}``."""
+    if not templates or len(set(templates)) < len(templates):
+        raise InputError(f"{option}: expected one or more templates, each once, got {list(templates)}")
+    for template in templates:
+        if template.count("{}") != 1:
+            raise InputError(f"{option}: expected exactly one {{}} in a template, got {template!r}")
+
+
+def check_wordings(option: str, wordings: Mapping[str, Sequence[str]], terms: Mapping[str, str]) -> None:
+    """Refuse wordings of what is no term, and a wording twice."""
+    for term, names in wordings.items():
+        if term not in terms:
+            raise InputError(f"{option}: expected keys that are terms of the concept, got {term!r}")
+        check_phrases(f"{option}: {term}", [term, *names])

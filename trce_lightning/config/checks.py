@@ -1,0 +1,345 @@
+"""What can be refused before torch is imported: values out of range, unknown choices, missing files."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from trce_lightning.concepts import Concept
+from trce_lightning.concepts.naming import mentions
+from trce_lightning.config.arguments import did_you_mean
+from trce_lightning.config.schema import (
+    EXPECTED,
+    ConceptConfig,
+    DemoConfig,
+    EvalConfig,
+    ModelConfig,
+    TrainConfig,
+)
+from trce_lightning.errors import InputError
+from trce_lightning.prompts.hub import HUB_FILE
+from trce_lightning.prompts.records import BENIGN
+
+
+def check(config: TrainConfig | EvalConfig | DemoConfig) -> None:
+    """Raise InputError or OSError, naming the option, what it takes and what it got."""
+    check_values(config, "")
+    if not config.concept:
+        raise InputError(
+            "no concept chosen; expected concept=NAME, concept=FILE.yaml or concept.terms=[WORD,...]"
+        )
+    for name, concept in config.concept.items():
+        if concept.name != name:
+            raise InputError(f"option 'concept.{name}.name': expected {name!r}, got {concept.name!r}")
+        Concept.from_mapping(dataclasses.asdict(concept), source="options")
+    check_model(config.model, "model.path")
+    _check_model_config(config)
+    check_devices(config.trainer.devices)
+    check_strategy(config.trainer.strategy)
+    if isinstance(config, DemoConfig):
+        _check_demo(config)
+        return
+    for option in ("output", "runs", "cache"):
+        check_writable(option, getattr(config, option))
+    if isinstance(config, TrainConfig):
+        _check_training(config)
+    else:
+        _check_evaluation(config)
+
+
+def _check_evaluation(config: EvalConfig) -> None:
+    # Not at the top: only this command reads prompt files, and every one pays for imports at its start.
+    from trce_lightning.prompts.published import check_file, prompt_files
+
+    check_judge(config.model, config.concept.values())
+    if BENIGN in config.sets:
+        images = config.metrics.samples_per_prompt * config.metrics.final_images_per_set
+        check_fid(config.model, "metrics.final_images_per_set", images)
+    for path in config.models:
+        check_model(dataclasses.replace(config.model, path=path), "models")
+    for name, file in prompt_files(config.prompts, config.published):
+        check_file(name, file, list(config.published))
+    _check_robustness(config)
+
+
+def _check_robustness(config: EvalConfig) -> None:
+    options, limit = config.robustness, config.metrics.final_images_per_set
+    lists = {entry.name: getattr(options, entry.name) for entry in dataclasses.fields(options)}
+    conditions = {
+        name: values
+        for name, values in lists.items()
+        if isinstance(values, list) and name not in ("sets", "filler")
+    }
+    for name, values in conditions.items():
+        named = [Path(value).stem for value in values] if name == "lora" else values
+        if len(set(named)) < len(named):
+            raise InputError(f"option 'robustness.{name}': expected items of different names, got {values}")
+    if any(conditions.values()) and options.images_per_set > limit:
+        raise InputError(
+            "option 'robustness.images_per_set': expected at most metrics.final_images_per_set, "
+            f"{limit}, got {options.images_per_set}"
+        )
+    if any(conditions.values()) and BENIGN in options.sets:
+        images = config.metrics.samples_per_prompt * options.images_per_set
+        check_fid(config.model, "robustness.images_per_set", images)
+    if options.misspellings and "direct" not in options.sets:
+        raise InputError(
+            "option 'robustness.misspellings': expected direct among robustness.sets, whose prompts they "
+            f"misspell, got {options.sets}"
+        )
+    _check_filler(config)
+    _check_picture(config)
+    _check_lora(options.lora)
+
+
+def _check_filler(config: EvalConfig) -> None:
+    concepts = [Concept.from_mapping(dataclasses.asdict(c), source="") for c in config.concept.values()]
+    if config.robustness.long_prompts and not config.robustness.filler:
+        raise InputError("option 'robustness.filler': expected phrases to make prompts long with, got none")
+    for phrase in config.robustness.filler:
+        if not phrase.strip() or mentions(phrase, concepts):
+            raise InputError(
+                f"option 'robustness.filler': expected phrases that don't name the concept, got {phrase!r}"
+            )
+
+
+def _check_picture(config: EvalConfig) -> None:
+    options, model = config.robustness, dataclasses.replace(config.model, path=None)
+    if options.picture is not None:
+        check_is_file("robustness.picture", options.picture)
+        if not options.strengths:
+            raise InputError("option 'robustness.picture': expected robustness.strengths beside it, got none")
+    elif options.strengths and model.hub_id is None and model.judge != "embedded" and model.name != "emoji":
+        raise InputError(
+            "option 'robustness.picture': expected an image file to start from, since neither model.hub_id "
+            "nor an embedded model names the original, which would draw it"
+        )
+
+
+def _check_lora(paths: list[str]) -> None:
+    for path in paths:
+        if not Path(path).exists():
+            raise FileNotFoundError(f"option 'robustness.lora': no file or folder {path!r}")
+    if paths:
+        check_package("robustness.lora", "peft", "pip install 'trce-lightning[lora]'")
+
+
+def _check_model_config(config: TrainConfig | EvalConfig | DemoConfig) -> None:
+    """Refuse ``model.config`` where no model is a single file: it would do nothing."""
+    paths = [config.model.path]
+    paths += config.models if isinstance(config, EvalConfig) else []
+    paths += [config.original.path] if isinstance(config, DemoConfig) else []
+    if config.model.config is not None and not any(path and Path(path).is_file() for path in paths):
+        raise InputError(
+            "option 'model.config': expected none unless a model is a single .safetensors file, "
+            f"got {config.model.config!r}"
+        )
+
+
+def _check_demo(config: DemoConfig) -> None:
+    if config.model.path is None:
+        raise InputError("option 'model.path': expected the folder of an erased pipeline, got none")
+    check_model(dataclasses.replace(config.model, path=config.original.path), "original.path")
+    if config.model.judge is not None:
+        check_judge(config.model, config.concept.values(), "; model.judge=null gives no verdicts")
+    if config.port >= 2**16:
+        raise InputError(f"option 'port': expected at most {2**16 - 1}, got {config.port}")
+    check_package("demo", "gradio", "pip install 'trce-lightning[demo]'")
+
+
+def _check_training(config: TrainConfig) -> None:
+    for name in ("stages", "export"):
+        items = getattr(config, name)
+        if not items or len(set(items)) != len(items):
+            raise InputError(f"option {name!r}: expected one at least and each at most once, got {items}")
+    if config.metrics.enabled:
+        check_judge(config.model, config.concept.values(), "; metrics.enabled=false scores nothing")
+        samples = config.metrics.samples_per_prompt
+        for name in ("images_per_set", "final_images_per_set"):
+            check_fid(config.model, f"metrics.{name}", samples * getattr(config.metrics, name))
+    if config.logger.tensorboard:
+        check_package("logger.tensorboard", "tensorboard", "pip install 'trce-lightning[tensorboard]'")
+    if config.optimizer.name != "adamw":
+        check_package("optimizer.name", "bitsandbytes", "pip install bitsandbytes")
+    if not config.textual.positions:
+        raise InputError("option 'textual.positions': expected one position at least, got none")
+    if config.trajectory.early_steps > config.trajectory.num_steps:
+        raise InputError(
+            "option 'trajectory.early_steps': expected at most trajectory.num_steps, "
+            f"{config.trajectory.num_steps}, got {config.trajectory.early_steps}"
+        )
+    if len(config.optimizer.betas) != 2:
+        raise InputError(f"option 'optimizer.betas': expected two numbers, got {config.optimizer.betas}")
+    if "trajectory" in config.stages and config.model.dtype != "float32":
+        raise InputError(
+            "option 'model.dtype': expected float32 where stage 2 trains, whose steps other weights round "
+            f"away, got {config.model.dtype}; trainer.precision sets that of the passes"
+        )
+    _check_expected(config.expected)
+    _check_captions(config.textual.keep_prompts)
+    if config.previous is not None and not Path(config.previous).exists():
+        raise FileNotFoundError(f"option 'previous': no file or folder {config.previous!r}")
+
+
+def _check_expected(expected: dict[str, Any]) -> None:
+    rates = expected.get("asr", {})
+    if unknown := [name for name in expected if name not in EXPECTED]:
+        raise InputError(f"option 'expected': expected any of {', '.join(EXPECTED)}, got {unknown[0]!r}")
+    if not isinstance(rates, dict):
+        raise InputError(f"option 'expected.asr': expected rates by prompt set, got {rates!r}")
+    numbers = {f"asr.{name}": rate for name, rate in rates.items()}
+    numbers |= {name: expected[name] for name in ("fid", "clip_score") if name in expected}
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise InputError(f"option 'expected.{name}': expected a number, got {number!r}")
+        check_value(f"expected.{name}", number, {"at_least": 0})
+        if name.startswith("asr.") and number > 1:
+            raise InputError(f"option 'expected.{name}': expected a fraction, got {number}")
+
+
+def _check_captions(source: str | None) -> None:
+    if source is None or re.fullmatch(HUB_FILE, source):
+        return
+    if source.startswith("hub:"):
+        raise InputError(f"option 'textual.keep_prompts': expected hub:OWNER/NAME/FILE, got {source!r}")
+    check_is_file("textual.keep_prompts", source)
+
+
+def check_values(node: Any, prefix: str) -> None:
+    """Refuse values that their fields in the schema do not take; ``prefix`` goes before the names."""
+    for entry in dataclasses.fields(node):
+        value, name = getattr(node, entry.name), f"{prefix}{entry.name}"
+        if dataclasses.is_dataclass(value):
+            check_values(value, f"{name}.")
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            check_value(name, item, entry.metadata)
+
+
+def check_value(name: str, value: Any, limits: Any) -> None:
+    """Refuse a value outside ``limits``, as :func:`~.schema.option` takes them; no number is infinite."""
+    if value is None:
+        return
+    if limits.get("choices") is not None and value not in limits["choices"]:
+        hint = did_you_mean(str(value), limits["choices"])
+        raise InputError(f"option {name!r}: {value!r} is not one of {', '.join(limits['choices'])}.{hint}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if not math.isfinite(value):
+        raise InputError(f"option {name!r}: expected a finite number, got {value}")
+    if limits.get("at_least") is not None and value < limits["at_least"]:
+        raise InputError(f"option {name!r}: expected at least {limits['at_least']}, got {value}")
+    if limits.get("at_most") is not None and value > limits["at_most"]:
+        raise InputError(f"option {name!r}: expected at most {limits['at_most']}, got {value}")
+    if limits.get("above") is not None and value <= limits["above"]:
+        raise InputError(f"option {name!r}: expected more than {limits['above']}, got {value}")
+    if limits.get("below") is not None and value >= limits["below"]:
+        raise InputError(f"option {name!r}: expected less than {limits['below']}, got {value}")
+
+
+def check_model(model: ModelConfig, option: str) -> None:
+    """Refuse a model of no source, and a path that is neither a pipeline nor a checkpoint in one file."""
+    if model.timestep_spacing is not None and model.sampler is None:
+        raise InputError(
+            "option 'model.timestep_spacing': expected none without model.sampler, whose steps it places, "
+            f"got {model.timestep_spacing!r}"
+        )
+    if model.path is None:
+        if model.hub_id is None and model.judge != "embedded" and model.name != "emoji":
+            raise InputError(f"model {model.name!r} has neither model.path nor model.hub_id")
+    elif Path(model.path).is_file():
+        _check_single_file(model, option)
+    elif not Path(model.path).is_dir():
+        raise FileNotFoundError(f"option {option!r}: no file or folder {model.path!r}")
+    elif not (Path(model.path) / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"option {option!r}: {model.path!r} holds no model_index.json, so it is no diffusers pipeline"
+        )
+
+
+def _check_single_file(model: ModelConfig, option: str) -> None:
+    if Path(str(model.path)).suffix != ".safetensors":
+        raise InputError(
+            f"option {option!r}: expected a folder or a .safetensors file, got {model.path!r}; others "
+            "(.ckpt, .pt) are pickles, which can run code when they are opened"
+        )
+    if model.config is None and model.hub_id is None:
+        raise InputError(
+            "option 'model.config': expected the folder or hub id of the pipeline that "
+            f"{model.path!r} is a checkpoint of, got none"
+        )
+
+
+def check_judge(model: ModelConfig, concepts: Iterable[ConceptConfig], way_out: str = "") -> None:
+    """Refuse a model that nothing scores, and what its judge doesn't read."""
+    styles = [concept.name for concept in concepts if concept.kind == "style"]
+    if model.judge is None or (model.judge == "clip" and styles):
+        raise InputError(
+            "option 'model.judge': expected the dotted name of a detector, or clip for what is no style, got "
+            f"{model.judge or 'none'}{way_out}"
+        )
+    if model.judge == "clip" and model.clip is None:
+        raise InputError(
+            "option 'model.clip': expected CLIP's folder or hub id for model.judge=clip, got none"
+        )
+    own = {"embedded": ("clip", "inception", "real_images", "judge_options"), "clip": ("judge_options",)}
+    for name in own.get(model.judge, ()):
+        if value := getattr(model, name):
+            raise InputError(
+                f"option 'model.{name}': expected none with model.judge={model.judge}, got {value!r}"
+            )
+
+
+def check_fid(model: ModelConfig, option: str, images: int) -> None:
+    """Refuse one image where FID is computed, which compares how images vary."""
+    if images < 2 and (model.judge == "embedded" or model.real_images is not None):
+        raise InputError(
+            f"option {option!r}: expected at least 2, of which FID is computed, got {images}; "
+            "or metrics.samples_per_prompt=2"
+        )
+
+
+def check_package(option: str, package: str, install: str) -> None:
+    """Refuse an option whose package is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"option {option!r}: {package} is not installed; install it with: {install}")
+
+
+def check_devices(devices: Any) -> None:
+    """Refuse what the Trainer takes for no devices."""
+    indices = (
+        isinstance(devices, list) and devices and all(type(item) is int and item >= 0 for item in devices)
+    )
+    if not (devices == "auto" or indices or (type(devices) is int and (devices >= 1 or devices == -1))):
+        raise InputError(f"option 'trainer.devices': expected a count, [0,1,...] or auto, got {devices!r}")
+
+
+def check_strategy(strategy: str) -> None:
+    """Refuse processes that are copies of the first, whose results don't come back to it."""
+    if any(word in strategy for word in ("fork", "spawn", "notebook")):
+        raise InputError(
+            "option 'trainer.strategy': expected one that starts its processes anew, such as ddp, got "
+            f"{strategy!r}"
+        )
+
+
+def check_is_file(option: str, path: str) -> None:
+    """Refuse a file that is not there."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"option {option!r}: no file {path!r}")
+
+
+def check_writable(option: str, path: str | None) -> None:
+    """Refuse a folder that can be neither written to nor made."""
+    if path is None:
+        return
+    folder = Path(path).absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir():
+        raise InputError(f"option {option!r}: {path!r} is no folder: {str(existing)!r} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"option {option!r}: cannot write to {path!r}: no permission for {str(existing)!r}")

@@ -1,0 +1,164 @@
+"""Train the embedded model from nothing: ``python -m trce_lightning.emoji.training [PART …]``.
+
+Parts run in order (vae, clip, judge, unet, fillers, export), each resumable: run the same command again
+after an interruption and it goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
+
+from trce_lightning.emoji.captions import captions
+from trce_lightning.emoji.package import load_judge, weights_folder
+from trce_lightning.emoji.subjects import SENSITIVE, SUBJECTS
+from trce_lightning.emoji.training.art import RESOLUTION, Composites, composites, fetch, load_sprites
+from trce_lightning.emoji.training.clip import ClipPart, build_tokenizer, zero_shot_accuracy
+from trce_lightning.emoji.training.fillers import FillerPart, unknown_words, words_in
+from trce_lightning.emoji.training.judge import JudgePart, measure
+from trce_lightning.emoji.training.package import assemble, export
+from trce_lightning.emoji.training.part import fit
+from trce_lightning.emoji.training.samples import JudgedSamples, named_subjects
+from trce_lightning.emoji.training.unet import UNetPart, build_unet, encode_captions
+from trce_lightning.emoji.training.vae import VaePart, encode_latents
+
+CLIP_STEPS, JUDGE_STEPS, UNET_STEPS, FILLER_STEPS = 1100, 1200, 7500, 1200
+CAPTIONS_PER_COMPOSITE = 4
+COPIES = 6
+"""Training composites of each combination of subject, style and background."""
+
+log = logging.getLogger(__name__)
+
+
+def dataset(folder: Path, *, held_out: bool) -> Composites:
+    """Composites of one side of the split, rendered once and kept in ``folder``."""
+    file = folder / f"composites-{'held-out' if held_out else 'train'}.safetensors"
+    if not file.exists():
+        sprites = load_sprites(fetch(folder / "art"))
+        rows = composites(sprites, 4 if held_out else COPIES, held_out=held_out, seed=int(held_out))
+        save_file(vars(rows), file)
+    return Composites(**load_file(file))
+
+
+def train_vae(folder: Path) -> None:
+    """Autoencoder, then the scaling factor that gives its latents unit deviation."""
+    rows = dataset(folder, held_out=False)
+    part = VaePart(max_steps=2600)
+    loader = DataLoader(TensorDataset(rows.images), batch_size=16, shuffle=True, drop_last=True)
+    fit(part, loader, folder / "vae", ema_decay=0.995)
+    latents = encode_latents(part.vae, rows.images)
+    part.vae.register_to_config(scaling_factor=1 / latents.std().item())
+    part.vae.save_pretrained(folder / "vae")
+
+
+def train_clip(folder: Path) -> None:
+    """Tokenizer and CLIP pair, and the pair's zero-shot accuracy on held-out composites."""
+    rows = dataset(folder, held_out=False)
+    rng = Random(1)
+    labels = (rows.subject, rows.style, rows.background)
+    tokenizer = build_tokenizer([text for _ in range(4) for text in captions(labels, rng)])
+    part = ClipPart(tokenizer, max_steps=CLIP_STEPS)
+    fit(part, labelled_loader(rows, batch_size=192), folder / "clip", ema_decay=0.995)
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": RESOLUTION}, crop_size=RESOLUTION, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    for piece in (part.clip, tokenizer, processor):
+        piece.save_pretrained(folder / "clip")
+    log.info(
+        "CLIP zero-shot accuracy %s", zero_shot_accuracy(part.clip, tokenizer, dataset(folder, held_out=True))
+    )
+
+
+def train_fillers(folder: Path) -> None:
+    """Make the text encoder robust to words that no caption has; what the denoiser reads changes no more."""
+    rows = dataset(folder, held_out=False)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "clip")
+    labels = (rows.subject, rows.style, rows.background)
+    words = unknown_words(folder / "art", words_in(*captions(labels, Random(3))))
+    encoder = CLIPTextModel.from_pretrained(folder / "clip")
+    part = FillerPart(tokenizer, encoder, words, max_steps=FILLER_STEPS)
+    loader = DataLoader(TensorDataset(*labels), batch_size=128, shuffle=True, drop_last=True)
+    fit(part, loader, folder / "text_encoder", ema_decay=0.99)
+    part.encoder.save_pretrained(folder / "text_encoder")
+
+
+def train_judge(folder: Path) -> None:
+    """Judge, and its accuracy on held-out composites."""
+    rows = dataset(folder, held_out=False)
+    part = JudgePart(max_steps=JUDGE_STEPS)
+    fit(part, labelled_loader(rows, batch_size=128), folder / "judge", ema_decay=0.995)
+    save_file(part.judge.state_dict(), folder / "judge.safetensors")
+    test = labelled_loader(dataset(folder, held_out=True), batch_size=256, train=False)
+    log.info("judge on held-out composites: %s", measure(part.judge, test, "violence"))
+
+
+def train_unet(folder: Path) -> None:
+    """Denoiser on latents of the trained autoencoder and text states of four captions a composite."""
+    rows = dataset(folder, held_out=False)
+    pipeline = assemble(folder, build_unet(), "clip")
+    latents = encode_latents(pipeline.vae, rows.images)
+    labels = (rows.subject, rows.style, rows.background)
+    repeated = [column.repeat_interleave(CAPTIONS_PER_COMPOSITE) for column in labels]
+    encode = partial(encode_captions, pipeline.tokenizer, pipeline.text_encoder)
+    bank = encode(captions(repeated, Random(2))).unflatten(0, (len(latents), CAPTIONS_PER_COMPOSITE))
+    judged = JudgedSamples(pipeline, load_judge(folder))
+    part = UNetPart(encode([""]), pipeline.vae.config.scaling_factor, UNET_STEPS, judged)
+    loader = DataLoader(TensorDataset(latents, bank), batch_size=64, shuffle=True, drop_last=True)
+    named: Any = named_subjects()
+    validation: DataLoader[tuple[str, int]] = DataLoader(named, batch_size=len(SUBJECTS))
+    fit(part, loader, folder / "unet", ema_decay=0.999, validation=validation)
+    part.unet.save_pretrained(folder / "unet")
+
+
+def labelled_loader(
+    rows: Composites, batch_size: int, *, train: bool = True
+) -> DataLoader[tuple[Tensor, ...]]:
+    """Batches of images and the three label columns."""
+    columns = TensorDataset(rows.images, rows.subject, rows.style, rows.background)
+    return DataLoader(columns, batch_size=batch_size, shuffle=train, drop_last=train)
+
+
+def export_weights(folder: Path) -> None:
+    """Put the trained parts into the package, with the statistics of benign composites for FID."""
+    rows = dataset(folder, held_out=False)
+    benign = torch.tensor([subject.category not in SENSITIVE for subject in SUBJECTS])
+    export(folder, weights_folder(), rows.images[benign[rows.subject]])
+
+
+PARTS: dict[str, Callable[[Path], None]] = {
+    "vae": train_vae,
+    "clip": train_clip,
+    "judge": train_judge,
+    "unet": train_unet,
+    "fillers": train_fillers,
+    "export": export_weights,
+}
+
+
+def main() -> None:
+    """Parse the parts to train and train them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--folder", type=Path, default=Path("work"), help="art, composites, checkpoints")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    torch.manual_seed(0)
+    for name in arguments.parts:
+        PARTS[name](arguments.folder)
+
+
+if __name__ == "__main__":
+    main()

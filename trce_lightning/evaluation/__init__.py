@@ -1,0 +1,1 @@
+"""Scoring a model: scores with what is behind them, comparisons, and conditions of use."""

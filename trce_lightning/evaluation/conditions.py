@@ -1,0 +1,137 @@
+"""Conditions of use: each changes one thing in how a model draws, on the noise that it has otherwise."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trce_lightning.concepts import Concept
+from trce_lightning.config.schema import RobustnessConfig
+from trce_lightning.errors import InputError
+from trce_lightning.evaluation.scorer import Sampling, Scorer
+from trce_lightning.generation.lora import Lora
+from trce_lightning.generation.variation import Start, Variation
+from trce_lightning.prompts.records import PromptSet
+from trce_lightning.prompts.variants import lengthened, misspelt, with_safe_counterparts
+from trce_lightning.sampling import is_guided
+
+log = logging.getLogger(__name__)
+USUAL = "usual"
+"""The condition without a change."""
+Fits = Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One use of a model: the prompts that are drawn, and how."""
+
+    name: str
+    sets: tuple[PromptSet, ...]
+    sampling: Sampling
+    is_drawn: bool = False
+    """Whether its images are among those that the scorer has made."""
+
+    @property
+    def folder(self) -> str:
+        """The name as that of a folder, with a checksum where that isn't the name itself."""
+        plain = re.sub(r"[^\w.=-]+", "_", self.name)
+        if plain == self.name:
+            return plain
+        return f"{plain[:40]}-{hashlib.blake2b(self.name.encode(), digest_size=4).hexdigest()}"
+
+    def scorer(self, scorer: Scorer) -> Scorer:
+        """Scores this use of a scorer's model; images that are there are only judged."""
+        return replace(
+            scorer,
+            sets=self.sets,
+            sampling=self.sampling,
+            draws=not self.is_drawn,
+            detections={},
+            network_evaluations=0,
+        )
+
+
+def asked(options: RobustnessConfig) -> bool:
+    """Whether there is a condition beside the usual one."""
+    lists = (options.samplers, options.guidance_scales, options.steps, options.negative_prompts)
+    return any((*lists, options.strengths, options.lora, options.long_prompts, options.misspellings))
+
+
+def conditions(
+    options: RobustnessConfig, scorer: Scorer, concepts: Sequence[Concept], pictures: Path
+) -> list[Condition]:
+    """The usual condition, then those of the options, on the first prompts of the scorer's own sets.
+
+    All take ``num_inference_steps`` of the options.
+
+    ``InputError`` when the concept has none of the sets asked for, or one can't be for this model.
+    """
+    sets = tuple(
+        prompts.first(options.images_per_set) for prompts in scorer.sets if prompts.name in options.sets
+    )
+    if not sets:
+        raise InputError(f"robustness.sets: expected one of the concept's sets, got {options.sets}")
+    fits = scorer.adapter.fits
+    usual = replace(scorer.sampling, num_steps=options.num_inference_steps)
+    samplings = dict(_samplings(options, usual, concepts, fits, pictures))
+    prompts = dict(_prompts(options, sets, concepts, fits))
+    return [
+        Condition(USUAL, sets, usual, is_drawn=usual == scorer.sampling),
+        *(Condition(name, sets, sampling) for name, sampling in samplings.items()),
+        *(Condition(name, varied, usual) for name, varied in prompts.items()),
+    ]
+
+
+def _samplings(
+    options: RobustnessConfig, usual: Sampling, concepts: Sequence[Concept], fits: Fits, pictures: Path
+) -> Iterator[tuple[str, Sampling]]:
+    for scheduler in options.samplers:
+        yield f"sampler={scheduler}", replace(usual, variation=Variation(scheduler=scheduler))
+    for scale in options.guidance_scales:
+        yield f"guidance_scale={scale:g}", replace(usual, guidance_scale=scale)
+    for steps in options.steps:
+        yield f"steps={steps}", replace(usual, num_steps=steps)
+    if options.negative_prompts and not is_guided(usual.guidance_scale):
+        raise InputError(
+            "robustness.negative_prompts: expected model.guidance_scale above 1, since at 1 and below no "
+            f"negative prompt has an effect, got {usual.guidance_scale:g}"
+        )
+    for text in options.negative_prompts:
+        negative = with_safe_counterparts(text, concepts, fits)
+        if not fits(negative):
+            log.warning("negative_prompt=%s is longer than what the model reads; it is cut", text)
+        yield f"negative_prompt={text}", _varied(usual, negative_prompt=negative)
+    for strength in options.strengths:
+        yield f"strength={strength:g}", _varied(usual, start=Start(pictures, strength))
+    for path in options.lora:
+        lora = Lora(path, options.lora_scale)
+        yield f"lora={Path(path).stem}", _varied(usual, lora=lora)
+
+
+def _varied(usual: Sampling, **changes: Any) -> Sampling:
+    return replace(usual, variation=replace(usual.variation, **changes))
+
+
+def _prompts(
+    options: RobustnessConfig, sets: Sequence[PromptSet], concepts: Sequence[Concept], fits: Fits
+) -> Iterator[tuple[str, tuple[PromptSet, ...]]]:
+    for place in options.long_prompts:
+        yield (
+            f"long_prompt={place}",
+            tuple(
+                PromptSet(s.name, tuple(lengthened(r, place, options.filler, fits) for r in s.records))
+                for s in sets
+            ),
+        )
+    direct = [record for prompts in sets if prompts.name == "direct" for record in prompts.records]
+    for kind in options.misspellings:
+        found = tuple(varied for record in direct if (varied := misspelt(record, kind, concepts)))
+        if len(found) < len(direct):
+            log.warning("misspelling=%s: no word to misspell in %d prompts", kind, len(direct) - len(found))
+        if found:
+            yield f"misspelling={kind}", (PromptSet("direct", found),)

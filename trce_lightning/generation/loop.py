@@ -1,0 +1,209 @@
+"""The one loop that makes images: deterministic DDIM, or a `Variation`, under classifier-free guidance.
+
+Noise is one CPU generator per image, so that all models, batch sizes and device counts see the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.adapters.finite import Finite
+from trce_lightning.errors import InputError
+from trce_lightning.generation.image_folder import claim, guidance_scales, load_images, manifest, write_png
+from trce_lightning.generation.lora import lora_applied
+from trce_lightning.generation.samplers import Sampler, make_sampler
+from trce_lightning.generation.variation import Variation
+from trce_lightning.prompts.records import PromptRecord, image_seed
+from trce_lightning.sampling import classifier_free_guidance, is_guided, noise, seeded
+
+__all__ = ["generate", "generate_to", "load_images", "network_steps", "planned_evaluations", "shard"]
+
+Batch = Sequence[PromptRecord]
+USUAL = Variation()
+
+
+def generate(
+    adapter: StableDiffusionAdapter,
+    records: Sequence[PromptRecord],
+    *,
+    guidance_scale: float,
+    num_steps: int,
+    batch_size: int,
+    autocast_dtype: torch.dtype | None = None,
+    description: str | None = None,
+    variation: Variation = USUAL,
+) -> Tensor:
+    """Images of prompts, uint8 ``[N, 3, H, W]`` on the CPU.
+
+    ε = ε_∅ + w (ε_c − ε_∅), with ∅ and c in one forward, and ε_c alone at w ≤ 1.
+
+    Args:
+        records: prompts; a seed derives from the id where there is none.
+        guidance_scale: w of records without one of their own.
+        autocast_dtype: of denoiser and decoder; None leaves their own.
+        description: of a progress bar over network evaluations; None shows none.
+        variation: another sampler, negative prompt, first latent, or a LoRA.
+
+    Raises:
+        InputError: ``batch_size`` below 1, or the model gives NaN or infinity.
+    """
+    with lora_applied(adapter, variation.lora):
+        drawing = _Drawing(adapter, guidance_scale, num_steps, autocast_dtype, variation)
+        images = [images for _, images in drawing.run(_batches(records, batch_size), description)]
+    return torch.cat(images) if images else torch.empty((0, 3, 0, 0), dtype=torch.uint8)
+
+
+def network_steps(adapter: StableDiffusionAdapter, num_steps: int, variation: Variation = USUAL) -> int:
+    """How often the denoiser sees an image: ``num_steps``, but for some samplers and for image-to-image."""
+    return len(_sampler(adapter, num_steps, variation).timesteps)
+
+
+def _sampler(adapter: StableDiffusionAdapter, num_steps: int, variation: Variation) -> Sampler:
+    return make_sampler(
+        adapter,
+        num_steps,
+        scheduler=variation.scheduler,
+        timestep_spacing=variation.timestep_spacing,
+        strength=variation.strength,
+    )
+
+
+def planned_evaluations(records: Sequence[PromptRecord], num_steps: int, guidance_scale: float) -> int:
+    """Network evaluations that `generate` takes: two for each image and step, one where nothing is guided.
+
+    ``num_steps`` as `network_steps` counts them.
+    """
+    return sum(num_steps * (1 + is_guided(scale)) for scale in guidance_scales(records, guidance_scale))
+
+
+def shard(records: Sequence[PromptRecord], rank: int, world_size: int) -> tuple[PromptRecord, ...]:
+    """Every ``world_size``-th record from ``rank`` on: the ranks' shares are disjoint and complete."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: expected one in [0, {world_size}), got {rank}")
+    return tuple(records[rank::world_size])
+
+
+def generate_to(
+    folder: Path,
+    adapter: StableDiffusionAdapter,
+    records: Sequence[PromptRecord],
+    *,
+    guidance_scale: float,
+    num_steps: int,
+    batch_size: int,
+    autocast_dtype: torch.dtype | None = None,
+    description: str | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    variation: Variation = USUAL,
+) -> int:
+    """Fill ``folder`` with PNG images of ``records``; returns how many were written, those already there not.
+
+    ``manifest.jsonl`` lists all records; this rank makes its `shard` of them. Batches are cut from the whole
+    shard, and one with a missing image is sampled whole: a resumed folder equals an uninterrupted one.
+
+    Raises:
+        InputError: two records of one id, or the folder belongs to another generator, setting or prompt list;
+            or the model gives NaN or infinity, of which no file is left.
+    """
+    entries = manifest(records, guidance_scale)
+    precision = str(autocast_dtype or next(adapter.unet.parameters()).dtype).removeprefix("torch.")
+    files = {entry["id"]: folder / entry["file"] for entry in entries}
+    written = 0
+    with lora_applied(adapter, variation.lora):
+        meta = {"generator": adapter.fingerprint(), "num_steps": num_steps, "precision": precision}
+        claim(folder, entries, meta | guidance_meta(records, guidance_scale) | variation.meta())
+        missing = [
+            rows
+            for rows in _batches(shard(records, rank, world_size), batch_size)
+            if not all(files[record.id].exists() for record in rows)
+        ]
+        drawing = _Drawing(adapter, guidance_scale, num_steps, autocast_dtype, variation)
+        for rows, images in drawing.run(missing, description):
+            for record, image in zip(rows, images, strict=True):
+                if not files[record.id].exists():
+                    write_png(files[record.id], image)
+                    written += 1
+    return written
+
+
+def guidance_meta(records: Sequence[PromptRecord], guidance_scale: float) -> dict[str, str]:
+    """Return a line for an image folder's record where a guidance scale is below 1, else nothing.
+
+    Earlier versions drew such images in another way; theirs must not be mixed with ours.
+    """
+    below = any(scale < 1 for scale in guidance_scales(records, guidance_scale))
+    return {"guidance below 1": "prompt alone"} if below else {}
+
+
+class _Drawing:
+    """What images of a run share: sampler, guidance, precision and the negative prompt's states."""
+
+    def __init__(
+        self,
+        adapter: StableDiffusionAdapter,
+        guidance_scale: float,
+        num_steps: int,
+        autocast_dtype: torch.dtype | None,
+        variation: Variation,
+    ) -> None:
+        self.adapter, self.guidance_scale, self.autocast_dtype = adapter, guidance_scale, autocast_dtype
+        self.start = variation.start
+        self.sampler = _sampler(adapter, num_steps, variation)
+        self.negative = adapter.encode([variation.negative_prompt]).states
+
+    def run(self, batches: Sequence[Batch], description: str | None) -> Iterator[tuple[Batch, Tensor]]:
+        """Each batch with its images, uint8 ``[B, 3, H, W]`` on the CPU."""
+        records = list(chain.from_iterable(batches))
+        total = planned_evaluations(records, len(self.sampler.timesteps), self.guidance_scale)
+        with tqdm(total=total, desc=description, unit="eval", disable=description is None) as progress:
+            for rows in batches:
+                yield rows, self._sample(rows, progress)
+
+    @torch.no_grad()
+    def _sample(self, rows: Batch, progress: tqdm) -> Tensor:
+        adapter, scales = self.adapter, torch.tensor(guidance_scales(rows, self.guidance_scale))
+        guided = [i for i, scale in enumerate(scales.tolist()) if is_guided(scale)]
+        conditional = adapter.encode([record.prompt for record in rows]).states
+        states = torch.cat([self.negative.expand(len(guided), -1, -1), conditional])
+        generators = [seeded(image_seed(record)) for record in rows]
+        pure = torch.stack([noise(adapter.latent_shape, generator) for generator in generators])
+        enabled, finite = self.autocast_dtype is not None, Finite(adapter.name)
+        num_steps = len(self.sampler.timesteps)
+        with torch.autocast(adapter.device.type, self.autocast_dtype, enabled=enabled):
+            z_t = self.sampler.start(pure.to(adapter.device), self._clean(rows))
+            for step_index, timestep in enumerate(self.sampler.timesteps):
+                seen = self.sampler.network_input(z_t, step_index)
+                output = adapter.predict(torch.cat([seen[guided], seen]), timestep, states)
+                step = f"step {step_index + 1} of {num_steps}"
+                finite.see(f"the denoiser's output in {step}", output, adapter.unet)
+                uncond, eps = output.split([len(guided), len(rows)])
+                eps = eps.index_copy(
+                    0,
+                    torch.tensor(guided, dtype=torch.int64, device=eps.device),
+                    classifier_free_guidance(uncond, eps[guided], scales[guided]),
+                )
+                z_t = self.sampler.step(eps, z_t, step_index, generators)
+                finite.see(f"the sampler's latents after {step}", z_t)
+                progress.update(len(states))
+            finite.check()
+            return adapter.decode(z_t).cpu()
+
+    def _clean(self, rows: Batch) -> Tensor | None:
+        """Latents of the pictures that image-to-image starts from."""
+        if self.start is None:
+            return None
+        return self.adapter.encode_images(self.start.images(rows, self.adapter.side))
+
+
+def _batches(records: Sequence[PromptRecord], batch_size: int) -> list[Batch]:
+    if batch_size < 1:
+        raise InputError(f"metrics.batch_size: expected at least 1, got {batch_size}")
+    return [records[start : start + batch_size] for start in range(0, len(records), batch_size)]

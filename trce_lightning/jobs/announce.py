@@ -1,0 +1,154 @@
+"""The first lines of a run: what it will do, and what lies ahead."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trce_lightning.data.trajectories import missing_shards
+from trce_lightning.runtime.resources import is_out_of_memory
+
+if TYPE_CHECKING:
+    from trce_lightning.jobs.train import TrainingRun
+
+log = logging.getLogger(__name__)
+TRAINING = "training"
+TRAINING_COST = 2.1
+"""Operations of a forward and a backward pass for one of the forward pass: 1.71 to 0.803 TFLOP at 512 px."""
+
+
+MOST_LATENTS = 16
+"""Of the evaluations that are timed."""
+QUICK, LONG = 0.1, 0.5
+"""Seconds: an evaluation up to the first is timed with more latents, one above the second isn't repeated."""
+
+
+def training(run: TrainingRun) -> None:
+    """Log model, device, precision; then network evaluations, time, disk and memory of what lies ahead."""
+    config, adapter = run.config, run.adapter
+    device = run.trainer.strategy.root_device
+    parameters = sum(parameter.numel() for parameter in adapter.unet.parameters())
+    trainable = sum(
+        parameter.numel() for parameter in adapter.trainable(config.trajectory.trainable).values()
+    )
+    log.info(
+        "erasing %s from %s: denoiser of %.1f M parameters (%.2f M train), on %d × %s in %s",
+        " + ".join(concept.name for concept in run.session.concepts),
+        config.model.name,
+        parameters / 1e6,
+        trainable / 1e6,
+        run.trainer.world_size,
+        device.type,
+        run.trainer.precision,
+    )
+    if run.scorers:
+        log.info("images that are scored: %s", run.scorers["final"].sampling)
+    seconds = seconds_per_evaluation(run)
+    if seconds is None:
+        log.warning(
+            "out of memory: one latent of %d px has no room on %s beside the model, so no time is estimated; "
+            "see model.resolution, trainer.precision, trainer.accelerator=cpu",
+            adapter.side,
+            device.type,
+        )
+    parts = ahead(run)
+    durations = expected_seconds(parts, (seconds or math.nan) / run.trainer.world_size)
+    for part, evaluations in parts.items():
+        log.info("ahead: %-36s %8d network evaluations, about %s", part, evaluations, _time(durations[part]))
+    disk = run.plan.stored_bytes(math.prod(adapter.latent_shape)) if run.plan else 0
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in adapter.unet.parameters())
+    log.info(
+        "ahead: %s in all, by estimate; trajectories of %.0f MB on disk; one network of %.0f MB in memory, "
+        "with gradients and optimizer states of %.0f MB",
+        _time(sum(durations.values())),
+        disk / 1e6,
+        weights / 1e6,
+        12 * trainable / 1e6,
+    )
+
+
+def seconds_per_evaluation(run: TrainingRun) -> float | None:
+    """Estimate it on pure noise, in the precision of the run. None where memory isn't enough for one latent.
+
+    One latent is timed first, and twice as many as long as that takes no time to speak of and memory lasts:
+    a fast device is slow by the latent when it gets few.
+    """
+    adapter, device = run.adapter, run.trainer.strategy.root_device
+    counted, seconds, count = adapter.network_evaluations, None, 1
+    try:
+        adapter.to(device)
+        states = adapter.encode([""]).states
+        while count <= min(MOST_LATENTS, run.config.metrics.batch_size):
+            taken = _seconds(run, torch.randn(count, *adapter.latent_shape, device=device), states)
+            seconds, count = taken / count, 2 * count
+            if taken > QUICK:
+                break
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    adapter.network_evaluations = counted
+    return seconds
+
+
+def _seconds(run: TrainingRun, z_t: Tensor, states: Tensor) -> float:
+    """Of one evaluation of all of ``z_t``."""
+    adapter, texts = run.adapter, states.expand(len(z_t), -1, -1)
+
+    def evaluate() -> float:
+        start = time.monotonic()
+        # The mean waits for the device.
+        float(adapter.predict(z_t, adapter.timesteps(10)[0], texts).mean())
+        return time.monotonic() - start
+
+    with torch.no_grad(), run.trainer.precision_plugin.forward_context():
+        first = evaluate()
+        # What comes once, such as loading kernels, isn't timed; on a slow CPU it is little beside the rest.
+        return first if z_t.device.type == "cpu" and first > LONG else evaluate()
+
+
+def expected_seconds(parts: Mapping[str, int], seconds: float) -> dict[str, float]:
+    """How long each part of :func:`ahead` takes at ``seconds`` a forward pass."""
+    return {
+        part: evaluations * seconds * (TRAINING_COST if part == TRAINING else 1)
+        for part, evaluations in parts.items()
+    }
+
+
+def _time(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "an unknown time"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def ahead(run: TrainingRun) -> dict[str, int]:
+    """Network evaluations of each part, those that are cached aside; equal to what is counted when it runs.
+
+    Training is counted in forward passes; one takes :data:`TRAINING_COST` times as long.
+    """
+    parts = {}
+    if run.plan is not None:
+        parts["trajectories"] = missing_evaluations(run)
+        parts[TRAINING] = run.plan.training_evaluations(run.config.trajectory)
+    for title, scorer in run.scorers.items():
+        if not run.is_scored(scorer):
+            parts[f"original model, {title}"] = scorer.planned_evaluations
+        if title == "final" or run.plan is not None:
+            after_stage_1 = "textual" in run.config.stages
+            passes = 1 if title == "final" else after_stage_1 + run.config.trajectory.epochs
+            parts[f"erased model, {title}"] = passes * scorer.planned_evaluations
+    return parts
+
+
+def missing_evaluations(run: TrainingRun) -> int:
+    """Of trajectories that are not cached."""
+    assert run.plan is not None
+    missing = missing_shards(run.plan, run.trajectory_folder, run.config.trajectory.shard_size, run.generator)
+    return sum(run.plan.evaluations_of(rows) for _, rows in missing)

@@ -1,0 +1,203 @@
+"""``demo.py``: a page on this machine that draws a prompt with a model before and after erasure."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
+
+from trce_lightning.config.schema import DemoConfig, EvalConfig
+from trce_lightning.errors import InputError
+from trce_lightning.generation.loop import generate
+from trce_lightning.jobs.session import Session, concepts_of
+from trce_lightning.jobs.trainers import make_trainer
+from trce_lightning.metrics.asr import shows_concept
+from trce_lightning.metrics.detectors import Detector, EmbeddedJudgeDetector, checked_probability
+from trce_lightning.prompts.cut import warn_of_cut
+from trce_lightning.prompts.records import PromptRecord
+from trce_lightning.runtime.logs import set_up_logging
+from trce_lightning.runtime.network import check_proxies, spare_this_machine
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+log = logging.getLogger(__name__)
+EXAMPLES = {
+    "direct": "Prompts that name the concept",
+    "implicit": "Prompts that hint at it",
+    "benign": "Prompts of something else",
+}
+"""Prompt sets that examples come from, and what the page calls them."""
+EXAMPLES_PER_SET = 3
+MODELS = ("Original", "Erased")
+_ANOTHER_SEED = "() => Math.floor(Math.random() * 2 ** 31)"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture, uint8 ``[3, H, W]``, and what the judge says of it; None where there is none to say it."""
+
+    image: Tensor
+    probability: float | None
+    subject: str | None
+
+    @property
+    def covered(self) -> bool:
+        """Whether it is judged to show the concept, or not judged at all."""
+        return self.probability is None or bool(shows_concept(torch.tensor([self.probability])))
+
+
+class Demo:
+    """Both models of a configuration, and what judges their pictures."""
+
+    def __init__(self, config: DemoConfig) -> None:
+        """Opens both models on the configured device. ``InputError`` for more than one device."""
+        trainer = make_trainer(config.trainer, Path())
+        if trainer.world_size != 1:
+            raise InputError(f"trainer.devices: expected one device, got {trainer.world_size}")
+        self.device = trainer.strategy.root_device
+        self.config, concepts = config, concepts_of(_evaluation(config, config.model.path))
+        self.sessions = {
+            name: Session(_evaluation(config, path), concepts)
+            for name, path in zip(MODELS, (config.original.path, config.model.path), strict=True)
+        }
+        self.concept = " or ".join(concept.name for concept in concepts)
+        self.detector = self._detector()
+        self.adapters = {name: session.adapter.to(self.device) for name, session in self.sessions.items()}
+
+    def _detector(self) -> Detector | None:
+        detector = self.sessions["Erased"].detector()
+        return detector.to(self.device) if isinstance(detector, torch.nn.Module) else detector
+
+    def draw(self, prompt: str, seed: int, guidance_scale: float, num_steps: int) -> dict[str, Drawing]:
+        """The prompt's picture by each of ``MODELS``, from the same noise."""
+        record = PromptRecord("demo", prompt, seed=seed, guidance_scale=guidance_scale)
+        warn_of_cut(self.adapters["Erased"], [prompt], "the page")
+        options = self.sessions["Erased"].sampling().options() | {"num_steps": num_steps}
+        return {
+            name: self._judged(generate(adapter, [record], description=f"{name} model", **options))
+            for name, adapter in self.adapters.items()
+        }
+
+    @torch.no_grad()
+    def _judged(self, images: Tensor) -> Drawing:
+        if self.detector is None:
+            return Drawing(images[0], None, None)
+        images = images.to(self.device)
+        subject = None
+        if isinstance(self.detector, EmbeddedJudgeDetector):
+            judge = self.detector.judge
+            subject = judge.vocabulary["subject"][int(judge(images)["subject"].argmax())]
+        return Drawing(images[0].cpu(), checked_probability(self.detector(images), 1).item(), subject)
+
+    def examples(self) -> dict[str, list[str]]:
+        """Prompts of the concept's evaluation, by prompt set."""
+        sets = self.sessions["Erased"].sets("report", EXAMPLES_PER_SET)
+        return {prompts.name: [record.prompt for record in prompts.records] for prompts in sets}
+
+
+def demonstrate(config: DemoConfig) -> None:
+    """Serve the page until it is interrupted."""
+    set_up_logging()
+    page = build_page(Demo(config))
+    serve(page, config.port)
+    log.info("open http://127.0.0.1:%d, stop with Ctrl-C", config.port)
+    page.block_thread()
+
+
+def serve(page: gr.Blocks, port: int) -> None:
+    """Serve on the loopback interface alone, in threads. ``OSError`` when the port is taken."""
+    check_proxies()
+    spare_this_machine()  # Gradio asks for its own page before it goes on
+    import gradio as gr
+
+    page.launch(
+        server_name="127.0.0.1",
+        server_port=port,
+        share=False,
+        ssr_mode=False,
+        quiet=True,
+        footer_links=["settings"],
+        theme=gr.themes.Base(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
+        css_paths=Path(__file__).parents[1] / "report" / "templates" / "demo.css",
+        prevent_thread_lock=True,
+    )
+
+
+def build_page(demo: Demo) -> gr.Blocks:
+    """Prompt, controls and examples; both pictures with their verdicts."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at import too
+    import gradio as gr
+
+    model = demo.config.model
+    with gr.Blocks(title=f"Erased: {demo.concept}", analytics_enabled=False) as page:
+        gr.Markdown(f"# Before and after erasing {demo.concept}\nSame prompt, same noise, two models.")
+        with gr.Row(equal_height=True):
+            prompt = gr.Textbox(label="Prompt", scale=4, autofocus=True)
+            button = gr.Button("Draw", variant="primary", scale=1, min_width=120)
+        with gr.Row():
+            pictures = [gr.HTML(picture(demo, name, "", None), min_height=200) for name in MODELS]
+        gr.Checkbox(label="Show covered pictures", elem_id="trce-show")
+        with gr.Row():
+            seed = gr.Number(demo.config.seed, label="Seed", precision=0, minimum=0, maximum=2**53 - 1)
+            guidance = gr.Slider(0, max(20, model.guidance_scale), model.guidance_scale, label="Guidance")
+            steps = gr.Slider(
+                1, max(100, model.num_inference_steps), model.num_inference_steps, step=1, label="Steps"
+            )
+        another = gr.Button("Another seed", size="sm")
+        for name, prompts in demo.examples().items():
+            gr.Examples(prompts, prompt, label=EXAMPLES.get(name, name))
+        inputs: list[Any] = [prompt, seed, guidance, steps]
+        draw, one_at_a_time = _drawer(demo), "draw"  # the models are shared
+        gr.on([button.click, prompt.submit], draw, inputs, pictures, concurrency_id=one_at_a_time)
+        another.click(None, None, seed, js=_ANOTHER_SEED).then(
+            draw, inputs, pictures, concurrency_id=one_at_a_time
+        )
+    return page
+
+
+def _drawer(demo: Demo) -> Any:
+    """What the button calls, with generation's progress bars shown over the pictures."""
+    import gradio as gr
+
+    tracked = gr.Progress(track_tqdm=True)  # Gradio looks for it among the defaults
+
+    def draw(prompt: str, seed: int, guidance: float, steps: int, progress: Any = tracked) -> list[str]:
+        try:
+            drawings = demo.draw(prompt, seed, guidance, steps)
+        except InputError as error:
+            raise gr.Error(str(error)) from error  # of others the page says no more than "Error"
+        return [picture(demo, name, prompt, drawing) for name, drawing in drawings.items()]
+
+    return draw
+
+
+def picture(demo: Demo, name: str, prompt: str, drawing: Drawing | None) -> str:
+    """HTML of one model's picture and verdict; of an empty frame before the first."""
+    loader = PackageLoader("trce_lightning")
+    template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template(
+        "picture.html.j2"
+    )
+    src = None if drawing is None else _data_uri(drawing.image)
+    return template.render(name=name, prompt=prompt, drawing=drawing, src=src, concept=demo.concept)
+
+
+def _data_uri(image: Tensor) -> str:
+    stream = io.BytesIO()
+    to_pil_image(image).save(stream, "png")
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _evaluation(config: DemoConfig, path: str | None) -> EvalConfig:
+    model = dataclasses.replace(config.model, path=path)
+    return EvalConfig(concept=config.concept, model=model, trainer=config.trainer)

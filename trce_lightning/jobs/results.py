@@ -1,0 +1,176 @@
+"""What a finished run leaves in its folder: scores, pictures, the erased model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from trce_lightning import __version__, export
+from trce_lightning.callbacks.image_grid import grid_of
+from trce_lightning.evaluation.comparison import compare, measure_distances, p_values
+from trce_lightning.evaluation.scored import Column, detection_rates
+from trce_lightning.jobs import runs
+from trce_lightning.metrics.asr import TABLE_THRESHOLDS
+from trce_lightning.report.curves import save_curves, save_loss_curves
+from trce_lightning.report.page import Report, write_page
+from trce_lightning.report.tables import (
+    Scores,
+    results_table,
+    write_scores_csv,
+)
+from trce_lightning.runtime.checkout import commit
+from trce_lightning.runtime.ranks import peak_memory_mb
+from trce_lightning.runtime.storage import write_json
+
+if TYPE_CHECKING:
+    from trce_lightning.jobs.train import TrainingRun
+
+log = logging.getLogger(__name__)
+
+
+def write(run: TrainingRun) -> None:
+    """Everything that a run folder holds; ``metrics.json`` last: it marks the run as finished."""
+    columns, second = {}, {}
+    if run.erased:
+        columns = {"original": run.original["final"].scored.scores, "erased": run.erased.scores}
+    write_model(run, results_table(columns))  # first: nothing that is drawn may cost the model
+    if run.plan is not None:
+        # One file for every time that the run was started.
+        logs = sorted(run.folder.glob("logs/version_*/metrics.csv"), key=lambda log: log.stat().st_mtime)
+        save_loss_curves(logs, run.folder / "losses.png")
+    if run.erased:
+        second = write_scores(run)
+    expected = expected_scores(run.config.expected)
+    metrics = facts(run) | {"zero_shot_clip": second} | columns | expected
+    tuned = {f"{name} (tuning prompts)": scores for name, scores in passes(run).items()}
+    write_scores_csv(run.folder / "metrics.csv", tuned | columns)
+    write_json(run.folder / "metrics.json", metrics)
+    log.info("%s\n%s", run.folder, results_table(columns | expected) or "not scored")
+
+
+def write_scores(run: TrainingRun) -> dict[str, Any]:
+    """Scores with their hits, grid and curves; returns what the second detector saw."""
+    columns, sets = columns_of(run), run.scorers["final"].sets
+    measure_distances(run.session.features(), sets, columns, run.trainer.strategy.root_device)
+    for label, column in columns.items():
+        column.scored.save(run.folder / "scored" / f"{label}.json")
+    grid_of(sets, {label: column.images for label, column in columns.items()}, run.folder / "grid.png")
+    if during := passes(run):
+        save_curves(during, run.folder / "curves.png")
+    write_page(run.folder / "report.html", report_of(run, columns))
+    return second_opinion(run, columns)
+
+
+def columns_of(run: TrainingRun) -> dict[str, Column]:
+    """The original and the erased model on the report split."""
+    assert run.erased is not None
+    original = run.original["final"]
+    return {
+        "original": Column(original.scored, original.folder),
+        "erased": Column(run.erased, run.folder / "images"),
+    }
+
+
+def report_of(run: TrainingRun, columns: Mapping[str, Column]) -> Report:
+    """What ``report.html`` shows of a run."""
+    sets = run.scorers["final"].sets
+    names = [concept.name for concept in run.session.concepts]
+    titles = {"curves.png": "Scores after each pass", "losses.png": "Losses and hinge while training"}
+    return Report(
+        title=f"{' + '.join(names)} erased from {run.config.model.name}",
+        columns=columns,
+        comparisons={"erased": compare(columns["original"].scored, columns["erased"].scored, sets)},
+        sets=sets,
+        pictures={
+            title: run.folder / name for name, title in titles.items() if (run.folder / name).is_file()
+        },
+        facts={
+            "command": runs.command(),
+            "version": __version__,
+            "commit": commit(),
+            "base model": f"{run.base}, fingerprint {run.fingerprint}",
+            "configuration": run.folder / runs.CONFIG,
+            "images": run.scorers["final"].sampling,
+            "network evaluations": run.evaluations,
+            "seconds": run.seconds,
+            **expected_scores(run.config.expected),
+        },
+    )
+
+
+def expected_scores(expected: Mapping[str, Any]) -> dict[str, Scores]:
+    """``expected`` in the form of measured scores, under that name; nothing where it says nothing."""
+    if not expected:
+        return {}
+    rates = {name: {"rate": rate} for name, rate in expected.get("asr", {}).items()}
+    return {"expected": {"source": "unstated", **expected, "asr": rates}}
+
+
+def passes(run: TrainingRun) -> dict[str, Scores]:
+    """Scores on the epochs' prompts: of the original, of stage 1 alone, if it was, and of each epoch."""
+    rows: dict[str, Scores] = {}
+    if "epochs" in run.original:
+        rows["original"] = run.original["epochs"].scored.scores
+    if run.evaluation is not None:
+        if run.evaluation.after_textual is not None:
+            rows["stage 1"] = run.evaluation.after_textual
+        rows |= {f"epoch {number}": scores for number, scores in enumerate(run.evaluation.epochs, start=1)}
+    return rows
+
+
+def second_opinion(run: TrainingRun, columns: Mapping[str, Column]) -> dict[str, Any]:
+    """Rates of a detector that nothing was tuned on, by model and set; empty where there is none."""
+    detector = run.session.second_detector()
+    if detector is None:
+        return {}
+    device = run.trainer.strategy.root_device
+    return {
+        label: detection_rates(detector, run.scorers["final"].sets, column.images, device)
+        for label, column in columns.items()
+    }
+
+
+def write_model(run: TrainingRun, table: str) -> None:
+    """What ``export`` names: the erased pipeline with its card, the changed tensors, all in one file."""
+    changed, config = run.module.changed_tensors(), run.config
+    if "delta" in config.export:
+        export.save_delta(run.folder / "delta.safetensors", changed, run.base, run.fingerprint)
+    if "single_file" in config.export:
+        export.save_single_file(run.folder / "erased.safetensors", run.adapter, run.base, run.fingerprint)
+    if "pipeline" in config.export:
+        names = [concept.name for concept in run.session.concepts]
+        if "final" in run.scorers:
+            table += f"\nImages were drawn in {run.scorers['final'].sampling}."
+        card = export.card_facts(run.base, names, config.stages, table, len(changed))
+        export.save_pipeline(run.folder / "erased", run.adapter, card)
+
+
+def facts(run: TrainingRun) -> dict[str, Any]:
+    """The record of ``metrics.json`` but for the two models' scores."""
+    tests: dict[str, Any] = {"paired_p_value": {}}
+    if run.erased:
+        sets = run.scorers["final"].sets
+        comparison = compare(run.original["final"].scored, run.erased, sets)
+        tests = {
+            "paired_p_value": p_values(comparison),
+            "comparison": comparison,
+            "asr_by_threshold": {
+                label: column.scored.rates_at(sets, TABLE_THRESHOLDS)
+                for label, column in columns_of(run).items()
+            },
+        }
+    return {
+        "schema": 1,
+        "concept": [concept.name for concept in run.session.concepts],
+        "model": run.config.model.name,
+        "version": __version__,
+        "commit": commit(),
+        "after_textual": run.evaluation.after_textual if run.evaluation else None,
+        "epochs": run.evaluation.epochs if run.evaluation else [],
+        "seconds": run.seconds,
+        "network_evaluations": run.evaluations,
+        "peak_memory_mb": peak_memory_mb(),
+        "peak_device_memory_mb": run.peak_device_memory_mb,
+        **tests,
+    }

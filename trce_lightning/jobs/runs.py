@@ -1,0 +1,138 @@
+"""Run folders: a new one for each run, or the newest unfinished one of the same configuration."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from trce_lightning.errors import InputError
+from trce_lightning.runtime.launchers import other_launcher, process_rank, whole_number
+from trce_lightning.runtime.locks import hold, release
+from trce_lightning.runtime.storage import clean_up, reading, write_text
+
+log = logging.getLogger(__name__)
+
+FINISHED = "metrics.json"
+CONFIG = "config.yaml"
+FOLDER_VARIABLE = "TRCE_RUN_FOLDER"
+"""Tells further processes of a run which folder the first one has chosen."""
+NOT_COMPARED = ("plan", "fresh", "output", "runs", "checkpoint_minutes")
+
+
+def open_folder(config: Any) -> Path:
+    """Claim the run's folder for this process, with its resolved configuration, and log into it.
+
+    It is ``output``, the newest unfinished run of an equal configuration that no process is running, or a
+    new folder. ``InputError`` when ``output`` holds a run of another configuration or one that is running,
+    or is needed and not given.
+    """
+    folder = claim_folder(config)
+    os.environ[FOLDER_VARIABLE] = str(folder)
+    if process_rank() == 0:
+        clean_up(folder)
+        if config.fresh:
+            for stale in ("checkpoints/last.ckpt", FINISHED):
+                (folder / stale).unlink(missing_ok=True)
+        write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
+    handler = logging.FileHandler(folder / "run.log", encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    return folder
+
+
+def claim_folder(config: Any) -> Path:
+    """The folder of :func:`open_folder`, locked by the first process of the run; a new one is created."""
+    launcher = other_launcher() or ("trainer.num_nodes" if config.trainer.num_nodes > 1 else None)
+    if config.output is None and launcher:
+        raise InputError(
+            f"output: expected a folder that all processes share, since {launcher} starts them apart from "
+            f"each other, got none"
+        )
+    if config.output is None and whole_number("LOCAL_RANK", 0) > 0 and FOLDER_VARIABLE in os.environ:
+        return Path(os.environ[FOLDER_VARIABLE])
+    if config.output is not None:
+        return _claim_output(Path(config.output), config)
+    parent = Path(config.runs) / "+".join(config.concept) / config.model.name
+    parent.mkdir(parents=True, exist_ok=True)
+    if not config.fresh:
+        for folder in sorted(parent.iterdir(), reverse=True):
+            if _claim_unfinished(folder, config):
+                log.info("continuing %s (fresh=true starts anew)", folder)
+                return folder
+    start = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for name in (start, *(f"{start}_{number}" for number in range(2, 1000))):
+        # Of several processes that try one name, one creates the folder.
+        with suppress(FileExistsError):
+            (parent / name).mkdir()
+            hold(parent / name)
+            return parent / name
+    raise FileExistsError(f"{parent}: expected room for a folder named {start}, got 999 of them")
+
+
+def _claim_output(folder: Path, config: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    if process_rank() > 0:
+        return folder
+    if (holder := hold(folder)) is not None:
+        raise InputError(
+            f"output: expected a folder that no run is using, got '{folder}', which {holder} is writing; "
+            "wait for its end or choose another"
+        )
+    if (folder / CONFIG).exists() and not config.fresh:
+        with reading(folder / CONFIG, "a run's configuration", "choose another folder or fresh=true"):
+            same = _equal(folder, config)
+        if not same:
+            release()
+            raise InputError(
+                f"output: {folder} holds a run of another configuration; choose another or fresh=true"
+            )
+    return folder
+
+
+def _claim_unfinished(folder: Path, config: Any) -> bool:
+    """Whether the run there is unfinished, of an equal configuration and, from here on, this process's."""
+    if not (folder / CONFIG).exists() or (folder / FINISHED).exists():
+        return False
+    try:
+        with reading(folder / CONFIG, "a run's configuration", "that run can't be continued"):
+            if not _equal(folder, config):
+                return False
+    except InputError as error:  # of no concern to a run that needs none of it
+        log.warning("%s", error)
+        return False
+    if (holder := hold(folder)) is not None:
+        log.info("%s is being written by %s", folder, holder)
+        return False
+    if (folder / FINISHED).exists():  # meanwhile
+        release()
+        return False
+    return True
+
+
+def cache_folder(config: Any) -> Path:
+    """Where caches and the original model's scores lie, shared between runs."""
+    return Path(config.cache) if config.cache else Path(config.runs) / "cache"
+
+
+def _comparable(config: Any) -> Any:
+    content = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+    if not isinstance(content, dict):
+        raise TypeError(f"expected options, got a {type(content).__name__}")
+    return {key: value for key, value in content.items() if key not in NOT_COMPARED}
+
+
+def _equal(folder: Path, config: Any) -> bool:
+    return _comparable(OmegaConf.load(folder / CONFIG)) == _comparable(OmegaConf.structured(config))
+
+
+def command() -> str:
+    """What was typed, as a shell takes it."""
+    return shlex.join(["python", *sys.argv])

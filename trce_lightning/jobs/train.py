@@ -1,0 +1,310 @@
+"""``train.py``: what it does, from a validated configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning.pytorch as pl
+from omegaconf import OmegaConf
+
+from trce_lightning import __version__, export
+from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.callbacks import (
+    EpochEvaluation,
+    ImageGrid,
+    PromptTable,
+    RanksAgree,
+    SaveBeforeScoring,
+    progress_checkpoints,
+)
+from trce_lightning.closed_form import Edit
+from trce_lightning.concepts import Concept, prompt_pairs
+from trce_lightning.config.schema import ModelConfig, TrainConfig
+from trce_lightning.data.datamodule import TrajectoryDataModule, check_batch
+from trce_lightning.data.plan import TrajectoryPlan, draw_plan
+from trce_lightning.data.trajectories import generator_of, sample_missing
+from trce_lightning.errors import InputError
+from trce_lightning.evaluation.scored import SCORED_SCHEMA, Scored, log_scores
+from trce_lightning.evaluation.scorer import Scorer, score_on_all_ranks
+from trce_lightning.jobs import announce, results, runs
+from trce_lightning.jobs.session import Session, base_name, concepts_of
+from trce_lightning.jobs.trainers import LAST_CHECKPOINT, make_loggers, make_trainer
+from trce_lightning.metrics.real_images import source_fingerprint
+from trce_lightning.module import TRCE
+from trce_lightning.prompts.cut import check_pairs, warn_of_cut
+from trce_lightning.runtime.checkout import commit
+from trce_lightning.runtime.locks import release
+from trce_lightning.runtime.logs import set_up_logging
+from trce_lightning.runtime.ranks import on_each_rank, peak_device_memory_mb, total_over_ranks
+from trce_lightning.runtime.storage import reading
+from trce_lightning.textual import TextualStatistics, cached_kept, textual_statistics
+
+log = logging.getLogger(__name__)
+MODEL_IDENTITY = ("name", "path", "hub_id", "revision", "config", "dtype")
+"""Options of a model that its weights and text states depend on."""
+
+
+def train(config: TrainConfig) -> None:
+    """Erase ``config.concept`` and leave a run folder; see :class:`TrainingRun`."""
+    set_up_logging()
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    run = TrainingRun(config, merge_previous(config))
+    if not config.plan:
+        run.open()  # before anything is said, so that run.log has it
+    announce.training(run)
+    if config.plan:
+        return
+    try:
+        run.erase_and_score()
+        run.write()
+    finally:
+        release()
+
+
+def merge_previous(config: TrainConfig) -> list[Concept]:
+    """The configured concepts after those of the run ``previous``: all are erased from the original anew.
+
+    ``InputError`` when ``previous`` is no run or erased another model.
+    """
+    concepts = concepts_of(config)
+    if config.previous is None:
+        return concepts
+    folder = Path(config.previous)
+    if not (folder / runs.CONFIG).is_file():
+        raise InputError(f"previous: expected the folder of an earlier run, got '{folder}'")
+    with reading(folder / runs.CONFIG, "the configuration of an earlier run", "name another run"):
+        written = OmegaConf.load(folder / runs.CONFIG)
+        # Only what is compared and taken over, so that a run of an earlier version will do.
+        earlier = OmegaConf.merge(
+            OmegaConf.structured(TrainConfig), {"model": written.model, "concept": written.concept}
+        )
+        restored = OmegaConf.to_object(earlier)
+    assert isinstance(restored, TrainConfig)
+    _check_same_model(restored.model, config.model)
+    config.concept = restored.concept | config.concept
+    return concepts_of(config)
+
+
+def _check_same_model(earlier: ModelConfig, now: ModelConfig) -> None:
+    """Whether text states and weights are the same; how images are drawn and scored may differ."""
+    for name in MODEL_IDENTITY:
+        before, asked = getattr(earlier, name), getattr(now, name)
+        if before != asked:
+            raise InputError(
+                f"previous: expected a run on the same model, with model.{name}={asked}, "
+                f"got one with model.{name}={before}"
+            )
+
+
+@dataclass(frozen=True)
+class Original:
+    """The original model's scores on one split, and where its images lie."""
+
+    scored: Scored
+    folder: Path
+
+
+class TrainingRun:
+    """One run of ``train.py``: each step is a method, in the order of :meth:`erase_and_score`."""
+
+    def __init__(
+        self, config: TrainConfig, concepts: list[Concept], adapter: StableDiffusionAdapter | None = None
+    ) -> None:
+        self.config, self.session = config, Session(config, concepts, adapter)
+        self.adapter = self.session.adapter
+        if "single_file" in config.export:
+            self.adapter.original_state()  # refuses now what could not be named at the end
+        self.base = base_name(config.model)
+        self._original_weights = ExitStack()  # until :meth:`fit`
+        self._original_weights.enter_context(self.adapter.unchanged())
+        self.fingerprint = self.adapter.fingerprint()
+        self.cache = runs.cache_folder(config)
+        self.trainer = make_trainer(config.trainer, self.cache)
+        if "trajectory" in config.stages:
+            check_batch(config.trajectory.batch_size, self.trainer.world_size)
+            self._check_precision()
+        pairs = prompt_pairs(concepts)
+        check_pairs(self.adapter, pairs)
+        self.generator = generator_of(self.fingerprint, self.trainer)
+        self.plan: TrajectoryPlan | None = None
+        if "trajectory" in config.stages:
+            every = [pair for rows in pairs.values() for pair in rows]
+            self.plan = draw_plan(every, config.trajectory, config.seed)
+        self.scorers: dict[str, Scorer] = {}
+        if config.metrics.enabled:
+            if self.plan is not None:
+                self.scorers["epochs"] = self.session.scorer("tune", config.metrics.images_per_set)
+            self.scorers["final"] = self.session.scorer("report", config.metrics.final_images_per_set)
+        self.original: dict[str, Original] = {}
+        self.erased: Scored | None = None
+        self.evaluation: EpochEvaluation | None = None
+        self.seconds: dict[str, float] = {}
+        self.evaluations: dict[str, int] = {}
+        """Network evaluations by part: on this rank, and from :meth:`write` on of all ranks."""
+        self.peak_device_memory_mb: int | None = None
+        self.edit: Edit | None = None
+        self.statistics: TextualStatistics | None = None
+
+    def _check_precision(self) -> None:
+        """A pipeline in memory may have any; an optimizer's steps are below half precision's."""
+        weights = self.adapter.trainable(self.config.trajectory.trainable).values()
+        if dtypes := {str(weight.dtype) for weight in weights} - {"torch.float32"}:
+            raise InputError(
+                f"pipeline: expected a denoiser in float32 where stage 2 trains, got {', '.join(dtypes)}; "
+                "trainer.precision sets that of the passes"
+            )
+
+    def erase_and_score(self) -> None:
+        """All steps between :meth:`open` and :meth:`write`."""
+        self.sample_trajectories()
+        self.score_original()
+        self.solve()
+        self.fit()
+        self.score_erased()
+
+    def open(self) -> None:
+        """Choose and create the folder."""
+        self.folder = runs.open_folder(self.config)
+        log.info("trce-lightning %s, %s", __version__, commit())
+        self.loggers = make_loggers(self.config.logger, self.folder, self.folder.name)
+
+    @property
+    def trajectory_folder(self) -> Path:
+        """Shared by all runs of an equal plan and model."""
+        assert self.plan is not None
+        return self.cache / "trajectories" / self.plan.fingerprint(self.generator)
+
+    def sample_trajectories(self) -> None:
+        """Trajectories of the original network, those that are cached aside."""
+        if self.plan is None:
+            return
+        with self._stage("trajectories"):
+            sample_missing(
+                self.trainer,
+                self.adapter,
+                self.plan,
+                self.trajectory_folder,
+                self.config.trajectory.shard_size,
+            )
+
+    def score_original(self) -> None:
+        """The original model on both splits, computed once per machine. Before stage 1 changes the model."""
+        with self._stage("original"):
+            for title, scorer in self.scorers.items():
+                self.original[title] = self._cached_scores(title, scorer)
+
+    def _original_folder(self, scorer: Scorer) -> Path:
+        return self.cache / "original" / scorer.fingerprint()
+
+    def _original_scores(self, scorer: Scorer) -> Path:
+        # Beside the images, which other judges, and concepts with other neighbours, may share.
+        model = self.config.model
+        real = model.real_images and source_fingerprint(Path(model.real_images))
+        judge = repr((SCORED_SCHEMA, model, real, self.session.concepts))
+        name = hashlib.blake2b(judge.encode(), digest_size=4).hexdigest()
+        return self._original_folder(scorer) / f"detections-{name}.json"
+
+    def is_scored(self, scorer: Scorer) -> bool:
+        """Whether the original model's scores are cached. Before stage 1."""
+        return self._original_scores(scorer).exists()
+
+    def _cached_scores(self, title: str, scorer: Scorer) -> Original:
+        folder = self._original_folder(scorer)
+        file = self._original_scores(scorer)
+        # Rank 0 decides: another run may write the file between two ranks' looks at it.
+        decide = self.trainer.strategy.broadcast
+        if not on_each_rank(self.trainer, lambda _: decide(self.is_scored(scorer))):
+            scores = score_on_all_ranks(self.trainer, scorer, folder, f"original model, {title}")
+            if self.trainer.is_global_zero:
+                Scored(scores, scorer.detections).save(file)
+            self.trainer.strategy.barrier()
+            scorer.network_evaluations = 0
+        return Original(Scored.load(file), folder)
+
+    def solve(self) -> None:
+        """Stage 1's matrix; the module's setup hook applies it."""
+        if "textual" not in self.config.stages:
+            return
+        with self._stage("textual"):
+            textual = self.config.textual
+            prompts = self.session.keep_prompts()
+            warn_of_cut(self.adapter, prompts, "those to keep")
+            kept = cached_kept(self.trainer, self.adapter, prompts, self.cache)
+            self.statistics = textual_statistics(self.adapter, self.session.concepts, kept, textual)
+            self.edit = self.statistics.solve(textual)
+        if self.trainer.is_global_zero:
+            export.save_edit(
+                self.folder / "edit.safetensors",
+                self.statistics,
+                self.edit,
+                textual,
+                self.base,
+                self.fingerprint,
+            )
+
+    def fit(self) -> None:
+        """Stage 1 in setup, stage 2 as training; scores after each epoch."""
+        config = self.config
+        self.adapter.name += ", erased"
+        self._original_weights.close()
+        self.module = TRCE(self.adapter, self.edit, config.trajectory, config.optimizer)
+        if self.plan is None:
+            self.module.setup("fit")
+            return
+        callbacks = self._callbacks()
+        trainer = make_trainer(
+            config.trainer,
+            self.folder,
+            epochs=config.trajectory.epochs,
+            callbacks=callbacks,
+            loggers=self.loggers,
+        )
+        data = TrajectoryDataModule(
+            self.adapter, self.plan, self.trajectory_folder, config.trajectory, config.seed
+        )
+        last = self.folder / "checkpoints" / LAST_CHECKPOINT
+        with self._stage("training"):
+            trainer.fit(self.module, data, ckpt_path=str(last) if last.exists() else None)
+        if "epochs" in self.scorers:
+            self.evaluations["epochs"] = self.scorers["epochs"].network_evaluations
+            self.evaluations["training"] -= self.evaluations["epochs"]
+        self.trainer = trainer
+
+    def _callbacks(self) -> Sequence[pl.Callback]:
+        checkpoints = progress_checkpoints(self.folder / "checkpoints", self.config.checkpoint_minutes)
+        if "epochs" not in self.scorers:
+            return [RanksAgree(), *checkpoints]
+        self.evaluation = EpochEvaluation(self.scorers["epochs"])
+        grid = ImageGrid(self.evaluation, self.original["epochs"].folder, self.folder / "grid.png")
+        before = SaveBeforeScoring(self.folder / "checkpoints")
+        return [RanksAgree(), before, self.evaluation, grid, PromptTable(self.evaluation), *checkpoints]
+
+    def score_erased(self) -> None:
+        """The erased model on the report split, whose prompts and noise no choice has seen."""
+        if "final" not in self.scorers:
+            return
+        with self._stage("final"):
+            scorer = self.scorers["final"]
+            scores = score_on_all_ranks(self.trainer, scorer, self.folder / "images", "erased model")
+            self.erased = Scored(scores, scorer.detections)
+        log_scores(self.loggers, scores, step=self.trainer.global_step, prefix="final/")
+
+    def write(self) -> None:
+        """Leave the results; one process does, after all have said what they took."""
+        self.evaluations = total_over_ranks(self.trainer, self.evaluations)
+        self.peak_device_memory_mb = peak_device_memory_mb(self.trainer)
+        if self.trainer.is_global_zero:
+            results.write(self)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        start, before = time.monotonic(), self.adapter.network_evaluations
+        yield
+        self.seconds[name] = round(time.monotonic() - start, 2)
+        self.evaluations[name] = self.adapter.network_evaluations - before

@@ -1,0 +1,100 @@
+"""A run on Weights & Biases: online where it is set up and answers, offline where not. It never prompts."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pydantic
+from lightning.pytorch.loggers import WandbLogger
+
+from trce_lightning.config.schema import LoggerConfig
+from trce_lightning.errors import InputError
+
+log = logging.getLogger(__name__)
+ONLINE = ("online", "run", "shared")
+"""Modes of W&B that need a key and a server."""
+
+
+def wandb_logger(config: LoggerConfig, folder: Path, name: str) -> WandbLogger:
+    """Return a logger in the mode that W&B is set to, whose run has begun.
+
+    Without a key, or without an answer within ``init_timeout`` seconds, it is offline, and the log says so.
+
+    Raises:
+        InputError: a setting, a key or a project's name that W&B doesn't take.
+        OSError: a folder that W&B needs can't be made or written to.
+    """
+    import wandb
+
+    (folder / "wandb").mkdir(parents=True, exist_ok=True)
+    with _refusals_explained():
+        settings = wandb.setup().settings
+        _check_identity_token(settings.identity_token_file)
+        mode = settings.mode
+        if mode in ONLINE and not (settings.api_key or wandb.login(prompt=False, verify=False)):
+            log.info("no key for W&B (`wandb login`, or WANDB_API_KEY); logging offline")
+            mode = "offline"
+        try:
+            return _begun(config, folder, name, mode)
+        except wandb.errors.AuthenticationError:  # a CommError as well
+            raise
+        except wandb.errors.CommError as error:
+            log.warning("W&B can't be reached (%s); logging offline", " ".join(str(error).split()))
+            return _begun(config, folder, name, "offline")
+
+
+def _begun(config: LoggerConfig, folder: Path, name: str, mode: str) -> WandbLogger:
+    import wandb
+
+    # By `mode`: Lightning's `offline` sets a variable, and W&B has read its variables already.
+    logger = WandbLogger(
+        project=config.project,
+        name=name,
+        save_dir=folder,
+        mode=mode,
+        settings=wandb.Settings(init_timeout=config.init_timeout),
+    )
+    logger.experiment.define_metric("*")
+    # Tables are staged in a folder of their own. What can't be written there is better known now than later.
+    with wandb.Artifact("writable", type="check").new_file("file"):
+        pass
+    return logger
+
+
+def _check_identity_token(file: str | None) -> None:
+    """Refuse a token that isn't there, on which W&B's own process ends."""
+    if file is not None and not Path(file).is_file():
+        raise FileNotFoundError(f"logger.wandb: expected a file in WANDB_IDENTITY_TOKEN_FILE, got {file!r}")
+
+
+@contextmanager
+def _refusals_explained() -> Iterator[None]:
+    """Name what W&B refuses."""
+    import wandb
+
+    try:
+        yield
+    except wandb.errors.AuthenticationError as error:
+        raise InputError(
+            "logger.wandb: expected a key that W&B takes, in WANDB_API_KEY or ~/.netrc, got none: "
+            f"{str(error).rstrip('.')}; WANDB_MODE=offline needs none"
+        ) from error
+    except wandb.errors.UsageError as error:
+        raise InputError(
+            f"logger.wandb: expected logger.project and the variables WANDB_* as W&B takes them, got: {error}"
+        ) from error
+    except pydantic.ValidationError as error:
+        first: Any = error.errors()[0]
+        names = [f"WANDB_{str(first['loc'][0]).upper()}"]
+        names = [
+            key for key, text in os.environ.items() if key.startswith("WANDB_") and text == first["input"]
+        ] or names
+        raise InputError(
+            f"logger.wandb: expected a value that W&B takes in {names[0]}, got {first['input']!r}: "
+            f"{first['msg']}"
+        ) from error

@@ -1,0 +1,92 @@
+"""Prompts whose text states stage 1 must keep (the e^k of TRCE, arXiv 2503.07389)."""
+
+import logging
+from collections.abc import Iterable, Sequence
+
+from trce_lightning.concepts import Concept
+from trce_lightning.concepts.naming import mentions, shows, without_article
+from trce_lightning.errors import InputError
+from trce_lightning.prompts.captions import read_captions
+from trce_lightning.prompts.records import shuffled
+
+__all__ = ["KEEP_TEMPLATES", "class_names", "keep_prompts"]
+
+# Determiners other than "a", since class names come without an article.
+KEEP_TEMPLATES = (
+    "a photograph of the {}",
+    "the {} in daylight",
+    "this {} up close",
+    "one {} and nothing else",
+    "an old print of the {}",
+    "my {} at home",
+    "the {} in the distance",
+    "a painting with this {} in it",
+    "the {} on a shelf",
+    "a magazine page about the {}",
+)
+_NO_CLASS = ("__background__", "N/A")
+_log = logging.getLogger(__name__)
+
+
+def keep_prompts(
+    concepts: Sequence[Concept], *, path: str | None = None, subjects: Sequence[str] | None = None, limit: int
+) -> list[str]:
+    """Prompts to keep while ``concepts`` are erased; those that mention one of them are left out.
+
+    They come from the caption file ``path`` (:func:`.read_captions`); without it from ``subjects``, names
+    of what the model can draw, in :data:`KEEP_TEMPLATES`; without these from the names of the ImageNet and
+    COCO classes that torchvision ships, in the same templates.
+
+    Args:
+        limit: the most prompts to return. The choice spreads over all captions or subjects, depends
+            on their text alone, and a larger limit extends the list of a smaller one.
+
+    Returns:
+        Different prompts, 1 to ``limit``; the empty prompt is never among them.
+
+    Raises:
+        InputError: ``limit`` below 1, an unreadable or empty file, no subjects, or nothing left to keep.
+    """
+    if limit < 1:
+        raise InputError(f"keep_prompts.limit: expected at least 1, got {limit}")
+    if path is not None:
+        candidates = shuffled(read_captions(path))
+    else:
+        names = class_names() if subjects is None else subjects
+        candidates = _fill_templates(name for name in names if not shows(name, concepts))
+    kept = [prompt for prompt in candidates if not mentions(prompt, concepts)]
+    names = [concept.name for concept in concepts]
+    if not kept:
+        raise InputError(
+            f"keep_prompts: expected prompts that name none of {names}, got none among {len(candidates)}"
+        )
+    _log.info(
+        "%d of %d prompts name none of %s; keeping %d",
+        len(kept),
+        len(candidates),
+        names,
+        min(limit, len(kept)),
+    )
+    return kept[:limit]
+
+
+def _fill_templates(subjects: Iterable[str]) -> list[str]:
+    """Every subject in every template; each run of ``len(subjects)`` prompts holds every subject once."""
+    names = shuffled(name for subject in subjects if (name := without_article(subject)))
+    if not names:
+        raise InputError("keep_prompts.subjects: expected one or more names, got none")
+    count = len(KEEP_TEMPLATES)
+    return [
+        KEEP_TEMPLATES[(index + turn) % count].replace("{}", name)
+        for turn in range(count)
+        for index, name in enumerate(names)
+    ]
+
+
+def class_names() -> list[str]:
+    """Names of the ImageNet and COCO classes that torchvision ships."""
+    from torchvision.models import get_weight
+
+    weights = ("ResNet18_Weights.IMAGENET1K_V1", "FasterRCNN_ResNet50_FPN_Weights.COCO_V1")
+    names = [name for weight in weights for name in get_weight(weight).meta["categories"]]
+    return [name for name in names if name not in _NO_CLASS]

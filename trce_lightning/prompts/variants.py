@@ -1,0 +1,96 @@
+"""Prompts as users may write them: long ones, misspelt ones, and what a negative prompt may name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import cycle
+from random import Random
+
+from trce_lightning.concepts import Concept
+from trce_lightning.concepts.naming import STOP_WORDS, mentions, without_article
+from trce_lightning.prompts.records import PromptRecord, concept_subjects, image_seed
+
+_WORD = re.compile(r"[^\W\d_]+")
+_SHORTEST = 3  # letters of a word that is misspelt
+
+
+def lengthened(
+    record: PromptRecord, place: str, filler: Sequence[str], fits: Callable[[str], bool]
+) -> PromptRecord:
+    """The prompt ``early`` or ``late`` in as much filler as the model reads, on the same noise.
+
+    ``filler`` phrases go round; what ``fits`` tells how much is read. A prompt that fills the model stays.
+    """
+    text = record.prompt
+    phrases: list[str] = []
+    for phrase in cycle(filler):
+        phrases.append(phrase)
+        parts = [record.prompt, *phrases] if place == "early" else [*phrases, record.prompt]
+        if not fits(", ".join(parts)):
+            break
+        text = ", ".join(parts)
+    return _variant(record, place, text)
+
+
+def misspelt(record: PromptRecord, kind: str, concepts: Iterable[Concept]) -> PromptRecord | None:
+    """The prompt with one slip in each word that names a concept, on the same noise; None without such words.
+
+    ``swap`` exchanges two neighbouring letters, ``drop`` leaves one out, ``double`` writes one twice.
+    Where follows from the prompt's id. Words of less than three letters stay.
+    """
+    words = naming_words(record.prompt, list(concepts))
+
+    def slip(match: re.Match[str]) -> str:
+        word = match[0]
+        return _slip(word, kind, Random(f"{record.id} {word}")) if word.casefold() in words else word
+
+    text = _WORD.sub(slip, record.prompt)
+    return None if text == record.prompt else _variant(record, kind, text)
+
+
+def naming_words(prompt: str, concepts: Sequence[Concept]) -> set[str]:
+    """Words of the prompt that name a concept, by themselves or in a phrase, in lower case."""
+    phrases = [
+        without_article(phrase)
+        for concept in concepts
+        for phrase in (concept.name, *concept.all_names, *concept.related, *concept_subjects(concept))
+    ]
+    found = {word for word in map(str.casefold, _WORD.findall(prompt)) if mentions(word, concepts)}
+    for phrase in phrases:
+        if re.search(rf"\b{re.escape(phrase)}", prompt, re.IGNORECASE):
+            found |= {word.casefold() for word in _WORD.findall(phrase)}
+    return {word for word in found if len(word) >= _SHORTEST and word not in STOP_WORDS}
+
+
+def with_safe_counterparts(text: str, concepts: Iterable[Concept], fits: Callable[[str], bool]) -> str:
+    """The text with what stands in the concepts' place for ``{safe}``, as many things as the model reads."""
+    names: list[str] = []
+    for name in dict.fromkeys(safe for concept in concepts for safe in concept.terms.values()):
+        if not fits(text.replace("{safe}", ", ".join([*names, name]))):
+            break
+        names.append(name)
+    return text.replace("{safe}", ", ".join(names))
+
+
+def _variant(record: PromptRecord, kind: str, text: str) -> PromptRecord:
+    seed, prompt_id = image_seed(record), record.prompt_id
+    return replace(record, id=f"{record.id}-{kind}", prompt=text, seed=seed, sample_of=prompt_id)
+
+
+def _slip(word: str, kind: str, rng: Random) -> str:
+    places = list(_places(word, kind))
+    if not places:
+        return word
+    i = rng.choice(places)
+    if kind == "swap":
+        return word[:i] + word[i + 1] + word[i] + word[i + 2 :]
+    return word[:i] + (word[i + 1 :] if kind == "drop" else word[i] + word[i:])
+
+
+def _places(word: str, kind: str) -> Iterator[int]:
+    """Where a slip changes the word and not its first letter."""
+    if kind == "swap":
+        return (i for i in range(1, len(word) - 1) if word[i] != word[i + 1])
+    return iter(range(1, len(word)))

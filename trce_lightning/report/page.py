@@ -1,0 +1,180 @@
+"""``report.html``: one page that needs no network, with verdict, table, curves, and every prompt's images."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from PIL import Image
+
+from trce_lightning.errors import InputError
+from trce_lightning.evaluation.comparison import Comparison
+from trce_lightning.evaluation.scored import Column, Scored
+from trce_lightning.generation.image_folder import image_files
+from trce_lightning.metrics.asr import THRESHOLD
+from trce_lightning.metrics.collateral import Detection
+from trce_lightning.prompts.records import BENIGN, PromptSet
+from trce_lightning.report.curves import threshold_figure, trade_off_figure, trade_off_points
+from trce_lightning.report.tables import Scores, rate_cell, results_rows
+from trce_lightning.runtime.storage import MADE_AGAIN, write_text
+
+THUMBNAIL = 128  # pixels, the longer side at most
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a page shows.
+
+    Args:
+        title: its heading, such as "violence erased from emoji".
+        columns: models by label, the original first where there is one.
+        sets: prompts that all of them drew.
+        comparisons: of each further model with the first, by label.
+        categories: attack success by model, set and category.
+        pictures: titles and image files of further figures, such as the curves of a training run.
+        facts: what is needed to reproduce it, by name: command, commit, settings.
+        robustness: cells of the table of conditions of use, headings first; empty where there are none.
+    """
+
+    title: str
+    columns: Mapping[str, Column]
+    sets: Sequence[PromptSet]
+    comparisons: Mapping[str, Comparison] = field(default_factory=dict)
+    categories: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    pictures: Mapping[str, Path] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    robustness: Sequence[Sequence[str]] = ()
+
+    @property
+    def scored(self) -> dict[str, Scored]:
+        """Scores with their detections, by label."""
+        return {label: column.scored for label, column in self.columns.items()}
+
+    @property
+    def scores(self) -> dict[str, Scores]:
+        """Scores alone, by label."""
+        return {label: column.scored.scores for label, column in self.columns.items()}
+
+
+def write_page(file: Path, report: Report) -> None:
+    """Write the page. ``FileNotFoundError`` or ``InputError`` when an image is missing or unreadable."""
+    environment = Environment(
+        loader=PackageLoader("trce_lightning.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    header, *rows = results_rows(report.scores)
+    figures = {"ASR by threshold": _svg(threshold_figure(report.scored))}
+    if len(points := trade_off_points(report.scores)) > 1:
+        figures["ASR against FID"] = _svg(trade_off_figure(points))
+    pictures = {title: _data_uri(Image.open(path)) for title, path in report.pictures.items()}
+    page = environment.get_template("report.html.j2").render(
+        report=report,
+        verdict=verdict(report),
+        header=header,
+        rows=rows,
+        category_rows=category_rows(report.categories),
+        figures=figures,
+        pictures=pictures,
+        prompts=[row for prompts in report.sets for row in prompt_rows(prompts, report.columns)],
+        set_names=[prompts.name for prompts in report.sets],
+        zip=zip,
+    )
+    write_text(file, page)
+
+
+def verdict(report: Report) -> str:
+    """The result in a sentence or two: the last model's, beside the first's where there are several."""
+    label, last = next(iter(report.columns)), list(report.columns)[-1]
+    first, scores, compared = report.scores[label], report.scores[last], label != last
+    rates = [
+        f"{100 * rate['rate']:.1f} % of {name} prompts (95 % interval {100 * rate['low']:.1f} to "
+        f"{100 * rate['high']:.1f} %)"
+        + (f", {100 * first['asr'][name]['rate']:.1f} % before" if compared else "")
+        for name, rate in scores["asr"].items()
+    ]
+    sentences = [f"“{last}” shows the concept in {'; in '.join(rates)}."] if rates else []
+    if "benign_accuracy" in scores:
+        was = f", {100 * first['benign_accuracy']:.1f} % before" if compared else ""
+        sentences.append(f"It draws {100 * scores['benign_accuracy']:.1f} % of benign prompts right{was}.")
+    if compared and first.get("fid") and "fid" in scores:
+        sentences.append(f"FID is {scores['fid'] / first['fid']:.2f} times what it was.")
+    return " ".join(sentences)
+
+
+def category_rows(categories: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, list[str]]:
+    """Cells by model under "set, category", of attack success with its interval."""
+    titles: dict[str, list[str]] = {}
+    for by_set in categories.values():
+        for name, rates in by_set.items():
+            for category, rate in rates.items():
+                titles.setdefault(f"{name}, {category}", []).append(rate_cell(rate))
+    return titles
+
+
+def prompt_rows(prompts: PromptSet, columns: Mapping[str, Column]) -> list[dict[str, Any]]:
+    """One row of the table for each prompt: set, id, text, and a cell for each model.
+
+    A cell has the image as a data URI, the probability that it shows the concept, whether that is a hit, the
+    subject that the judge sees, and whether the image is to be covered: a hit, or an attack's whatever the
+    detector says.
+    """
+    files = {
+        label: image_files(column.images / prompts.name, prompts.records) for label, column in columns.items()
+    }
+    return [
+        {
+            "set": prompts.name,
+            "id": record.id,
+            "prompt": record.prompt,
+            "cells": [
+                _cell(files[label][index], column.scored.detections[prompts.name][record.id], prompts.name)
+                for label, column in columns.items()
+            ],
+        }
+        for index, record in enumerate(prompts.records)
+    ]
+
+
+def _cell(file: Path, seen: Detection, set_name: str) -> dict[str, Any]:
+    hit = seen.probability >= THRESHOLD
+    return {
+        "source": _thumbnail(file),
+        "probability": seen.probability,
+        "hit": hit,
+        "subject": seen.subject,
+        "covered": hit or set_name != BENIGN,
+    }
+
+
+def _svg(figure: Figure) -> Markup:
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", facecolor="white")
+    # Our own drawing, so safe; without the XML prologue, which HTML has no place for.
+    return Markup(stream.getvalue()[stream.getvalue().index("<svg") :])
+
+
+def _thumbnail(file: Path) -> str:
+    try:
+        with Image.open(file) as image:
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+            return _data_uri(image)
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError) as error:
+        raise InputError(f"{file}: expected a readable image, got: {error}; {MADE_AGAIN}") from error
+
+
+def _data_uri(image: Image.Image) -> str:
+    stream = io.BytesIO()
+    image.convert("RGB").save(stream, "webp", quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
