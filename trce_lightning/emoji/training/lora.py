@@ -1,7 +1,8 @@
 """A benign LoRA of the embedded model, trained by ``python -m trce_lightning.emoji.training.lora FOLDER``.
 
-``robustness.lora=[FOLDER/pytorch_lora_weights.safetensors]`` scores an erased model with it on top. It is what a user would train on pictures of their own: the original model draws harmless subjects in one
-style, and learns to draw all that it is asked for in that style. Does it bring back what was erased?
+``robustness.lora=[FOLDER/pytorch_lora_weights.safetensors]`` scores an erased model with it
+on top. It is what a user would train on pictures of their own: the original model draws harmless subjects in
+one style, and learns to draw all that it is asked for in that style. Does it bring back what was erased?
 """
 
 from __future__ import annotations
