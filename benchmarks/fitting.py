@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.timing import seconds
 from trce_lightning import cli
-from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.adapters import Adapter
 from trce_lightning.concepts import load_concept
 from trce_lightning.config.schema import OptimizerConfig, TrainConfig, TrainerConfig, TrajectoryConfig
 from trce_lightning.data.datamodule import Batch, TrajectoryDataModule
@@ -25,6 +25,7 @@ from trce_lightning.data.plan import TrajectoryPlan, draw_plan
 from trce_lightning.data.trajectories import sample_missing
 from trce_lightning.jobs.trainers import make_trainer
 from trce_lightning.module import TRCE
+from trce_lightning.tokens import Text
 
 CPU = TrainerConfig(accelerator="cpu", devices=1, precision="32-true", enable_progress_bar=False)
 
@@ -54,7 +55,7 @@ def small(rows: int, epochs: int = 1, **options: Any) -> TrajectoryConfig:
 class Fit:
     """Trajectories of one adapter, sampled into a folder, and fits on them."""
 
-    def __init__(self, adapter: StableDiffusionAdapter, config: TrajectoryConfig, folder: Path) -> None:
+    def __init__(self, adapter: Adapter, config: TrajectoryConfig, folder: Path) -> None:
         pairs = load_concept(cli.config_folder() / "concept" / "violence.yaml").pairs()
         self.adapter, self.config, self.folder = adapter, config, folder
         self.plan: TrajectoryPlan = draw_plan(pairs, config, seed=0)
@@ -96,21 +97,21 @@ class StepsInTurns(pl.Callback):
         return statistics.median(self.plain[1:]), statistics.median(self.ours[1:])
 
 
-def inputs(adapter: StableDiffusionAdapter, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, timesteps and text states of a batch, as the module puts them together."""
+def inputs(adapter: Adapter, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return latents, timesteps and text states of a batch, as the module puts them together."""
     z_t = torch.cat([batch["malicious_z_t"], batch["unconditional_z_t"]])
     timestep = torch.cat([batch["malicious_timestep"], batch["unconditional_timestep"]])
-    empty = adapter.encode([""]).states.expand(len(batch["unconditional_z_t"]), -1, -1)
-    return z_t, timestep, torch.cat([batch["malicious_states"], empty])
+    empty = adapter.empty().expand(len(batch["unconditional_z_t"]))
+    return z_t, timestep, Text.cat([batch["malicious_text"], empty]).states["clip"]
 
 
-def forward_backward(adapter: StableDiffusionAdapter, batch: Batch) -> None:
+def forward_backward(adapter: Adapter, batch: Batch) -> None:
     """One forward pass on all latents of the batch and the backward pass of its mean square."""
     z_t, timestep, states = inputs(adapter, batch)
-    adapter.unet(z_t, timestep, encoder_hidden_states=states).sample.square().mean().backward()
+    adapter.denoiser(z_t, timestep, encoder_hidden_states=states).sample.square().mean().backward()
 
 
-def fit_in_turns(adapter: StableDiffusionAdapter, config: TrajectoryConfig) -> tuple[float, float]:
+def fit_in_turns(adapter: Adapter, config: TrajectoryConfig) -> tuple[float, float]:
     """Median seconds of forward and backward alone, and of our step."""
     with tempfile.TemporaryDirectory() as folder:
         steps = StepsInTurns()

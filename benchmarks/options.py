@@ -92,7 +92,8 @@ def network_and_inputs(name: str) -> tuple[UNet2DConditionModel, tuple[Tensor, T
     torch.manual_seed(0)
     if name == "embedded model":
         adapter = load_adapter(weights_folder())
-        unet, rows, side, states = adapter.unet, 48, adapter.latent_shape[1], adapter.encode([""]).states
+        unet, rows, side = adapter.denoiser, 48, adapter.latent_shape[1]
+        states = adapter.empty().states["clip"]
     else:
         unet, rows, side, states = networks.unet(), 2, 16, torch.randn(1, networks.TOKENS, 768)
     z_t = torch.randn(rows, unet.config.in_channels, side, side)

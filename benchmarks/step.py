@@ -15,6 +15,7 @@ from benchmarks.report import Row
 from benchmarks.timing import in_turns
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
 from trce_lightning.emoji.package import weights_folder
+from trce_lightning.tokens import Text
 
 SHARE = 1.15
 ROWS = 5
@@ -39,13 +40,14 @@ def embedded() -> tuple[float, float]:
 def authors() -> tuple[float, float]:
     """Seconds of the authors' iteration, and of the network's work that ours takes for the same latents."""
     adapter = load_adapter(weights_folder(), channels_last=True)
-    original, edited = copy.deepcopy(adapter.unet), copy.deepcopy(adapter.unet)
-    texts = adapter.encode(["", "a dagger", "a rose"]).states.split(1)
-    states = dict(zip(("uncond", "malicious", "safe"), texts, strict=True))
+    original, edited = copy.deepcopy(adapter.denoiser), copy.deepcopy(adapter.denoiser)
+    text = adapter.encode(["", "a dagger", "a rose"])
+    states = dict(zip(("uncond", "malicious", "safe"), text.states["clip"].split(1), strict=True))
+    batch = Text.cat([text.rows([1]), text.rows([0]).expand(ROWS - 1)])
     points = [
         plain.Point(torch.randn(1, *adapter.latent_shape), torch.tensor(500 + 50 * i)) for i in range(ROWS)
     ]
-    three = plain.Networks(*(evaluation(unet) for unet in (original, edited, adapter.unet)))
+    three = plain.Networks(*(evaluation(unet) for unet in (original, edited, adapter.denoiser)))
     for parameter in adapter.trainable("*.to_q").values():
         parameter.requires_grad_(True)
 
@@ -54,8 +56,7 @@ def authors() -> tuple[float, float]:
 
     def ours() -> None:
         z_t, timestep = torch.cat([row.z_t for row in points]), torch.stack([row.timestep for row in points])
-        text = torch.cat([states["malicious"], states["uncond"].expand(ROWS - 1, -1, -1)])
-        adapter.predict(z_t, timestep, text).square().mean().backward()
+        adapter.predict(z_t, timestep, batch).square().mean().backward()
 
     times = in_turns({"plain": theirs, "ours": ours}, repeats=9)
     return times["plain"], times["ours"]

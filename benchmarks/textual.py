@@ -31,6 +31,7 @@ from trce_lightning.config.schema import TextualConfig
 from trce_lightning.jobs.trainers import make_trainer
 from trce_lightning.prompts.keep import keep_prompts
 from trce_lightning.textual import (
+    CONTEXT,
     TextualStatistics,
     apply_edit_,
     cached_kept,
@@ -61,17 +62,18 @@ class Stage1:
 
     def __post_init__(self) -> None:
         self.pairs = prompt_pairs([self.concept])[self.concept.name]
-        self.projections = list(self.adapter.text_projections().values())
+        self.stream = self.adapter.streams()[CONTEXT]
+        self.projections = [entry.module for entry in self.stream.entries.values()]
         self.original = [layer.weight.data.clone() for layer in self.projections]
         self.trainer = make_trainer(CPU, self.cache)
         self.keep = self.statistics().keep
-        self.states = pair_states(self.adapter, self.pairs, self.config.positions)
+        self.states = pair_states(self.adapter, self.stream, self.pairs, self.config.positions)
         k = self.keep.k.float()
         self.sums = plain.KeptSums([weight @ k for weight in self.original], k)
 
     def ours(self) -> None:
         """Encode, solve, edit in place."""
-        apply_edit_(self.adapter, self.statistics().solve(self.config))
+        apply_edit_(self.stream, self.statistics().solve(self.config))
         self.restore()
 
     def statistics(self) -> TextualStatistics:

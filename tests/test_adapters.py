@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, CLIPTextModelWithProjection
 
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter, stable_diffusion
-from trce_lightning.adapters.stable_diffusion import fingerprint
+from trce_lightning.runtime.fingerprints import fingerprint
 from trce_lightning.errors import InputError
 from trce_lightning.generation.samplers import make_sampler
 from trce_lightning.textual import keyword_mask

@@ -13,7 +13,7 @@ from trce_lightning.concepts import Concept, PromptPair
 from trce_lightning.config.schema import EvalConfig, ModelConfig
 from trce_lightning.jobs.session import Session
 from trce_lightning.jobs.train import TrainingRun
-from trce_lightning.prompts.cut import check_pairs, warn_of_cut
+from trce_lightning.adapters.cut import check_pairs, warn_of_cut
 
 READ = MAX_LENGTH - 2
 """Characters without spaces, of which the tiny tokenizer makes one token each, between start and end."""

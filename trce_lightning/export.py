@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.adapters import Adapter
 from trce_lightning.closed_form import Edit
 from trce_lightning.config.schema import TextualConfig
 from trce_lightning.runtime.storage import replacing_folder, write_safetensors, write_text
@@ -56,7 +56,7 @@ def save_edit(
     write_safetensors(file, tensors, metadata)
 
 
-def save_pipeline(folder: Path, adapter: StableDiffusionAdapter, card: Mapping[str, Any]) -> None:
+def save_pipeline(folder: Path, adapter: Adapter, card: Mapping[str, Any]) -> None:
     """The whole pipeline in diffusers' format, moved into place when complete."""
     with replacing_folder(folder) as aside:
         adapter.pipeline.save_pretrained(aside)
@@ -69,7 +69,7 @@ def save_delta(file: Path, changed: Mapping[str, Tensor], base: str, fingerprint
     write_safetensors(file, tensors, {"base_model": base, "fingerprint": fingerprint})
 
 
-def save_single_file(file: Path, adapter: StableDiffusionAdapter, base: str, fingerprint: str) -> None:
+def save_single_file(file: Path, adapter: Adapter, base: str, fingerprint: str) -> None:
     """The whole pipeline in one file under the original code's names, for programs other than diffusers.
 
     ``InputError`` when the model has parts that the original code has no names for.

@@ -10,9 +10,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
-from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.adapters import Adapter
 from trce_lightning.adapters.finite import not_finite
 from trce_lightning.closed_form import Edit
 from trce_lightning.config.schema import OptimizerConfig, TrajectoryConfig
@@ -27,6 +27,7 @@ from trce_lightning.losses import (
     steering_hinge,
 )
 from trce_lightning.textual import apply_edit_
+from trce_lightning.tokens import Text
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class TRCE(pl.LightningModule):
 
     def __init__(
         self,
-        adapter: StableDiffusionAdapter,
+        adapter: Adapter,
         edit: Edit | None,
         trajectory: TrajectoryConfig,
         optimizer: OptimizerConfig,
@@ -57,7 +58,7 @@ class TRCE(pl.LightningModule):
         super().__init__()
         self.adapter, self.edit = adapter, edit
         self.trajectory, self.optimizer = trajectory, optimizer
-        self.unet = adapter.unet
+        self.denoiser = adapter.denoiser
         self.edited_names: list[str] = []
         self.trainable = adapter.trainable(trajectory.trainable)
         # Checkpoints hold changed tensors only.
@@ -66,7 +67,8 @@ class TRCE(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Apply stage 1, once, and free the parameters that stage 2 trains."""
         if self.edit is not None and not self.edited_names:
-            self.edited_names = apply_edit_(self.adapter, self.edit)
+            self.edited_names = apply_edit_(self.adapter.streams()["context"], self.edit)
+            self.adapter.weights_changed()
             log.info(
                 "stage 1 edited %d matrices: condition number %.2g, erase residual %.3f, keep residual %.2g",
                 len(self.edited_names),
@@ -74,28 +76,32 @@ class TRCE(pl.LightningModule):
                 self.edit.erase_residual,
                 self.edit.keep_residual,
             )
-        self.unet.requires_grad_(False)
+        self.denoiser.requires_grad_(False)
         for parameter in self.trainable.values():
             parameter.requires_grad_(True)
         if self.trajectory.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
+            self.denoiser.enable_gradient_checkpointing()
 
     def teardown(self, stage: str) -> None:
         """Leave the denoiser as others know it."""
         if self.trajectory.gradient_checkpointing:
-            self.unet.disable_gradient_checkpointing()
+            self.denoiser.disable_gradient_checkpointing()
 
     def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
         """An epoch that continues in the middle doesn't start again."""
-        if self.adapter.text_encoder.device.type != "cpu":
+        if any(_device_of(network).type != "cpu" for network in self._others()):
             self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
         """An epoch's steps need the denoiser alone: with ``offload`` the rest leaves the device."""
         if self.trajectory.offload:
-            self._empty_states()
-            for network in (self.adapter.text_encoder, self.adapter.vae):
+            self._empty_text()
+            for network in self._others():
                 network.to("cpu")
+
+    def _others(self) -> list[nn.Module]:
+        """Return the networks that no training step needs."""
+        return [network for network in self.adapter.networks().values() if network is not self.denoiser]
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
         """After the epoch's last step everything is back, before callbacks draw images.
@@ -116,7 +122,7 @@ class TRCE(pl.LightningModule):
 
     def changed_tensors(self) -> dict[str, Tensor]:
         """Edited and trainable tensors by their name in the denoiser."""
-        tensors = dict(self.unet.named_parameters())
+        tensors = dict(self.denoiser.named_parameters())
         return {name: tensors[name].detach() for name in sorted({*self.edited_names, *self.trainable})}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -163,7 +169,7 @@ class TRCE(pl.LightningModule):
             )
         when = "before the optimizer's first step"
         if not all(prediction.isfinite().all() for prediction in predictions.values()):
-            return not_finite(self.adapter.name, f"the denoiser's output {when}", self.unet)
+            return not_finite(self.adapter.name, f"the denoiser's output {when}", self.denoiser)
         return InputError(
             f"trajectory.beta: expected finite losses, got {loss} {when}, of predictions and cached "
             f"trajectories that are finite, with {self.trajectory.beta}; lower it"
@@ -171,23 +177,23 @@ class TRCE(pl.LightningModule):
 
     def _predict(self, batch: Batch) -> dict[str, Tensor]:
         """ε̂ of every kind in one forward: (z_t, c_m), (z_t, ∅) where the ∅ hinge holds, (z_u, ∅)."""
-        empty = self._empty_states()
+        empty = self._empty_text()
         every = slice(None)
-        inputs: dict[str, tuple[str, slice | Tensor, Tensor]] = {
-            "malicious": ("malicious", every, batch["malicious_states"])
+        inputs: dict[str, tuple[str, slice | Tensor, Text]] = {
+            "malicious": ("malicious", every, batch["malicious_text"])
         }
         if self.trajectory.uncond_hinge_weight:
             # At pure noise malicious and unconditional latents have one distribution: there the preserve loss
             # asks for the opposite.
             later = (batch["malicious_step_index"] > 0).nonzero().flatten()
-            inputs["uncond"] = ("malicious", later, empty.expand(len(later), -1, -1))
+            inputs["uncond"] = ("malicious", later, empty.expand(len(later)))
         if "unconditional_z_t" in batch and self.trajectory.preserve_weight:
             count = len(batch["unconditional_z_t"])
-            inputs["preserve"] = ("unconditional", every, empty.expand(count, -1, -1))
+            inputs["preserve"] = ("unconditional", every, empty.expand(count))
         z_t = torch.cat([batch[f"{kind}_z_t"][rows] for kind, rows, _ in inputs.values()])
         timestep = torch.cat([batch[f"{kind}_timestep"][rows] for kind, rows, _ in inputs.values()])
-        output = self.adapter.predict(z_t, timestep, torch.cat([states for *_, states in inputs.values()]))
-        parts = output.split([len(states) for *_, states in inputs.values()])
+        output = self.adapter.predict(z_t, timestep, Text.cat([text for *_, text in inputs.values()]))
+        parts = output.split([len(text) for *_, text in inputs.values()])
         return dict(zip(inputs, parts, strict=True))
 
     def _losses(self, batch: Batch, predictions: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -228,22 +234,26 @@ class TRCE(pl.LightningModule):
         self.log_dict(step, on_step=True, on_epoch=False, batch_size=1)
         self.log_dict(epoch, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
-    def _empty_states(self) -> Tensor:
+    def _empty_text(self) -> Text:
         if not hasattr(self, "_empty"):
-            self._empty = self.adapter.encode([""]).states
+            self._empty = self.adapter.empty()
         return self._empty.to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep changed tensors only."""
         changed = self.changed_tensors()
-        checkpoint["state_dict"] = {f"unet.{name}": tensor for name, tensor in changed.items()}
+        checkpoint["state_dict"] = {f"denoiser.{name}": tensor for name, tensor in changed.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """``InputError`` unless the checkpoint holds exactly the tensors that this run changes."""
-        expected = {f"unet.{name}" for name in self.changed_tensors()}
+        expected = {f"denoiser.{name}" for name in self.changed_tensors()}
         found = set(checkpoint["state_dict"])
         if found != expected:
             raise InputError(
                 f"checkpoint: expected {len(expected)} changed tensors, got {len(found)}, "
                 f"{len(found ^ expected)} of them not the same; use fresh=true"
             )
+
+
+def _device_of(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device

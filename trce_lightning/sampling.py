@@ -1,60 +1,108 @@
-"""Deterministic DDIM (η = 0, no clipping) for networks that predict ε or v, and seeded noise.
+"""One deterministic denoising step for networks that predict ε, v or a flow, and seeded noise.
 
-z_t = √ᾱ_t z_0 + √(1 − ᾱ_t) ε and v = √ᾱ_t ε − √(1 − ᾱ_t) z_0. A `timestep` is in [0, num_train_timesteps); a
-`step_index` counts sampling steps from pure noise at 0. ᾱ arguments are a number, a scalar tensor, [B] or
-[B, 1, 1, 1]. Latents are computed and returned in float32. (DDIM: arXiv 2010.02502; v: arXiv 2202.00512.)
+Every family of models mixes a clean latent z_0 with noise ε in its own proportions:
+
+    z_t = a_t z_0 + σ_t ε          a: signal, σ: sigma
+
+Diffusion has a = √ᾱ and σ = √(1 − ᾱ), flow matching a = 1 − σ. The network predicts ε, or v = a ε − σ z_0, or
+the flow ε − z_0. A step recovers z_0 and ε from the prediction and mixes them again in the proportions of the
+next level. For ε and v that is DDIM with η = 0 and without clipping, for flows it is Euler's method.
+
+A `timestep` is what the network is told; a `step_index` counts sampling steps from pure noise at 0. Latents
+are computed and returned in float32. (DDIM: arXiv 2010.02502; v: arXiv 2202.00512; flow matching: arXiv
+2210.02747.)
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trce_lightning.losses import guided_prediction, per_image
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+DIFFUSION_PREDICTIONS = ("epsilon", "v_prediction")
+PREDICTION_TYPES = (*DIFFUSION_PREDICTIONS, "flow")
 
 
-def previous_alpha_bar(
-    alphas_cumprod: Tensor, timesteps: Tensor, step_index: int, set_alpha_to_one: bool
-) -> Tensor:
-    """ᾱ of the latent that step `step_index` arrives at, a scalar tensor: T // n timesteps further down.
+class Schedule(NamedTuple):
+    """The noise levels of a sampling run of n steps.
 
-    T is the number of training timesteps, n that of `timesteps`, the whole descending list. As in diffusers,
-    that is the next of them where they are equally far apart, and next to it where they are rounded. Below 0
-    it is 1 with `set_alpha_to_one`, else `alphas_cumprod[0]`. ValueError when `step_index` is out of range.
+    Step i leads from `signal[i]`, `sigma[i]` to `next_signal[i]`, `next_sigma[i]`. Where steps are rounded,
+    as DDIM's are, it doesn't arrive exactly where step i + 1 begins.
     """
-    if not 0 <= step_index < len(timesteps):
-        raise ValueError(f"step_index must be in [0, {len(timesteps)}), got {step_index}")
-    previous = int(timesteps[step_index]) - len(alphas_cumprod) // len(timesteps)
-    if previous >= 0:
-        return alphas_cumprod[previous]
-    return torch.ones_like(alphas_cumprod[0]) if set_alpha_to_one else alphas_cumprod[0]
+
+    timesteps: Tensor
+    """[n], descending, as the network wants them: int64, or float32 for flow matching."""
+    signal: Tensor
+    """[n] float32, a of each step's latent."""
+    sigma: Tensor
+    """[n] float32, σ of each step's latent."""
+    next_signal: Tensor
+    """[n] float32, a of the latent that each step arrives at."""
+    next_sigma: Tensor
+    """[n] float32, σ of the latent that each step arrives at."""
+    prediction_type: str
+    """One of `PREDICTION_TYPES`."""
 
 
-def ddim_step(
-    prediction: Tensor,
-    z_t: Tensor,
-    alpha_bar_t: float | Tensor,
-    alpha_bar_prev: float | Tensor,
-    prediction_type: str,
-) -> Tensor:
-    """z_prev = √ᾱ_prev z_0 + √(1 − ᾱ_prev) ε, with z_0 and ε as the prediction implies: [B, C, H, W] float32.
+def ddim_schedule(
+    alphas_cumprod: Tensor, timesteps: Tensor, prediction_type: str, *, set_alpha_to_one: bool
+) -> Schedule:
+    """Return the levels of DDIM at `timesteps`, a descending list of n out of T training timesteps.
 
-    ValueError on an unknown prediction type.
+    As in diffusers, a step arrives T // n timesteps further down. That is the next of `timesteps` where these
+    are equally far apart, and beside it where they are rounded. Below timestep 0 ᾱ is 1 with
+    `set_alpha_to_one`, else `alphas_cumprod[0]`. `alphas_cumprod` is ᾱ of every training timestep, [T].
     """
-    clean, eps = _clean_and_eps(prediction, z_t, alpha_bar_t, prediction_type)
-    return add_noise(clean, eps, alpha_bar_prev)
+    arrival = timesteps - len(alphas_cumprod) // len(timesteps)
+    last = torch.ones_like(alphas_cumprod[0]) if set_alpha_to_one else alphas_cumprod[0]
+    alpha_bar = alphas_cumprod[timesteps].float()
+    next_alpha_bar = torch.where(arrival >= 0, alphas_cumprod[arrival.clamp_min(0)], last).float()
+    levels = (alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), next_alpha_bar.sqrt(), (1 - next_alpha_bar).sqrt())
+    return Schedule(timesteps, *levels, prediction_type)
 
 
-def add_noise(z_0: Tensor, eps: Tensor, alpha_bar_t: float | Tensor) -> Tensor:
-    """z_t = √ᾱ_t z_0 + √(1 − ᾱ_t) ε, [B, C, H, W] float32."""
-    signal, sigma = _signal_and_sigma(alpha_bar_t, z_0)
-    return signal * z_0.float() + sigma * eps.float()
+def denoise_step(prediction: Tensor, z_t: Tensor, schedule: Schedule, step_index: int) -> Tensor:
+    """Return the latents after a step: z' = a' z_0 + σ' ε, with z_0 and ε as the prediction implies.
+
+    [B, C, H, W] twice → [B, C, H, W] float32. ValueError on an unknown prediction type and when `step_index`
+    is not in [0, n).
+    """
+    if not 0 <= step_index < len(schedule.timesteps):
+        raise ValueError(f"step_index must be in [0, {len(schedule.timesteps)}), got {step_index}")
+    signal, sigma = schedule.signal[step_index], schedule.sigma[step_index]
+    z_0, eps = clean_and_eps(prediction, z_t, signal, sigma, schedule.prediction_type)
+    return mix(z_0, eps, schedule.next_signal[step_index], schedule.next_sigma[step_index])
+
+
+def mix(z_0: Tensor, eps: Tensor, signal: float | Tensor, sigma: float | Tensor) -> Tensor:
+    """Return a z_0 + σ ε, [B, C, H, W] float32. `signal` and `sigma` as `per_image` takes them."""
+    return per_image(signal, z_0) * z_0.float() + per_image(sigma, z_0) * eps.float()
+
+
+def clean_and_eps(
+    prediction: Tensor, z_t: Tensor, signal: float | Tensor, sigma: float | Tensor, prediction_type: str
+) -> tuple[Tensor, Tensor]:
+    """Return z_0 and ε, [B, C, H, W] float32 each, that a prediction for `z_t` implies.
+
+    From z = a z_0 + σ ε: ε gives z_0 = (z − σ ε) / a. v gives z_0 = a z − σ v and ε = a v + σ z, since
+    a² + σ² = 1. The flow u = ε − z_0 gives z_0 = z − σ u and ε = z + a u, since a + σ = 1. ValueError on an
+    unknown type.
+    """
+    signal, sigma = per_image(signal, z_t), per_image(sigma, z_t)
+    prediction, z_t = prediction.float(), z_t.float()
+    if prediction_type == "epsilon":
+        return (z_t - sigma * prediction) / signal, prediction
+    if prediction_type == "v_prediction":
+        return signal * z_t - sigma * prediction, signal * prediction + sigma * z_t
+    if prediction_type == "flow":
+        return z_t - sigma * prediction, z_t + signal * prediction
+    raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, got {prediction_type!r}")
 
 
 def classifier_free_guidance(uncond: Tensor, cond: Tensor, guidance_scale: float | Tensor) -> Tensor:
-    """`guided_prediction` under sampling's name for β: ε_∅ + w (ε_c − ε_∅), float32."""
+    """Return ε_∅ + w (ε_c − ε_∅), float32: `guided_prediction` under sampling's name for β."""
     return guided_prediction(uncond, cond, guidance_scale)
 
 
@@ -64,31 +112,14 @@ def is_guided(guidance_scale: float) -> bool:
 
 
 def noise(shape: Sequence[int], seed: int | torch.Generator) -> Tensor:
-    """Standard normal noise of one image, float32 on the CPU, a function of `shape` and `seed` alone.
+    """Return standard normal noise of one image, float32 on the CPU, a function of `shape` and `seed` alone.
 
-    Of a CPU generator in a seed's place it is what comes next.
+    If `seed` is a CPU generator, return its next values.
     """
     generator = seed if isinstance(seed, torch.Generator) else seeded(seed)
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
 
 
 def seeded(seed: int) -> torch.Generator:
-    """A CPU generator; it reads the low 32 bits of `seed`."""
+    """Return a CPU generator; it reads the low 32 bits of `seed`."""
     return torch.Generator("cpu").manual_seed(seed)
-
-
-def _clean_and_eps(
-    prediction: Tensor, z_t: Tensor, alpha_bar_t: float | Tensor, prediction_type: str
-) -> tuple[Tensor, Tensor]:
-    signal, sigma = _signal_and_sigma(alpha_bar_t, z_t)
-    prediction, z_t = prediction.float(), z_t.float()
-    if prediction_type == "epsilon":
-        return (z_t - sigma * prediction) / signal, prediction
-    if prediction_type == "v_prediction":
-        return signal * z_t - sigma * prediction, signal * prediction + sigma * z_t
-    raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, got {prediction_type!r}")
-
-
-def _signal_and_sigma(alpha_bar: float | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    alpha_bar = per_image(alpha_bar, like)
-    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()

@@ -1,4 +1,4 @@
-"""Stage 1 on a model: encode prompts, accumulate statistics, solve, edit every cross-attention K and V."""
+"""Stage 1 on a model: encode prompts, accumulate statistics, solve for T, and edit what reads text states."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from trce_lightning.adapters import StableDiffusionAdapter, TextStates
+from trce_lightning.adapters import Adapter, Stream
 from trce_lightning.closed_form import (
     Edit,
     KeepStatistics,
@@ -31,15 +31,22 @@ from trce_lightning.config.schema import TextualConfig
 from trce_lightning.errors import InputError
 from trce_lightning.runtime.ranks import Rank, on_each_rank
 from trce_lightning.runtime.storage import read_safetensors, reading, write_safetensors
-from trce_lightning.tokens import position_mask
+from trce_lightning.tokens import Text, position_mask
+
+ENCODE_BATCH = 32
+"""Prompts that are encoded together."""
+CONTEXT = "context"
+"""The stream of an adapter that stage 1 edits."""
 
 
 @dataclass(frozen=True)
 class TextualStatistics:
-    """What stage 1 is solved from: pair statistics by concept, and the kept states' mean."""
+    """The statistics that stage 1 is solved from."""
 
     pairs: dict[str, PairStatistics]
+    """Pair statistics by concept."""
     keep: KeepStatistics
+    """The mean over the kept states."""
 
     def solve(self, config: TextualConfig) -> Edit:
         """Return T over all concepts. ``InputError`` names ``textual.ridge`` if T is not determined."""
@@ -51,26 +58,27 @@ class TextualStatistics:
 
 
 def textual_statistics(
-    adapter: StableDiffusionAdapter,
-    concepts: Sequence[Concept],
-    kept: Kept,
-    config: TextualConfig,
+    adapter: Adapter, concepts: Sequence[Concept], kept: Kept, config: TextualConfig
 ) -> TextualStatistics:
-    """Encode every concept's pairs, and put what is to keep together.
+    """Encode every concept's pairs and combine what is to be kept.
 
-    K is the mean over: every position of the padded kept prompts with weight 1, their first EoT (what the
-    pairs move) with ``keep_eot_weight``, every position of the empty prompt with ``empty_prompt_weight``, and
-    the safe prompts' EoT with ``safe_weight``; each part counts as one mean.
+    K is the mean over four parts. Each part counts as one mean:
+
+    - every position of the padded kept prompts, with weight 1;
+    - their first EoT, which the pairs move, with ``keep_eot_weight``;
+    - every position of the empty prompt, with ``empty_prompt_weight``;
+    - the EoT of the safe prompts, with ``safe_weight``.
     """
+    stream = adapter.streams()[CONTEXT]
     pairs, safe = {}, []
     for name, rows in prompt_pairs(concepts).items():
-        malicious, safe_states = pair_states(adapter, rows, config.positions)
+        malicious, safe_states = pair_states(adapter, stream, rows, config.positions)
         pairs[name] = pair_statistics(malicious, safe_states)
         safe.append(safe_states)
     parts = [
         (1.0, kept.every),
         (config.keep_eot_weight, kept.eot),
-        (config.empty_prompt_weight, keep_statistics(adapter.encode([""]).states[0])),
+        (config.empty_prompt_weight, keep_statistics(_all_states(adapter.empty(), stream))),
         (config.safe_weight, keep_statistics(torch.cat(safe))),
     ]
     weighted = [KeepStatistics(part.k, weight) for weight, part in parts if weight > 0]
@@ -78,110 +86,116 @@ def textual_statistics(
 
 
 def pair_states(
-    adapter: StableDiffusionAdapter, pairs: Sequence[PromptPair], positions: Sequence[str]
+    adapter: Adapter, stream: Stream, pairs: Sequence[PromptPair], positions: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
-    """States of ``pairs`` at ``positions``, ``[n, d]`` twice: row by row, by position, then pair.
+    """Return the states of ``pairs`` at ``positions``, ``[n, d]`` twice: by segment, position, then pair.
 
     SoT pairs with SoT and the first EoT with the first EoT. Padding pairs position by position, where both
     prompts are padded. Keywords differ in number of tokens: each pairs with the safe prompt's first EoT.
     """
-    prompts = [pair.malicious for pair in pairs] + [pair.safe for pair in pairs]
-    texts = _encode_each(adapter, prompts, trimmed="padding" not in positions)
+    encoded = _encode_each(adapter, pairs, positions)
+    malicious, safe = encoded[: len(pairs)], encoded[len(pairs) :]
     aligned = [
-        _aligned(adapter, which, pair.term, source, target)
+        _aligned(segment, which, *row)
+        for segment in stream.segments
         for which in positions
-        for pair, source, target in zip(pairs, texts[: len(pairs)], texts[len(pairs) :], strict=True)
+        for row in zip(malicious, safe, strict=True)
     ]
-    malicious, safe = zip(*aligned, strict=True)
-    return torch.cat(malicious), torch.cat(safe)
+    sources, targets = zip(*aligned, strict=True)
+    return torch.cat(sources), torch.cat(targets)
 
 
-def _encode_each(
-    adapter: StableDiffusionAdapter, prompts: Sequence[str], *, trimmed: bool
-) -> list[TextStates]:
-    """Every prompt's states ``[1, L, d]``, encoded together with prompts of like length, to trim most."""
-    lengths = [len(ids) for ids in adapter.token_ids(prompts, cut=True)]
-    encoded: dict[int, TextStates] = {}
-    for rows in tqdm(batches_by_length(lengths), "encoding pairs", leave=False):
-        text = adapter.encode([prompts[row] for row in rows], trimmed=trimmed)
-        one_by_one = zip(text.states.split(1), text.input_ids.split(1), strict=True)
-        encoded |= {row: TextStates(*one) for row, one in zip(rows, one_by_one, strict=True)}
+class _Encoded(NamedTuple):
+    """One prompt's text, B = 1, and where it spells its term by segment, bool ``[1, L]``."""
+
+    text: Text
+    term: dict[str, Tensor]
+
+
+def _encode_each(adapter: Adapter, pairs: Sequence[PromptPair], positions: Sequence[str]) -> list[_Encoded]:
+    """Encode the malicious prompts, then the safe ones, each together with prompts of like length."""
+    prompts = [pair.malicious for pair in pairs] + [pair.safe for pair in pairs]
+    terms, trimmed = 2 * [pair.term for pair in pairs], "padding" not in positions
+    encoded: dict[int, _Encoded] = {}
+    for rows in tqdm(batches_by_length(adapter.token_counts(prompts)), "encoding pairs", leave=False):
+        chosen = [prompts[row] for row in rows]
+        text = adapter.encode(chosen, trimmed=trimmed)
+        found: dict[str, Tensor] = {}
+        if "keyword" in positions:
+            found = adapter.mentions(chosen, [terms[row] for row in rows], trimmed=trimmed)
+        for index, row in enumerate(rows):
+            own = slice(index, index + 1)
+            encoded[row] = _Encoded(text.rows(own), {name: mask[own] for name, mask in found.items()})
     return [encoded[row] for row in range(len(prompts))]
 
 
 def batches_by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Row indices in order of length, in batches of like length."""
+    """Return row indices in order of length, in batches of like length."""
     order = torch.tensor(lengths).argsort(stable=True)
     return [batch.tolist() for batch in order.split(ENCODE_BATCH)]
 
 
-def _aligned(
-    adapter: StableDiffusionAdapter, which: str, term: str, source: TextStates, target: TextStates
-) -> tuple[Tensor, Tensor]:
-    """A malicious prompt's states at one kind of position, and the safe prompt's that they pair with."""
-    eos_token_id = adapter.tokenizer.eos_token_id
-    keyword = keyword_mask(adapter, source.input_ids, [term]) if which == "keyword" else None
-    mask = position_mask(source.input_ids, eos_token_id, [which], keyword)
+def _aligned(segment: str, which: str, malicious: _Encoded, safe: _Encoded) -> tuple[Tensor, Tensor]:
+    """Return a malicious prompt's states at one kind of position, and the safe states that they pair with."""
+    sources, roles = malicious.text.states[segment], malicious.text.roles[segment]
+    targets, safe_roles = safe.text.states[segment], safe.text.roles[segment]
+    mask = position_mask(roles, [which], malicious.term.get(segment))
     if which == "padding":
-        mask = mask & position_mask(target.input_ids, eos_token_id, ["padding"])
-        return source.states[mask], target.states[mask]
-    end = position_mask(target.input_ids, eos_token_id, ["sot" if which == "sot" else "eot"])
-    return source.states[mask], target.states[end].expand(int(mask.sum()), -1)
+        mask = mask & position_mask(safe_roles, ["padding"])
+        return sources[mask], targets[mask]
+    end = position_mask(safe_roles, ["sot" if which == "sot" else "eot"])
+    return sources[mask], targets[end].expand(int(mask.sum()), -1)
 
 
-def keyword_mask(adapter: StableDiffusionAdapter, input_ids: Tensor, terms: Sequence[str]) -> Tensor:
-    """True where a prompt's tokens spell its term, bool ``[B, L]``; all False where the term isn't found."""
-    mask = torch.zeros_like(input_ids, dtype=torch.bool)
-    for row, ids in enumerate(adapter.token_ids(terms, special=False)):
-        word = torch.tensor(ids)
-        if len(word) > input_ids.shape[1]:
-            continue
-        windows = input_ids[row].unfold(0, len(word), 1)
-        for start in (windows == word).all(1).nonzero().flatten().tolist():
-            mask[row, start : start + len(word)] = True
-    return mask
+def apply_edit_(stream: Stream, edit: Edit) -> list[str]:
+    """Replace W by W T in place in every entry of a stream, and return the names of the changed tensors.
 
-
-def apply_edit_(adapter: StableDiffusionAdapter, edit: Edit) -> list[str]:
-    """Replace W by W T in place for every cross-attention K and V; returns their names."""
-    projections = adapter.text_projections()
-    weights = [projection.weight.data for projection in projections.values()]
+    Only the columns that read the text states change; biases stay.
+    """
+    weights = [
+        entry.module.weight.data[:, entry.first : entry.first + stream.width]
+        for entry in stream.entries.values()
+    ]
     for weight, edited in zip(weights, apply_edits(weights, edit.transform), strict=True):
         weight.copy_(edited)
-    adapter.weights_changed()
-    return [f"{name}.weight" for name in projections]
-
-
-ENCODE_BATCH = 32
+    return [f"{name}.weight" for name in stream.entries]
 
 
 class Kept(NamedTuple):
-    """Means over the positions of padded prompts, ``every`` one and their first EoT; weights count states."""
+    """Means of e_k e_kᵀ over the states of padded prompts; their weights count states."""
 
     every: KeepStatistics
+    """The mean over every position."""
     eot: KeepStatistics
+    """The mean over the first EoT of each prompt."""
 
 
-def kept_statistics(adapter: StableDiffusionAdapter, prompts: Sequence[str], *, shown: bool = True) -> Kept:
-    """Encode ``prompts``; without any, both means are 0 with weight 0. ``shown``: with a progress bar."""
-    d = _width(adapter)
-    nothing = KeepStatistics(torch.zeros(d, d, dtype=torch.float64), 0.0)
+def kept_statistics(adapter: Adapter, prompts: Sequence[str], *, shown: bool = True) -> Kept:
+    """Encode ``prompts`` and sum their states; without any, both means are 0 with weight 0.
+
+    ``shown`` shows a progress bar.
+    """
+    stream = adapter.streams()[CONTEXT]
+    nothing = KeepStatistics(torch.zeros(stream.width, stream.width, dtype=torch.float64), 0.0)
     every, eot = [], []
     batches = range(0, len(prompts), ENCODE_BATCH)
     for start in tqdm(batches, "encoding prompts to keep", leave=False, disable=not shown):
         text = adapter.encode(prompts[start : start + ENCODE_BATCH])
-        ends = position_mask(text.input_ids, adapter.tokenizer.eos_token_id, ["eot"])
-        every.append(keep_statistics(text.states.flatten(0, 1)))
-        eot.append(keep_statistics(text.states[ends]))
+        every.append(keep_statistics(_all_states(text, stream)))
+        ends = [text.states[name][position_mask(text.roles[name], ["eot"])] for name in stream.segments]
+        eot.append(keep_statistics(torch.cat(ends)))
     return Kept(*(merge_keep(parts) if parts else nothing for parts in (every, eot)))
 
 
-def cached_kept(
-    trainer: pl.Trainer, adapter: StableDiffusionAdapter, prompts: Sequence[str], cache: Path
-) -> Kept:
-    """:func:`kept_statistics` with weights 1, from ``cache`` if the same encoder has seen the same prompts.
+def _all_states(text: Text, stream: Stream) -> Tensor:
+    """Return the states of all positions that a stream edits, ``[n, d]``."""
+    return torch.cat([text.states[name].flatten(0, 1) for name in stream.segments])
 
-    Else every rank encodes a share. All must see ``cache``. The text encoder stays where it is.
+
+def cached_kept(trainer: pl.Trainer, adapter: Adapter, prompts: Sequence[str], cache: Path) -> Kept:
+    """Return :func:`kept_statistics` with weights 1, from ``cache`` if the encoder has seen these prompts.
+
+    If it hasn't, every rank encodes a share. All ranks must see ``cache``. Text encoders stay where they are.
 
     Raises:
         InputError: no prompts.
@@ -189,17 +203,15 @@ def cached_kept(
     if not prompts:
         raise InputError("textual.keep_prompts: expected at least one prompt to keep, got none")
     text = "\n".join([adapter.text_fingerprint(), *prompts])
-    d = _width(adapter)
+    d = adapter.streams()[CONTEXT].width
     file = cache / f"kept-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.safetensors"
 
     def encode(rank: Rank) -> None:
         # Rank 0 decides: another run may write the file between two ranks' looks at it.
         if trainer.strategy.broadcast(file.exists()):
             return
-        home = adapter.text_encoder.device
-        adapter.text_encoder.to(rank.device)
-        share = kept_statistics(adapter, prompts[rank.index :: rank.world_size], shown=rank.index == 0)
-        adapter.text_encoder.to(home)
+        with adapter.encoding_on(rank.device):
+            share = kept_statistics(adapter, prompts[rank.index :: rank.world_size], shown=rank.index == 0)
         means = {name: _over_ranks(trainer, rank, part) for name, part in share._asdict().items()}
         if rank.index == 0:
             write_safetensors(file, means)
@@ -210,13 +222,8 @@ def cached_kept(
         return Kept(*(KeepStatistics(means[name].view(d, d), 1.0) for name in Kept._fields))
 
 
-def _width(adapter: StableDiffusionAdapter) -> int:
-    """Of a text state."""
-    return next(iter(adapter.text_projections().values())).in_features
-
-
 def _over_ranks(trainer: pl.Trainer, rank: Rank, part: KeepStatistics) -> Tensor:
-    """K of all ranks' prompts, [d, d] float64."""
+    """Return K of all ranks' prompts, [d, d] float64."""
     if rank.world_size == 1:
         return part.k
     weighted = torch.cat([(part.k * part.weight).flatten(), torch.tensor([part.weight], dtype=torch.float64)])

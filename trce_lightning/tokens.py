@@ -1,20 +1,79 @@
-"""Positions in a tokenised prompt: start of text (SoT), keyword, first end of text (EoT), padding.
+"""What a denoiser is told beside latents and time: text states by segment, with a role for each position.
 
-Token positions (`token_index`) count tokens from the SoT at 0. Padding is whatever follows the first EoT, by
-position: some tokenizers pad with the EoT itself, others with another token (SD 2.x: "!"). `eos_token_id` is
-the tokenizer's; a text encoder's config may hold another number under that name.
+A segment is what one text encoder, or several side by side, give: "clip", "t5", or "pooled" of one position.
+Token positions (`token_index`) count tokens from the start of text (SoT) at 0. Padding is whatever follows
+the first end of text (EoT), by position: some tokenizers pad with the EoT itself, others with another token
+(SD 2.x: "!"). `eos_token_id` is the tokenizer's; a text encoder's config may hold another number under that
+name.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+Rows: TypeAlias = slice | Tensor | Sequence[int]
 POSITIONS = ("sot", "keyword", "eot", "padding")
 
 
+class Role(IntEnum):
+    """The role of a position. T5 has no SoT; its EoT is ``</s>``. A pooled vector is an EoT."""
+
+    SOT, WORD, EOT, PADDING = range(4)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Prompts as a denoiser reads them, by segment."""
+
+    states: dict[str, Tensor]
+    """Text states, segment → ``[B, L, d]`` float32; of a pooled segment L is 1."""
+    roles: dict[str, Tensor]
+    """Roles of the positions, segment → int8 ``[B, L]``."""
+
+    def __post_init__(self) -> None:
+        assert self.states.keys() == self.roles.keys()
+        assert all(self.states[name].shape[:2] == roles.shape for name, roles in self.roles.items())
+
+    def __len__(self) -> int:
+        """Return B, the number of prompts."""
+        return len(next(iter(self.states.values())))
+
+    def rows(self, chosen: Rows) -> Text:
+        """Return some of the prompts: a slice, indices or a mask."""
+        return self._each(lambda tensor: tensor[chosen])
+
+    def expand(self, count: int) -> Text:
+        """Return one prompt ``count`` times, without copies. B must be 1."""
+        return self._each(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
+
+    def to(self, device: torch.device | str) -> Text:
+        """Return the same text on a device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    @staticmethod
+    def cat(texts: Sequence[Text]) -> Text:
+        """Return the prompts of all ``texts``, one after another; these have equal segments and lengths."""
+        names = texts[0].states
+        return Text(
+            {name: torch.cat([text.states[name] for text in texts]) for name in names},
+            {name: torch.cat([text.roles[name] for text in texts]) for name in names},
+        )
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Text:
+        return Text(
+            {name: change(states) for name, states in self.states.items()},
+            {name: change(roles) for name, roles in self.roles.items()},
+        )
+
+
 def eot_index(input_ids: Tensor, eos_token_id: int) -> Tensor:
-    """Token index of the first EoT of each prompt: [B, L] → [B] int64. ValueError if a prompt has none."""
+    """Return the token index of each prompt's first EoT: [B, L] → [B] int64. ValueError if one has none."""
     is_eot = input_ids == eos_token_id
     missing = (~is_eot.any(1)).nonzero().flatten().tolist()
     if missing:
@@ -24,30 +83,39 @@ def eot_index(input_ids: Tensor, eos_token_id: int) -> Tensor:
     return is_eot.int().argmax(1)
 
 
-def position_mask(
-    input_ids: Tensor, eos_token_id: int, which: Sequence[str], keyword_mask: Tensor | None = None
-) -> Tensor:
-    """True at the positions named by `which`, one or more of `POSITIONS`: [B, L] → bool [B, L].
+def roles_of(input_ids: Tensor, eos_token_id: int) -> Tensor:
+    """Return the `Role` of every position: [B, L] → int8 [B, L]. Position 0 is the SoT.
 
-    "padding" is every position after the first EoT; "keyword" is `keyword_mask` (bool [B, L]). Raises
-    ValueError on an unknown or no name, a missing or misshapen `keyword_mask`, and a prompt without EoT.
+    ValueError if a prompt has no EoT.
+    """
+    token_index = torch.arange(input_ids.shape[1], device=input_ids.device)
+    first_eot = eot_index(input_ids, eos_token_id)[:, None]
+    roles = torch.full_like(input_ids, Role.WORD, dtype=torch.int8)
+    roles[:, 0] = Role.SOT
+    roles[token_index == first_eot] = Role.EOT
+    roles[token_index > first_eot] = Role.PADDING
+    return roles
+
+
+def position_mask(roles: Tensor, which: Sequence[str], keyword_mask: Tensor | None = None) -> Tensor:
+    """Return True at the positions that `which` names, some of `POSITIONS`: int8 [B, L] → bool [B, L].
+
+    "keyword" is `keyword_mask` (bool [B, L]), the others are roles. Raises ValueError on an unknown or no
+    name and on a missing or misshapen `keyword_mask`.
     """
     if isinstance(which, str) or not which or not set(which) <= set(POSITIONS):
         raise ValueError(f"which must be a list of one or more of {POSITIONS}, got {which!r}")
-    token_index = torch.arange(input_ids.shape[1], device=input_ids.device)
-    first_eot = eot_index(input_ids, eos_token_id)[:, None]
-    masks = {"sot": (token_index == 0).expand(input_ids.shape), "eot": token_index == first_eot}
-    masks["padding"] = token_index > first_eot
+    masks = {name.lower(): roles == Role[name] for name in ("SOT", "EOT", "PADDING")}
     if "keyword" in which:
-        if keyword_mask is None or keyword_mask.shape != input_ids.shape or keyword_mask.dtype != torch.bool:
+        if keyword_mask is None or keyword_mask.shape != roles.shape or keyword_mask.dtype != torch.bool:
             got = None if keyword_mask is None else f"{keyword_mask.dtype} {[*keyword_mask.shape]}"
-            raise ValueError(f'"keyword" needs keyword_mask, torch.bool {[*input_ids.shape]}, got {got}')
-        masks["keyword"] = keyword_mask.to(input_ids.device)
+            raise ValueError(f'"keyword" needs keyword_mask, torch.bool {[*roles.shape]}, got {got}')
+        masks["keyword"] = keyword_mask.to(roles.device)
     return torch.stack([masks[name] for name in which]).any(0)
 
 
 def trim_length(input_ids: Tensor, eos_token_id: int) -> int:
-    """The number of leading positions, in [1, L], that hold every prompt of `input_ids` [B, L] with its EoT.
+    """Return how many leading positions, in [1, L], hold every prompt of `input_ids` [B, L] with its EoT.
 
     A causal text encoder gives the same states up to each EoT when what lies beyond is cut off.
     """

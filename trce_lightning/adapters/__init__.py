@@ -1,6 +1,7 @@
 """Model families: the only place that knows diffusers' module names, and what loads, refuses and converts."""
 
 from trce_lightning.adapters.loading import load_adapter
-from trce_lightning.adapters.stable_diffusion import StableDiffusionAdapter, TextStates
+from trce_lightning.adapters.protocol import Adapter, Entry, Stream
+from trce_lightning.adapters.stable_diffusion import StableDiffusionAdapter
 
-__all__ = ["StableDiffusionAdapter", "TextStates", "load_adapter"]
+__all__ = ["Adapter", "Entry", "StableDiffusionAdapter", "Stream", "load_adapter"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
 from trce_lightning.errors import InputError
-from trce_lightning.sampling import PREDICTION_TYPES
+from trce_lightning.sampling import DIFFUSION_PREDICTIONS
 
 DEFAULTS = "_use_default_values"
 """diffusers' record of settings that nobody gave."""
@@ -39,6 +40,34 @@ def ddim_of(scheduler: Any) -> DDIMScheduler:
             f"{name}: noise that is predicted from noise alone says nothing of the picture"
         )
     return ddim
+
+
+def scheduler_like(
+    ddim: DDIMScheduler, name: str, num_steps: int, timestep_spacing: str | None, device: torch.device | str
+) -> Any:
+    """Return diffusers' scheduler of class ``name`` on the noise schedule of ``ddim``, its timesteps set.
+
+    ``timestep_spacing`` None is the model's own. ``InputError`` when that class is for other models, draws by
+    another schedule or can't take ``num_steps``.
+    """
+    compatible = {kind.__name__ for kind in ddim.compatibles}
+    if name not in compatible:
+        raise InputError(f"sampler: expected one of {', '.join(sorted(compatible))}, got {name}")
+    spacing = {} if timestep_spacing is None else {"timestep_spacing": timestep_spacing}
+    scheduler = getattr(diffusers, name).from_config(ddim.config, **spacing)
+    if not has_schedule(scheduler, ddim.alphas_cumprod):
+        raise InputError(
+            f"sampler: expected one that draws by the model's noise schedule, got {name}, which has no "
+            "rescale_betas_zero_snr"
+        )
+    try:
+        scheduler.set_timesteps(num_steps, device=device)
+    except ValueError as error:  # PNDM's first steps take four
+        raise InputError(
+            f"num_inference_steps: expected a number that {name} can take, got {num_steps}: {error}"
+        ) from error
+    check_placed(scheduler.timesteps, scheduler.config.num_train_timesteps, num_steps)
+    return scheduler
 
 
 def has_schedule(scheduler: Any, alphas_cumprod: Tensor) -> bool:
@@ -71,9 +100,9 @@ def _refuse_other_processes(scheduler: Any) -> None:
             "and of continuous noise levels have no adapter yet"
         )
     prediction_type = config.get("prediction_type", "epsilon")
-    if prediction_type not in PREDICTION_TYPES or config.get("use_flow_sigmas"):
+    if prediction_type not in DIFFUSION_PREDICTIONS or config.get("use_flow_sigmas"):
         raise InputError(
-            f"model: expected prediction_type {' or '.join(PREDICTION_TYPES)}, got "
+            f"model: expected prediction_type {' or '.join(DIFFUSION_PREDICTIONS)}, got "
             f"{prediction_type}{' with use_flow_sigmas' if config.get('use_flow_sigmas') else ''} in {name}; "
             "others have no adapter yet"
         )

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -15,24 +15,19 @@ from torch import Tensor, nn
 from transformers import BatchEncoding
 
 from trce_lightning.adapters.finite import Finite, check_finite, not_finite
+from trce_lightning.adapters.protocol import Entry, Stream
 from trce_lightning.adapters.refusals import refuse_what_the_method_does_not_fit
-from trce_lightning.adapters.schedule import check_placed, ddim_of
+from trce_lightning.adapters.schedule import check_placed, ddim_of, scheduler_like
 from trce_lightning.adapters.single_file import original_state
 from trce_lightning.errors import InputError
-from trce_lightning.sampling import ddim_step, previous_alpha_bar
-from trce_lightning.tokens import trim_length
+from trce_lightning.runtime.fingerprints import fingerprint
+from trce_lightning.sampling import Schedule, ddim_schedule
+from trce_lightning.tokens import Role, Text, roles_of, trim_length
 
 PIXELS_AT_ONCE = 8 * 512**2
 """Of images that go through the autoencoder together: at 512 px each takes about 0.6 GB, by estimate."""
-
-
-class TextStates(NamedTuple):
-    """What the denoiser attends to, with the tokens that it belongs to."""
-
-    states: Tensor
-    """``[B, L, d]`` text-encoder states, float32."""
-    input_ids: Tensor
-    """``[B, L]`` int64, start of text first, padded after the first end of text."""
+SEGMENT = "clip"
+"""The one segment of text that these models read."""
 
 
 class StableDiffusionAdapter:
@@ -48,60 +43,60 @@ class StableDiffusionAdapter:
         refuse_what_the_method_does_not_fit(pipeline)
         self.pipeline = pipeline
         self.name = name or pipeline.name_or_path or "the pipeline in memory"
-        self.unet: UNet2DConditionModel = pipeline.unet
+        self.denoiser: UNet2DConditionModel = pipeline.unet
         self.tokenizer, self.text_encoder, self.vae = pipeline.tokenizer, pipeline.text_encoder, pipeline.vae
-        self.scheduler = ddim_of(pipeline.scheduler)
-        side = resolution or _latent_side(self.unet) * pipeline.vae_scale_factor
+        self.ddim = ddim_of(pipeline.scheduler)
+        side = resolution or _latent_side(self.denoiser) * pipeline.vae_scale_factor
         if side % pipeline.vae_scale_factor:
             raise InputError(
                 f"model.resolution: expected a multiple of {pipeline.vae_scale_factor} pixels, got {side}"
             )
         latent_side = side // pipeline.vae_scale_factor
-        self.latent_shape = (self.unet.config.in_channels, latent_side, latent_side)
+        self.latent_shape = (self.denoiser.config.in_channels, latent_side, latent_side)
         self.network_evaluations = 0
+        self.guided = True
         self._hashes: _Hashes | None = None
-        for network in (self.unet, self.text_encoder, self.vae):
+        for network in self.networks().values():
             network.requires_grad_(False).eval()
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser lies."""
-        return self.unet.device
+        """Return where the denoiser lies."""
+        return self.denoiser.device
 
     @property
     def side(self) -> int:
-        """Pixels of an image's side."""
+        """Return the pixels of an image's side."""
         return self.latent_shape[-1] * self.pipeline.vae_scale_factor
 
-    @property
-    def prediction_type(self) -> str:
-        """The network's output space: ``epsilon`` or ``v_prediction``."""
-        return str(self.scheduler.config.prediction_type)
-
-    @property
-    def alphas_cumprod(self) -> Tensor:
-        """ᾱ of every training timestep, ``[num_train_timesteps]``."""
-        return self.scheduler.alphas_cumprod
-
-    def timesteps(self, num_steps: int) -> Tensor:
-        """Descending timesteps of a sampling run with the model's own spacing, ``[num_steps]`` int64."""
-        self.scheduler.set_timesteps(num_steps)
-        return check_placed(self.scheduler.timesteps.cpu(), len(self.alphas_cumprod), num_steps)
+    def networks(self) -> dict[str, nn.Module]:
+        """Return all networks by the pipeline's names."""
+        return {"unet": self.denoiser, "text_encoder": self.text_encoder, "vae": self.vae}
 
     def to(self, device: torch.device | str) -> StableDiffusionAdapter:
         """Move all networks."""
         self.pipeline.to(device)
         return self
 
+    @contextmanager
+    def encoding_on(self, device: torch.device | str) -> Iterator[None]:
+        """Keep the text encoder on ``device`` within; afterwards it is where it was."""
+        home = self.text_encoder.device
+        self.text_encoder.to(device)
+        try:
+            yield
+        finally:
+            self.text_encoder.to(home)
+
     def to_channels_last(self) -> StableDiffusionAdapter:
         """Lay denoiser and decoder out as NHWC, which changes speed and last bits alone."""
-        for network in (self.unet, self.vae):
+        for network in (self.denoiser, self.vae):
             network.to(memory_format=torch.channels_last)
         return self
 
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids padded (and truncated) to the model's length, ``[B, L]`` on the CPU."""
-        return self._tokens(prompts).input_ids
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return token ids padded and cut to the model's length, int64 ``[B, L]`` on the CPU."""
+        return {SEGMENT: self._tokens(prompts).input_ids}
 
     def _tokens(self, prompts: Sequence[str]) -> BatchEncoding:
         tokens = self.tokenizer(
@@ -121,18 +116,21 @@ class StableDiffusionAdapter:
         return tokens
 
     def written_out(self, prompts: Sequence[str]) -> list[str]:
-        """Prompts with a textual inversion of several vectors as its tokens ``<x> <x>_1 …``, as diffusers."""
+        """Return the prompts as diffusers reads them.
+
+        A textual inversion of several vectors becomes its tokens ``<x> <x>_1 …``.
+        """
         added = self.tokenizer.added_tokens_encoder
         if any(f"{token}_1" in added for token in added):
             return self.pipeline.maybe_convert_prompt(list(prompts), self.tokenizer)
         return list(prompts)
 
-    def token_ids(
+    def _token_ids(
         self, prompts: Sequence[str], *, special: bool = True, cut: bool = False
     ) -> list[list[int]]:
-        """Token ids of each prompt without padding.
+        """Return the token ids of each prompt without padding.
 
-        ``special`` has start and end, ``cut`` at most the model's length.
+        ``special`` adds start and end, ``cut`` leaves at most the model's length.
         """
         return self.tokenizer(
             self.written_out(prompts), add_special_tokens=special, truncation=cut, verbose=False
@@ -140,57 +138,124 @@ class StableDiffusionAdapter:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens that the model reads of a prompt, with the start's and the end's."""
+        """Return how many tokens of a prompt the model reads, with the start's and the end's."""
         return int(self.tokenizer.model_max_length)
 
+    def token_counts(self, prompts: Sequence[str]) -> list[int]:
+        """Return how many tokens of each prompt the model reads, the start's and the end's among them."""
+        return [len(ids) for ids in self._token_ids(prompts, cut=True)]
+
     def cut(self, prompts: Sequence[str]) -> list[str]:
-        """Return the prompts of which the model reads a beginning alone."""
+        """Return the prompts of which the model reads only the beginning."""
         if not prompts:
             return []
         return [
             prompt
-            for prompt, ids in zip(prompts, self.token_ids(prompts), strict=True)
+            for prompt, ids in zip(prompts, self._token_ids(prompts), strict=True)
             if len(ids) > self.prompt_tokens
         ]
 
     def fits(self, prompt: str) -> bool:
-        """Whether the model reads the whole prompt."""
+        """Return whether the model reads the whole prompt."""
         return not self.cut([prompt])
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], *, trimmed: bool = False) -> TextStates:
-        """Text states as the denoiser reads them; ``trimmed`` cuts padding after the longest prompt's EoT.
+    def encode(self, prompts: Sequence[str], *, trimmed: bool = False) -> Text:
+        """Return prompts as the denoiser reads them; ``trimmed`` cuts what follows the longest one's EoT.
 
         A causal encoder's EoT doesn't see what follows it, so trimming leaves positions up to EoT unchanged.
         """
         tokens = self._tokens(prompts)
         length = trim_length(tokens.input_ids, self.tokenizer.eos_token_id) if trimmed else None
         input_ids, mask = tokens.input_ids[:, :length], tokens.attention_mask[:, :length]
+        text = self._text(input_ids, mask)
+        if not text.states[SEGMENT].isfinite().all():
+            row = int(text.states[SEGMENT].isfinite().all(-1).all(-1).int().argmin())
+            raise not_finite(self.name, f"the text states of '{prompts[row]}'", self.text_encoder)
+        return text
+
+    @torch.no_grad()
+    def embed(self, input_ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return token embeddings, ``[B, L]`` → ``[B, L, e]``, without gradients."""
+        embedding = self.text_encoder.get_input_embeddings()
+        return {SEGMENT: embedding(input_ids[SEGMENT].to(self.text_encoder.device))}
+
+    def encode_embeddings(self, embeddings: Mapping[str, Tensor], input_ids: Mapping[str, Tensor]) -> Text:
+        """Do what :meth:`encode` does, differentiably, from token embeddings ``[B, L, e]``.
+
+        ``input_ids`` give the roles of the positions, and the mask of an encoder that reads one.
+        """
+        given = embeddings[SEGMENT].to(self.text_encoder.device, self.text_encoder.dtype)
+        mask = roles_of(input_ids[SEGMENT], self.tokenizer.eos_token_id) < Role.PADDING
+        # The encoder takes ids alone: what it looks up for them is replaced.
+        hook = self.text_encoder.get_input_embeddings().register_forward_hook(lambda *_: given)
+        try:
+            return self._text(input_ids[SEGMENT], mask.long())
+        finally:
+            hook.remove()
+
+    def _text(self, input_ids: Tensor, attention_mask: Tensor) -> Text:
         device = self.text_encoder.device
         options = {}
         if getattr(self.text_encoder.config, "use_attention_mask", False):
-            options["attention_mask"] = mask.to(device)
+            options["attention_mask"] = attention_mask.to(device)
         # Lightning's hooks autocast in some places and not in others: states would depend on who asks.
         with torch.autocast(device.type, enabled=False):
             states = self.text_encoder(input_ids.to(device), **options)[0].float()
-        if not states.isfinite().all():
-            row = int(states.isfinite().all(-1).all(-1).int().argmin())
-            raise not_finite(self.name, f"the text states of '{prompts[row]}'", self.text_encoder)
-        return TextStates(states, input_ids)
+        roles = roles_of(input_ids, self.tokenizer.eos_token_id).to(device)
+        return Text({SEGMENT: states}, {SEGMENT: roles})
 
-    def predict(self, z_t: Tensor, timestep: Tensor | int, states: Tensor) -> Tensor:
-        """The denoiser's output for latents ``[B, C, H, W]`` and text states ``[B, L, d]``, float32."""
+    def empty(self) -> Text:
+        """Return ∅: the states of the empty prompt, B = 1."""
+        return self.encode([""])
+
+    def mentions(self, prompts: Sequence[str], terms: Sequence[str], *, trimmed: bool) -> dict[str, Tensor]:
+        """Return where each prompt's tokens spell its term, bool ``[B, L]``.
+
+        All is False where a term isn't found.
+        """
+        input_ids = self._tokens(prompts).input_ids
+        if trimmed:
+            input_ids = input_ids[:, : trim_length(input_ids, self.tokenizer.eos_token_id)]
+        mask = torch.zeros_like(input_ids, dtype=torch.bool)
+        for row, ids in enumerate(self._token_ids(terms, special=False)):
+            word = torch.tensor(ids)
+            if len(word) > input_ids.shape[1]:
+                continue
+            windows = input_ids[row].unfold(0, len(word), 1)
+            for start in (windows == word).all(1).nonzero().flatten().tolist():
+                mask[row, start : start + len(word)] = True
+        return {SEGMENT: mask}
+
+    def predict(self, z_t: Tensor, timestep: Tensor | int, text: Text) -> Tensor:
+        """Return the denoiser's output for latents ``[B, C, H, W]``, float32."""
         self.network_evaluations += len(z_t)
-        dtype = self.unet.dtype
-        return self.unet(z_t.to(dtype), timestep, encoder_hidden_states=states.to(dtype)).sample.float()
+        dtype = self.denoiser.dtype
+        states = text.states[SEGMENT].to(dtype)
+        return self.denoiser(z_t.to(dtype), timestep, encoder_hidden_states=states).sample.float()
 
-    def step(self, prediction: Tensor, z_t: Tensor, timesteps: Tensor, step_index: int) -> Tensor:
-        """The DDIM step from ``timesteps[step_index]`` to the next of ``timesteps``."""
-        alpha_bar_t = self.alphas_cumprod[timesteps[step_index]]
-        alpha_bar_prev = previous_alpha_bar(
-            self.alphas_cumprod, timesteps, step_index, self.scheduler.config.set_alpha_to_one
+    def schedule(self, num_steps: int) -> Schedule:
+        """Return the levels of DDIM with the model's own spacing.
+
+        ``InputError`` unless the model has room for ``num_steps``.
+        """
+        alphas_cumprod = self.ddim.alphas_cumprod
+        if not 1 <= num_steps <= len(alphas_cumprod):
+            raise InputError(
+                f"num_inference_steps: expected from 1 to {len(alphas_cumprod)} steps, got {num_steps}"
+            )
+        self.ddim.set_timesteps(num_steps)
+        timesteps = check_placed(self.ddim.timesteps.cpu(), len(alphas_cumprod), num_steps)
+        config = self.ddim.config
+        return ddim_schedule(
+            alphas_cumprod, timesteps, config.prediction_type, set_alpha_to_one=config.set_alpha_to_one
         )
-        return ddim_step(prediction, z_t, alpha_bar_t, alpha_bar_prev, self.prediction_type)
+
+    def scheduler(
+        self, name: str, num_steps: int, timestep_spacing: str | None, device: torch.device | str = "cpu"
+    ) -> Any:
+        """Return diffusers' scheduler of that class on the model's noise schedule; see :mod:`.schedule`."""
+        return scheduler_like(self.ddim, name, num_steps, timestep_spacing, device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -199,7 +264,7 @@ class StableDiffusionAdapter:
         ``InputError`` unless latents and pixels are finite: as bytes they would be black.
         """
         finite = Finite(self.name)
-        finite.see("the latents that are decoded", latents, self.unet)
+        finite.see("the latents that are decoded", latents, self.denoiser)
         latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         images = torch.cat([self._pixels(part, finite) for part in latents.split(self._images_at_once)])
         finite.check()
@@ -226,20 +291,21 @@ class StableDiffusionAdapter:
             self.name, "the latents that the autoencoder makes of a picture", latents, self.vae
         )
 
-    def text_projections(self) -> dict[str, nn.Linear]:
-        """Every cross-attention K and V by name: bias-free, ``[d_out, d]``, fed with raw text states."""
-        return {
-            f"{name}.{part}": getattr(module, part)
-            for name, module in self.unet.named_modules()
+    def streams(self) -> dict[str, Stream]:
+        """Return every cross-attention K and V: bias-free, ``[d_out, d]``, fed with raw text states."""
+        entries = {
+            f"{name}.{part}": Entry(getattr(module, part))
+            for name, module in self.denoiser.named_modules()
             if isinstance(module, Attention) and module.is_cross_attention
             for part in ("to_k", "to_v")
         }
+        return {"context": Stream((SEGMENT,), self.text_encoder.config.hidden_size, entries)}
 
     def trainable(self, pattern: str) -> dict[str, nn.Parameter]:
         """Parameters of the modules whose name matches an fnmatch ``pattern``, by parameter name."""
         parameters = {
             name: parameter
-            for name, parameter in self.unet.named_parameters()
+            for name, parameter in self.denoiser.named_parameters()
             if fnmatch(name.rpartition(".")[0], pattern)
         }
         if not parameters:
@@ -283,7 +349,7 @@ class StableDiffusionAdapter:
             self._hashes.clear()
 
     def _fingerprint_of(self, part: str) -> str:
-        network: nn.Module = getattr(self, part)
+        network = self.networks()[part]
         if self._hashes is None:
             return fingerprint(network)
         versions = _versions(network)
@@ -300,7 +366,7 @@ class StableDiffusionAdapter:
         """Identifies the whole generator: denoiser, text encoder, decoder, schedule and resolution."""
         parts = [self._fingerprint_of("unet"), self.text_fingerprint(), self._fingerprint_of("vae")]
         # Keys with an underscore are diffusers' own record, in an order of its own in each process.
-        schedule = sorted(str(item) for item in self.scheduler.config.items() if not item[0].startswith("_"))
+        schedule = sorted(str(item) for item in self.ddim.config.items() if not item[0].startswith("_"))
         parts.append(repr((self.latent_shape, schedule)))
         return hashlib.blake2b("".join(parts).encode(), digest_size=8).hexdigest()
 
@@ -328,17 +394,3 @@ def _latent_side(unet: UNet2DConditionModel) -> int:
             "pictures are square"
         )
     return sides.pop()
-
-
-def fingerprint(network: nn.Module) -> str:
-    """Hash of a network's weights by name, 16 hexadecimal digits."""
-    return tensors_fingerprint(network.state_dict())
-
-
-def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Hash of tensors by name, 16 hexadecimal digits."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import torch.distributed as dist
 
-from trce_lightning.adapters.stable_diffusion import tensors_fingerprint
+from trce_lightning.runtime.fingerprints import tensors_fingerprint
 
 
 class RanksAgree(pl.Callback):

@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.adapters import Adapter
 from trce_lightning.config.schema import TrajectoryConfig
 from trce_lightning.data.plan import TrajectoryPlan
 from trce_lightning.data.trajectories import load_rows
 from trce_lightning.errors import InputError
+from trce_lightning.tokens import Text
 
-Batch = dict[str, Tensor]
-"""Cached rows of a batch: ``malicious_*`` ``[B, …]`` and ``unconditional_*`` ``[kB, …]``."""
+Batch = dict[str, Any]
+"""The tensors of a batch's cached rows, ``malicious_*`` ``[B, …]`` and ``unconditional_*`` ``[kB, …]``.
+
+``malicious_text`` is the :class:`Text` of the malicious prompts.
+"""
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class TrajectoryDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        adapter: StableDiffusionAdapter,
+        adapter: Adapter,
         plan: TrajectoryPlan,
         folder: Path,
         config: TrajectoryConfig,
@@ -142,14 +147,14 @@ class TrajectoryDataModule(pl.LightningDataModule):
             self.unconditional = {key: rows[order] for key, rows in self.unconditional.items()}
         prompts = [row.pair.malicious for row in self.plan.malicious if row.pair]
         unique = list(dict.fromkeys(prompts))
-        self.prompt_states = torch.cat([self.adapter.encode([prompt]).states.cpu() for prompt in unique])
+        self.prompts = Text.cat([self.adapter.encode([prompt]).to("cpu") for prompt in unique])
         self.prompt_index = torch.tensor([unique.index(prompt) for prompt in prompts])
 
     def collate(self, items: list[EpochItem]) -> Batch:
         """Rows of one batch, with the malicious prompts' text states."""
         rows = torch.tensor([item.malicious for item in items])
-        batch = {f"malicious_{key}": values[rows] for key, values in self.malicious.items()}
-        batch["malicious_states"] = self.prompt_states[self.prompt_index[batch["malicious_trajectory"]]]
+        batch: Batch = {f"malicious_{key}": values[rows] for key, values in self.malicious.items()}
+        batch["malicious_text"] = self.prompts.rows(self.prompt_index[batch["malicious_trajectory"]])
         others = torch.tensor([row for item in items for row in item.unconditional], dtype=torch.long)
         return batch | {f"unconditional_{key}": values[others] for key, values in self.unconditional.items()}
 

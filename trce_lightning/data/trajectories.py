@@ -11,12 +11,13 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.adapters import Adapter
 from trce_lightning.adapters.finite import Finite
 from trce_lightning.data.plan import Trajectory, TrajectoryPlan
 from trce_lightning.errors import InputError
 from trce_lightning.runtime.storage import MADE_AGAIN, read_safetensors, reading, write_safetensors
-from trce_lightning.sampling import classifier_free_guidance, noise
+from trce_lightning.sampling import classifier_free_guidance, denoise_step, noise
+from trce_lightning.tokens import Text
 
 Shard = tuple[str, tuple[Trajectory, ...]]
 """File name and the trajectories inside."""
@@ -53,7 +54,7 @@ class TrajectorySampler(pl.LightningModule):
 
     def __init__(
         self,
-        adapter: StableDiffusionAdapter,
+        adapter: Adapter,
         plan: TrajectoryPlan,
         shards: Sequence[Shard],
         folder: Path,
@@ -62,8 +63,8 @@ class TrajectorySampler(pl.LightningModule):
         super().__init__()
         self.adapter, self.plan, self.shards = adapter, plan, shards
         self.folder, self.fingerprint = folder, fingerprint
-        self.unet = adapter.unet
-        self.timesteps = adapter.timesteps(plan.num_steps)
+        self.denoiser = adapter.denoiser
+        self.schedule = adapter.schedule(plan.num_steps)
 
     def on_predict_start(self) -> None:
         """Text encoder and denoiser to the rank's device."""
@@ -76,18 +77,19 @@ class TrajectorySampler(pl.LightningModule):
         name, trajectories = self.shards[shard_index]
         if is_cached(self.folder / name, self.fingerprint):
             return
-        states = self._text_states(trajectories)
-        rows = self._sample(trajectories, states)
+        rows = self._sample(trajectories, self._texts(trajectories))
         write_safetensors(self.folder / name, rows, {"fingerprint": self.fingerprint})
 
-    def _text_states(self, trajectories: Sequence[Trajectory]) -> dict[str, Tensor]:
-        prompts = {"uncond": ["" for _ in trajectories]}
+    def _texts(self, trajectories: Sequence[Trajectory]) -> dict[str, Text]:
+        """Return each kind of text: ∅, and of malicious trajectories c_m and c_s."""
+        texts = {"uncond": self.adapter.empty().expand(len(trajectories))}
         if trajectories[0].pair is not None:
-            prompts["malicious"] = [row.pair.malicious for row in trajectories if row.pair]
-            prompts["safe"] = [row.pair.safe for row in trajectories if row.pair]
-        return {kind: self.adapter.encode(texts).states for kind, texts in prompts.items()}
+            pairs = [row.pair for row in trajectories if row.pair]
+            texts["malicious"] = self.adapter.encode([pair.malicious for pair in pairs])
+            texts["safe"] = self.adapter.encode([pair.safe for pair in pairs])
+        return texts
 
-    def _sample(self, trajectories: Sequence[Trajectory], states: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _sample(self, trajectories: Sequence[Trajectory], texts: dict[str, Text]) -> dict[str, Tensor]:
         z_t = torch.stack([noise(self.adapter.latent_shape, row.seed) for row in trajectories]).to(
             self.device
         )
@@ -96,12 +98,12 @@ class TrajectorySampler(pl.LightningModule):
         for step_index in range(max(row.num_steps for row in trajectories)):
             active = [i for i, row in enumerate(trajectories) if step_index < row.num_steps]
             drawn = [i for i in active if step_index in trajectories[i].step_indices]
-            eps = self._predictions(z_t, step_index, states, active, drawn)
-            step = f"step {step_index + 1} of {len(self.timesteps)}"
-            finite.see(f"the denoiser's output in {step}", torch.stack([*eps.values()]), self.unet)
+            eps = self._predictions(z_t, step_index, texts, active, drawn)
+            step = f"step {step_index + 1} of {self.plan.num_steps}"
+            finite.see(f"the denoiser's output in {step}", torch.stack([*eps.values()]), self.denoiser)
             for i in drawn:
                 kept[i, step_index] = {"z_t": z_t[i], **{kind: rows[i] for kind, rows in eps.items()}}
-            z_t = self.adapter.step(self._guided(eps), z_t, self.timesteps, step_index)
+            z_t = denoise_step(self._guided(eps), z_t, self.schedule, step_index)
             finite.see(f"the sampler's latents after {step}", z_t)
         finite.check()
         rows = [kept[i, step_index] for i, row in enumerate(trajectories) for step_index in row.step_indices]
@@ -116,20 +118,21 @@ class TrajectorySampler(pl.LightningModule):
         return classifier_free_guidance(eps["uncond"], eps["malicious"], self.plan.guidance_scale)
 
     def _predictions(
-        self, z_t: Tensor, step_index: int, states: dict[str, Tensor], active: list[int], drawn: list[int]
+        self, z_t: Tensor, step_index: int, texts: dict[str, Text], active: list[int], drawn: list[int]
     ) -> dict[str, Tensor]:
-        """ε(z_t, ·, t) of every kind in one forward: ∅ and c_m where still sampling, c_s where drawn.
+        """Return ε(z_t, ·, t) of every kind from one forward.
 
-        Without guidance ∅ too where drawn alone.
+        ∅ and c_m are evaluated where sampling goes on, c_s only where the step is drawn. Without guidance
+        ∅ is evaluated only there too.
         """
-        where_drawn = {"safe"} if self.plan.guided or "malicious" not in states else {"safe", "uncond"}
-        chosen = {kind: drawn if kind in where_drawn else active for kind in states}
-        rows = [i for kind in states for i in chosen[kind]]
-        text = torch.cat([states[kind][chosen[kind]] for kind in states])
-        output = self.adapter.predict(z_t[rows], self.timesteps[step_index], text)
-        parts = output.split([len(chosen[kind]) for kind in states])
-        full = {kind: torch.zeros_like(z_t) for kind in states}
-        for kind, part in zip(states, parts, strict=True):
+        where_drawn = {"safe"} if self.plan.guided or "malicious" not in texts else {"safe", "uncond"}
+        chosen = {kind: drawn if kind in where_drawn else active for kind in texts}
+        rows = [i for kind in texts for i in chosen[kind]]
+        text = Text.cat([texts[kind].rows(chosen[kind]) for kind in texts])
+        output = self.adapter.predict(z_t[rows], self.schedule.timesteps[step_index], text)
+        parts = output.split([len(chosen[kind]) for kind in texts])
+        full = {kind: torch.zeros_like(z_t) for kind in texts}
+        for kind, part in zip(texts, parts, strict=True):
             full[kind][chosen[kind]] = part
         return full
 
@@ -139,7 +142,7 @@ class TrajectorySampler(pl.LightningModule):
         return {
             "trajectory": trajectory.clone(),
             "step_index": step_index.clone(),
-            "timestep": self.timesteps[step_index],
+            "timestep": self.schedule.timesteps[step_index],
         }
 
 
@@ -159,7 +162,7 @@ def missing_shards(plan: TrajectoryPlan, folder: Path, shard_size: int, generato
 
 
 def sample_missing(
-    trainer: pl.Trainer, adapter: StableDiffusionAdapter, plan: TrajectoryPlan, folder: Path, shard_size: int
+    trainer: pl.Trainer, adapter: Adapter, plan: TrajectoryPlan, folder: Path, shard_size: int
 ) -> int:
     """Sample the shards that ``folder`` lacks; returns the number of network evaluations that takes."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.adapters import Adapter
 from trce_lightning.evaluation.scored import Detections, Scores, further_scores
 from trce_lightning.generation.image_folder import image_batches
 from trce_lightning.generation.loop import (
@@ -68,7 +68,7 @@ class Scorer:
     Every rank calls it; each makes its share of the images, the scores are of all.
     """
 
-    adapter: StableDiffusionAdapter
+    adapter: Adapter
     sets: Sequence[PromptSet]
     sampling: Sampling
     make_evaluator: Callable[[Sequence[str]], Evaluator]

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.adapters import Adapter
 from trce_lightning.adapters.finite import Finite
 from trce_lightning.errors import InputError
+from trce_lightning.generation.guidance import ClassifierFreeGuidance
 from trce_lightning.generation.image_folder import claim, guidance_scales, load_images, manifest, write_png
 from trce_lightning.generation.lora import lora_applied
 from trce_lightning.generation.samplers import Sampler, make_sampler
 from trce_lightning.generation.variation import Variation
 from trce_lightning.prompts.records import PromptRecord, image_seed
-from trce_lightning.sampling import classifier_free_guidance, is_guided, noise, seeded
+from trce_lightning.sampling import noise, seeded
 
 __all__ = ["generate", "generate_to", "load_images", "network_steps", "planned_evaluations", "shard"]
 
@@ -30,7 +31,7 @@ USUAL = Variation()
 
 
 def generate(
-    adapter: StableDiffusionAdapter,
+    adapter: Adapter,
     records: Sequence[PromptRecord],
     *,
     guidance_scale: float,
@@ -60,12 +61,12 @@ def generate(
     return torch.cat(images) if images else torch.empty((0, 3, 0, 0), dtype=torch.uint8)
 
 
-def network_steps(adapter: StableDiffusionAdapter, num_steps: int, variation: Variation = USUAL) -> int:
+def network_steps(adapter: Adapter, num_steps: int, variation: Variation = USUAL) -> int:
     """How often the denoiser sees an image: ``num_steps``, but for some samplers and for image-to-image."""
     return len(_sampler(adapter, num_steps, variation).timesteps)
 
 
-def _sampler(adapter: StableDiffusionAdapter, num_steps: int, variation: Variation) -> Sampler:
+def _sampler(adapter: Adapter, num_steps: int, variation: Variation) -> Sampler:
     return make_sampler(
         adapter,
         num_steps,
@@ -80,7 +81,8 @@ def planned_evaluations(records: Sequence[PromptRecord], num_steps: int, guidanc
 
     ``num_steps`` as `network_steps` counts them.
     """
-    return sum(num_steps * (1 + is_guided(scale)) for scale in guidance_scales(records, guidance_scale))
+    guidance = ClassifierFreeGuidance()
+    return sum(num_steps * guidance.evaluations(w) for w in guidance_scales(records, guidance_scale))
 
 
 def shard(records: Sequence[PromptRecord], rank: int, world_size: int) -> tuple[PromptRecord, ...]:
@@ -92,7 +94,7 @@ def shard(records: Sequence[PromptRecord], rank: int, world_size: int) -> tuple[
 
 def generate_to(
     folder: Path,
-    adapter: StableDiffusionAdapter,
+    adapter: Adapter,
     records: Sequence[PromptRecord],
     *,
     guidance_scale: float,
@@ -114,7 +116,7 @@ def generate_to(
             or the model gives NaN or infinity, of which no file is left.
     """
     entries = manifest(records, guidance_scale)
-    precision = str(autocast_dtype or next(adapter.unet.parameters()).dtype).removeprefix("torch.")
+    precision = str(autocast_dtype or adapter.denoiser.dtype).removeprefix("torch.")
     files = {entry["id"]: folder / entry["file"] for entry in entries}
     written = 0
     with lora_applied(adapter, variation.lora):
@@ -144,11 +146,11 @@ def guidance_meta(records: Sequence[PromptRecord], guidance_scale: float) -> dic
 
 
 class _Drawing:
-    """What images of a run share: sampler, guidance, precision and the negative prompt's states."""
+    """What the images of a run share: sampler, guidance and precision."""
 
     def __init__(
         self,
-        adapter: StableDiffusionAdapter,
+        adapter: Adapter,
         guidance_scale: float,
         num_steps: int,
         autocast_dtype: torch.dtype | None,
@@ -157,10 +159,10 @@ class _Drawing:
         self.adapter, self.guidance_scale, self.autocast_dtype = adapter, guidance_scale, autocast_dtype
         self.start = variation.start
         self.sampler = _sampler(adapter, num_steps, variation)
-        self.negative = adapter.encode([variation.negative_prompt]).states
+        self.guidance = ClassifierFreeGuidance(variation.negative_prompt)
 
     def run(self, batches: Sequence[Batch], description: str | None) -> Iterator[tuple[Batch, Tensor]]:
-        """Each batch with its images, uint8 ``[B, 3, H, W]`` on the CPU."""
+        """Yield each batch with its images, uint8 ``[B, 3, H, W]`` on the CPU."""
         records = list(chain.from_iterable(batches))
         total = planned_evaluations(records, len(self.sampler.timesteps), self.guidance_scale)
         with tqdm(total=total, desc=description, unit="eval", disable=description is None) as progress:
@@ -169,10 +171,8 @@ class _Drawing:
 
     @torch.no_grad()
     def _sample(self, rows: Batch, progress: tqdm) -> Tensor:
-        adapter, scales = self.adapter, torch.tensor(guidance_scales(rows, self.guidance_scale))
-        guided = [i for i, scale in enumerate(scales.tolist()) if is_guided(scale)]
-        conditional = adapter.encode([record.prompt for record in rows]).states
-        states = torch.cat([self.negative.expand(len(guided), -1, -1), conditional])
+        adapter, scales = self.adapter, guidance_scales(rows, self.guidance_scale)
+        guide = self.guidance.guide(adapter, [record.prompt for record in rows], scales)
         generators = [seeded(image_seed(record)) for record in rows]
         pure = torch.stack([noise(adapter.latent_shape, generator) for generator in generators])
         enabled, finite = self.autocast_dtype is not None, Finite(adapter.name)
@@ -180,19 +180,14 @@ class _Drawing:
         with torch.autocast(adapter.device.type, self.autocast_dtype, enabled=enabled):
             z_t = self.sampler.start(pure.to(adapter.device), self._clean(rows))
             for step_index, timestep in enumerate(self.sampler.timesteps):
-                seen = self.sampler.network_input(z_t, step_index)
-                output = adapter.predict(torch.cat([seen[guided], seen]), timestep, states)
+                latents, text = guide.inputs(step_index)
+                seen = self.sampler.network_input(z_t, step_index)[latents.to(z_t.device)]
+                output = adapter.predict(seen, timestep, text)
                 step = f"step {step_index + 1} of {num_steps}"
-                finite.see(f"the denoiser's output in {step}", output, adapter.unet)
-                uncond, eps = output.split([len(guided), len(rows)])
-                eps = eps.index_copy(
-                    0,
-                    torch.tensor(guided, dtype=torch.int64, device=eps.device),
-                    classifier_free_guidance(uncond, eps[guided], scales[guided]),
-                )
-                z_t = self.sampler.step(eps, z_t, step_index, generators)
+                finite.see(f"the denoiser's output in {step}", output, adapter.denoiser)
+                z_t = self.sampler.step(guide.combine(output, step_index), z_t, step_index, generators)
                 finite.see(f"the sampler's latents after {step}", z_t)
-                progress.update(len(states))
+                progress.update(len(text))
             finite.check()
             return adapter.decode(z_t).cpu()
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from trce_lightning.adapters.stable_diffusion import StableDiffusionAdapter
+from trce_lightning.adapters import Adapter
 from trce_lightning.errors import InputError
 
 
@@ -19,7 +19,7 @@ class Lora:
 
 
 @contextmanager
-def lora_applied(adapter: StableDiffusionAdapter, lora: Lora | None) -> Iterator[None]:
+def lora_applied(adapter: Adapter, lora: Lora | None) -> Iterator[None]:
     """Has W + scale · BA in place of W where ``lora`` says so; afterwards the model is what it was.
 
     ``InputError`` when the weights fit the model in no place, or don't fit it.
@@ -32,7 +32,7 @@ def lora_applied(adapter: StableDiffusionAdapter, lora: Lora | None) -> Iterator
 
 
 @contextmanager
-def _applied(adapter: StableDiffusionAdapter, lora: Lora) -> Iterator[None]:
+def _applied(adapter: Adapter, lora: Lora) -> Iterator[None]:
     pipeline = adapter.pipeline
     try:
         pipeline.load_lora_weights(lora.path, adapter_name="lora", local_files_only=True)

@@ -6,72 +6,75 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import diffusers
 import torch
 from torch import Tensor
 
-from trce_lightning.adapters.schedule import check_placed, has_schedule
-from trce_lightning.adapters.stable_diffusion import StableDiffusionAdapter
+from trce_lightning.adapters import Adapter
 from trce_lightning.errors import InputError
-from trce_lightning.sampling import add_noise
+from trce_lightning.sampling import Schedule, denoise_step, mix
 
 
 class Sampler(Protocol):
-    """Takes a batch of latents through ``timesteps``; ``step_index`` counts these."""
+    """A way to take a batch of latents through ``timesteps``; ``step_index`` counts these."""
 
     timesteps: Tensor
-    """Of the network's evaluations, descending; some samplers evaluate twice a step."""
+    """Timesteps of the network's evaluations, descending; some samplers evaluate twice a step."""
 
     def start(self, noise: Tensor, clean: Tensor | None) -> Tensor:
-        """Latents of the first timestep, of noise ``[B, C, H, W]`` alone or of ``clean`` latents with it."""
+        """Return the first timestep's latents: noise ``[B, C, H, W]`` alone, or ``clean`` latents with it."""
 
     def network_input(self, z_t: Tensor, step_index: int) -> Tensor:
-        """What the denoiser sees of a latent."""
+        """Return what the denoiser sees of a latent."""
 
     def step(
         self, prediction: Tensor, z_t: Tensor, step_index: int, generators: Sequence[torch.Generator]
     ) -> Tensor:
-        """The latents after a step; noise that it needs is of each image's own generator."""
+        """Return the latents after a step; each image's own generator gives the noise that it needs."""
 
 
 def make_sampler(
-    adapter: StableDiffusionAdapter,
+    adapter: Adapter,
     num_steps: int,
     *,
     scheduler: str | None = None,
     timestep_spacing: str | None = None,
     strength: float = 1.0,
 ) -> Sampler:
-    """DDIM, or the scheduler of diffusers with that class name, on the model's own noise schedule.
+    """Return the deterministic sampler, or diffusers' scheduler of that class.
 
-    ``timestep_spacing`` of the scheduler, None for the model's own, is ``leading``, ``linspace`` or
-    ``trailing`` (arXiv 2305.08891, table 2); ``leading`` begins below pure noise, more so in few steps.
-    ``strength``, of image-to-image, is the share of the steps that is taken: the last
-    ⌊``num_steps`` · ``strength``⌋. ``InputError`` when that is none, the model has fewer timesteps than
-    ``num_steps``, or its scheduler can't be replaced by that one.
+    Args:
+        num_steps: of a whole sampling run.
+        scheduler: class name of a scheduler of diffusers; None is :func:`~.sampling.denoise_step`.
+        timestep_spacing: where that scheduler places its steps: ``leading``, ``linspace`` or ``trailing``
+            (arXiv 2305.08891, table 2), None for the model's own. ``leading`` begins below pure noise, more so
+            in few steps.
+        strength: in image-to-image, the share of the steps that is taken: the last
+            ⌊``num_steps`` · ``strength``⌋.
+
+    Raises:
+        InputError: no step is taken, the model has fewer timesteps than ``num_steps``, or its scheduler can't
+            be replaced by that one.
     """
-    available = len(adapter.alphas_cumprod)
-    if not 1 <= num_steps <= available:
-        raise InputError(f"num_inference_steps: expected from 1 to {available} steps, got {num_steps}")
+    schedule = adapter.schedule(num_steps)
     skipped = num_steps - min(int(num_steps * strength), num_steps)
     if skipped == num_steps:
         raise InputError(
             f"robustness.strengths: expected at least one of {num_steps} steps, got {strength} of them"
         )
     if scheduler is None:
-        return _Ddim(adapter, num_steps, skipped)
+        return _Deterministic(schedule, skipped)
     return _Scheduler(adapter, scheduler, timestep_spacing, num_steps, skipped)
 
 
-class _Ddim:
-    def __init__(self, adapter: StableDiffusionAdapter, num_steps: int, skipped: int) -> None:
-        self.adapter, self.all, self.skipped = adapter, adapter.timesteps(num_steps), skipped
-        self.timesteps = self.all[skipped:]
+class _Deterministic:
+    def __init__(self, schedule: Schedule, skipped: int) -> None:
+        self.schedule, self.skipped = schedule, skipped
+        self.timesteps = schedule.timesteps[skipped:]
 
     def start(self, noise: Tensor, clean: Tensor | None) -> Tensor:
         if clean is None:
             return noise
-        return add_noise(clean, noise, self.adapter.alphas_cumprod[self.timesteps[0]])
+        return mix(clean, noise, self.schedule.signal[self.skipped], self.schedule.sigma[self.skipped])
 
     def network_input(self, z_t: Tensor, step_index: int) -> Tensor:
         return z_t
@@ -79,47 +82,28 @@ class _Ddim:
     def step(
         self, prediction: Tensor, z_t: Tensor, step_index: int, generators: Sequence[torch.Generator]
     ) -> Tensor:
-        return self.adapter.step(prediction, z_t, self.all, self.skipped + step_index)
+        return denoise_step(prediction, z_t, self.schedule, self.skipped + step_index)
 
 
 class _Scheduler:
     def __init__(
-        self,
-        adapter: StableDiffusionAdapter,
-        name: str,
-        timestep_spacing: str | None,
-        num_steps: int,
-        skipped: int,
+        self, adapter: Adapter, name: str, timestep_spacing: str | None, num_steps: int, skipped: int
     ) -> None:
-        compatible = {kind.__name__ for kind in adapter.scheduler.compatibles}
-        if name not in compatible:
-            raise InputError(f"sampler: expected one of {', '.join(sorted(compatible))}, got {name}")
-        spacing = {} if timestep_spacing is None else {"timestep_spacing": timestep_spacing}
-        self.scheduler: Any = getattr(diffusers, name).from_config(adapter.scheduler.config, **spacing)
-        if not has_schedule(self.scheduler, adapter.alphas_cumprod):
-            raise InputError(
-                f"sampler: expected one that draws by the model's noise schedule, got {name}, which has no "
-                "rescale_betas_zero_snr"
-            )
-        self.num_steps, self.skipped = num_steps, skipped * self.scheduler.order
-        self.takes_noise = "generator" in inspect.signature(self.scheduler.step).parameters
-        self._reset(torch.device("cpu"))
+        self.adapter, self.options = adapter, (name, num_steps, timestep_spacing)
+        self._reset(torch.device("cpu"), skipped)
 
-    def _reset(self, device: torch.device) -> None:
-        try:
-            self.scheduler.set_timesteps(self.num_steps, device=device)
-        except ValueError as error:  # PNDM's first steps take four
-            name = type(self.scheduler).__name__
-            raise InputError(
-                f"num_inference_steps: expected a number that {name} can take, got {self.num_steps}: {error}"
-            ) from error
-        available = self.scheduler.config.num_train_timesteps
-        self.timesteps = check_placed(self.scheduler.timesteps, available, self.num_steps)[self.skipped :]
+    def _reset(self, device: torch.device, skipped: int) -> None:
+        """Take a new scheduler: one remembers the steps of an earlier batch."""
+        self.scheduler: Any = self.adapter.scheduler(*self.options, device)
+        self.takes_noise = "generator" in inspect.signature(self.scheduler.step).parameters
+        self.skipped = skipped
+        first = skipped * self.scheduler.order
+        self.timesteps = self.scheduler.timesteps[first:]
         if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(self.skipped)
+            self.scheduler.set_begin_index(first)
 
     def start(self, noise: Tensor, clean: Tensor | None) -> Tensor:
-        self._reset(noise.device)  # what it remembers of earlier steps is of another batch
+        self._reset(noise.device, self.skipped)
         if clean is None:
             return noise * self.scheduler.init_noise_sigma
         return self.scheduler.add_noise(clean, noise, self.timesteps[:1])

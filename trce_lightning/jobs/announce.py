@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trce_lightning.data.trajectories import missing_shards
 from trce_lightning.runtime.resources import is_out_of_memory
+from trce_lightning.tokens import Text
 
 if TYPE_CHECKING:
     from trce_lightning.jobs.train import TrainingRun
@@ -33,7 +34,7 @@ def training(run: TrainingRun) -> None:
     """Log model, device, precision; then network evaluations, time, disk and memory of what lies ahead."""
     config, adapter = run.config, run.adapter
     device = run.trainer.strategy.root_device
-    parameters = sum(parameter.numel() for parameter in adapter.unet.parameters())
+    parameters = sum(parameter.numel() for parameter in adapter.denoiser.parameters())
     trainable = sum(
         parameter.numel() for parameter in adapter.trainable(config.trajectory.trainable).values()
     )
@@ -62,7 +63,7 @@ def training(run: TrainingRun) -> None:
     for part, evaluations in parts.items():
         log.info("ahead: %-36s %8d network evaluations, about %s", part, evaluations, _time(durations[part]))
     disk = run.plan.stored_bytes(math.prod(adapter.latent_shape)) if run.plan else 0
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in adapter.unet.parameters())
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in adapter.denoiser.parameters())
     log.info(
         "ahead: %s in all, by estimate; trajectories of %.0f MB on disk; one network of %.0f MB in memory, "
         "with gradients and optimizer states of %.0f MB",
@@ -83,9 +84,9 @@ def seconds_per_evaluation(run: TrainingRun) -> float | None:
     counted, seconds, count = adapter.network_evaluations, None, 1
     try:
         adapter.to(device)
-        states = adapter.encode([""]).states
+        empty = adapter.empty()
         while count <= min(MOST_LATENTS, run.config.metrics.batch_size):
-            taken = _seconds(run, torch.randn(count, *adapter.latent_shape, device=device), states)
+            taken = _seconds(run, torch.randn(count, *adapter.latent_shape, device=device), empty)
             seconds, count = taken / count, 2 * count
             if taken > QUICK:
                 break
@@ -98,14 +99,15 @@ def seconds_per_evaluation(run: TrainingRun) -> float | None:
     return seconds
 
 
-def _seconds(run: TrainingRun, z_t: Tensor, states: Tensor) -> float:
-    """Of one evaluation of all of ``z_t``."""
-    adapter, texts = run.adapter, states.expand(len(z_t), -1, -1)
+def _seconds(run: TrainingRun, z_t: Tensor, empty: Text) -> float:
+    """Return how long one evaluation of all of ``z_t`` takes."""
+    adapter, text = run.adapter, empty.expand(len(z_t))
+    timestep = adapter.schedule(10).timesteps[0]
 
     def evaluate() -> float:
         start = time.monotonic()
         # The mean waits for the device.
-        float(adapter.predict(z_t, adapter.timesteps(10)[0], texts).mean())
+        float(adapter.predict(z_t, timestep, text).mean())
         return time.monotonic() - start
 
     with torch.no_grad(), run.trainer.precision_plugin.forward_context():

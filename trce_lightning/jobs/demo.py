@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
+from trce_lightning.adapters.cut import warn_of_cut
 from trce_lightning.config.schema import DemoConfig, EvalConfig
 from trce_lightning.errors import InputError
 from trce_lightning.generation.loop import generate
@@ -23,7 +24,6 @@ from trce_lightning.jobs.session import Session, concepts_of
 from trce_lightning.jobs.trainers import make_trainer
 from trce_lightning.metrics.asr import shows_concept
 from trce_lightning.metrics.detectors import Detector, EmbeddedJudgeDetector, checked_probability
-from trce_lightning.prompts.cut import warn_of_cut
 from trce_lightning.prompts.records import PromptRecord
 from trce_lightning.runtime.logs import set_up_logging
 from trce_lightning.runtime.network import check_proxies, spare_this_machine

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
+from trce_lightning.adapters import Adapter, load_adapter
+from trce_lightning.adapters.cut import warn_of_cut
 from trce_lightning.concepts import Concept
 from trce_lightning.config.schema import OWN_SETS, EvalConfig, ModelConfig, TrainConfig
 from trce_lightning.emoji.judge import Judge
@@ -39,7 +40,6 @@ from trce_lightning.metrics.fidelity import (
 )
 from trce_lightning.metrics.real_images import load_real
 from trce_lightning.metrics.scores import Evaluator
-from trce_lightning.prompts.cut import warn_of_cut
 from trce_lightning.prompts.keep import class_names, keep_prompts
 from trce_lightning.prompts.own import Split, concept_prompt_sets, embedded_keep_captions
 from trce_lightning.prompts.published import load_file, prompt_files
@@ -58,7 +58,7 @@ class Session:
         self,
         config: TrainConfig | EvalConfig,
         concepts: Sequence[Concept],
-        adapter: StableDiffusionAdapter | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self.config, self.concepts = config, list(concepts)
         if adapter is not None:
@@ -70,7 +70,7 @@ class Session:
         return self.config.model.judge == "embedded"
 
     @cached_property
-    def adapter(self) -> StableDiffusionAdapter:
+    def adapter(self) -> Adapter:
         """The model, on the CPU until a trainer moves it."""
         model, source = self.config.model, source_of(self.config.model)
         if not Path(source).exists():
@@ -86,10 +86,10 @@ class Session:
         adapter.name = base_name(model)
         return self._fitting(adapter)
 
-    def _fitting(self, adapter: StableDiffusionAdapter) -> StableDiffusionAdapter:
+    def _fitting(self, adapter: Adapter) -> Adapter:
         """The embedded model's judge and captions fit no other."""
         if "embedded" in (self.config.model.judge, self.config.model.keep.captions):
-            check_embedded(adapter.unet)
+            check_embedded(adapter.denoiser)
         return adapter
 
     def keep_prompts(self) -> list[str]:

@@ -14,7 +14,8 @@ import lightning.pytorch as pl
 from omegaconf import OmegaConf
 
 from trce_lightning import __version__, export
-from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.adapters import Adapter
+from trce_lightning.adapters.cut import check_pairs, warn_of_cut
 from trce_lightning.callbacks import (
     EpochEvaluation,
     ImageGrid,
@@ -37,7 +38,6 @@ from trce_lightning.jobs.session import Session, base_name, concepts_of
 from trce_lightning.jobs.trainers import LAST_CHECKPOINT, make_loggers, make_trainer
 from trce_lightning.metrics.real_images import source_fingerprint
 from trce_lightning.module import TRCE
-from trce_lightning.prompts.cut import check_pairs, warn_of_cut
 from trce_lightning.runtime.checkout import commit
 from trce_lightning.runtime.locks import release
 from trce_lightning.runtime.logs import set_up_logging
@@ -113,9 +113,7 @@ class Original:
 class TrainingRun:
     """One run of ``train.py``: each step is a method, in the order of :meth:`erase_and_score`."""
 
-    def __init__(
-        self, config: TrainConfig, concepts: list[Concept], adapter: StableDiffusionAdapter | None = None
-    ) -> None:
+    def __init__(self, config: TrainConfig, concepts: list[Concept], adapter: Adapter | None = None) -> None:
         self.config, self.session = config, Session(config, concepts, adapter)
         self.adapter = self.session.adapter
         if "single_file" in config.export:

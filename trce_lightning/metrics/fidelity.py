@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import BatchFeature, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from trce_lightning.adapters.stable_diffusion import fingerprint
 from trce_lightning.emoji.judge import Judge
 from trce_lightning.errors import InputError
+from trce_lightning.runtime.fingerprints import fingerprint
 from trce_lightning.runtime.network import check_hub
 from trce_lightning.runtime.storage import reading, write_safetensors
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from trce_lightning.adapters.stable_diffusion import fingerprint
 from trce_lightning.concepts import Concept
 from trce_lightning.errors import InputError
 from trce_lightning.metrics.class_detectors import ClassSetDetector, check_images
+from trce_lightning.runtime.fingerprints import fingerprint
 
 LOGIT_SCALE = 100.0
 PROMPTS = "prompts"

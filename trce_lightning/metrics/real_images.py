@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 
-from trce_lightning.adapters.stable_diffusion import fingerprint
 from trce_lightning.errors import InputError
 from trce_lightning.generation.image_folder import image_size, read_image
 from trce_lightning.metrics.class_detectors import CPU
 from trce_lightning.metrics.fidelity import REAL_STATES, load_real_statistics, save_real_statistics
+from trce_lightning.runtime.fingerprints import fingerprint
 from trce_lightning.runtime.signals import shared
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")

@@ -35,7 +35,7 @@ class LoraPart(Part):
 
     def __init__(self, adapter: StableDiffusionAdapter, max_steps: int) -> None:
         super().__init__(LEARNING_RATE, max_steps, warmup_steps=max_steps // 10)
-        self.unet, self.scheduler = adapter.unet, adapter.scheduler
+        self.unet, self.scheduler = adapter.denoiser, adapter.ddim
         self.unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS))
 
     def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
@@ -53,7 +53,7 @@ def pictures(adapter: StableDiffusionAdapter, count: int) -> tuple[Tensor, Tenso
         adapter, styled, guidance_scale=3.0, num_steps=20, batch_size=32, description="pictures to learn from"
     )
     latents = torch.cat([adapter.encode_images(part) for part in images.split(32)])
-    return latents, adapter.encode([article(name) for name in subjects]).states
+    return latents, adapter.encode([article(name) for name in subjects]).states["clip"]
 
 
 def train(folder: Path, *, steps: int = STEPS, count: int = 96) -> None:
@@ -63,7 +63,7 @@ def train(folder: Path, *, steps: int = STEPS, count: int = 96) -> None:
     rows = TensorDataset(*pictures(adapter, count))
     part = LoraPart(adapter, steps)
     fit(part, DataLoader(rows, batch_size=BATCH, shuffle=True, drop_last=True), folder / "training")
-    layers = get_peft_model_state_dict(adapter.unet)
+    layers = get_peft_model_state_dict(adapter.denoiser)
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
 
 

@@ -34,7 +34,7 @@ class JudgedSamples:
     @torch.no_grad()
     def __call__(self, state: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
         """The subject index that each prompt's sample shows, ``[N]``; noise derives from the prompt."""
-        self.adapter.unet.load_state_dict(state)
+        self.adapter.denoiser.load_state_dict(state)
         records = [PromptRecord(id=prompt, prompt=prompt) for prompt in prompts]
         images = generate(
             self.adapter,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.adapters.protocol import Adapter
 from trce_lightning.concepts import PromptPair
 from trce_lightning.errors import InputError
 
 log = logging.getLogger(__name__)
 
 
-def warn_of_cut(adapter: StableDiffusionAdapter, prompts: Sequence[str], of: str) -> None:
+def warn_of_cut(adapter: Adapter, prompts: Sequence[str], of: str) -> None:
     """Log how many of the prompts the model reads in part alone; ``of`` says whose they are."""
     if cut := len(adapter.cut(prompts)):
         log.warning(
@@ -24,7 +24,7 @@ def warn_of_cut(adapter: StableDiffusionAdapter, prompts: Sequence[str], of: str
         )
 
 
-def check_pairs(adapter: StableDiffusionAdapter, pairs: Mapping[str, Sequence[PromptPair]]) -> None:
+def check_pairs(adapter: Adapter, pairs: Mapping[str, Sequence[PromptPair]]) -> None:
     """Refuse pairs that the model can't learn from, and log how many prompts it reads in part alone.
 
     Raises:
@@ -40,9 +40,9 @@ def check_pairs(adapter: StableDiffusionAdapter, pairs: Mapping[str, Sequence[Pr
                     f"that the model reads, got {row.term!r} after them or across their end in "
                     f"{row.malicious!r}; shorten the term or the template"
                 )
-        read = zip(rows, adapter.tokenize(malicious), adapter.tokenize(safe), strict=True)
-        for row, malicious_ids, safe_ids in read:
-            if malicious_ids.equal(safe_ids):
+        malicious_ids, safe_ids = adapter.tokenize(malicious), adapter.tokenize(safe)
+        for i, row in enumerate(rows):
+            if all(ids[i].equal(safe_ids[segment][i]) for segment, ids in malicious_ids.items()):
                 raise InputError(
                     f"concept.{name}: expected terms that the model tells from their counterparts, got "
                     f"{row.term!r}: it reads {row.malicious!r} and {row.safe!r} as the same tokens"

@@ -1,0 +1,83 @@
+"""Guidance: how a model's predictions for several texts become the one that a sampling step follows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from trce_lightning.adapters import Adapter
+from trce_lightning.sampling import classifier_free_guidance, is_guided
+from trce_lightning.tokens import Text
+
+
+class Inputs(NamedTuple):
+    """The evaluations of one step: row i is latent ``latents[i]`` under prompt i of ``text``."""
+
+    latents: Tensor
+    """int64 ``[N]``, indices into the batch of images."""
+    text: Text
+    """N prompts."""
+
+
+class Guide(Protocol):
+    """The guidance of one batch of B images; it may keep a state from step to step."""
+
+    def inputs(self, step_index: int) -> Inputs:
+        """Return what the network evaluates at a step."""
+
+    def combine(self, outputs: Tensor, step_index: int) -> Tensor:
+        """Return what the step follows, ``[B, C, H, W]``, from the outputs ``[N, C, H, W]`` of its inputs."""
+
+
+class Guidance(Protocol):
+    """A rule of guidance: one file in this folder for each."""
+
+    def evaluations(self, guidance_scale: float) -> int:
+        """Return the network evaluations of one image at one step."""
+
+    def guide(self, adapter: Adapter, prompts: Sequence[str], guidance_scales: Sequence[float]) -> Guide:
+        """Return the guide of a batch: one prompt and one scale for each image."""
+
+
+@dataclass(frozen=True)
+class ClassifierFreeGuidance:
+    """ε = ε_n + w (ε_c − ε_n) with n the negative prompt, and ε_c alone for w ≤ 1, as diffusers has it.
+
+    (Classifier-free guidance: arXiv 2207.12598.)
+    """
+
+    negative_prompt: str = ""
+    """The text that guidance leads away from; empty is the model's ∅."""
+
+    def evaluations(self, guidance_scale: float) -> int:
+        """Return 2 where guidance has an effect, else 1."""
+        return 1 + is_guided(guidance_scale)
+
+    def guide(self, adapter: Adapter, prompts: Sequence[str], guidance_scales: Sequence[float]) -> Guide:
+        """Return the guide of a batch, with both texts in one forward."""
+        negative = adapter.encode([self.negative_prompt]) if self.negative_prompt else adapter.empty()
+        return _ClassifierFreeGuide(negative, adapter.encode(prompts), torch.tensor(guidance_scales))
+
+
+class _ClassifierFreeGuide:
+    def __init__(self, negative: Text, conditional: Text, scales: Tensor) -> None:
+        self.guided = torch.tensor(
+            [i for i, w in enumerate(scales.tolist()) if is_guided(w)], dtype=torch.int64
+        )
+        self.scales = scales[self.guided]
+        latents = torch.cat([self.guided, torch.arange(len(conditional))])
+        self._inputs = Inputs(latents, Text.cat([negative.expand(len(self.guided)), conditional]))
+
+    def inputs(self, step_index: int) -> Inputs:
+        return self._inputs
+
+    def combine(self, outputs: Tensor, step_index: int) -> Tensor:
+        count = len(self.guided)
+        negative, conditional = outputs[:count], outputs[count:]
+        guided = self.guided.to(outputs.device)
+        led = classifier_free_guidance(negative, conditional[guided], self.scales)
+        return conditional.index_copy(0, guided, led)
