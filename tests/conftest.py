@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.emoji.training.clip import tokenizer_of
 from trce_lightning.jobs import runs
+from trce_lightning.tokens import Text
 
 MAX_LENGTH = 32
 WIDTH = 32
@@ -93,6 +94,16 @@ def build_tiny_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipe
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def text_of(states: torch.Tensor) -> Text:
+    """Text of these states ``[B, L, d]``; a denoiser looks at no role."""
+    return Text({"clip": states}, {"clip": torch.zeros(states.shape[:2], dtype=torch.int8)})
+
+
+def entries_of(adapter: StableDiffusionAdapter) -> dict[str, torch.nn.Linear]:
+    """The layers that stage 1 edits, by name."""
+    return {name: entry.module for name, entry in adapter.streams()["context"].entries.items()}
 
 
 @pytest.fixture(autouse=True)

@@ -108,7 +108,7 @@ def losses_by_hand(unet: UNet2DConditionModel, empty: Tensor, batch: dict[str, T
             batch[f"malicious_{kind}"][row].double() for kind in ("uncond", "malicious", "safe")
         )
         f_safe, f_unsafe = (base + TRAJECTORY.beta * (kind - base) for kind in (safe, unsafe))
-        steered = predict("malicious", row, batch["malicious_states"][row])
+        steered = predict("malicious", row, batch["malicious_text"].states["clip"][row])
         erase.append(max(distance(steered, f_safe) - distance(steered, f_unsafe) + TRAJECTORY.margin, 0.0))
         pull.append(distance(steered, safe))
         uncond.append(0.0)
@@ -132,7 +132,7 @@ class Losses(pl.Callback):
         self.with_gradient: set[str] = set()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        unet = pl_module.unet
+        unet = pl_module.denoiser
         if self.dtype != unet.dtype:
             copy = UNet2DConditionModel.from_config(unet.config).to(self.dtype).eval()
             copy.load_state_dict(unet.state_dict())
@@ -140,7 +140,9 @@ class Losses(pl.Callback):
         self.by_hand.append(losses_by_hand(unet, self.empty, batch))
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        self.with_gradient |= {name for name, p in pl_module.unet.named_parameters() if p.grad is not None}
+        self.with_gradient |= {
+            name for name, p in pl_module.denoiser.named_parameters() if p.grad is not None
+        }
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -157,7 +159,7 @@ def worst_cached_prediction(adapter: StableDiffusionAdapter, plan: TrajectoryPla
         pair = next(trajectory.pair for trajectory in plan.malicious if trajectory.index == index)
         for kind, prompt in {"uncond": "", "malicious": pair.malicious, "safe": pair.safe}.items():
             states = states_of(adapter.pipeline, prompt)[0].float()[None]
-            found = adapter.unet(rows["z_t"][row][None], rows["timestep"][row], states).sample[0]
+            found = adapter.denoiser(rows["z_t"][row][None], rows["timestep"][row], states).sample[0]
             worst = max(worst, float((found - rows[kind][row]).abs().max()))
     return worst
 

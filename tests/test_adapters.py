@@ -10,7 +10,7 @@ import diffusers
 import huggingface_hub
 import pytest
 import torch
-from conftest import MAX_LENGTH, WIDTH, build_tiny_pipeline
+from conftest import MAX_LENGTH, WIDTH, build_tiny_pipeline, entries_of, text_of
 from diffusers import (
     DDIMPipeline,
     StableDiffusionPipeline,
@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, CLIPTextModelWithProjection
 
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter, stable_diffusion
-from trce_lightning.runtime.fingerprints import fingerprint
 from trce_lightning.errors import InputError
 from trce_lightning.generation.samplers import make_sampler
-from trce_lightning.textual import keyword_mask
+from trce_lightning.runtime.fingerprints import fingerprint
+from trce_lightning.sampling import denoise_step
+from trce_lightning.tokens import Role
 
 PROMPTS = ["a gun", "", "tea", "word " * MAX_LENGTH]
 PATH_MESSAGE = "expected a diffusers pipeline folder"
@@ -40,17 +41,17 @@ def test_predict_is_the_call_that_the_pipeline_makes(tiny_adapter: StableDiffusi
     def record(_: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
         calls.append((*args, kwargs["encoder_hidden_states"], output[0]))
 
-    handle = tiny_adapter.unet.register_forward_hook(record, with_kwargs=True)
+    handle = tiny_adapter.denoiser.register_forward_hook(record, with_kwargs=True)
     tiny_adapter.pipeline("a gun", num_inference_steps=3, guidance_scale=3.0, output_type="latent")
     handle.remove()
-    assert [int(timestep) for _, timestep, *_ in calls] == tiny_adapter.timesteps(3).tolist()
-    states = tiny_adapter.encode(["", "a gun"]).states
+    assert [int(timestep) for _, timestep, *_ in calls] == tiny_adapter.schedule(3).timesteps.tolist()
+    states = tiny_adapter.encode(["", "a gun"]).states["clip"]
     for z_t, timestep, encoder_hidden_states, output in calls:
         torch.testing.assert_close(encoder_hidden_states, states)
         before = tiny_adapter.network_evaluations
         with torch.no_grad():
-            assert torch.equal(tiny_adapter.predict(z_t, timestep, encoder_hidden_states), output)
-            swapped = tiny_adapter.predict(z_t, timestep, encoder_hidden_states.flip(0))
+            assert torch.equal(tiny_adapter.predict(z_t, timestep, text_of(encoder_hidden_states)), output)
+            swapped = tiny_adapter.predict(z_t, timestep, text_of(encoder_hidden_states.flip(0)))
         assert not torch.allclose(swapped, output, atol=1e-4)
         assert tiny_adapter.network_evaluations == before + 4
 
@@ -58,28 +59,67 @@ def test_predict_is_the_call_that_the_pipeline_makes(tiny_adapter: StableDiffusi
 def test_encode_is_encode_prompt(tiny_adapter: StableDiffusionAdapter) -> None:
     with torch.no_grad():
         expected = tiny_adapter.pipeline.encode_prompt(PROMPTS, "cpu", 1, False)[0]
-    states, input_ids = tiny_adapter.encode(PROMPTS)
-    assert states.shape == (4, MAX_LENGTH, WIDTH)
+    text = tiny_adapter.encode(PROMPTS)
+    states, roles = text.states["clip"], text.roles["clip"]
+    assert states.shape == (4, MAX_LENGTH, WIDTH) and len(text) == 4
     assert torch.equal(states, expected)
-    assert (
-        input_ids.shape == (4, MAX_LENGTH) and (input_ids[:, 0] == tiny_adapter.tokenizer.bos_token_id).all()
+    input_ids = tiny_adapter.tokenize(PROMPTS)["clip"]
+    assert input_ids.shape == roles.shape == (4, MAX_LENGTH)
+    assert (input_ids[:, 0] == tiny_adapter.tokenizer.bos_token_id).all() and (roles[:, 0] == Role.SOT).all()
+    assert (input_ids[roles == Role.EOT] == tiny_adapter.tokenizer.eos_token_id).all()
+    assert (roles == Role.EOT).sum(1).tolist() == [1, 1, 1, 1]
+
+
+def test_token_embeddings_give_the_states_of_their_prompts(tiny_adapter: StableDiffusionAdapter) -> None:
+    input_ids = tiny_adapter.tokenize(PROMPTS)
+    embeddings = {name: rows.requires_grad_() for name, rows in tiny_adapter.embed(input_ids).items()}
+    found, expected = tiny_adapter.encode_embeddings(embeddings, input_ids), tiny_adapter.encode(PROMPTS)
+    assert torch.equal(found.states["clip"], expected.states["clip"])
+    assert torch.equal(found.roles["clip"], expected.roles["clip"])
+    # The EoT's gradient reaches every token up to it, and none behind it.
+    ends = found.roles["clip"] == Role.EOT
+    (gradient,) = torch.autograd.grad(found.states["clip"][ends].square().sum(), embeddings["clip"])
+    reached = gradient.abs().amax(-1) > 0
+    assert torch.equal(reached, expected.roles["clip"] <= Role.EOT)
+    # A step along a gradient changes what it says it changes, and the prompts' own states come back.
+    moved = {"clip": embeddings["clip"].detach() + gradient}
+    assert not torch.allclose(
+        tiny_adapter.encode_embeddings(moved, input_ids).states["clip"], expected.states["clip"], atol=1e-3
     )
+    assert torch.equal(tiny_adapter.encode(PROMPTS).states["clip"], expected.states["clip"])
+
+
+def test_token_embeddings_keep_the_mask_of_an_encoder_that_reads_one(
+    tiny_pipeline: StableDiffusionPipeline,
+) -> None:
+    tiny_pipeline.text_encoder.config.use_attention_mask = True
+    adapter = StableDiffusionAdapter(tiny_pipeline)
+    input_ids = adapter.tokenize(PROMPTS)
+    found = adapter.encode_embeddings(adapter.embed(input_ids), input_ids)
+    assert torch.equal(found.states["clip"], adapter.encode(PROMPTS).states["clip"])
+
+
+def test_nothing_is_said_by_the_empty_prompt(tiny_adapter: StableDiffusionAdapter) -> None:
+    assert torch.equal(tiny_adapter.empty().states["clip"], tiny_adapter.encode([""]).states["clip"])
 
 
 def test_trimmed_states_equal_the_padded_ones_up_to_the_end_of_text(
     tiny_adapter: StableDiffusionAdapter,
 ) -> None:
     full, trimmed = tiny_adapter.encode(PROMPTS[:3]), tiny_adapter.encode(PROMPTS[:3], trimmed=True)
-    length = trimmed.states.shape[1]
+    length = trimmed.states["clip"].shape[1]
     # Start, a token for each letter of "a gun", end.
     assert length == 6
-    assert torch.equal(trimmed.input_ids, full.input_ids[:, :length])
-    torch.testing.assert_close(trimmed.states, full.states[:, :length], atol=1e-6, rtol=1e-5)
+    assert torch.equal(trimmed.roles["clip"], full.roles["clip"][:, :length])
+    torch.testing.assert_close(trimmed.states["clip"], full.states["clip"][:, :length], atol=1e-6, rtol=1e-5)
 
 
 def test_text_projections_are_the_k_and_v_of_cross_attention(tiny_adapter: StableDiffusionAdapter) -> None:
-    projections = tiny_adapter.text_projections()
-    modules = dict(tiny_adapter.unet.named_modules())
+    stream = tiny_adapter.streams()["context"]
+    projections = entries_of(tiny_adapter)
+    assert (stream.segments, stream.width) == (("clip",), WIDTH)
+    assert {entry.first for entry in stream.entries.values()} == {0}
+    modules = dict(tiny_adapter.denoiser.named_modules())
     assert set(projections) == {name for name in modules if re.search(r"\.attn2\.to_[kv]$", name)}
     assert all(modules[name] is projection for name, projection in projections.items())
     blocks = [name for name, module in modules.items() if type(module).__name__ == "BasicTransformerBlock"]
@@ -88,7 +128,7 @@ def test_text_projections_are_the_k_and_v_of_cross_attention(tiny_adapter: Stabl
 
 
 def test_trainable_patterns(tiny_adapter: StableDiffusionAdapter) -> None:
-    parameters = dict(tiny_adapter.unet.named_parameters())
+    parameters = dict(tiny_adapter.denoiser.named_parameters())
     queries = {name for name in parameters if re.search(r"\.attn[12]\.to_q\.weight$", name)}
     trainable = tiny_adapter.trainable("*.to_q")
     assert set(trainable) == queries
@@ -217,10 +257,10 @@ def test_the_generator_fingerprint_covers_all_that_makes_an_image(
 
 
 def test_text_states_do_not_depend_on_autocast(tiny_adapter: StableDiffusionAdapter) -> None:
-    expected = tiny_adapter.encode(["a gun"]).states
+    expected = tiny_adapter.encode(["a gun"]).states["clip"]
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(tiny_adapter.encode(["a gun"]).states, expected)
-        input_ids = tiny_adapter.tokenize(["a gun"])
+        assert torch.equal(tiny_adapter.encode(["a gun"]).states["clip"], expected)
+        input_ids = tiny_adapter.tokenize(["a gun"])["clip"]
         assert not torch.equal(tiny_adapter.text_encoder(input_ids)[0].float(), expected)
 
 
@@ -245,13 +285,13 @@ def test_loads_what_was_saved(tiny_pipeline: StableDiffusionPipeline, tmp_path: 
     assert adapter.fingerprint() == StableDiffusionAdapter(tiny_pipeline).fingerprint()
     assert adapter.latent_shape == (4, 8, 8)
     assert load_adapter(str(tmp_path), resolution=24).latent_shape == (4, 12, 12)
-    assert load_adapter(tmp_path, dtype=torch.float16).unet.dtype == torch.float16
+    assert load_adapter(tmp_path, dtype=torch.float16).denoiser.dtype == torch.float16
     last = load_adapter(tmp_path, channels_last=True)
-    weights = [network.conv_in.weight for network in (last.unet, last.vae.decoder)]
+    weights = [network.conv_in.weight for network in (last.denoiser, last.vae.decoder)]
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
     assert last.fingerprint() == adapter.fingerprint()
-    z_t, states = torch.randn(2, *adapter.latent_shape), adapter.encode(["a cat", "a dog"]).states
-    predictions = (model.predict(z_t, 5, states) for model in (last, adapter))
+    z_t, text = torch.randn(2, *adapter.latent_shape), adapter.encode(["a cat", "a dog"])
+    predictions = (model.predict(z_t, 5, text) for model in (last, adapter))
     torch.testing.assert_close(*predictions, atol=1e-5, rtol=1e-4)
     pictures = (model.decode(z_t).float() for model in (last, adapter))
     torch.testing.assert_close(*pictures, atol=1, rtol=0)  # the last bits may round another way
@@ -295,12 +335,13 @@ def test_a_textual_inversion_of_several_vectors_is_all_of_its_tokens(
     tiny_pipeline: StableDiffusionPipeline,
 ) -> None:
     adapter = StableDiffusionAdapter(with_inversion(tiny_pipeline))
-    ids = adapter.tokenize(["<x> a"])
+    ids = adapter.tokenize(["<x> a"])["clip"]
     assert adapter.tokenizer.convert_ids_to_tokens(ids[0])[1:5] == ["<x>", "<x>_1", "<x>_2", "a</w>"]
-    assert keyword_mask(adapter, ids, ["<x>"])[0].nonzero().flatten().tolist() == [1, 2, 3]
+    (mask,) = adapter.mentions(["<x> a"], ["<x>"], trimmed=False)["clip"]
+    assert mask.nonzero().flatten().tolist() == [1, 2, 3]
     with torch.no_grad():
         expected = tiny_pipeline.encode_prompt(["<x> a", ""], "cpu", 1, False)[0]
-    assert torch.equal(adapter.encode(["<x> a", ""]).states, expected)
+    assert torch.equal(adapter.encode(["<x> a", ""]).states["clip"], expected)
     # Start, end and three for each of ten.
     assert MAX_LENGTH == 32 and adapter.fits("<x> " * 10) and not adapter.fits("<x> " * 11)
 
@@ -308,14 +349,14 @@ def test_a_textual_inversion_of_several_vectors_is_all_of_its_tokens(
 def test_an_attention_mask_is_used_where_the_text_encoder_asks_for_it(
     tiny_pipeline: StableDiffusionPipeline,
 ) -> None:
-    without = StableDiffusionAdapter(tiny_pipeline).encode(PROMPTS).states
+    without = StableDiffusionAdapter(tiny_pipeline).encode(PROMPTS).states["clip"]
     tiny_pipeline.text_encoder.config.use_attention_mask = True
     adapter = StableDiffusionAdapter(tiny_pipeline)
     with torch.no_grad():
         expected = tiny_pipeline.encode_prompt(PROMPTS, "cpu", 1, False)[0]
-    assert torch.equal(adapter.encode(PROMPTS).states, expected)
+    assert torch.equal(adapter.encode(PROMPTS).states["clip"], expected)
     assert not torch.allclose(without, expected, atol=1e-3)
-    trimmed = adapter.encode(PROMPTS[:3], trimmed=True).states
+    trimmed = adapter.encode(PROMPTS[:3], trimmed=True).states["clip"]
     torch.testing.assert_close(trimmed[0], expected[0, : trimmed.shape[1]], atol=1e-5, rtol=1e-4)
 
 
@@ -333,21 +374,21 @@ def test_a_step_is_that_of_diffusers(
     adapter = StableDiffusionAdapter(tiny_pipeline)
     if (spacing, num_steps) == ("trailing", 61):
         with pytest.raises(InputError, match=r"num_inference_steps.* got 61, .* to -1; take one step less"):
-            adapter.timesteps(num_steps)
+            adapter.schedule(num_steps)
         return
     scheduler.set_timesteps(num_steps)
-    timesteps = adapter.timesteps(num_steps)
+    schedule = adapter.schedule(num_steps)
     z_t, prediction = torch.randn(2, 1, *adapter.latent_shape).unbind(0)
-    for step_index, timestep in enumerate(timesteps):
+    for step_index, timestep in enumerate(schedule.timesteps):
         expected = scheduler.step(prediction, timestep, z_t).prev_sample
         torch.testing.assert_close(
-            adapter.step(prediction, z_t, timesteps, step_index), expected, atol=1e-5, rtol=1e-5
+            denoise_step(prediction, z_t, schedule, step_index), expected, atol=1e-5, rtol=1e-5
         )
 
 
 def test_as_many_steps_as_timesteps_have_no_place(tiny_adapter: StableDiffusionAdapter) -> None:
     with pytest.raises(InputError, match=r"between 0 and 999, got 1000, which diffusers places from 1000"):
-        tiny_adapter.timesteps(1000)
+        tiny_adapter.schedule(1000)
     with pytest.raises(InputError, match=r"num_inference_steps.*PNDMScheduler can take, got 3"):
         make_sampler(tiny_adapter, 3, scheduler="PNDMScheduler")
 
@@ -559,5 +600,5 @@ def test_a_hub_that_has_half_precision_alone_opens(
     for module in (huggingface_hub.constants, diffusers.utils.constants):
         for name in ("HF_HUB_CACHE", "HF_MODULES_CACHE"):
             monkeypatch.setattr(module, name, str(tmp_path), raising=False)
-    found = load_adapter("owner/name").unet.state_dict()
+    found = load_adapter("owner/name").denoiser.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in half.state_dict().items())

@@ -111,11 +111,11 @@ def test_the_estimate_is_that_of_a_batch_and_counts_nothing(
     counted = tiny_adapter.network_evaluations
     seconds = seconds_per_evaluation(run_of(tiny_adapter, tmp_path))
     assert seconds is not None and tiny_adapter.network_evaluations == counted
-    z_t, states = torch.randn(16, *tiny_adapter.latent_shape), tiny_adapter.encode([""] * 16).states
+    z_t, text = torch.randn(16, *tiny_adapter.latent_shape), tiny_adapter.encode([""] * 16)
     start = time.monotonic()
     with torch.no_grad():
         for _ in range(5):
-            tiny_adapter.predict(z_t, 500, states)
+            tiny_adapter.predict(z_t, 500, text)
     expected = (time.monotonic() - start) / 5 / 16
     assert expected / 5 < seconds < 5 * expected  # of a busy machine
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_tiny_pipeline
+from conftest import build_tiny_pipeline, text_of
 from tiny_runs import WEAPONS
 from torch import Tensor
 
@@ -45,13 +45,18 @@ def test_ours_leaves_the_weights_for_the_next_repeat(stage1: Stage1) -> None:
     assert difference([layer.weight.data for layer in stage1.projections], stage1.original) == 0
 
 
+def network_of(adapter: StableDiffusionAdapter) -> plain.Network:
+    """The denoiser as the plain implementation calls it."""
+    return lambda z_t, timestep, states: adapter.predict(z_t, timestep, text_of(states))
+
+
 @torch.no_grad()
 def test_the_plain_loop_samples_as_diffusers_does(tiny_adapter: StableDiffusionAdapter) -> None:
     z_t = noise((1, *tiny_adapter.latent_shape), 0)
-    scheduler = tiny_adapter.scheduler
+    scheduler = tiny_adapter.ddim
     scheduler.set_timesteps(3)
-    states = tiny_adapter.encode(["", "a gun"]).states
-    steps = plain.sample_trajectory(tiny_adapter.predict, scheduler, states, z_t, guidance_scale=3.0)
+    states = tiny_adapter.encode(["", "a gun"]).states["clip"]
+    steps = plain.sample_trajectory(network_of(tiny_adapter), scheduler, states, z_t, guidance_scale=3.0)
     expected = tiny_adapter.pipeline.__class__(**tiny_adapter.pipeline.components)
     expected.scheduler = scheduler
     latents = expected(
@@ -72,12 +77,12 @@ def test_the_papers_counts() -> None:
 
 @torch.no_grad()
 def test_the_plain_loss_is_ours_at_the_authors_weights(tiny_adapter: StableDiffusionAdapter) -> None:
-    network = tiny_adapter.predict
+    network = network_of(tiny_adapter)
 
     def trained(z_t: Tensor, timestep: Tensor, states: Tensor) -> Tensor:
         return network(z_t, timestep, states) + 0.1
 
-    empty, first, second = tiny_adapter.encode(["", "a gun", "tea"]).states.split(1)
+    empty, first, second = tiny_adapter.encode(["", "a gun", "tea"]).states["clip"].split(1)
     points = [plain.Point(noise((1, *tiny_adapter.latent_shape), i), torch.tensor(400)) for i in range(3)]
     z_t, timestep = points[0].z_t, points[0].timestep
     hinges = []
@@ -107,7 +112,7 @@ def test_steps_are_timed_in_turns_on_one_batch() -> None:
         "unconditional_z_t": z_t,
         "malicious_timestep": torch.zeros(1, dtype=torch.int64),
         "unconditional_timestep": torch.ones(2, dtype=torch.int64),
-        "malicious_states": adapter.encode(["a gun"]).states,
+        "malicious_text": adapter.encode(["a gun"]),
     }
     assert [len(part) for part in inputs(adapter, batch)] == [3, 3, 3]
     before = adapter.trainable("*.to_q")

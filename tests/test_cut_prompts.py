@@ -8,12 +8,12 @@ import torch
 from conftest import MAX_LENGTH, build_tiny_pipeline
 
 from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.adapters.cut import check_pairs, warn_of_cut
 from trce_lightning.api import compose
 from trce_lightning.concepts import Concept, PromptPair
 from trce_lightning.config.schema import EvalConfig, ModelConfig
 from trce_lightning.jobs.session import Session
 from trce_lightning.jobs.train import TrainingRun
-from trce_lightning.adapters.cut import check_pairs, warn_of_cut
 
 READ = MAX_LENGTH - 2
 """Characters without spaces, of which the tiny tokenizer makes one token each, between start and end."""
@@ -25,7 +25,7 @@ def test_the_adapter_finds_prompts_that_are_cut(tiny_adapter: StableDiffusionAda
     assert tiny_adapter.cut([whole, longer, "", longer + "y"]) == [longer, longer + "y"]
     assert tiny_adapter.cut([]) == []
     assert tiny_adapter.fits(whole) and not tiny_adapter.fits(longer)
-    assert tiny_adapter.tokenize([longer]).equal(tiny_adapter.tokenize([longer + "y"]))
+    assert tiny_adapter.tokenize([longer])["clip"].equal(tiny_adapter.tokenize([longer + "y"])["clip"])
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_term_that_is_cut_off_is_refused(
 def test_a_term_that_reads_as_its_counterpart_is_refused(tiny_adapter: StableDiffusionAdapter) -> None:
     check_pairs(tiny_adapter, {"knife": KNIFE.pairs()})
     same = PromptPair("a 枪", "a 花", "枪")  # characters that the tiny tokenizer hasn't
-    assert tiny_adapter.tokenize([same.malicious]).equal(tiny_adapter.tokenize([same.safe]))
+    assert tiny_adapter.tokenize([same.malicious])["clip"].equal(tiny_adapter.tokenize([same.safe])["clip"])
     with pytest.raises(
         ValueError, match=r"^concept\.gun: .* got '枪': it reads 'a 枪' and 'a 花' as the same"
     ):

@@ -110,8 +110,8 @@ def test_rows_of_a_batch_belong_together(tiny_adapter: StableDiffusionAdapter, c
                 assert torch.equal(batch[prefix + name], values[where]), name
     for batch in served(tiny_adapter, cache)[0]:
         prompts = [plan.malicious[index].pair.malicious for index in batch["malicious_trajectory"].tolist()]
-        expected = tiny_adapter.encode(prompts).states
-        torch.testing.assert_close(batch["malicious_states"], expected, atol=1e-5, rtol=1e-4)
+        expected = tiny_adapter.encode(prompts).states["clip"]
+        torch.testing.assert_close(batch["malicious_text"].states["clip"], expected, atol=1e-5, rtol=1e-4)
         assert len(set(prompts)) > 1
 
 

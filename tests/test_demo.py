@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 import yaml
+from conftest import entries_of
 
 from trce_lightning import cli
 from trce_lightning.adapters import load_adapter
@@ -28,7 +29,7 @@ VIOLENCE = load_concept(cli.config_folder() / "concept" / "violence.yaml")
 def erased(tmp_path_factory):
     """A folder of the embedded model with other cross-attention values, so that its pictures differ."""
     adapter = load_adapter(weights_folder())
-    for name, projection in adapter.text_projections().items():
+    for name, projection in entries_of(adapter).items():
         if name.endswith("to_v"):
             projection.weight.data *= -0.5
     folder = tmp_path_factory.mktemp("erased")

@@ -63,7 +63,7 @@ def test_padding_equals_the_tokenizers(embedded, swap):
     part = FillerPart(embedded.tokenizer, embedded.text_encoder, UNKNOWN, max_steps=100)
     texts = [*some_captions(20), "dagger " * 60]
     rows = [embedded.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-    assert torch.equal(part.padded(rows), embedded.tokenize(texts))
+    assert torch.equal(part.padded(rows), embedded.tokenize(texts)["clip"])
 
 
 def test_unknown_words_are_neither_seen_nor_held_out_nor_akin_to_content(tmp_path: Path):
@@ -81,7 +81,8 @@ def meant(clip, adapter, phrases):
     names = [f"a picture of {subject.name}" for subject in SUBJECTS]
     with torch.no_grad():
         features = [
-            clip.model.get_text_features(adapter.tokenize(texts)).pooler_output for texts in (phrases, names)
+            clip.model.get_text_features(adapter.tokenize(texts)["clip"]).pooler_output
+            for texts in (phrases, names)
         ]
     cosine = torch.nn.functional.cosine_similarity(features[0][:, None], features[1][None], dim=-1)
     return cosine.argmax(-1)
@@ -102,7 +103,7 @@ def test_it_draws_what_prompts_in_unknown_words_name(embedded):
     judge: Judge = load_judge(weights_folder())
     wanted = torch.arange(0, len(SUBJECTS), 5)
     prompts = [f"a mayor, {SUBJECTS[i].name} by the wharf" for i in wanted]
-    shown = JudgedSamples(embedded.pipeline, judge)(embedded.unet.state_dict(), prompts)
+    shown = JudgedSamples(embedded.pipeline, judge)(embedded.denoiser.state_dict(), prompts)
     assert (shown == wanted).float().mean() >= 0.9
     assert (shown == wanted.roll(1)).float().mean() < 0.1
 
@@ -112,8 +113,8 @@ def test_a_benign_lora_can_be_trained_and_put_on_top(embedded, tmp_path):
     from trce_lightning.emoji.training import lora
 
     lora.train(tmp_path, steps=2, count=16)
-    z_t, states = torch.randn(1, *embedded.latent_shape), embedded.encode(["a cat"]).states
-    before = embedded.predict(z_t, 500, states)
+    z_t, text = torch.randn(1, *embedded.latent_shape), embedded.encode(["a cat"])
+    before = embedded.predict(z_t, 500, text)
     with lora_applied(embedded, Lora(str(tmp_path / "pytorch_lora_weights.safetensors"))):
-        assert not torch.allclose(embedded.predict(z_t, 500, states), before)
-    assert torch.equal(embedded.predict(z_t, 500, states), before)
+        assert not torch.allclose(embedded.predict(z_t, 500, text), before)
+    assert torch.equal(embedded.predict(z_t, 500, text), before)

@@ -62,7 +62,7 @@ def test_the_delta_makes_the_erased_network_of_the_original(erased: Erased, tmp_
     before = images(pipeline)
     report = pipeline.unet.load_state_dict(load_file(file), strict=False)
     assert report.unexpected_keys == []
-    expected = erased.adapter.unet.state_dict()
+    expected = erased.adapter.denoiser.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in pipeline.unet.state_dict().items())
     assert np.allclose(images(pipeline), images(erased.adapter.pipeline), atol=1e-5)
     assert not np.allclose(images(pipeline), before, atol=1e-3)

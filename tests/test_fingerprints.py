@@ -53,8 +53,8 @@ def optimizer_step(make: Callable[..., torch.optim.Optimizer], **options: Any) -
 
 
 def load(adapter: StableDiffusionAdapter) -> None:
-    state = adapter.unet.state_dict()
-    adapter.unet.load_state_dict({name: tensor + 0.1 for name, tensor in state.items()})
+    state = adapter.denoiser.state_dict()
+    adapter.denoiser.load_state_dict({name: tensor + 0.1 for name, tensor in state.items()})
 
 
 def in_place(adapter: StableDiffusionAdapter) -> None:
@@ -64,7 +64,7 @@ def in_place(adapter: StableDiffusionAdapter) -> None:
 
 def stage_1(adapter: StableDiffusionAdapter) -> None:
     statistics = stage1_statistics(adapter, TextualConfig())
-    apply_edit_(adapter, statistics.solve(TextualConfig()))
+    apply_edit_(adapter.streams()["context"], statistics.solve(TextualConfig()))
 
 
 def raw_data(adapter: StableDiffusionAdapter) -> None:
@@ -73,7 +73,7 @@ def raw_data(adapter: StableDiffusionAdapter) -> None:
 
 
 def halved(adapter: StableDiffusionAdapter) -> None:
-    adapter.unet.half()
+    adapter.denoiser.half()
 
 
 CHANGES: dict[str, Callable[[StableDiffusionAdapter], None]] = {
@@ -123,7 +123,7 @@ def test_nothing_is_kept_where_nobody_has_said_that_weights_stay(hashed: Counter
     adapter = StableDiffusionAdapter(build_tiny_pipeline())
     with adapter.unchanged():
         found = {adapter.fingerprint()}
-    for network in (adapter.unet, adapter.text_encoder, adapter.vae):
+    for network in (adapter.denoiser, adapter.text_encoder, adapter.vae):
         next(network.parameters()).data.view(-1)[0] += 1
         found.add(adapter.fingerprint())
     assert len(found) == 4 and hashed["UNet2DConditionModel"] == 4

@@ -42,7 +42,7 @@ def beyond_float32(weight: torch.Tensor) -> None:
 
 
 def denoiser(adapter: StableDiffusionAdapter) -> torch.Tensor:
-    return adapter.unet.conv_in.weight
+    return adapter.denoiser.conv_in.weight
 
 
 def decoder(adapter: StableDiffusionAdapter) -> torch.Tensor:
@@ -100,7 +100,7 @@ def test_float16_that_overflows_is_told_from_damaged_weights(tmp_path: Path) -> 
         generate(adapter, RECORDS, guidance_scale=4.0, num_steps=1, batch_size=2)
     # Autocast to float16 is told as well, though the weights are float32.
     adapter = StableDiffusionAdapter(build_tiny_pipeline())
-    adapter.unet.conv_out.weight.data.fill_(6e4)
+    adapter.denoiser.conv_out.weight.data.fill_(6e4)
     with pytest.raises(InputError, match=r"denoiser.*float16 ends at 65504: try trainer\.precision=32-true"):
         generate(
             adapter, RECORDS, guidance_scale=4.0, num_steps=1, batch_size=2, autocast_dtype=torch.float16
@@ -143,11 +143,11 @@ def test_no_trajectory_is_left_of_what_is_not_finite(
 
 def test_stage_1_refuses_states_that_are_not_finite() -> None:
     adapter = StableDiffusionAdapter(build_tiny_pipeline())
-    g = int(adapter.tokenize(["a gun"])[0, 2])  # one token a character
+    g = int(adapter.tokenize(["a gun"])["clip"][0, 2])  # one token a character
     adapter.text_encoder.get_input_embeddings().weight.data[g] = torch.nan
     pairs = plan_of(CONFIG).malicious
     with pytest.raises(InputError, match=r"text states of '[^']*gun[^']*'"):
-        pair_states(adapter, [row.pair for row in pairs if row.pair], ["eot"])
+        pair_states(adapter, adapter.streams()["context"], [row.pair for row in pairs if row.pair], ["eot"])
 
 
 def damaged_rows(adapter: StableDiffusionAdapter, folder: Path) -> Path:

@@ -56,7 +56,7 @@ def test_states_are_those_of_full_precision_whatever_the_trainers(
     found = cached_kept(trainer, tiny_adapter, KEEP_PROMPTS, tmp_path / "cache")
     assert torch.equal(found.every.k, kept_statistics(tiny_adapter, KEEP_PROMPTS).every.k)
     with torch.autocast("cpu", torch.bfloat16):
-        half = tiny_adapter.text_encoder(tiny_adapter.tokenize(KEEP_PROMPTS))[0]
+        half = tiny_adapter.text_encoder(tiny_adapter.tokenize(KEEP_PROMPTS)["clip"])[0]
     assert not torch.equal(found.every.k, keep_statistics(half.flatten(0, 1)).k)
 
 

@@ -30,7 +30,7 @@ from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.callbacks import RanksAgree, SaveBeforeScoring, progress_checkpoints
 from trce_lightning.closed_form import Edit
 from trce_lightning.config.schema import OptimizerConfig, TextualConfig, TrajectoryConfig
-from trce_lightning.data.datamodule import TrajectoryDataModule
+from trce_lightning.data.datamodule import Batch, TrajectoryDataModule
 from trce_lightning.errors import InputError
 from trce_lightning.module import TRCE
 
@@ -142,7 +142,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], **tolerance: float) 
 
 @torch.no_grad()
 def loss_by_hand(
-    sampled: Sampled, config: TrajectoryConfig, batch: dict[str, Tensor], *, first_step: bool = False
+    sampled: Sampled, config: TrajectoryConfig, batch: Batch, *, first_step: bool = False
 ) -> float:
     """The loss of a batch before any step, row by row, in float64."""
     pipeline = build_tiny_pipeline()
@@ -151,7 +151,9 @@ def loss_by_hand(
         if name.endswith(("attn2.to_k", "attn2.to_v")):
             module.weight.copy_(module.weight @ sampled.edit.transform)
     empty = pipeline.encode_prompt("", "cpu", 1, False)[0].double()
-    rows = {name: values.double() if values.is_floating_point() else values for name, values in batch.items()}
+    states = batch["malicious_text"].states["clip"].double()
+    tensors = {name: values for name, values in batch.items() if isinstance(values, Tensor)}
+    rows = {name: v.double() if v.is_floating_point() else v for name, v in tensors.items()}
 
     def eps(kind: str, row: int, states: Tensor) -> Tensor:
         return unet(rows[f"{kind}_z_t"][row][None], rows[f"{kind}_timestep"][row], states).sample[0]
@@ -166,10 +168,10 @@ def loss_by_hand(
 
     erase, uncond, pull = [], [], []
     for row in range(len(rows["malicious_z_t"])):
-        states = rows["malicious_states"][row][None]
-        erase.append(hinge(row, states))
+        own = states[row][None]
+        erase.append(hinge(row, own))
         uncond.append(hinge(row, empty) if first_step or rows["malicious_step_index"][row] > 0 else 0.0)
-        pull.append(((eps("malicious", row, states) - rows["malicious_safe"][row]) ** 2).mean().item())
+        pull.append(((eps("malicious", row, own) - rows["malicious_safe"][row]) ** 2).mean().item())
     preserve = [
         ((eps("unconditional", row, empty) - rows["unconditional_uncond"][row]) ** 2).mean().item()
         for row in range(len(rows["unconditional_z_t"]))
@@ -201,14 +203,14 @@ def test_the_loss_by_hand(sampled: Sampled, tmp_path: Path, options: dict[str, A
 def test_only_queries_train_and_k_v_are_w_t(sampled: Sampled, tmp_path: Path) -> None:
     fit = Fit(sampled).run(tmp_path)
     original = build_tiny_pipeline().unet.state_dict()
-    for name, tensor in fit.adapter.unet.state_dict().items():
+    for name, tensor in fit.adapter.denoiser.state_dict().items():
         if name.endswith(".to_q.weight"):
             assert not torch.equal(tensor, original[name]), name
         elif name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
             torch.testing.assert_close(tensor, (original[name].double() @ sampled.edit.transform).float())
         else:
             assert torch.equal(tensor, original[name]), name
-    free = {name for name, parameter in fit.adapter.unet.named_parameters() if parameter.requires_grad}
+    free = {name for name, parameter in fit.adapter.denoiser.named_parameters() if parameter.requires_grad}
     assert free == set(fit.module.trainable)
 
 
@@ -237,9 +239,11 @@ def test_a_checkpoint_holds_changed_tensors_alone(sampled: Sampled, tmp_path: Pa
     fit = Fit(sampled, edited=edited).run(tmp_path, *progress_checkpoints(tmp_path, minutes=60))
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     endings = (".to_q.weight", "attn2.to_k.weight", "attn2.to_v.weight") if edited else (".to_q.weight",)
-    names = {f"unet.{name}" for name, _ in fit.adapter.unet.named_parameters() if name.endswith(endings)}
+    names = {
+        f"denoiser.{name}" for name, _ in fit.adapter.denoiser.named_parameters() if name.endswith(endings)
+    }
     assert set(state) == names
-    assert_same({name.removeprefix("unet."): tensor for name, tensor in state.items()}, fit.changed())
+    assert_same({name.removeprefix("denoiser."): tensor for name, tensor in state.items()}, fit.changed())
 
 
 def test_sigterm_within_an_accumulated_gradient_saves_nothing(sampled: Sampled, tmp_path: Path) -> None:
@@ -298,7 +302,8 @@ def test_an_interrupted_fit_continues_to_the_same_weights(
     assert_same(resumed.changed(), whole.changed())
     assert resumed.record.losses == whole.record.losses[2:]
     assert any(
-        not torch.equal(after_one_epoch[f"unet.{name}"], tensor) for name, tensor in whole.changed().items()
+        not torch.equal(after_one_epoch[f"denoiser.{name}"], tensor)
+        for name, tensor in whole.changed().items()
     )
 
 
@@ -358,7 +363,7 @@ class CountForwards(pl.Callback):
         self.calls = {"block": 0, "text": 0}
         self.steps: list[dict[str, int]] = []
         self.modes: set[bool] = set()
-        adapter.unet.up_blocks[-1].resnets[0].register_forward_pre_hook(lambda *_: self._count("block"))
+        adapter.denoiser.up_blocks[-1].resnets[0].register_forward_pre_hook(lambda *_: self._count("block"))
         adapter.text_encoder.register_forward_hook(lambda *_: self._count("text"))
 
     def _count(self, part: str) -> None:
@@ -366,7 +371,7 @@ class CountForwards(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         self.calls = dict.fromkeys(self.calls, 0)
-        self.modes.add(pl_module.unet.training)
+        self.modes.add(pl_module.denoiser.training)
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.steps.append(self.calls.copy())
@@ -384,7 +389,7 @@ def test_gradient_checkpointing_computes_twice_and_changes_nothing(sampled: Samp
     # In evaluation mode, so that no dropout differs between the two.
     assert counts.modes == twice.modes == {False}
     assert_same(recomputed.changed(), kept.changed(), atol=1e-6, rtol=1e-5)
-    assert not recomputed.adapter.unet.is_gradient_checkpointing
+    assert not recomputed.adapter.denoiser.is_gradient_checkpointing
 
 
 class WhereTo(pl.Callback):

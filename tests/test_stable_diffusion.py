@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import entries_of
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
@@ -126,7 +127,7 @@ def test_names_and_counts_at_full_size(version: str) -> None:
     counts = [sum(p.numel() for p in network.parameters()) for network in (pipeline.unet, text_encoder)]
     assert tuple(counts) == PARAMETERS[version]
     adapter = StableDiffusionAdapter(pipeline)
-    projections = adapter.text_projections()
+    projections = entries_of(adapter)
     assert len(projections) == 32
     assert {f"{name}.weight" for name in projections} == KEYS_AND_VALUES
     assert all(projection.in_features == WIDTH[version] for projection in projections.values())
@@ -161,22 +162,24 @@ def test_states_are_the_penultimate_of_openclip_and_padding_is_no_end_of_text() 
     """2.x leaves out OpenCLIP's 24th layer and pads with "!", which a prompt may hold as well."""
     pipeline = pipeline_of("sd2", small=True)
     adapter = StableDiffusionAdapter(pipeline)
-    text = adapter.encode(["a gun!", ""])
-    assert text.input_ids[1].tolist() == [
+    text, ids = adapter.encode(["a gun!", ""]), adapter.tokenize(["a gun!", ""])["clip"]
+    assert ids[1].tolist() == [
         adapter.tokenizer.bos_token_id,
         adapter.tokenizer.eos_token_id,
         *[0] * 75,
     ]
     assert adapter.tokenizer.pad_token_id == 0 != adapter.tokenizer.eos_token_id
-    end = text.input_ids[0].tolist().index(adapter.tokenizer.eos_token_id)
+    end = ids[0].tolist().index(adapter.tokenizer.eos_token_id)
     trimmed = adapter.encode(["a gun!"], trimmed=True)
-    assert trimmed.input_ids.shape[1] == end + 1
-    torch.testing.assert_close(trimmed.states[0], text.states[0, : end + 1], atol=1e-5, rtol=1e-4)
+    assert trimmed.roles["clip"].shape[1] == end + 1
+    torch.testing.assert_close(
+        trimmed.states["clip"][0], text.states["clip"][0, : end + 1], atol=1e-5, rtol=1e-4
+    )
     # All layers that are there, then the final norm.
     with torch.no_grad():
-        hidden = pipeline.text_encoder(text.input_ids, output_hidden_states=True)
+        hidden = pipeline.text_encoder(ids, output_hidden_states=True)
     norm = dict(pipeline.text_encoder.named_modules())["final_layer_norm"]
-    torch.testing.assert_close(text.states, norm(hidden.hidden_states[-1]))
+    torch.testing.assert_close(text.states["clip"], norm(hidden.hidden_states[-1]))
     assert text_encoder_config("sd2").num_hidden_layers == 23
 
 
@@ -196,16 +199,18 @@ def test_half_precision_folders_round_the_edit_once(
     adapter = load_adapter(tmp_path, dtype=torch.float16)
     assert {t.dtype for t in tensors(adapter.pipeline).values() if t.is_floating_point()} == {torch.float16}
     assert_equal(adapter.pipeline, half)
-    before = {name: tensor.clone() for name, tensor in adapter.unet.state_dict().items()}
-    assert set(apply_edit_(adapter, edit)) == KEYS_AND_VALUES
-    after = adapter.unet.state_dict()
+    before = {name: tensor.clone() for name, tensor in adapter.denoiser.state_dict().items()}
+    assert set(apply_edit_(adapter.streams()["context"], edit)) == KEYS_AND_VALUES
+    after = adapter.denoiser.state_dict()
     assert set(moved(before, after)) == KEYS_AND_VALUES
     for name in KEYS_AND_VALUES:
         exact = before[name].double() @ edit.transform
         torch.testing.assert_close(after[name].double(), exact, rtol=1.01 * 2**-11, atol=1e-7)
     whole = load_adapter(tmp_path)
     assert {t.dtype for t in tensors(whole.pipeline).values() if t.is_floating_point()} == {torch.float32}
-    assert all(torch.equal(whole.unet.state_dict()[name], tensor.float()) for name, tensor in before.items())
+    assert all(
+        torch.equal(whole.denoiser.state_dict()[name], tensor.float()) for name, tensor in before.items()
+    )
 
 
 def test_a_single_file_holds_the_same_pipeline(
@@ -419,8 +424,8 @@ def test_a_fused_lora_is_its_merged_weights(sd1: StableDiffusionPipeline) -> Non
     without = solved(StableDiffusionAdapter(copy_of(sd1)))
     assert not torch.allclose(edits[0].transform, without.transform, atol=1e-3)
     for adapter, edit in zip(adapters, edits, strict=True):
-        assert set(apply_edit_(adapter, edit)) == KEYS_AND_VALUES
-    found, expected = (adapter.unet.state_dict() for adapter in adapters)
+        assert set(apply_edit_(adapter.streams()["context"], edit)) == KEYS_AND_VALUES
+    found, expected = (adapter.denoiser.state_dict() for adapter in adapters)
     for name in KEYS_AND_VALUES | QUERIES:
         torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-3)
 

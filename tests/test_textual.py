@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from conftest import MAX_LENGTH, build_tiny_pipeline
+from conftest import MAX_LENGTH, build_tiny_pipeline, entries_of
 from diffusers import StableDiffusionPipeline
 from tiny_runs import KEEP_PROMPTS, WEAPONS, stage1_statistics
 from torch import Tensor
@@ -14,7 +14,7 @@ from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.closed_form import merge_pairs, solve_edit
 from trce_lightning.concepts import Concept
 from trce_lightning.config.schema import TextualConfig
-from trce_lightning.textual import apply_edit_, keyword_mask, pair_states
+from trce_lightning.textual import apply_edit_, pair_states
 
 DRINKS = Concept("drinks", {"beer": "milk"}, templates=("{}", "cold {}"))
 
@@ -26,37 +26,40 @@ def outer(states: Tensor) -> Tensor:
 
 def state_at(adapter: StableDiffusionAdapter, prompt: str, position: str) -> Tensor:
     """State of one prompt at its start or first end of text, ``[d]``."""
-    states, input_ids = adapter.encode([prompt])
-    end = input_ids[0].tolist().index(adapter.tokenizer.eos_token_id)
-    return states[0, {"sot": 0, "eot": end}[position]]
+    end = adapter.tokenize([prompt])["clip"][0].tolist().index(adapter.tokenizer.eos_token_id)
+    return adapter.encode([prompt]).states["clip"][0, {"sot": 0, "eot": end}[position]]
+
+
+def pairs_at(adapter: StableDiffusionAdapter, *positions: str) -> tuple[Tensor, Tensor]:
+    return pair_states(adapter, adapter.streams()["context"], WEAPONS.pairs(), positions)
 
 
 def test_the_edited_network_on_e_is_the_original_on_e_t(tiny_pipeline: StableDiffusionPipeline) -> None:
     adapter = StableDiffusionAdapter(tiny_pipeline)
     edit = stage1_statistics(adapter, TextualConfig(eta=0.1)).solve(TextualConfig(eta=0.1))
-    states = adapter.encode(["a gun", "tea", ""]).states.double()
+    states = adapter.encode(["a gun", "tea", ""]).states["clip"].double()
     z_t = torch.randn(
         3, *adapter.latent_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
-    unet = adapter.unet.double()
+    unet = adapter.denoiser.double()
     timestep = torch.tensor([900, 500, 10])
     with torch.no_grad():
         original = unet(z_t, timestep, states).sample
         expected = unet(z_t, timestep, states @ edit.transform.T).sample
-        names = apply_edit_(adapter, edit)
+        names = apply_edit_(adapter.streams()["context"], edit)
         found = unet(z_t, timestep, states).sample
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
     assert (found - original).abs().amax((1, 2, 3)).min() > 1e-4
-    assert set(names) == {f"{name}.weight" for name in adapter.text_projections()}
+    assert set(names) == {f"{name}.weight" for name in entries_of(adapter)}
 
 
 def test_only_k_and_v_of_cross_attention_are_written(tiny_pipeline: StableDiffusionPipeline) -> None:
     adapter = StableDiffusionAdapter(tiny_pipeline)
     config = TextualConfig(eta=0.1)
     edit = stage1_statistics(adapter, config).solve(config)
-    names = apply_edit_(adapter, edit)
+    names = apply_edit_(adapter.streams()["context"], edit)
     original = build_tiny_pipeline().unet.state_dict()
-    for name, tensor in adapter.unet.state_dict().items():
+    for name, tensor in adapter.denoiser.state_dict().items():
         if name in names:
             assert not torch.allclose(tensor, original[name])
             torch.testing.assert_close(tensor, (original[name].double() @ edit.transform).float())
@@ -66,8 +69,8 @@ def test_only_k_and_v_of_cross_attention_are_written(tiny_pipeline: StableDiffus
 
 def test_eta_trades_kept_states_against_malicious_ones(tiny_adapter: StableDiffusionAdapter) -> None:
     statistics = stage1_statistics(tiny_adapter, TextualConfig())
-    kept = tiny_adapter.encode([*KEEP_PROMPTS, ""]).states.flatten(0, 1).double()
-    malicious, safe = (states.double() for states in pair_states(tiny_adapter, WEAPONS.pairs(), ["eot"]))
+    kept = tiny_adapter.encode([*KEEP_PROMPTS, ""]).states["clip"].flatten(0, 1).double()
+    malicious, safe = (states.double() for states in pairs_at(tiny_adapter, "eot"))
 
     def distances(eta: float) -> tuple[float, float]:
         transform = statistics.solve(TextualConfig(eta=eta, ridge=1e-6)).transform
@@ -85,7 +88,7 @@ def test_pairs_at_one_position_each(
     tiny_adapter: StableDiffusionAdapter, position: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(textual, "ENCODE_BATCH", 4)  # several batches, by length
-    malicious, safe = pair_states(tiny_adapter, WEAPONS.pairs(), [position])
+    malicious, safe = pairs_at(tiny_adapter, position)
     for index, kind in enumerate((malicious, safe)):
         expected = torch.stack([state_at(tiny_adapter, pair[index], position) for pair in WEAPONS.pairs()])
         torch.testing.assert_close(kind, expected, atol=1e-5, rtol=1e-4)
@@ -93,11 +96,11 @@ def test_pairs_at_one_position_each(
 
 
 def test_padding_pairs_position_by_position(tiny_adapter: StableDiffusionAdapter) -> None:
-    malicious, safe = pair_states(tiny_adapter, WEAPONS.pairs(), ["padding"])
+    malicious, safe = pairs_at(tiny_adapter, "padding")
     rows, targets = [], []
     for *pair, _ in WEAPONS.pairs():
-        (source, *_), (target, *_) = (tiny_adapter.encode([text]).states for text in pair)
-        ids = [tiny_adapter.encode([text]).input_ids[0].tolist() for text in pair]
+        (source, *_), (target, *_) = (tiny_adapter.encode([text]).states["clip"] for text in pair)
+        ids = [tiny_adapter.tokenize([text])["clip"][0].tolist() for text in pair]
         start = max(row.index(tiny_adapter.tokenizer.eos_token_id) for row in ids) + 1
         rows.append(source[start:])
         targets.append(target[start:])
@@ -106,10 +109,10 @@ def test_padding_pairs_position_by_position(tiny_adapter: StableDiffusionAdapter
 
 
 def test_keywords_go_to_the_safe_end_of_text(tiny_adapter: StableDiffusionAdapter) -> None:
-    malicious, safe = pair_states(tiny_adapter, WEAPONS.pairs(), ["keyword"])
+    malicious, safe = pairs_at(tiny_adapter, "keyword")
     rows, targets = [], []
     for pair in WEAPONS.pairs():
-        states = tiny_adapter.encode([pair.malicious]).states
+        states = tiny_adapter.encode([pair.malicious]).states["clip"]
         # The tiny tokenizer makes one token of each letter.
         first = 1 + len(pair.malicious[: pair.malicious.index(pair.term)].replace(" ", ""))
         chosen = range(first, first + len(pair.term) - 1)
@@ -120,8 +123,8 @@ def test_keywords_go_to_the_safe_end_of_text(tiny_adapter: StableDiffusionAdapte
 
 
 def test_positions_add_up(tiny_adapter: StableDiffusionAdapter) -> None:
-    both = pair_states(tiny_adapter, WEAPONS.pairs(), ["sot", "eot"])
-    apart = [pair_states(tiny_adapter, WEAPONS.pairs(), [which]) for which in ("sot", "eot")]
+    both = pairs_at(tiny_adapter, "sot", "eot")
+    apart = [pairs_at(tiny_adapter, which) for which in ("sot", "eot")]
     for found, *parts in zip(both, *apart, strict=True):
         assert torch.equal(found, torch.cat(parts))
 
@@ -129,8 +132,11 @@ def test_positions_add_up(tiny_adapter: StableDiffusionAdapter) -> None:
 def test_keyword_mask_spells_the_term(tiny_adapter: StableDiffusionAdapter) -> None:
     prompts = ["see a gun at sea", "a gun, a gun", "tea", "a gunner", "tea"]
     terms: Sequence[str] = ["a gun", "a gun", "a gun", "a gun", "x" * (2 * MAX_LENGTH)]
-    input_ids = tiny_adapter.encode(prompts).input_ids
-    mask = keyword_mask(tiny_adapter, input_ids, terms)
+    input_ids = tiny_adapter.tokenize(prompts)["clip"]
+    mask = tiny_adapter.mentions(prompts, terms, trimmed=False)["clip"]
+    trimmed = tiny_adapter.mentions(prompts, terms, trimmed=True)["clip"]
+    length = tiny_adapter.encode(prompts, trimmed=True).states["clip"].shape[1]
+    assert torch.equal(trimmed, mask[:, :length]) and trimmed.shape[1] == length < MAX_LENGTH
     assert mask.shape == input_ids.shape
     assert mask.sum(1).tolist() == [4, 8, 0, 0, 0]
     for row, times in ((0, 1), (1, 2)):
@@ -141,9 +147,9 @@ def test_keyword_mask_spells_the_term(tiny_adapter: StableDiffusionAdapter) -> N
 def test_kept_states_by_hand(tiny_adapter: StableDiffusionAdapter) -> None:
     config = TextualConfig(keep_eot_weight=2.0, empty_prompt_weight=0.5, safe_weight=3.0)
     keep = stage1_statistics(tiny_adapter, config, [WEAPONS, DRINKS]).keep
-    prompts = outer(tiny_adapter.encode(KEEP_PROMPTS).states.flatten(0, 1))
+    prompts = outer(tiny_adapter.encode(KEEP_PROMPTS).states["clip"].flatten(0, 1))
     ends = outer(torch.stack([state_at(tiny_adapter, prompt, "eot") for prompt in KEEP_PROMPTS]))
-    empty = outer(tiny_adapter.encode([""]).states[0])
+    empty = outer(tiny_adapter.encode([""]).states["clip"][0])
     pairs = [*WEAPONS.pairs(), *DRINKS.pairs()]
     safe = outer(torch.stack([state_at(tiny_adapter, pair.safe, "eot") for pair in pairs]))
     expected = (prompts + 2.0 * ends + 0.5 * empty + 3.0 * safe) / 6.5

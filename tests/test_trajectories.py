@@ -47,7 +47,7 @@ def naive_rows(
     z_t = noise(adapter.latent_shape, trajectory.seed)[None]
     visited = []
     for timestep in scheduler.timesteps:
-        eps = {kind: adapter.unet(z_t, timestep, text).sample for kind, text in states.items()}
+        eps = {kind: adapter.denoiser(z_t, timestep, text).sample for kind, text in states.items()}
         visited.append(
             {"z_t": z_t[0], **{kind: value[0] for kind, value in eps.items()}, "timestep": timestep}
         )

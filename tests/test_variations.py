@@ -214,7 +214,7 @@ def test_a_lora_is_added_at_its_scale_and_leaves_no_trace(tmp_path) -> None:
     assert largest_difference(with_lora, draw(merged, Variation())) <= 1
     assert largest_difference(with_lora, usual) > 1
     assert adapter.fingerprint() == before
-    assert not any(parameter.requires_grad for parameter in adapter.unet.parameters())
+    assert not any(parameter.requires_grad for parameter in adapter.denoiser.parameters())
     assert torch.equal(draw(adapter, Variation()), usual)
     with lora_applied(adapter, lora):
         assert adapter.fingerprint() != before
