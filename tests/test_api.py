@@ -14,6 +14,7 @@ import hydra
 import numpy as np
 import pytest
 import torch
+from conftest import build_tiny_pipeline
 from diffusers import StableDiffusionPipeline
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -23,6 +24,7 @@ from tiny_runs import KEEP_PROMPTS
 from trce_lightning import cli
 from trce_lightning.api import compose, erase
 from trce_lightning.concepts import Concept
+from trce_lightning.errors import InputError
 from trce_lightning.jobs import runs
 from trce_lightning.module import TRCE
 
@@ -220,3 +222,40 @@ def test_a_job_of_a_hydra_main_can_erase(
 
     hydra.main(config_path=str(cli.config_folder() / "model"), config_name="emoji", version_base="1.3")(job)()
     assert len(done) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "expected"),
+    [
+        (torch.float16, "32-true", "16-mixed"),
+        (torch.float16, "bf16-mixed", "16-mixed"),
+        (torch.bfloat16, "32-true", "bf16-mixed"),
+    ],
+)
+def test_half_precision_trains_beside_passes_in_the_same(
+    dtype: torch.dtype, precision: str, expected: str, options: list[str]
+) -> None:
+    half = build_tiny_pipeline().to(dtype)
+    before = {name: tensor.clone() for name, tensor in half.unet.state_dict().items()}
+    with pytest.raises(InputError, match=rf"trainer\.precision: expected {expected} .* got {precision}"):
+        erase(half, WEAPONS, *options, f"trainer.precision={precision}")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in half.unet.state_dict().items())
+
+
+def test_half_precision_stays_half_precision(options: list[str]) -> None:
+    half = build_tiny_pipeline().to(torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in half.unet.state_dict().items()}
+    erase(half, WEAPONS, *options, "trainer.precision=bf16-mixed")
+    after = half.unet.state_dict()
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert {name.split(".")[-2] for name in changed} == {"to_q", "to_k", "to_v"}
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+
+
+def test_stage_1_alone_edits_half_precision_in_any_precision_of_passes(options: list[str]) -> None:
+    half = build_tiny_pipeline().to(torch.float16)
+    before = {name: tensor.clone() for name, tensor in half.unet.state_dict().items()}
+    erase(half, WEAPONS, *options, "stages=[textual]", "trainer.precision=32-true")
+    changed = {name for name, t in half.unet.state_dict().items() if not torch.equal(t, before[name])}
+    assert {name.split(".")[-2] for name in changed} == {"to_k", "to_v"}
+    assert {tensor.dtype for tensor in half.unet.state_dict().values()} == {torch.float16}

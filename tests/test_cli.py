@@ -110,7 +110,6 @@ WRONG = [
     (["concept=violence", "export=both"], ["'export'", "'both'", "pipeline, delta, single_file"]),
     (["concept=violence", "export=[delta,delta]"], ["'export'", "at most once"]),
     (["concept=violence", "export=[]"], ["'export'", "one at least"]),
-    (["concept=violence", "model.dtype=float16"], ["'model.dtype'", "float32", "trainer.precision"]),
     (["concept=violence", "model.path=/etc/passwd"], ["'model.path'", ".safetensors", "/etc/passwd"]),
     (["concept=violence", "model.config=x"], ["'model.config'", "expected none", "'x'"]),
     (["concept=violence", "expected.kid=1"], ["'expected'", "clip_score", "'kid'"]),

@@ -254,19 +254,6 @@ def test_a_model_is_never_taken_for_the_embedded_one(
 
 
 @pytest.mark.usefixtures("clean_process")
-def test_stage_2_refuses_to_train_half_precision(sd1: StableDiffusionPipeline, tmp_path: Path) -> None:
-    (captions := tmp_path / "captions.txt").write_text("\n".join(KEEP_PROMPTS))
-    options = ["model=sd15", "model.resolution=64", f"textual.keep_prompts={captions}"]
-    half = copy_of(sd1, torch.float16)
-    before = tensors(half)
-    with pytest.raises(ValueError, match=r"pipeline: expected a denoiser in float32 .* got torch\.float16"):
-        erase(half, "violence", *options)
-    assert not list(moved(before, tensors(half)))
-    erase(half, "violence", "stages=[textual]", *options)
-    assert set(moved(before, tensors(half))) == {f"unet.{name}" for name in KEYS_AND_VALUES}
-
-
-@pytest.mark.usefixtures("clean_process")
 def test_a_run_from_a_single_file_leaves_every_export_and_what_was_expected(
     sd1: StableDiffusionPipeline, sd1_folder: Path, tmp_path: Path
 ) -> None:

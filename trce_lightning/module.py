@@ -26,7 +26,7 @@ from trce_lightning.losses import (
     pull_loss,
     steering_hinge,
 )
-from trce_lightning.textual import apply_edit_
+from trce_lightning.textual import CONTEXT, apply_edit_
 from trce_lightning.tokens import Text
 
 log = logging.getLogger(__name__)
@@ -61,29 +61,43 @@ class TRCE(pl.LightningModule):
         self.denoiser = adapter.denoiser
         self.edited_names: list[str] = []
         self.trainable = adapter.trainable(trajectory.trainable)
+        self._stored_dtypes = {name: parameter.dtype for name, parameter in self.trainable.items()}
         # Checkpoints hold changed tensors only.
         self.strict_loading = False
 
+    def apply_stage_1(self) -> None:
+        """Edit the denoiser, once."""
+        if self.edit is None or self.edited_names:
+            return
+        self.edited_names = apply_edit_(self.adapter.streams()[CONTEXT], self.edit)
+        self.adapter.weights_changed()
+        log.info(
+            "stage 1 edited %d matrices: condition number %.2g, erase residual %.3f, keep residual %.2g",
+            len(self.edited_names),
+            self.edit.condition_number,
+            self.edit.erase_residual,
+            self.edit.keep_residual,
+        )
+
     def setup(self, stage: str) -> None:
-        """Apply stage 1, once, and free the parameters that stage 2 trains."""
-        if self.edit is not None and not self.edited_names:
-            self.edited_names = apply_edit_(self.adapter.streams()["context"], self.edit)
-            self.adapter.weights_changed()
-            log.info(
-                "stage 1 edited %d matrices: condition number %.2g, erase residual %.3f, keep residual %.2g",
-                len(self.edited_names),
-                self.edit.condition_number,
-                self.edit.erase_residual,
-                self.edit.keep_residual,
-            )
+        """Apply stage 1 and free the parameters that stage 2 trains.
+
+        They are float32 while they train, whatever the frozen rest is: an optimizer's steps are too small for
+        half precision.
+        """
+        self.apply_stage_1()
         self.denoiser.requires_grad_(False)
         for parameter in self.trainable.values():
+            parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         if self.trajectory.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
 
     def teardown(self, stage: str) -> None:
-        """Leave the denoiser as others know it."""
+        """Leave the denoiser as others know it: the trained parameters are rounded to its precision."""
+        for name, parameter in self.trainable.items():
+            parameter.data = parameter.data.to(self._stored_dtypes[name])
+        self.adapter.weights_changed()
         if self.trajectory.gradient_checkpointing:
             self.denoiser.disable_gradient_checkpointing()
 

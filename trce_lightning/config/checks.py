@@ -174,11 +174,6 @@ def _check_training(config: TrainConfig) -> None:
         )
     if len(config.optimizer.betas) != 2:
         raise InputError(f"option 'optimizer.betas': expected two numbers, got {config.optimizer.betas}")
-    if "trajectory" in config.stages and config.model.dtype != "float32":
-        raise InputError(
-            "option 'model.dtype': expected float32 where stage 2 trains, whose steps other weights round "
-            f"away, got {config.model.dtype}; trainer.precision sets that of the passes"
-        )
     _check_expected(config.expected)
     _check_captions(config.textual.keep_prompts)
     if config.previous is not None and not Path(config.previous).exists():

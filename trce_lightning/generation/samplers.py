@@ -46,8 +46,8 @@ def make_sampler(
         num_steps: of a whole sampling run.
         scheduler: class name of a scheduler of diffusers; None is :func:`~.sampling.denoise_step`.
         timestep_spacing: where that scheduler places its steps: ``leading``, ``linspace`` or ``trailing``
-            (arXiv 2305.08891, table 2), None for the model's own. ``leading`` begins below pure noise, more so
-            in few steps.
+            (arXiv 2305.08891, table 2), None for the model's own. ``leading`` begins below pure noise, and
+            more so in few steps.
         strength: in image-to-image, the share of the steps that is taken: the last
             ⌊``num_steps`` · ``strength``⌋.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lightning.pytorch as pl
+import torch
 from omegaconf import OmegaConf
 
 from trce_lightning import __version__, export
@@ -35,7 +36,7 @@ from trce_lightning.evaluation.scored import SCORED_SCHEMA, Scored, log_scores
 from trce_lightning.evaluation.scorer import Scorer, score_on_all_ranks
 from trce_lightning.jobs import announce, results, runs
 from trce_lightning.jobs.session import Session, base_name, concepts_of
-from trce_lightning.jobs.trainers import LAST_CHECKPOINT, make_loggers, make_trainer
+from trce_lightning.jobs.trainers import AUTOCAST, LAST_CHECKPOINT, make_loggers, make_trainer
 from trce_lightning.metrics.real_images import source_fingerprint
 from trce_lightning.module import TRCE
 from trce_lightning.runtime.checkout import commit
@@ -150,13 +151,15 @@ class TrainingRun:
         self.statistics: TextualStatistics | None = None
 
     def _check_precision(self) -> None:
-        """A pipeline in memory may have any; an optimizer's steps are below half precision's."""
+        """Refuse half-precision weights beside passes in another precision: no kernel takes both."""
         weights = self.adapter.trainable(self.config.trajectory.trainable).values()
-        if dtypes := {str(weight.dtype) for weight in weights} - {"torch.float32"}:
-            raise InputError(
-                f"pipeline: expected a denoiser in float32 where stage 2 trains, got {', '.join(dtypes)}; "
-                "trainer.precision sets that of the passes"
-            )
+        half = {weight.dtype for weight in weights} - {torch.float32}
+        for precision, dtype in AUTOCAST.items():
+            if half == {dtype} and self.trainer.precision != precision:
+                raise InputError(
+                    f"trainer.precision: expected {precision} where stage 2 trains a denoiser in {dtype}, "
+                    f"got {self.trainer.precision}; or model.dtype=float32"
+                )
 
     def erase_and_score(self) -> None:
         """All steps between :meth:`open` and :meth:`write`."""
@@ -253,7 +256,7 @@ class TrainingRun:
         self._original_weights.close()
         self.module = TRCE(self.adapter, self.edit, config.trajectory, config.optimizer)
         if self.plan is None:
-            self.module.setup("fit")
+            self.module.apply_stage_1()
             return
         callbacks = self._callbacks()
         trainer = make_trainer(
