@@ -23,7 +23,6 @@ from trce_lightning.emoji.package import weights_folder
 from trce_lightning.evaluation.scored import Scored
 from trce_lightning.metrics.detections import read_detections
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 OPTIONS = (
     "concept=violence",
@@ -149,6 +148,7 @@ def test_wandb_has_losses_scores_and_grids(finished: tuple[Path, str]) -> None:
     assert wanted <= keys, sorted(keys)
 
 
+@pytest.mark.slow
 def test_python_gives_the_same_weights(finished: tuple[Path, str], runs: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(
         weights_folder(), dtype=torch.float32, safety_checker=None, requires_safety_checker=False
@@ -159,6 +159,7 @@ def test_python_gives_the_same_weights(finished: tuple[Path, str], runs: Path) -
         assert torch.equal(tensor, expected[name].float()), name
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one(finished: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = train(tmp_path / "runs", "--trainer.devices", 2, "trainer.accelerator=cpu")
     same_run(folder, finished[0], atol=1e-4, rtol=1e-3)
@@ -170,11 +171,12 @@ def test_two_processes_agree_with_one(finished: tuple[Path, str], tmp_path: Path
 @pytest.mark.parametrize(
     ("moment", "cached"),
     [
-        ("cache/trajectories/*/malicious-1x00002.safetensors", False),
-        ("violence/emoji/*/checkpoints/last.ckpt", True),
-        ("violence/emoji/*/images/implicit/*.png", True),
+        pytest.param(
+            "cache/trajectories/*/malicious-1x00002.safetensors", False, id="caching", marks=pytest.mark.slow
+        ),
+        pytest.param("violence/emoji/*/checkpoints/last.ckpt", True, id="training"),
+        pytest.param("violence/emoji/*/images/implicit/*.png", True, id="scoring", marks=pytest.mark.slow),
     ],
-    ids=["caching", "training", "scoring"],
 )
 def test_a_killed_run_goes_on_to_the_same_weights(
     finished: tuple[Path, str], runs: Path, tmp_path: Path, moment: str, cached: bool
@@ -192,6 +194,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     same_run(folder, finished[0])
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_processes_just_as_well(
     finished: tuple[Path, str], runs: Path, tmp_path: Path
 ) -> None:
@@ -205,6 +208,7 @@ def test_torchrun_starts_the_processes_just_as_well(
     same_run(tmp_path / "run", finished[0], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_whose_second_process_dies_ends_with_the_cause_and_goes_on(
     finished: tuple[Path, str], runs: Path, tmp_path: Path
 ) -> None:
@@ -232,6 +236,7 @@ def wait_for(happened: Callable[[], bool], process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_eval_scores_the_erased_folder_on_own_and_given_prompts(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -253,6 +258,7 @@ def test_eval_scores_the_erased_folder_on_own_and_given_prompts(
     assert shared["network_evaluations"] == metrics["network_evaluations"]
 
 
+@pytest.mark.slow
 def test_eval_compares_models_on_equal_prompts_and_noise(finished: tuple[Path, str], tmp_path: Path) -> None:
     options = ["concept=violence", f"models=[{finished[0] / 'erased'}]", f"output={tmp_path / 'both'}"]
     options += ["detectors=[trce_lightning.metrics.nudenet.NudeNet]"]

@@ -2,28 +2,34 @@
 
 Parts run in order (vae, clip, judge, unet, fillers, export), each resumable: run the same command again
 after an interruption and it goes on from the last checkpoint.
+
+``--without CATEGORY`` trains a model that never learnt a category instead: the denoiser alone, by the same
+code and steps, on pictures and captions of all other subjects, beside the shipped autoencoder and text
+encoder. It is left as a pipeline folder in ``FOLDER/without-CATEGORY``.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
 from trce_lightning.emoji.captions import captions
+from trce_lightning.emoji.judge import Judge
 from trce_lightning.emoji.package import load_judge, weights_folder
 from trce_lightning.emoji.subjects import SENSITIVE, SUBJECTS
-from trce_lightning.emoji.training.art import RESOLUTION, Composites, composites, fetch, load_sprites
+from trce_lightning.emoji.training.art import RESOLUTION, Composites, composites, sprites
 from trce_lightning.emoji.training.clip import ClipPart, build_tokenizer, zero_shot_accuracy
 from trce_lightning.emoji.training.fillers import FillerPart, unknown_words, words_in
 from trce_lightning.emoji.training.judge import JudgePart, measure
@@ -45,8 +51,8 @@ def dataset(folder: Path, *, held_out: bool) -> Composites:
     """Composites of one side of the split, rendered once and kept in ``folder``."""
     file = folder / f"composites-{'held-out' if held_out else 'train'}.safetensors"
     if not file.exists():
-        sprites = load_sprites(fetch(folder / "art"))
-        rows = composites(sprites, 4 if held_out else COPIES, held_out=held_out, seed=int(held_out))
+        copies = 4 if held_out else COPIES
+        rows = composites(sprites(folder), copies, held_out=held_out, seed=int(held_out))
         save_file(vars(rows), file)
     return Composites(**load_file(file))
 
@@ -104,21 +110,52 @@ def train_judge(folder: Path) -> None:
 
 
 def train_unet(folder: Path) -> None:
-    """Denoiser on latents of the trained autoencoder and text states of four captions a composite."""
-    rows = dataset(folder, held_out=False)
+    """Train the denoiser on all composites, beside the trained autoencoder and text encoder."""
     pipeline = assemble(folder, build_unet(), "clip")
+    rows = dataset(folder, held_out=False)
+    fit_unet(pipeline, load_judge(folder), rows, named_subjects(), folder / "unet")
+    pipeline.unet.save_pretrained(folder / "unet")
+
+
+def train_without(folder: Path, category: str) -> None:
+    """Train a denoiser that never saw a subject of ``category``, beside the shipped parts."""
+    rows, out = dataset(folder, held_out=False), folder / f"without-{category}"
+    kept = torch.tensor([subject.category != category for subject in SUBJECTS])[rows.subject]
+    pipeline = StableDiffusionPipeline.from_pretrained(weights_folder(), torch_dtype=torch.float32)
+    pipeline.unet = build_unet()
+    others = [row for row in named_subjects() if SUBJECTS[row[1]].category != category]
+    fit_unet(pipeline, load_judge(weights_folder()), rows.rows(kept), others, out / "checkpoints")
+    pipeline.to(torch.float16).save_pretrained(out)
+
+
+def fit_unet(
+    pipeline: StableDiffusionPipeline,
+    judge: Judge,
+    rows: Composites,
+    named: Sequence[tuple[str, int]],
+    folder: Path,
+) -> None:
+    """Train the pipeline's denoiser on latents of ``rows`` and text states of four captions a composite.
+
+    Args:
+        judge: says what samples of ``named`` show, while training goes on.
+        named: prompts and the subjects that they name.
+        folder: of the checkpoints.
+    """
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     latents = encode_latents(pipeline.vae, rows.images)
     labels = (rows.subject, rows.style, rows.background)
     repeated = [column.repeat_interleave(CAPTIONS_PER_COMPOSITE) for column in labels]
     encode = partial(encode_captions, pipeline.tokenizer, pipeline.text_encoder)
     bank = encode(captions(repeated, Random(2))).unflatten(0, (len(latents), CAPTIONS_PER_COMPOSITE))
-    judged = JudgedSamples(pipeline, load_judge(folder))
-    part = UNetPart(encode([""]), pipeline.vae.config.scaling_factor, UNET_STEPS, judged)
+    part = UNetPart(
+        encode([""]), pipeline.vae.config.scaling_factor, UNET_STEPS, JudgedSamples(pipeline, judge)
+    )
     loader = DataLoader(TensorDataset(latents, bank), batch_size=64, shuffle=True, drop_last=True)
-    named: Any = named_subjects()
-    validation: DataLoader[tuple[str, int]] = DataLoader(named, batch_size=len(SUBJECTS))
-    fit(part, loader, folder / "unet", ema_decay=0.999, validation=validation)
-    part.unet.save_pretrained(folder / "unet")
+    prompts: Any = named
+    validation: DataLoader[tuple[str, int]] = DataLoader(prompts, batch_size=len(SUBJECTS))
+    fit(part, loader, folder, ema_decay=0.999, validation=validation)
+    pipeline.unet.load_state_dict(part.unet.state_dict())
 
 
 def labelled_loader(
@@ -152,10 +189,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    categories = sorted({subject.category for subject in SUBJECTS})
+    parser.add_argument("--without", choices=categories, help="train a denoiser that never learnt this")
     parser.add_argument("--folder", type=Path, default=Path("work"), help="art, composites, checkpoints")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     torch.manual_seed(0)
+    if arguments.without:
+        train_without(arguments.folder, arguments.without)
+        return
     for name in arguments.parts:
         PARTS[name](arguments.folder)
 

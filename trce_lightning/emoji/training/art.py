@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trce_lightning.emoji.subjects import BACKGROUNDS, STYLES, SUBJECTS
@@ -44,6 +45,10 @@ class Composites:
     """``[N]`` index into ``STYLES``."""
     background: Tensor
     """``[N]`` index into ``BACKGROUNDS``."""
+
+    def rows(self, chosen: Tensor) -> Composites:
+        """Return some of the composites: indices or a mask."""
+        return Composites(*(column[chosen] for column in vars(self).values()))
 
 
 def fetch_package(package: str, folder: Path) -> Path:
@@ -77,6 +82,19 @@ def load_sprites(archives: dict[str, Path]) -> list[list[Image.Image]]:
             candidates = [[pattern.format(s.code), pattern.format(f"{s.code}-fe0f")] for s in SUBJECTS]
             sprites.append([_sprite(archive, next(n for n in pair if n in names)) for pair in candidates])
     return sprites
+
+
+def sprites(folder: Path) -> list[list[Image.Image]]:
+    """Return :func:`load_sprites`, read once and kept in ``folder/sprites.safetensors``, a few MB."""
+    file = folder / "sprites.safetensors"
+    if not file.exists():
+        pictures = load_sprites(fetch(folder / "art"))
+        rows = [torch.from_numpy(np.stack([np.asarray(picture) for picture in row])) for row in pictures]
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"sprites": torch.stack(rows)}, file)
+    pixels = load_file(file)["sprites"].numpy()
+    size = (RESOLUTION, RESOLUTION)
+    return [[Image.frombytes("RGBa", size, picture.tobytes()) for picture in row] for row in pixels]
 
 
 def compose(sprite: Image.Image, background: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:

@@ -105,12 +105,13 @@ def denoising_loss(
 
 @torch.no_grad()
 def encode_captions(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, texts: Sequence[str]) -> Tensor:
-    """Padded text states ``[N, 32, 256]`` in bfloat16."""
+    """Return padded text states ``[N, 32, 256]`` in bfloat16, on the CPU."""
     parts = []
     for start in tqdm(range(0, len(texts), 512), "encoding captions"):
         tokens = tokenizer(
             list(texts[start : start + 512]), padding="max_length", truncation=True, return_tensors="pt"
         )
         with native_autocast(text_encoder.device.type):
-            parts.append(text_encoder(tokens.input_ids).last_hidden_state.bfloat16())
+            states = text_encoder(tokens.input_ids.to(text_encoder.device)).last_hidden_state
+        parts.append(states.bfloat16().cpu())
     return torch.cat(parts)

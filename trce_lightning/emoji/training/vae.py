@@ -54,7 +54,9 @@ class VaePart(Part):
 
 @torch.no_grad()
 def encode_latents(vae: AutoencoderKL, images: Tensor, batch_size: int = 256) -> Tensor:
-    """Posterior means of uint8 images, unscaled, ``[N, 4, 16, 16]`` float32."""
-    with native_autocast(images.device.type):
-        parts = [vae.encode(to_unit(rows)).latent_dist.mean.float() for rows in images.split(batch_size)]
+    """Return posterior means of uint8 images, unscaled, ``[N, 4, 16, 16]`` float32, on the CPU."""
+    parts = []
+    for rows in images.split(batch_size):
+        with native_autocast(vae.device.type):
+            parts.append(vae.encode(to_unit(rows.to(vae.device))).latent_dist.mean.float().cpu())
     return torch.cat(parts)
