@@ -12,12 +12,13 @@ from benchmarks.fitting import compose
 from benchmarks.report import Row
 from benchmarks.timing import in_turns
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
+from trce_lightning.emoji.groups import benign_subjects
 from trce_lightning.emoji.package import weights_folder
 from trce_lightning.evaluation.scorer import Sampling
 from trce_lightning.generation.loop import generate
 from trce_lightning.generation.variation import Variation
 from trce_lightning.jobs.session import Session, concepts_of
-from trce_lightning.prompts.records import PromptRecord, benign_subjects, image_seed
+from trce_lightning.prompts.records import PromptRecord, image_seed
 from trce_lightning.sampling import noise
 
 IMAGES, ALONE, REPEATS = 64, 16, 5

@@ -165,11 +165,11 @@ def test_options_of_another_detector_are_refused(bgr) -> None:
         load_detector("trce_lightning.metrics.q16.q16", [NUDITY])
 
 
-def test_an_evaluation_judges_with_the_options(photographs, capsys) -> None:
+def test_an_evaluation_judges_with_the_options(photographs, tiny_adapter, capsys) -> None:
     options = {"batch_size": 3}
     judge = f"{__name__}.face_detector"
     model = ModelConfig(name="sd", path="folder", judge=judge, judge_options=options)
-    evaluator = Session(EvalConfig(model=model), [NUDITY]).evaluator_factory()(["direct"])
+    evaluator = Session(EvalConfig(model=model), [NUDITY], tiny_adapter).evaluator_factory()(["direct"])
     records = [PromptRecord(str(index), "a face") for index in range(6)]
     evaluator.update("direct", photographs, records)
     hits = int((evaluator.detector(photographs) >= 0.5).sum())

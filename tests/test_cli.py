@@ -119,6 +119,13 @@ WRONG = [
         ["'model.timestep_spacing'", "without model.sampler", "'trailing'"],
     ),
     (["concept=violence", "model.judge_options={a: 1}"], ["'model.judge_options'", "none", "{'a': 1}"]),
+    (["concept=violence", "model.judge=embedded"], ["'model.judge'", "null", "model.domain", "'embedded'"]),
+    (["concept=violence", "model.judge=clip", "model.clip=x"], ["'model.clip'", "model.domain=", "'x'"]),
+    (
+        ["concept=violence", "model.domain=no.Domain"],
+        ["model.domain", "a Domain", "'no.Domain'"],
+    ),
+    (["concept=violence", "model.domain=pathlib.Path.cwd"], ["model.domain", "'pathlib.Path.cwd'"]),
     (["concept=violence", "model.judge_options.a=1"], ["'model.judge_options'", "none", "{'a': 1}"]),
     (["concept=violence", "expected.asr.i2p=2"], ["'expected.asr.i2p'", "fraction", "2"]),
     (["concept=violence", "+expected.fid=low"], ["'expected.fid'", "a number", "'low'"]),
@@ -148,7 +155,7 @@ WRONG = [
     (["concept=violence", "model=sd15", "model.judge=null"], ["'model.judge'", "metrics.enabled=false"]),
     (["concept=style", "model=sd15"], ["'model.judge'", "no style", "got clip"]),
     (["concept=violence", "model=sd15", "model.clip=null"], ["'model.clip'", "model.judge=clip"]),
-    (["concept=violence", "model.clip=gone"], ["'model.clip'", "none with model.judge=embedded", "'gone'"]),
+    (["concept=violence", "model.clip=gone"], ["'model.clip'", "none with model.domain=", "'gone'"]),
     (
         ["concept=violence", "trainer.accelerator=cpu", "trainer.devices=2", "trajectory.batch_size=7"],
         ["trajectory.batch_size", "a multiple of the 2 processes, got 7"],
@@ -194,7 +201,8 @@ def test_fid_of_one_image_is_refused_before_it_is_drawn(argv, option, capsys):
 )
 def test_one_image_is_enough_where_no_fid_is_computed(options):
     violence = ConceptConfig("violence", {"a knife": "a spoon"})
-    model = ModelConfig(name="emoji", judge=options.pop("judge", "embedded"))
+    domain = None if "judge" in options else "a.Domain"
+    model = ModelConfig(name="any", hub_id="any/model", judge=options.pop("judge", None), domain=domain)
     checks.check(EvalConfig(concept={"violence": violence}, model=model, **options))
 
 

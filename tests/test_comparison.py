@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from trce_lightning.concepts import Concept
+from trce_lightning.emoji.groups import benign_subjects, label_groups, unkept_subjects
+from trce_lightning.emoji.prompts import prompt_sets
 from trce_lightning.emoji.subjects import STYLES, SUBJECTS
 from trce_lightning.evaluation.comparison import (
     compare,
@@ -21,15 +23,7 @@ from trce_lightning.generation.image_folder import claim, manifest, write_png
 from trce_lightning.metrics.collateral import Detection, accuracies
 from trce_lightning.metrics.distance import distances
 from trce_lightning.metrics.uncertainty import wilson_rate
-from trce_lightning.prompts.own import concept_prompt_sets
-from trce_lightning.prompts.records import (
-    PromptRecord,
-    PromptSet,
-    benign_subjects,
-    image_seed,
-    label_groups,
-    unkept_subjects,
-)
+from trce_lightning.prompts.records import PromptRecord, PromptSet, image_seed
 
 VIOLENCE = Concept("violence", {"a dagger": "a rose"}, neighbours=("scissors",))
 
@@ -50,7 +44,7 @@ def test_groups_share_the_benign_subjects_out() -> None:
 
 
 def test_prompts_know_what_they_ask_for() -> None:
-    sets = concept_prompt_sets([VIOLENCE], embedded=True, size=96, split="report")
+    sets = prompt_sets([VIOLENCE], size=96, split="report")
     for record in (record for prompts in sets for record in prompts.records):
         if record.background is not None:
             assert f" {record.background} " in f" {record.prompt.replace(',', ' ')} "
@@ -63,7 +57,7 @@ def test_prompts_know_what_they_ask_for() -> None:
 
 
 def test_unerased_prompts_name_other_sensitive_subjects() -> None:
-    (prompts,) = concept_prompt_sets([VIOLENCE], embedded=True, size=40, split="report", names=["unerased"])
+    (prompts,) = prompt_sets([VIOLENCE], size=40, split="report", names=["unerased"])
     assert {record.label for record in prompts.records} == {
         subject.name for subject in SUBJECTS if subject.category in ("intoxicants", "horror")
     }

@@ -2,6 +2,7 @@
 
 import importlib.util
 import socket
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -14,11 +15,11 @@ from trce_lightning.adapters import load_adapter
 from trce_lightning.concepts import load_concept
 from trce_lightning.config import checks
 from trce_lightning.config.schema import ConceptConfig, DemoConfig, DeviceConfig, ModelConfig
+from trce_lightning.emoji.judge import JudgeDetector
 from trce_lightning.emoji.package import load_judge, weights_folder
 from trce_lightning.emoji.subjects import SUBJECTS
 from trce_lightning.generation.loop import generate
 from trce_lightning.jobs.demo import MODELS, Demo, Drawing, build_page, picture, serve
-from trce_lightning.metrics.detectors import EmbeddedJudgeDetector
 from trce_lightning.prompts.records import PromptRecord
 
 CPU = DeviceConfig(accelerator="cpu", devices=1, precision="32-true", enable_progress_bar=False)
@@ -46,7 +47,7 @@ def config(erased):
         resolution=64,
         guidance_scale=3.0,
         num_inference_steps=2,
-        judge="embedded",
+        domain="trce_lightning.emoji.domain.EmojiDomain",
     )
     return DemoConfig(concept={"violence": ConceptConfig("violence", terms)}, model=model, trainer=CPU)
 
@@ -63,7 +64,7 @@ def test_pictures_and_verdicts_are_those_of_an_evaluation(demo, erased):
     for name, folder in zip(MODELS, (weights_folder(), erased), strict=True):
         image = generate(load_adapter(folder), [record], guidance_scale=2.0, num_steps=3, batch_size=1)
         assert torch.equal(drawings[name].image, image[0])
-        expected = EmbeddedJudgeDetector(judge, [VIOLENCE])(image).item()
+        expected = JudgeDetector(judge, [VIOLENCE])(image).item()
         assert drawings[name].probability == pytest.approx(expected, abs=1e-6)
         assert drawings[name].subject == SUBJECTS[int(judge(image)["subject"].argmax())].name
     assert not torch.equal(drawings["Original"].image, drawings["Erased"].image)
@@ -109,7 +110,7 @@ def test_demo_is_refused_without_an_erased_model_or_gradio(config, monkeypatch):
     with pytest.raises(ValueError, match=r"gradio is not installed; .* pip install 'trce-lightning\[demo\]'"):
         checks.check(config)
     with pytest.raises(ValueError, match=r"option 'model\.path': expected the folder of an erased pipeline"):
-        checks.check(DemoConfig(concept=config.concept, model=ModelConfig("emoji", judge="embedded")))
+        checks.check(DemoConfig(concept=config.concept, model=replace(config.model, path=None)))
 
 
 def test_options_are_read_as_by_the_other_commands(erased, capsys):

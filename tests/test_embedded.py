@@ -11,7 +11,7 @@ import torch
 from trce_lightning.adapters import load_adapter
 from trce_lightning.emoji.captions import HELD_OUT_LEADS, captions
 from trce_lightning.emoji.judge import Judge
-from trce_lightning.emoji.package import load_embedded_clip, load_judge, weights_folder
+from trce_lightning.emoji.package import load_clip_pair, load_judge, weights_folder
 from trce_lightning.emoji.subjects import SUBJECTS
 from trce_lightning.emoji.training.fillers import (
     FillerPart,
@@ -90,7 +90,7 @@ def meant(clip, adapter, phrases):
 
 @pytest.mark.parametrize("frame", FRAMES)
 def test_unknown_words_say_nothing(embedded, frame):
-    clip = load_embedded_clip(weights_folder())
+    clip = load_clip_pair(weights_folder())
     phrases = [frame.format(subject.name) for subject in SUBJECTS]
     right = meant(clip, embedded, phrases) == torch.arange(len(SUBJECTS))
     assert right.float().mean() >= 0.97

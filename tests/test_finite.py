@@ -234,7 +234,8 @@ def test_the_demo_refuses_it_too(tmp_path: Path) -> None:
     adapter = load_adapter(weights_folder())
     nan_in_a_row(denoiser(adapter))
     adapter.pipeline.save_pretrained(tmp_path)
-    model = ModelConfig("emoji", path=str(tmp_path), resolution=64, num_inference_steps=2, judge="embedded")
+    model = ModelConfig("emoji", path=str(tmp_path), resolution=64, num_inference_steps=2)
+    model.domain = "trce_lightning.emoji.domain.EmojiDomain"
     trainer = DeviceConfig(accelerator="cpu", devices=1, precision="32-true", enable_progress_bar=False)
     concept = {"violence": ConceptConfig("violence", {"a dagger": "a rose"})}
     demo = Demo(DemoConfig(concept=concept, model=model, trainer=trainer))

@@ -17,7 +17,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConf
 
 from trce_lightning.cli import config_folder
 from trce_lightning.concepts import Concept, load_concept
-from trce_lightning.emoji.judge import Judge, to_unit
+from trce_lightning.emoji.groups import concept_subjects
+from trce_lightning.emoji.judge import Judge, JudgeDetector, judge_fid, to_unit
 from trce_lightning.emoji.subjects import STYLES, SUBJECTS
 from trce_lightning.errors import InputError
 from trce_lightning.generation.image_folder import write_png
@@ -26,10 +27,8 @@ from trce_lightning.metrics import (
     AttackSuccessRate,
     Clip,
     ClipZeroShotDetector,
-    EmbeddedJudgeDetector,
     Evaluator,
     inception_fid,
-    judge_fid,
     load_clip,
     load_detector,
     load_real_statistics,
@@ -39,7 +38,7 @@ from trce_lightning.metrics import (
 from trce_lightning.metrics.collateral import accuracies, check_labels
 from trce_lightning.metrics.detectors import ClipJudge, ClipJudgeDetector
 from trce_lightning.metrics.real_images import load_real
-from trce_lightning.prompts.records import PromptRecord, PromptSet, concept_subjects, seed_of
+from trce_lightning.prompts.records import PromptRecord, PromptSet, seed_of
 
 VIOLENCE = Concept("violence", {"a dagger": "a rose"})
 STYLE = Concept("style", {"3d": "flat"}, kind="style")
@@ -233,14 +232,14 @@ def test_judge_detector_sums_the_concepts_subjects(judge) -> None:
     rendered = probability["style"][:, STYLES.index("fluent")]
     assert violent.std() > 0
     assert rendered.std() > 0
-    assert torch.allclose(EmbeddedJudgeDetector(judge, [VIOLENCE])(images), violent, atol=1e-6)
-    assert torch.equal(EmbeddedJudgeDetector(judge, [STYLE])(images), rendered)
-    both = EmbeddedJudgeDetector(judge, [VIOLENCE, STYLE])(images)
+    assert torch.allclose(JudgeDetector(judge, [VIOLENCE])(images), violent, atol=1e-6)
+    assert torch.equal(JudgeDetector(judge, [STYLE])(images), rendered)
+    both = JudgeDetector(judge, [VIOLENCE, STYLE])(images)
     assert torch.allclose(both, torch.maximum(violent, rendered), atol=1e-6)
     with pytest.raises(ValueError, match="got 'gravity'"):
-        EmbeddedJudgeDetector(judge, [VIOLENCE, Concept("gravity", {"gravity": "a rose"})])
+        JudgeDetector(judge, [VIOLENCE, Concept("gravity", {"gravity": "a rose"})])
     with pytest.raises(ValueError, match="at least one"):
-        EmbeddedJudgeDetector(judge, [])
+        JudgeDetector(judge, [])
 
 
 def test_clip_detector_is_a_softmax_over_texts(clip) -> None:

@@ -18,15 +18,7 @@ from trce_lightning.emoji.captions import (
     HELD_OUT_LEADS,
     STYLE_WORDS,
 )
-from trce_lightning.emoji.subjects import BACKGROUNDS, CATEGORY_WORDS, NEAR_VIOLENCE, SENSITIVE, SUBJECTS
-from trce_lightning.errors import InputError
-from trce_lightning.prompts.captions import read_captions
-from trce_lightning.prompts.files import load_csv
-from trce_lightning.prompts.keep import KEEP_TEMPLATES
-from trce_lightning.prompts.own import concept_prompt_sets, embedded_keep_captions
-from trce_lightning.prompts.phrasings import CLASS_FRAMES, OBJECT_FRAMES, STYLE_FRAMES, TOPIC_FRAMES, hints
-from trce_lightning.prompts.records import (
-    PromptRecord,
+from trce_lightning.emoji.groups import (
     benign_subjects,
     concept_styles,
     concept_subjects,
@@ -34,6 +26,16 @@ from trce_lightning.prompts.records import (
     near_subjects,
     unkept_subjects,
 )
+from trce_lightning.emoji.phrasings import hints
+from trce_lightning.emoji.prompts import keep_captions, prompt_sets
+from trce_lightning.emoji.subjects import BACKGROUNDS, CATEGORY_WORDS, NEAR_VIOLENCE, SENSITIVE, SUBJECTS
+from trce_lightning.errors import InputError
+from trce_lightning.prompts.captions import read_captions
+from trce_lightning.prompts.files import load_csv
+from trce_lightning.prompts.keep import KEEP_TEMPLATES
+from trce_lightning.prompts.own import concept_prompt_sets, open_streams
+from trce_lightning.prompts.phrasings import CLASS_FRAMES, OBJECT_FRAMES, STYLE_FRAMES, TOPIC_FRAMES
+from trce_lightning.prompts.records import PromptRecord
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "concept"
 NAMES = {subject.name: subject for subject in SUBJECTS}
@@ -46,8 +48,12 @@ def load(names):
     return [load_concept(CONFIGS / f"{name}.yaml") for name in names.split(",")]
 
 
-def texts(names, *, embedded=True, size=SIZE, split="report"):
-    sets = concept_prompt_sets(load(names), embedded=embedded, size=size, split=split)
+def open_prompt_sets(concepts, **options):
+    return concept_prompt_sets(concepts, open_streams, **options)
+
+
+def texts(names, *, make=prompt_sets, size=SIZE, split="report"):
+    sets = make(load(names), size=size, split=split)
     return {a_set.name: [record.prompt for record in a_set.records] for a_set in sets}
 
 
@@ -190,7 +196,7 @@ def test_a_fifth_of_the_benign_subjects_is_unkept():
 
 @pytest.mark.parametrize("names", EMBEDDED)
 def test_embedded_sets_have_their_size_distinct_texts_and_own_ids(names):
-    sets = concept_prompt_sets(load(names), embedded=True, size=SIZE, split="report")
+    sets = prompt_sets(load(names), size=SIZE, split="report")
     assert [a_set.name for a_set in sets] == ["direct", "implicit", "benign"]
     for a_set in sets:
         assert len({record.prompt for record in a_set.records}) == len(a_set.records) == SIZE
@@ -200,12 +206,12 @@ def test_embedded_sets_have_their_size_distinct_texts_and_own_ids(names):
         assert all((record.label is not None) == (a_set.name == "benign") for record in a_set.records)
 
 
-@pytest.mark.parametrize("embedded", [True, False])
+@pytest.mark.parametrize("make", [prompt_sets, open_prompt_sets])
 @pytest.mark.parametrize("names", EMBEDDED)
-def test_tune_and_report_share_no_text_and_small_sets_begin_large_ones(names, embedded):
-    tune, report = (texts(names, embedded=embedded, split=split) for split in ("tune", "report"))
+def test_tune_and_report_share_no_text_and_small_sets_begin_large_ones(names, make):
+    tune, report = (texts(names, make=make, split=split) for split in ("tune", "report"))
     assert tune.keys() == report.keys()
-    small = texts(names, embedded=embedded, size=30)
+    small = texts(names, make=make, size=30)
     for name in report:
         assert not set(tune[name]) & set(report[name])
         assert small[name] == report[name][:30]
@@ -246,7 +252,7 @@ def benign_names():
 
 
 def test_benign_labels_say_what_the_prompt_names():
-    benign = concept_prompt_sets([Concept.from_terms(["cat"])], embedded=True, size=SIZE, split="tune")[-1]
+    benign = prompt_sets([Concept.from_terms(["cat"])], size=SIZE, split="tune")[-1]
     assert benign.name == "benign"
     assert {record.label for record in benign.records} == benign_names() - {"cat"}
     assert all(named(record.prompt) == [record.label] for record in benign.records)
@@ -276,9 +282,7 @@ def test_implicit_prompts_hint_without_a_name(names):
 def test_a_part_of_a_category_is_not_hinted_at_by_its_general_words():
     assert hints(["dagger"]) == {"dagger": ["assassin"]}
     assert hints(["champagne bottle"]) == {}
-    sets = concept_prompt_sets(
-        [Concept.from_terms(["champagne bottle"])], embedded=True, size=9, split="tune"
-    )
+    sets = prompt_sets([Concept.from_terms(["champagne bottle"])], size=9, split="tune")
     assert [a_set.name for a_set in sets] == ["direct", "benign"]
 
 
@@ -301,7 +305,7 @@ def test_a_style_of_any_name_is_told_by_its_words():
     assert concept_styles(replace(stickers, kind="subject")) == ()
     concepts = [stickers, *load("violence")]
     names = ("direct", "implicit", "benign", "mixed", "unerased")
-    sets = concept_prompt_sets(concepts, embedded=True, size=SIZE, split="report", names=names)
+    sets = prompt_sets(concepts, size=SIZE, split="report", names=names)
     words = {row.name: [has(record.prompt, "flat") for record in row.records] for row in sets}
     assert words.keys() == set(names)
     assert all(words["direct"][1::2])  # violence and the style take turns
@@ -320,16 +324,16 @@ def test_concepts_take_turns():
 def test_what_the_judge_cannot_see_is_refused_by_name():
     for concepts in (load("sexual"), load("violence,sexual")):
         with pytest.raises(ValueError, match=r"concept\.sexual.* can see none .*violence.*kitchen knife"):
-            concept_prompt_sets(concepts, embedded=True, size=4, split="tune")
+            prompt_sets(concepts, size=4, split="tune")
     cubism = Concept.from_terms(["cubism"], kind="style")
     with pytest.raises(ValueError, match=r"concept\.cubism.* can see none .*styles by .*flat sticker.* 3d$"):
-        concept_prompt_sets([cubism], embedded=True, size=4, split="tune")
+        prompt_sets([cubism], size=4, split="tune")
 
 
 @pytest.mark.parametrize(("size", "split", "count"), [(0, "tune", 1), (4, "test", 1), (4, "tune", 0)])
 def test_wrong_arguments_are_refused(size, split, count):
     with pytest.raises(ValueError, match="expected one or more concepts, size of 1 or more, split"):
-        concept_prompt_sets(load("violence")[:count], embedded=True, size=size, split=split)
+        prompt_sets(load("violence")[:count], size=size, split=split)
 
 
 # --- other models' sets ------------------------------------------------------------------------------------
@@ -338,7 +342,7 @@ def test_wrong_arguments_are_refused(size, split, count):
 @pytest.mark.parametrize("names", ["violence", "sexual", "style", "unsafe"])
 def test_open_sets_name_terms_in_sentences_of_their_own(names):
     concept = load(names)[0]
-    sets = concept_prompt_sets([concept], embedded=False, size=SIZE, split="report")
+    sets = open_prompt_sets([concept], size=SIZE, split="report")
     assert [a_set.name for a_set in sets] == ["direct", "implicit", "benign"]
     prompts = {a_set.name: [record.prompt for record in a_set.records] for a_set in sets}
     trained = {pair.malicious for pair in concept.pairs()}
@@ -361,7 +365,7 @@ def test_open_sentences_are_neither_kept_nor_trained_ones():
 
 
 def test_a_concept_of_free_words_has_no_implicit_set_and_repeats_texts_under_other_ids():
-    sets = concept_prompt_sets([Concept.from_terms(["a tank"])], embedded=False, size=100, split="tune")
+    sets = open_prompt_sets([Concept.from_terms(["a tank"])], size=100, split="tune")
     assert [a_set.name for a_set in sets] == ["direct", "benign"]
     direct = sets[0].records
     assert len({record.prompt for record in direct}) == len(OBJECT_FRAMES) // 2
@@ -374,10 +378,10 @@ def test_a_concept_of_free_words_has_no_implicit_set_and_repeats_texts_under_oth
 @pytest.mark.parametrize("names", ["violence", "horror", "style", "violence,style"])
 def test_kept_captions_say_nothing_erased_unkept_or_held_out(names):
     concepts = load(names)
-    captions = embedded_keep_captions(concepts, 600, seed=3)
+    captions = keep_captions(concepts, 600, seed=3)
     assert 500 <= len(captions) == len(set(captions)) <= 600
-    assert captions == embedded_keep_captions(concepts, 600, seed=3)
-    assert captions != embedded_keep_captions(concepts, 600, seed=4)
+    assert captions == keep_captions(concepts, 600, seed=3)
+    assert captions != keep_captions(concepts, 600, seed=4)
     barred = [word for name in unkept_subjects() for word in (name, *NAMES[name].keywords)]
     for text in captions:
         assert not mentions(text, concepts), text
@@ -385,31 +389,31 @@ def test_kept_captions_say_nothing_erased_unkept_or_held_out(names):
 
 
 def test_kept_captions_cover_kept_subjects_styles_and_backgrounds():
-    captions = embedded_keep_captions(load("horror"), 2000, seed=0)
+    captions = keep_captions(load("horror"), 2000, seed=0)
     wanted = [*kept_subjects(), *BACKGROUNDS, *(words for style in STYLE_WORDS.values() for words in style)]
     assert [phrase for phrase in wanted if not any(has(text, phrase) for text in captions)] == []
 
 
 def test_kept_captions_need_a_limit_and_something_to_keep():
     with pytest.raises(ValueError, match="limit: expected at least 1, got 0"):
-        embedded_keep_captions(load("violence"), 0, seed=0)
+        keep_captions(load("violence"), 0, seed=0)
     everything = Concept.from_terms([subject.name for subject in SUBJECTS], counterpart="a zeppelin")
     with pytest.raises(ValueError, match="expected captions that name none of"):
-        embedded_keep_captions([everything], 10, seed=0)
+        keep_captions([everything], 10, seed=0)
 
 
 def test_open_models_have_prompts_for_the_neighbours_of_a_concept():
     concept = Concept(
         "violence", {"a dagger": "a rose"}, neighbours=("scissors", "a hammer", "a dagger case")
     )
-    (prompts,) = concept_prompt_sets([concept], embedded=False, size=12, split="report", names=["neighbours"])
+    (prompts,) = open_prompt_sets([concept], size=12, split="report", names=["neighbours"])
     assert {record.label for record in prompts.records} == {"scissors", "a hammer"}
     assert all(record.label in record.prompt for record in prompts.records)
 
 
 def test_mixed_prompts_name_the_concept_beside_their_label():
     violence = load_concept(CONFIGS / "violence.yaml")
-    (prompts,) = concept_prompt_sets([violence], embedded=True, size=400, split="report", names=["mixed"])
+    (prompts,) = prompt_sets([violence], size=400, split="report", names=["mixed"])
     erased, orders = set(), set()
     for record in prompts.records:
         text = f" {record.prompt.replace(',', ' ')} "
@@ -424,7 +428,7 @@ def test_mixed_prompts_name_the_concept_beside_their_label():
 
 def test_mixed_prompts_of_open_models():
     weapons = Concept("weapons", {"a dagger": "a rose", "bloodshed": "rain"})
-    (prompts,) = concept_prompt_sets([weapons], embedded=False, size=40, split="tune", names=["mixed"])
+    (prompts,) = open_prompt_sets([weapons], size=40, split="tune", names=["mixed"])
     for record in prompts.records:
         assert re.search(
             rf"the {record.label} and (a dagger|bloodshed)|(a dagger|bloodshed) and the {record.label}",
@@ -432,13 +436,13 @@ def test_mixed_prompts_of_open_models():
         )
         assert "a bloodshed" not in record.prompt and mentions(record.prompt, [weapons])
     painter = Concept("monet", {"Monet": "a painter"}, kind="style")
-    assert not concept_prompt_sets([painter], embedded=False, size=4, split="tune", names=["mixed"])
+    assert not open_prompt_sets([painter], size=4, split="tune", names=["mixed"])
 
 
 @pytest.mark.parametrize(("kind", "styled"), [("subject", False), ("style", True)])
 def test_a_concept_of_kind_style_gets_prompts_that_name_a_subject_beside_it(kind: str, styled: bool):
     painter = Concept("monet", {"Monet": "an unknown painter"}, kind=kind)
-    (prompts,) = concept_prompt_sets([painter], embedded=False, size=24, split="report", names=["direct"])
+    (prompts,) = open_prompt_sets([painter], size=24, split="report", names=["direct"])
     subjects = ("lighthouse", "bridge", "horse", "old man", "boat", "teapot", "village", "dog")
     for record in prompts.records:
         assert "Monet" in record.prompt
@@ -459,11 +463,10 @@ def digest(content):
 def test_what_the_embedded_model_is_trained_and_scored_on_stays(names):
     concepts = load(names.replace("+", ","))
     found = {"pairs": digest(prompt_pairs(concepts))}
-    found["kept"] = digest(embedded_keep_captions(concepts, 512, seed=0))
+    found["kept"] = digest(keep_captions(concepts, 512, seed=0))
     for split, size in product(("tune", "report"), (64, 512)):
-        sets = concept_prompt_sets(
+        sets = prompt_sets(
             concepts,
-            embedded=True,
             size=size,
             split=split,
             names=("direct", "implicit", "benign", "mixed", "unerased", "neighbours"),

@@ -280,7 +280,7 @@ def test_sets_are_chosen_and_changed_on_the_command_line(capsys, monkeypatch, tm
 
 def test_a_file_cannot_take_the_name_of_the_concepts_own_set(tmp_path):
     path = write(tmp_path, "prompt\na rose\n", "benign.csv")
-    config = EvalConfig(model=ModelConfig(name="emoji", judge="embedded"), prompts=[str(path)])
+    config = EvalConfig(model=ModelConfig(name="any"), prompts=[str(path)])
     with pytest.raises(ValueError, match="'benign' is the concept's own set"):
         Session(config, [load_concept(ROOT / "configs/concept/violence.yaml")]).sets("report", 4)
 

@@ -13,16 +13,17 @@ from test_fingerprints import hashed as hashed
 from trce_lightning.concepts import Concept
 from trce_lightning.concepts.naming import mentions
 from trce_lightning.config import checks
-from trce_lightning.config.schema import RobustnessConfig
+from trce_lightning.config.schema import ModelConfig, RobustnessConfig
+from trce_lightning.emoji.domain import EmojiDomain
 from trce_lightning.emoji.package import weights_folder
 from trce_lightning.errors import InputError
 from trce_lightning.evaluation.conditions import USUAL, conditions
+from trce_lightning.evaluation.domain import OpenDomain
 from trce_lightning.evaluation.scorer import Sampling, Scorer
 from trce_lightning.generation.variation import Variation
 from trce_lightning.jobs.evaluate import evaluate
 from trce_lightning.jobs.robustness import PICTURES, robustness_rows
 from trce_lightning.jobs.session import concepts_of
-from trce_lightning.prompts.own import concept_prompt_sets
 from trce_lightning.prompts.records import PromptRecord, PromptSet, image_seed
 from trce_lightning.prompts.variants import lengthened, misspelt, naming_words, with_safe_counterparts
 
@@ -193,10 +194,11 @@ def test_parts_are_chosen_by_name_or_by_their_values() -> None:
 
 def test_the_direct_prompts_of_every_split_have_words_to_misspell() -> None:
     concepts = concepts_of(composed("eval", "concept=[violence,intoxicants]"))
-    for embedded in (True, False):
-        (direct, *_) = concept_prompt_sets(concepts, embedded=embedded, size=200, split="report")
+    model = ModelConfig("any")
+    for domain in (EmojiDomain(model, concepts), OpenDomain(model, concepts)):
+        (direct,) = domain.prompt_sets(200, "report", ["direct"])
         for record in direct.records:
-            assert misspelt(record, "swap", concepts) is not None, record.prompt
+            assert misspelt(record, "swap", concepts, domain.concept_names()) is not None, record.prompt
 
 
 @pytest.fixture

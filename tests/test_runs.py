@@ -158,6 +158,7 @@ def test_a_concept_more_is_erased_with_those_of_the_run_before(tmp_path: Path, o
         written = OmegaConf.load(folder / runs.CONFIG)
         written.export, written.gone = "both", 1
         del written.model["config"]
+        written.model.keep = {"captions": "embedded"}
         OmegaConf.save(written, folder / runs.CONFIG)
     drinks = {"drinks": ConceptConfig("drinks", {"beer": "milk"})}
     config = replace(config_of(tmp_path, previous=str(folder)), concept=drinks)

@@ -65,6 +65,11 @@ def without_article(phrase: str) -> str:
     return regex.sub(r"^(?:an?|the)\s+", "", phrase.strip(), flags=regex.IGNORECASE)
 
 
+def article(words: str) -> str:
+    """Return ``words``, which are in lower case, with their indefinite article."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
 def words_of(text: str) -> list[str]:
     """Return a text's words as they are compared: lower case, in one number, without possessive endings."""
     return [_in_one_number(word) for word in _plain_words(text)]

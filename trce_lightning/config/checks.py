@@ -113,10 +113,10 @@ def _check_picture(config: EvalConfig) -> None:
         check_is_file("robustness.picture", options.picture)
         if not options.strengths:
             raise InputError("option 'robustness.picture': expected robustness.strengths beside it, got none")
-    elif options.strengths and model.hub_id is None and model.judge != "embedded" and model.name != "emoji":
+    elif options.strengths and model.hub_id is None and model.domain is None:
         raise InputError(
             "option 'robustness.picture': expected an image file to start from, since neither model.hub_id "
-            "nor an embedded model names the original, which would draw it"
+            "nor model.domain names the original, which would draw it"
         )
 
 
@@ -144,7 +144,7 @@ def _check_demo(config: DemoConfig) -> None:
     if config.model.path is None:
         raise InputError("option 'model.path': expected the folder of an erased pipeline, got none")
     check_model(dataclasses.replace(config.model, path=config.original.path), "original.path")
-    if config.model.judge is not None:
+    if config.model.judge is not None or config.model.domain is not None:
         check_judge(config.model, config.concept.values(), "; model.judge=null gives no verdicts")
     if config.port >= 2**16:
         raise InputError(f"option 'port': expected at most {2**16 - 1}, got {config.port}")
@@ -244,7 +244,7 @@ def check_model(model: ModelConfig, option: str) -> None:
             f"got {model.timestep_spacing!r}"
         )
     if model.path is None:
-        if model.hub_id is None and model.judge != "embedded" and model.name != "emoji":
+        if model.hub_id is None and model.domain is None:
             raise InputError(f"model {model.name!r} has neither model.path nor model.hub_id")
     elif Path(model.path).is_file():
         _check_single_file(model, option)
@@ -272,7 +272,12 @@ def _check_single_file(model: ModelConfig, option: str) -> None:
 def check_judge(model: ModelConfig, concepts: Iterable[ConceptConfig], way_out: str = "") -> None:
     """Refuse a model that nothing scores, and what its judge doesn't read."""
     styles = [concept.name for concept in concepts if concept.kind == "style"]
-    if model.judge is None or (model.judge == "clip" and styles):
+    if model.judge not in (None, "clip") and "." not in model.judge:
+        raise InputError(
+            "option 'model.judge': expected the dotted name of a detector, clip, or null for the judge that "
+            f"model.domain brings, got {model.judge!r}"
+        )
+    if (model.judge is None and model.domain is None) or (model.judge == "clip" and styles):
         raise InputError(
             "option 'model.judge': expected the dotted name of a detector, or clip for what is no style, got "
             f"{model.judge or 'none'}{way_out}"
@@ -281,17 +286,16 @@ def check_judge(model: ModelConfig, concepts: Iterable[ConceptConfig], way_out: 
         raise InputError(
             "option 'model.clip': expected CLIP's folder or hub id for model.judge=clip, got none"
         )
-    own = {"embedded": ("clip", "inception", "real_images", "judge_options"), "clip": ("judge_options",)}
-    for name in own.get(model.judge, ()):
-        if value := getattr(model, name):
-            raise InputError(
-                f"option 'model.{name}': expected none with model.judge={model.judge}, got {value!r}"
-            )
+    if model.judge in (None, "clip") and model.judge_options:
+        raise InputError(
+            "option 'model.judge_options': expected none unless model.judge names a detector, got "
+            f"{model.judge_options!r}"
+        )
 
 
 def check_fid(model: ModelConfig, option: str, images: int) -> None:
-    """Refuse one image where FID is computed, which compares how images vary."""
-    if images < 2 and (model.judge == "embedded" or model.real_images is not None):
+    """Refuse one image where FID is computed, which compares how images vary; a domain brings its own."""
+    if images < 2 and (model.domain is not None or model.real_images is not None):
         raise InputError(
             f"option {option!r}: expected at least 2, of which FID is computed, got {images}; "
             "or metrics.samples_per_prompt=2"

@@ -84,17 +84,8 @@ class ConceptConfig:
 
 
 @dataclass
-class KeepConfig:
-    """What an edit of this model must not change."""
-
-    captions: str | None = (
-        None  # caption file, one a line, or "embedded"; textual.keep_prompts goes before it
-    )
-
-
-@dataclass
 class ModelConfig:
-    """A text-to-image pipeline: `path` goes before `hub_id`; neither means the embedded model `name`."""
+    """A text-to-image pipeline: `path` goes before `hub_id`; neither means the one that `domain` ships."""
 
     name: str = MISSING
     path: str | None = None  # folder in diffusers' format, or a checkpoint in one .safetensors file
@@ -108,12 +99,12 @@ class ModelConfig:
     num_inference_steps: int = option(50, at_least=1, at_most=TIMESTEPS)  # of evaluation images
     sampler: str | None = option(None, choices=SAMPLERS)  # of them: diffusers' name; null: DDIM
     timestep_spacing: str | None = option(None, choices=SPACINGS)  # of that sampler; null: the model's own
-    judge: str | None = None  # "embedded", "clip" (zero-shot), or the dotted name of a detector class
+    domain: str | None = None  # dotted name of a class of evaluation.domain.Domain; null: any pictures
+    judge: str | None = None  # dotted name of a detector class, "clip" (zero-shot); null: the domain's own
     judge_options: dict[str, Any] = field(default_factory=dict)  # what that class takes beside the concepts
-    clip: str | None = None  # CLIP for CLIP-S: folder or hub id; the embedded model has its own
+    clip: str | None = None  # CLIP for CLIP-S: folder or hub id
     inception: str | None = None  # file of Inception's weights for FID, of torch-fidelity
     real_images: str | None = None  # folder of real images for FID, or a statistics file
-    keep: KeepConfig = field(default_factory=KeepConfig)
 
 
 @dataclass

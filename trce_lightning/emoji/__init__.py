@@ -1,1 +1,1 @@
-"""The embedded model: its subjects, captions, judge and weights."""
+"""The embedded model: its subjects, prompts, judge and weights, which its domain hands to a run."""

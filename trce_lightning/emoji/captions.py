@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
+from trce_lightning.concepts.naming import article
 from trce_lightning.emoji.subjects import BACKGROUNDS, CATEGORY_WORDS, STYLES, SUBJECTS, Subject
 
 if TYPE_CHECKING:
@@ -137,11 +138,6 @@ HELD_OUT_BACKGROUNDS: tuple[str, ...] = (
     "with {} behind it",
 )
 COLOURS: tuple[str, ...] = tuple(BACKGROUNDS)
-
-
-def article(words: str) -> str:
-    """``words`` with its indefinite article."""
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def hint(subject: Subject, rng: Random) -> str:

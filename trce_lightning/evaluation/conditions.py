@@ -28,24 +28,24 @@ Fits = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class Condition:
-    """One use of a model: the prompts that are drawn, and how."""
+    """One use of a model: its prompts, and how it draws them."""
 
     name: str
     sets: tuple[PromptSet, ...]
     sampling: Sampling
     is_drawn: bool = False
-    """Whether its images are among those that the scorer has made."""
+    """True if its images are among those that the scorer has made."""
 
     @property
     def folder(self) -> str:
-        """The name as that of a folder, with a checksum where that isn't the name itself."""
+        """The name in letters that a folder's may have, with a checksum where it isn't the name itself."""
         plain = re.sub(r"[^\w.=-]+", "_", self.name)
         if plain == self.name:
             return plain
         return f"{plain[:40]}-{hashlib.blake2b(self.name.encode(), digest_size=4).hexdigest()}"
 
     def scorer(self, scorer: Scorer) -> Scorer:
-        """Scores this use of a scorer's model; images that are there are only judged."""
+        """Return a scorer of this use of the model; images that are there are only judged."""
         return replace(
             scorer,
             sets=self.sets,
@@ -57,7 +57,7 @@ class Condition:
 
 
 def asked(options: RobustnessConfig) -> bool:
-    """Whether there is a condition beside the usual one."""
+    """Return whether there is a condition beside the usual one."""
     lists = (options.samplers, options.guidance_scales, options.steps, options.negative_prompts)
     return any((*lists, options.strengths, options.lora, options.long_prompts, options.misspellings))
 
@@ -65,7 +65,7 @@ def asked(options: RobustnessConfig) -> bool:
 def conditions(
     options: RobustnessConfig, scorer: Scorer, concepts: Sequence[Concept], pictures: Path
 ) -> list[Condition]:
-    """The usual condition, then those of the options, on the first prompts of the scorer's own sets.
+    """Return the usual condition, then those of the options, on the first prompts of the scorer's own sets.
 
     All take ``num_inference_steps`` of the options.
 
@@ -79,7 +79,7 @@ def conditions(
     fits = scorer.adapter.fits
     usual = replace(scorer.sampling, num_steps=options.num_inference_steps)
     samplings = dict(_samplings(options, usual, concepts, fits, pictures))
-    prompts = dict(_prompts(options, sets, concepts, fits))
+    prompts = dict(_prompts(options, sets, concepts, scorer.concept_names, fits))
     return [
         Condition(USUAL, sets, usual, is_drawn=usual == scorer.sampling),
         *(Condition(name, sets, sampling) for name, sampling in samplings.items()),
@@ -118,7 +118,11 @@ def _varied(usual: Sampling, **changes: Any) -> Sampling:
 
 
 def _prompts(
-    options: RobustnessConfig, sets: Sequence[PromptSet], concepts: Sequence[Concept], fits: Fits
+    options: RobustnessConfig,
+    sets: Sequence[PromptSet],
+    concepts: Sequence[Concept],
+    names: Sequence[str],
+    fits: Fits,
 ) -> Iterator[tuple[str, tuple[PromptSet, ...]]]:
     for place in options.long_prompts:
         yield (
@@ -130,7 +134,7 @@ def _prompts(
         )
     direct = [record for prompts in sets if prompts.name == "direct" for record in prompts.records]
     for kind in options.misspellings:
-        found = tuple(varied for record in direct if (varied := misspelt(record, kind, concepts)))
+        found = tuple(varied for record in direct if (varied := misspelt(record, kind, concepts, names)))
         if len(found) < len(direct):
             log.warning("misspelling=%s: no word to misspell in %d prompts", kind, len(direct) - len(found))
         if found:

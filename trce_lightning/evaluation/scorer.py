@@ -74,6 +74,8 @@ class Scorer:
     make_evaluator: Callable[[Sequence[str]], Evaluator]
     label_groups: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Labels whose accuracy is told apart, by the group's name."""
+    concept_names: Sequence[str] = ()
+    """Words by which the prompts may name the concepts, beside the concepts' own."""
     draws: bool = True
     """Whether it makes images; else those in the folder are judged."""
     detections: Detections = field(default_factory=dict)

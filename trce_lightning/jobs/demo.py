@@ -23,7 +23,8 @@ from trce_lightning.generation.loop import generate
 from trce_lightning.jobs.session import Session, concepts_of
 from trce_lightning.jobs.trainers import make_trainer
 from trce_lightning.metrics.asr import shows_concept
-from trce_lightning.metrics.detectors import Detector, EmbeddedJudgeDetector, checked_probability
+from trce_lightning.metrics.detectors import Detector, checked_probability
+from trce_lightning.metrics.scores import ImageJudge
 from trce_lightning.prompts.records import PromptRecord
 from trce_lightning.runtime.logs import set_up_logging
 from trce_lightning.runtime.network import check_proxies, spare_this_machine
@@ -45,7 +46,7 @@ _ANOTHER_SEED = "() => Math.floor(Math.random() * 2 ** 31)"
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture, uint8 ``[3, H, W]``, and what the judge says of it; None where there is none to say it."""
+    """A picture, uint8 ``[3, H, W]``, and what the judge says of it; None where nothing judges."""
 
     image: Tensor
     probability: float | None
@@ -53,7 +54,7 @@ class Drawing:
 
     @property
     def covered(self) -> bool:
-        """Whether it is judged to show the concept, or not judged at all."""
+        """True if it is judged to show the concept, or not judged at all."""
         return self.probability is None or bool(shows_concept(torch.tensor([self.probability])))
 
 
@@ -61,7 +62,7 @@ class Demo:
     """Both models of a configuration, and what judges their pictures."""
 
     def __init__(self, config: DemoConfig) -> None:
-        """Opens both models on the configured device. ``InputError`` for more than one device."""
+        """Open both models on the configured device. ``InputError`` for more than one device."""
         trainer = make_trainer(config.trainer, Path())
         if trainer.world_size != 1:
             raise InputError(f"trainer.devices: expected one device, got {trainer.world_size}")
@@ -72,15 +73,16 @@ class Demo:
             for name, path in zip(MODELS, (config.original.path, config.model.path), strict=True)
         }
         self.concept = " or ".join(concept.name for concept in concepts)
-        self.detector = self._detector()
+        domain, detector = self.sessions["Erased"].domain, self.sessions["Erased"].detector()
+        self.detector: Detector | None = self._placed(detector)
+        self.judge: ImageJudge | None = None if detector is None else self._placed(domain.judge())
         self.adapters = {name: session.adapter.to(self.device) for name, session in self.sessions.items()}
 
-    def _detector(self) -> Detector | None:
-        detector = self.sessions["Erased"].detector()
-        return detector.to(self.device) if isinstance(detector, torch.nn.Module) else detector
+    def _placed(self, part: Any) -> Any:
+        return part.to(self.device) if isinstance(part, torch.nn.Module) else part
 
     def draw(self, prompt: str, seed: int, guidance_scale: float, num_steps: int) -> dict[str, Drawing]:
-        """The prompt's picture by each of ``MODELS``, from the same noise."""
+        """Return the prompt's picture by each of ``MODELS``, from the same noise."""
         record = PromptRecord("demo", prompt, seed=seed, guidance_scale=guidance_scale)
         warn_of_cut(self.adapters["Erased"], [prompt], "the page")
         options = self.sessions["Erased"].sampling().options() | {"num_steps": num_steps}
@@ -95,13 +97,12 @@ class Demo:
             return Drawing(images[0], None, None)
         images = images.to(self.device)
         subject = None
-        if isinstance(self.detector, EmbeddedJudgeDetector):
-            judge = self.detector.judge
-            subject = judge.vocabulary["subject"][int(judge(images)["subject"].argmax())]
+        if self.judge is not None:
+            subject = self.judge.vocabulary["subject"][int(self.judge(images)["subject"].argmax())]
         return Drawing(images[0].cpu(), checked_probability(self.detector(images), 1).item(), subject)
 
     def examples(self) -> dict[str, list[str]]:
-        """Prompts of the concept's evaluation, by prompt set."""
+        """Return prompts of the concept's evaluation, by prompt set."""
         sets = self.sessions["Erased"].sets("report", EXAMPLES_PER_SET)
         return {prompts.name: [record.prompt for record in prompts.records] for prompts in sets}
 
@@ -135,7 +136,7 @@ def serve(page: gr.Blocks, port: int) -> None:
 
 
 def build_page(demo: Demo) -> gr.Blocks:
-    """Prompt, controls and examples; both pictures with their verdicts."""
+    """Build the page: prompt, controls and examples, and both pictures with their verdicts."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at import too
     import gradio as gr
 
@@ -167,7 +168,7 @@ def build_page(demo: Demo) -> gr.Blocks:
 
 
 def _drawer(demo: Demo) -> Any:
-    """What the button calls, with generation's progress bars shown over the pictures."""
+    """Return what the button calls, with generation's progress bars shown over the pictures."""
     import gradio as gr
 
     tracked = gr.Progress(track_tqdm=True)  # Gradio looks for it among the defaults
@@ -183,7 +184,7 @@ def _drawer(demo: Demo) -> Any:
 
 
 def picture(demo: Demo, name: str, prompt: str, drawing: Drawing | None) -> str:
-    """HTML of one model's picture and verdict; of an empty frame before the first."""
+    """Return HTML of one model's picture and verdict, of an empty frame before the first picture."""
     loader = PackageLoader("trce_lightning")
     template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template(
         "picture.html.j2"

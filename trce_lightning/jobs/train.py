@@ -82,8 +82,9 @@ def merge_previous(config: TrainConfig) -> list[Concept]:
     with reading(folder / runs.CONFIG, "the configuration of an earlier run", "name another run"):
         written = OmegaConf.load(folder / runs.CONFIG)
         # Only what is compared and taken over, so that a run of an earlier version will do.
+        model = OmegaConf.masked_copy(written.model, list(MODEL_IDENTITY))
         earlier = OmegaConf.merge(
-            OmegaConf.structured(TrainConfig), {"model": written.model, "concept": written.concept}
+            OmegaConf.structured(TrainConfig), {"model": model, "concept": written.concept}
         )
         restored = OmegaConf.to_object(earlier)
     assert isinstance(restored, TrainConfig)

@@ -1,16 +1,11 @@
 """Attack success rate, FID, CLIP score and the detectors behind them."""
 
 from trce_lightning.metrics.asr import AttackSuccessRate, paired_test
-from trce_lightning.metrics.detectors import (
-    ClipZeroShotDetector,
-    Detector,
-    EmbeddedJudgeDetector,
-    load_detector,
-)
+from trce_lightning.metrics.detectors import ClipZeroShotDetector, Detector, load_detector
 from trce_lightning.metrics.fidelity import (
     Clip,
+    feature_fid,
     inception_fid,
-    judge_fid,
     load_clip,
     load_real_statistics,
     save_real_statistics,
@@ -22,10 +17,9 @@ __all__ = [
     "Clip",
     "ClipZeroShotDetector",
     "Detector",
-    "EmbeddedJudgeDetector",
     "Evaluator",
+    "feature_fid",
     "inception_fid",
-    "judge_fid",
     "load_clip",
     "load_detector",
     "load_real_statistics",

@@ -11,12 +11,9 @@ from torch.nn import functional as F
 
 from trce_lightning.concepts import Concept
 from trce_lightning.concepts.naming import shows
-from trce_lightning.emoji.judge import Judge
-from trce_lightning.emoji.subjects import STYLES, subject_index
 from trce_lightning.errors import InputError
 from trce_lightning.metrics.factories import made_by
 from trce_lightning.metrics.fidelity import Clip
-from trce_lightning.prompts.records import concept_styles, concept_subjects
 
 ROUNDING = 0.01
 """Of a sum of probabilities, in bfloat16 too."""
@@ -50,35 +47,6 @@ def checked_probability(found: Any, images: int) -> Tensor:
     if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # NaN is neither
         raise InputError(f"model.judge: expected probabilities in [0, 1], got {low:g} to {high:g}")
     return found
-
-
-class EmbeddedJudgeDetector(nn.Module):
-    """The embedded model's judge as detector of one or more concepts.
-
-    Subjects exclude each other, so their probabilities add; so do those of styles. With both kinds an image
-    shows the concepts if it shows either: the larger sum counts.
-    """
-
-    def __init__(self, judge: Judge, concepts: Sequence[Concept]) -> None:
-        """``InputError`` names a concept of which the judge knows no subject and no style."""
-        super().__init__()
-        if not concepts:
-            raise InputError("concept: expected at least one to detect, got none")
-        for concept in concepts:
-            if not (concept_subjects(concept) or concept_styles(concept)):
-                raise InputError(f"concept: expected one that the judge can see, got '{concept.name}'")
-        self.judge = judge.eval().requires_grad_(False)
-        names = {name for concept in concepts for name in concept_subjects(concept)}
-        self.members = sorted(subject_index(name) for name in names)
-        styles = {style for concept in concepts for style in concept_styles(concept)}
-        self.styles = sorted(STYLES.index(style) for style in styles)
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """uint8 ``[B, 3, 64, 64]`` → ``[B]``."""
-        probability = self.judge(images)
-        subjects = probability["subject"][:, self.members].sum(-1)
-        return torch.maximum(subjects, probability["style"][:, self.styles].sum(-1))
 
 
 class ClipZeroShot(nn.Module):

@@ -1,4 +1,4 @@
-"""What users name by its dotted path: a class or function that returns a detector."""
+"""What users name by its dotted path: a class or function that returns a detector or a domain."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def made_by(option: str, path: str, kind: type[Made], *arguments: Any, **options
         factory = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
-            f"{option}: expected the dotted name of a detector, got '{path}': {error}"
+            f"{option}: expected the dotted name of a {kind.__name__}, got '{path}': {error}"
         ) from error
     if callable(factory):
         _check_arguments(option, path, factory, arguments, options)
@@ -35,7 +35,9 @@ def made_by(option: str, path: str, kind: type[Made], *arguments: Any, **options
             )  # its own fault, and its own traceback
             raise
     if not isinstance(made, kind):
-        raise InputError(f"{option}: expected what returns a {kind.__name__}, got '{path}'")
+        lacking = [name for name in vars(kind) if name[0] != "_" and not hasattr(made, name)]
+        which = f", whose result lacks {', '.join(lacking)}" if lacking else ""
+        raise InputError(f"{option}: expected what returns a {kind.__name__}, got '{path}'{which}")
     return made
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import BatchFeature, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from trce_lightning.emoji.judge import Judge
 from trce_lightning.errors import InputError
 from trce_lightning.runtime.fingerprints import fingerprint
 from trce_lightning.runtime.network import check_hub
@@ -23,28 +22,17 @@ from trce_lightning.runtime.storage import reading, write_safetensors
 REAL_STATES = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")
 
 
-class JudgeFeatures(nn.Module):
-    """The judge's pooled features as FID's feature network, in float32 whatever the surrounding precision."""
+def feature_fid(features: nn.Module) -> FrechetInceptionDistance:
+    """Return FID = ‖μ_r − μ‖² + tr(Σ_r + Σ − 2 (Σ_r Σ)^½) on the features of a network.
 
-    num_features = Judge.num_features
-
-    def __init__(self, judge: Judge) -> None:
-        super().__init__()
-        self.judge = judge.eval()
-
-    def forward(self, images: Tensor) -> Tensor:
-        """uint8 ``[B, 3, 64, 64]`` → float32 ``[B, 256]``."""
-        with torch.autocast(images.device.type, enabled=False):
-            return self.judge.features(images)
-
-
-def judge_fid(judge: Judge) -> FrechetInceptionDistance:
-    """FID = ‖μ_r − μ‖² + tr(Σ_r + Σ − 2 (Σ_r Σ)^½) on the judge's features, on a scale of its own."""
-    return _float32(FrechetInceptionDistance(feature=JudgeFeatures(judge), reset_real_features=False))
+    Args:
+        features: uint8 ``[B, 3, H, W]`` → float32 ``[B, num_features]``, which is an attribute of its own.
+    """
+    return _float32(FrechetInceptionDistance(feature=features, reset_real_features=False))
 
 
 def inception_fid(weights: Path) -> FrechetInceptionDistance:
-    """FID on Inception's 2048 features, its torch-fidelity weights read from a local file.
+    """Return FID on Inception's 2048 features, with torch-fidelity's weights from a local file.
 
     Raises:
         FileNotFoundError: no such file. Nothing is downloaded.
@@ -69,7 +57,7 @@ def inception_fid(weights: Path) -> FrechetInceptionDistance:
 
 
 def _check_tensors(file: Path) -> None:
-    """``UnpicklingError`` unless a file holds a dictionary that needs no code of its own to be read."""
+    """Raise ``UnpicklingError`` unless a file holds a dictionary that needs no code of its own to be read."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (AttributeError, EOFError, IndexError, KeyError, TypeError, ValueError) as error:  # of other bytes
@@ -124,7 +112,7 @@ class Clip(NamedTuple):
     image_processor: CLIPImageProcessor
 
     def tokenize(self, texts: Sequence[str]) -> BatchFeature:
-        """Token ids and mask, padded to the longest text; long ones are cut, their end of text is kept."""
+        """Return token ids and mask, padded to the longest text; long ones are cut, with their end kept."""
         config: Any = self.model.config.text_config
         return self.tokenizer(
             list(texts),
@@ -135,17 +123,17 @@ class Clip(NamedTuple):
         )
 
     def pixels(self, images: Tensor | Sequence[Tensor]) -> BatchFeature:
-        """Normalised pixel values of uint8 images ``[3, H, W]``. ``InputError`` when they are not uint8."""
+        """Return normalised pixel values of images ``[3, H, W]``; ``InputError`` unless they are uint8."""
         if any(image.dtype != torch.uint8 for image in images):
             raise InputError(f"CLIP: expected uint8 images in [0, 255], got {images[0].dtype}")
         return self.image_processor(images=list(images), return_tensors="pt")
 
     @torch.no_grad()
     def scores(self, images: Tensor | Sequence[Tensor], texts: Sequence[str]) -> Tensor:
-        """100 · cos(CLIP(image), CLIP(text)) of each pair, ``[B]`` in [−100, 100].
+        """Return 100 · cos(CLIP(image), CLIP(text)) of each pair, ``[B]`` in [−100, 100].
 
-        Below zero too, where torchmetrics reports zero. Long texts are cut by the tokenizer, which keeps the
-        end of text that CLIP pools at.
+        It may be below zero, where torchmetrics reports zero. Long texts are cut by the tokenizer,
+        which keeps the end of text that CLIP pools at.
         """
         device = self.model.device
         pixels = self.pixels([image.cpu() for image in images]).to(device)

@@ -28,7 +28,7 @@ Vocabulary = Mapping[str, Sequence[str]]
 
 
 class ImageJudge(Protocol):
-    """What names what an image shows; one that is an ``nn.Module`` moves to the evaluator's device."""
+    """A classifier that names what an image shows; an ``nn.Module`` moves to the evaluator's device."""
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -39,7 +39,7 @@ class ImageJudge(Protocol):
 
 
 class DetectionsByImage(Metric):
-    """What was seen in each image, so that two models can be compared pairwise and thresholds moved later."""
+    """Every image's detection, so that two models can be compared pairwise and thresholds moved later."""
 
     full_state_update = False
     keys: list[Tensor]
@@ -66,7 +66,7 @@ class DetectionsByImage(Metric):
         seen: Mapping[str, Tensor],
         clip_score: Tensor | None,
     ) -> None:
-        """The columns of :class:`Detection`, ``[B]`` each; ``seen`` has indices into the vocabulary."""
+        """Add the columns of :class:`Detection`, ``[B]`` each; ``seen`` has indices into the vocabulary."""
         keys = [seed_of(record.id, 0) for record in records]
         unseen, unscored = torch.full_like(probability, _UNSEEN), torch.full_like(probability, math.nan)
         columns = [probability, *(seen.get(name, unseen) for name in ATTRIBUTES)]
@@ -75,7 +75,7 @@ class DetectionsByImage(Metric):
         self.rows.append(torch.stack([column.float() for column in columns], 1))
 
     def compute(self) -> dict[int, Detection]:
-        """By ``seed_of(record.id, 0)``, an image's key on every rank."""
+        """Return detections by ``seed_of(record.id, 0)``, an image's key on every rank."""
         keys, rows = dim_zero_cat(self.keys).tolist(), dim_zero_cat(self.rows).tolist()
         return {key: self._detection(row) for key, row in zip(keys, rows, strict=True)}
 
@@ -128,7 +128,7 @@ class Evaluator(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> Evaluator:
-        """Stays in evaluation mode: batch statistics of what is judged must not enter the judge."""
+        """Stay in evaluation mode: batch statistics of what is judged must not enter the judge."""
         return super().train(False)
 
     @torch.no_grad()
@@ -162,7 +162,7 @@ class Evaluator(nn.Module):
         return score
 
     def compute(self) -> dict[str, Any]:
-        """SCORES: ``asr`` by set but ``benign``, and what that set gives if it is one of the sets.
+        """Return SCORES: ``asr`` by set but ``benign``, and what that set gives if it is one of the sets.
 
         That is ``false_alarm`` and, with what each needs, ``fid`` and ``clip_score``. Plain numbers.
         ``InputError`` when a set has no images.
@@ -179,7 +179,7 @@ class Evaluator(nn.Module):
         return scores
 
     def detections(self, set_name: str) -> dict[int, Detection]:
-        """What was seen in each image of a set, as :class:`DetectionsByImage` says; all ranks call it."""
+        """Return the detections of a set, as :class:`DetectionsByImage` says; all ranks call it."""
         self._check_known(set_name)
         return self.detections_by_image[set_name].compute()
 

@@ -10,7 +10,7 @@ from random import Random
 
 from trce_lightning.concepts import Concept
 from trce_lightning.concepts.naming import STOP_WORDS, mentions, without_article
-from trce_lightning.prompts.records import PromptRecord, concept_subjects, image_seed
+from trce_lightning.prompts.records import PromptRecord, image_seed
 
 _WORD = re.compile(r"[^\W\d_]+")
 _SHORTEST = 3  # letters of a word that is misspelt
@@ -19,9 +19,10 @@ _SHORTEST = 3  # letters of a word that is misspelt
 def lengthened(
     record: PromptRecord, place: str, filler: Sequence[str], fits: Callable[[str], bool]
 ) -> PromptRecord:
-    """The prompt ``early`` or ``late`` in as much filler as the model reads, on the same noise.
+    """Put benign filler after an ``early`` prompt or before a ``late`` one, on the same noise.
 
-    ``filler`` phrases go round; what ``fits`` tells how much is read. A prompt that fills the model stays.
+    The filler phrases repeat as long as the text ``fits`` the model. A prompt that is at the limit already is
+    returned unchanged.
     """
     text = record.prompt
     phrases: list[str] = []
@@ -34,13 +35,21 @@ def lengthened(
     return _variant(record, place, text)
 
 
-def misspelt(record: PromptRecord, kind: str, concepts: Iterable[Concept]) -> PromptRecord | None:
-    """The prompt with one slip in each word that names a concept, on the same noise; None without such words.
+def misspelt(
+    record: PromptRecord, kind: str, concepts: Iterable[Concept], names: Iterable[str] = ()
+) -> PromptRecord | None:
+    """Return the prompt with one slip in each word that names a concept, on the same noise.
 
     ``swap`` exchanges two neighbouring letters, ``drop`` leaves one out, ``double`` writes one twice.
-    Where follows from the prompt's id. Words of less than three letters stay.
+    The prompt's id decides where. Words of less than three letters stay. None without such words.
+
+    Args:
+        record: the prompt.
+        kind: the kind of slip.
+        concepts: what the words name.
+        names: further words and phrases that name the concepts.
     """
-    words = naming_words(record.prompt, list(concepts))
+    words = naming_words(record.prompt, list(concepts), names)
 
     def slip(match: re.Match[str]) -> str:
         word = match[0]
@@ -50,13 +59,17 @@ def misspelt(record: PromptRecord, kind: str, concepts: Iterable[Concept]) -> Pr
     return None if text == record.prompt else _variant(record, kind, text)
 
 
-def naming_words(prompt: str, concepts: Sequence[Concept]) -> set[str]:
-    """Words of the prompt that name a concept, by themselves or in a phrase, in lower case."""
+def naming_words(prompt: str, concepts: Sequence[Concept], names: Iterable[str] = ()) -> set[str]:
+    """Return words of the prompt that name a concept, by themselves or in a phrase, in lower case.
+
+    ``names`` are phrases that name one beside the concepts' own.
+    """
     phrases = [
         without_article(phrase)
         for concept in concepts
-        for phrase in (concept.name, *concept.all_names, *concept.related, *concept_subjects(concept))
+        for phrase in (concept.name, *concept.all_names, *concept.related)
     ]
+    phrases += map(without_article, names)
     found = {word for word in map(str.casefold, _WORD.findall(prompt)) if mentions(word, concepts)}
     for phrase in phrases:
         if re.search(rf"\b{re.escape(phrase)}", prompt, re.IGNORECASE):
@@ -65,7 +78,7 @@ def naming_words(prompt: str, concepts: Sequence[Concept]) -> set[str]:
 
 
 def with_safe_counterparts(text: str, concepts: Iterable[Concept], fits: Callable[[str], bool]) -> str:
-    """The text with what stands in the concepts' place for ``{safe}``, as many things as the model reads."""
+    """Replace ``{safe}`` in the text by the concepts' safe counterparts, as many as fit the model."""
     names: list[str] = []
     for name in dict.fromkeys(safe for concept in concepts for safe in concept.terms.values()):
         if not fits(text.replace("{safe}", ", ".join([*names, name]))):
@@ -90,7 +103,7 @@ def _slip(word: str, kind: str, rng: Random) -> str:
 
 
 def _places(word: str, kind: str) -> Iterator[int]:
-    """Where a slip changes the word and not its first letter."""
+    """Return the places where a slip changes the word and not its first letter."""
     if kind == "swap":
         return (i for i in range(1, len(word) - 1) if word[i] != word[i + 1])
     return iter(range(1, len(word)))

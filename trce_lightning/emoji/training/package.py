@@ -9,9 +9,10 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from trce_lightning.emoji.judge import judge_fid
 from trce_lightning.emoji.package import load_judge
 from trce_lightning.emoji.training.unet import build_scheduler
-from trce_lightning.metrics.fidelity import judge_fid, save_real_statistics
+from trce_lightning.metrics.fidelity import save_real_statistics
 
 
 def assemble(source: Path, unet: UNet2DConditionModel, text_encoder: str) -> StableDiffusionPipeline:

@@ -1,0 +1,118 @@
+"""The embedded model's domain, which ``configs/model/emoji.yaml`` names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin, UNet2DConditionModel
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from trce_lightning.concepts import Concept
+from trce_lightning.config.schema import ModelConfig
+from trce_lightning.emoji.groups import benign_subjects, concept_subjects, label_groups
+from trce_lightning.emoji.judge import Judge, JudgeDetector, JudgeFeatures, judge_fid
+from trce_lightning.emoji.package import load_clip_pair, load_judge, weights_folder
+from trce_lightning.emoji.prompts import keep_captions, prompt_sets
+from trce_lightning.errors import InputError
+from trce_lightning.metrics.detectors import ClipZeroShotDetector, Detector
+from trce_lightning.metrics.fidelity import Clip, load_real_statistics
+from trce_lightning.prompts.own import Split
+from trce_lightning.prompts.records import PromptSet
+
+UNREAD = ("clip", "inception", "real_images")
+"""Options of a model that this domain has its own of."""
+
+
+class EmojiDomain:
+    """The embedded model's subjects and prompts, and the judge and the CLIP pair that ship with its weights.
+
+    Raises:
+        InputError: an option of the model that would have no effect.
+    """
+
+    source = weights_folder()
+
+    def __init__(self, model: ModelConfig, concepts: Sequence[Concept]) -> None:
+        self.concepts = list(concepts)
+        for name in UNREAD:
+            if value := getattr(model, name):
+                raise InputError(
+                    f"option 'model.{name}': expected none with model.domain={model.domain}, which has its "
+                    f"own, got {value!r}"
+                )
+        if model.judge == "clip":
+            raise InputError(
+                f"option 'model.judge': expected null for the judge of model.domain={model.domain}, or the "
+                "dotted name of a detector, got 'clip'"
+            )
+
+    def check(self, denoiser: ModelMixin) -> None:
+        """Raise ``InputError`` unless the denoiser has the embedded one's shape."""
+        expected = UNet2DConditionModel.load_config(self.source / "unet")
+        names = ("sample_size", "cross_attention_dim")
+        if any(denoiser.config.get(name) != expected[name] for name in names):
+            got = ", ".join(f"{name} {denoiser.config.get(name)}" for name in names)
+            raise InputError(
+                f"model=emoji: expected the embedded model or an edit of it, got a network of {got}; "
+                "name its own family, such as model=sd15"
+            )
+
+    def prompt_sets(self, size: int, split: Split, names: Sequence[str]) -> list[PromptSet]:
+        """Return prompts of the subjects and styles that show the concepts, and of others."""
+        return prompt_sets(self.concepts, size=size, split=split, names=names)
+
+    def keep_prompts(self, limit: int, seed: int) -> list[str]:
+        """Return captions of the subjects to keep."""
+        return keep_captions(self.concepts, limit, seed)
+
+    def concept_names(self) -> list[str]:
+        """Return the names of the subjects that show the concepts."""
+        return [name for concept in self.concepts for name in concept_subjects(concept)]
+
+    def labels(self) -> Sequence[str]:
+        """Return the names of all subjects."""
+        return Judge.vocabulary["subject"]
+
+    def label_groups(self) -> Mapping[str, frozenset[str]]:
+        """Return the benign subjects by how near they are to the concepts, and those that nothing keeps."""
+        return label_groups(self.concepts)
+
+    def detector(self) -> Detector:
+        """Return the judge as detector of the concepts."""
+        return JudgeDetector(self._judge, self.concepts)
+
+    def second_detector(self) -> Detector:
+        """Return zero-shot CLIP on the concepts' names and terms against benign subjects."""
+        positive = [text for concept in self.concepts for text in (concept.name, *concept.terms)]
+        negative = [f"a picture of {name}" for name in benign_subjects(self.concepts)]
+        return ClipZeroShotDetector(load_clip_pair(self.source), positive, negative)
+
+    def judge(self) -> Judge:
+        """Return the shipped judge."""
+        return self._judge
+
+    @cached_property
+    def _judge(self) -> Judge:
+        return load_judge(self.source)
+
+    def clip(self) -> Clip:
+        """Return the model's own CLIP pair."""
+        return self._clip
+
+    @cached_property
+    def _clip(self) -> Clip:
+        return load_clip_pair(self.source)
+
+    def features(self) -> nn.Module:
+        """Return the judge's features."""
+        return JudgeFeatures(self._judge)
+
+    def fid(self, cache: Path, device: torch.device) -> FrechetInceptionDistance:
+        """Return FID on the judge's features, with the shipped statistics of real images."""
+        fid = judge_fid(self._judge)
+        load_real_statistics(fid, self.source / "real_statistics.safetensors")
+        return fid
