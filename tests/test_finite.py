@@ -24,6 +24,7 @@ from trce_lightning.generation.loop import generate, generate_to
 from trce_lightning.generation.variation import Start, Variation
 from trce_lightning.jobs.demo import Demo
 from trce_lightning.jobs.evaluate import evaluate
+from trce_lightning.jobs.train import train
 from trce_lightning.module import TRCE
 from trce_lightning.prompts.records import PromptRecord
 from trce_lightning.textual import pair_states
@@ -221,8 +222,8 @@ def test_commands_refuse_the_embedded_model_with_a_row_of_nan(part: Part, tmp_pa
         f"trajectory.{name}=1"
         for name in ("num_trajectories", "num_unconditional", "num_steps", "early_steps")
     ]
-    train = composed("train", *SMALL, *places, "experiment=smoke", "metrics.images_per_set=2", *few)
-    for config, command in ((composed("eval", *SMALL, *places), evaluate), (train, train.train)):
+    training = composed("train", *SMALL, *places, "experiment=smoke", "metrics.images_per_set=2", *few)
+    for config, command in ((composed("eval", *SMALL, *places), evaluate), (training, train)):
         checks.check(config)
         with pytest.raises(InputError, match=rf"'{model}'.*{WHAT[part]}") as caught:
             command(config)

@@ -199,7 +199,7 @@ def test_sha256_is_checked_where_one_is_expected(tmp_path, caplog):
 def load_in_a_process(tmp_path, **environment):
     """A set without a path, in a process of its own: the Hub's library reads its settings when imported."""
     code = (
-        "import sys\nfrom trce_lightning.data.published import load_file\n"
+        "import sys\nfrom trce_lightning.prompts.published import load_file\n"
         "from trce_lightning.config.schema import PromptFileConfig\n"
         "config = PromptFileConfig(hub_id='owner/sets', filename='a.csv', columns={'prompt': ['text']})\n"
         "try: print(load_file('x', config).records[0].prompt)\n"

@@ -185,7 +185,7 @@ def _drawer(demo: Demo) -> Any:
 
 def picture(demo: Demo, name: str, prompt: str, drawing: Drawing | None) -> str:
     """Return HTML of one model's picture and verdict, of an empty frame before the first picture."""
-    loader = PackageLoader("trce_lightning")
+    loader = PackageLoader("trce_lightning.report")
     template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template(
         "picture.html.j2"
     )
