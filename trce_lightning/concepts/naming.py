@@ -1,4 +1,6 @@
-"""When a text names a concept: whole words are compared, whatever their case and number. Imports no torch.
+"""The rule by which a text names a concept: whole words, whatever their case and number.
+
+The module imports no torch.
 
 Words are Unicode's (UAX 29). In scripts that put no spaces between words, and in Hangul, whose words carry
 particles, each character is a word, so that a phrase is found wherever its characters stand together.
@@ -93,7 +95,7 @@ def _names(concept: Concept, words: Sequence[str]) -> bool:
 
 
 def _phrases_and_rest(concept: Concept, words: Sequence[str]) -> tuple[set[str], list[str]]:
-    """The concept's phrases in ``words``, the longest from left to right, and words outside of any phrase."""
+    """Return the concept's phrases in ``words``, the longest from the left, and words outside of any."""
     phrases, rest, place = set[str](), list[str](), 0
     while place < len(words):
         phrase = _longest_phrase(concept, words[place:])
@@ -109,7 +111,7 @@ def _phrases_and_rest(concept: Concept, words: Sequence[str]) -> tuple[set[str],
 
 
 def _longest_phrase(concept: Concept, words: Sequence[str]) -> str | None:
-    """The longest phrase of the concept that ``words`` begin with, unrelated ones included."""
+    """Return the longest phrase of the concept that ``words`` begin with, unrelated ones included."""
     for length in range(min(concept.longest_phrase, len(words)), 0, -1):
         phrase = " ".join(words[:length])
         if phrase in concept.phrases or phrase in concept.unrelated_phrases:
@@ -118,7 +120,7 @@ def _longest_phrase(concept: Concept, words: Sequence[str]) -> str | None:
 
 
 def _plain_words(text: str) -> list[str]:
-    """A text's words in lower case and one Unicode form, without possessive endings."""
+    """Return a text's words in lower case and one Unicode form, without possessive endings."""
     plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     plain = _SEPARATORS.sub(" ", _POSSESSIVE.sub("", _IGNORED.sub("", plain)))
     words: list[str] = []
@@ -137,6 +139,6 @@ def _pluralizer() -> Pluralizer:
 
 @lru_cache(maxsize=100_000)
 def _in_one_number(word: str) -> str:
-    """The singular's plural, made twice: the library takes some plurals, as "safaris", for singulars."""
+    """Return the plural's plural: the library takes some plurals, as "safaris", for singulars."""
     singular = _pluralizer().singular(word)
     return _pluralizer().plural(_pluralizer().plural(singular))

@@ -84,7 +84,7 @@ LEADS: tuple[str, ...] = (
     "ready for",
     "think of",
 )
-"""What a caption may open with; '' three times, so that bare names are frequent."""
+"""The openings of captions; '' stands three times, so that bare names are frequent."""
 TAILS: tuple[str, ...] = (
     "",
     "",
@@ -141,7 +141,7 @@ COLOURS: tuple[str, ...] = tuple(BACKGROUNDS)
 
 
 def hint(subject: Subject, rng: Random) -> str:
-    """Words that mean ``subject`` without its name: one to three of its keywords and its category's words."""
+    """Return words that mean ``subject`` without its name: one to three keywords or words of its category."""
     general = CATEGORY_WORDS.get(subject.category, ())
     count = rng.choice((1, 1, 1, 2, 2, 3))
     words = [
@@ -151,7 +151,7 @@ def hint(subject: Subject, rng: Random) -> str:
 
 
 def subject_phrase(subject: Subject, rng: Random) -> str:
-    """The subject's name, its name with a hint, or a hint alone (half the time where hints are the point)."""
+    """Return the subject's name, its name with a hint, or a hint alone (half of the sensitive ones)."""
     hint_share = 0.5 if subject.category in CATEGORY_WORDS else 0.2
     if rng.random() < hint_share:
         return hint(subject, rng)
@@ -160,7 +160,7 @@ def subject_phrase(subject: Subject, rng: Random) -> str:
 
 
 def caption(subject: int, style: int, background: int, rng: Random) -> str:
-    """A training caption; style and background are each named in about six of ten."""
+    """Return a training caption; style and background are each named in about six of ten."""
     phrase = f"{rng.choice(LEADS)} {subject_phrase(SUBJECTS[subject], rng)} {rng.choice(TAILS)}".strip()
     if rng.random() < 0.6:
         phrase = f"{phrase} {rng.choice(BACKGROUND_PHRASES).format(COLOURS[background])}"
@@ -171,6 +171,6 @@ def caption(subject: int, style: int, background: int, rng: Random) -> str:
 
 
 def captions(labels: Sequence[Tensor], rng: Random) -> list[str]:
-    """One training caption a row of the three label columns, each ``[B]``."""
+    """Return one training caption a row of the three label columns, each ``[B]``."""
     subject, style, background = (column.tolist() for column in labels)
     return [caption(*row, rng) for row in zip(subject, style, background, strict=True)]

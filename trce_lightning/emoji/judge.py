@@ -34,7 +34,7 @@ class Judge(nn.Module):
             "background": tuple(BACKGROUNDS),
         }
     )
-    """What the read-outs' indices mean."""
+    """The meaning of the read-outs' indices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Judge(nn.Module):
         return self.trunk(to_unit(images))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Probabilities ``[B, n]`` of subject, style and background for uint8 images."""
+        """Return probabilities ``[B, n]`` of subject, style and background for uint8 images."""
         features = self.features(images)
         return {name: head(features).softmax(-1) for name, head in self.heads.items()}
 

@@ -1,4 +1,4 @@
-"""What is known about the pictures that a model generates: prompts that ask for them, and who judges them.
+"""Knowledge of the pictures that a model generates: prompts that ask for them, and who judges them.
 
 :class:`Domain` is the seam for a model that draws one kind of picture, such as faces: a configuration names
 a class of it in ``model.domain``. :class:`OpenDomain` is the default, for a model that draws anything.
@@ -31,7 +31,7 @@ from trce_lightning.prompts.records import PromptSet
 
 @runtime_checkable
 class Domain(Protocol):
-    """What a run asks about the pictures of its model.
+    """All that a run asks about the pictures of its model.
 
     The class that ``model.domain`` names is called with the model's options and the concepts. It may derive
     from :class:`OpenDomain` and change what differs. Nothing is loaded before it is asked for.

@@ -57,7 +57,7 @@ class Sampling:
         return options if self.variation == Variation() else options | {"variation": self.variation}
 
     def of_set(self, name: str) -> Sampling:
-        """With the pictures of one prompt set."""
+        """Return the same with the pictures of one prompt set."""
         return replace(self, variation=self.variation.of_set(name))
 
 
@@ -77,11 +77,11 @@ class Scorer:
     concept_names: Sequence[str] = ()
     """Words by which the prompts may name the concepts, beside the concepts' own."""
     draws: bool = True
-    """Whether it makes images; else those in the folder are judged."""
+    """True if it makes images; else those in the folder are judged."""
     detections: Detections = field(default_factory=dict)
-    """Of the last call."""
+    """The detections of the last call."""
     network_evaluations: int = 0
-    """Of all calls, on this rank."""
+    """The number of network evaluations in all calls, on this rank."""
 
     @property
     def planned_evaluations(self) -> int:
@@ -93,11 +93,11 @@ class Scorer:
         return sum(planned_evaluations(prompts.records, *options) for prompts in self.sets)
 
     def records(self, name: str) -> tuple[PromptRecord, ...]:
-        """The prompts of a set."""
+        """Return the prompts of a set."""
         return next(prompts.records for prompts in self.sets if prompts.name == name)
 
     def fingerprint(self) -> str:
-        """Identifies the images of a call: generator, prompts, noise and sampling."""
+        """Return what identifies the images of a call: generator, prompts, noise and sampling."""
         parts = [self.adapter.fingerprint(), repr(self.sampling.options()), *map(repr, self.sets)]
         records = [record for prompts in self.sets for record in prompts.records]
         parts += guidance_meta(records, self.sampling.guidance_scale).values()
@@ -106,7 +106,7 @@ class Scorer:
     def __call__(
         self, title: str, rank: int = 0, world_size: int = 1, folder: Path | None = None
     ) -> tuple[Scores, dict[str, Tensor]]:
-        """Scores over all ranks, and without ``folder`` this rank's images by set.
+        """Return scores over all ranks, and without ``folder`` this rank's images by set.
 
         With ``folder`` images are files in it, of which few are in memory at once; those that are there are
         not made again.
@@ -141,7 +141,7 @@ class Scorer:
 
 
 def score_on_all_ranks(trainer: pl.Trainer, scorer: Scorer, folder: Path, title: str) -> Scores:
-    """Scores of all ranks' images, the same on every rank; images are files in ``folder``.
+    """Return scores of all ranks' images, the same on every rank; images are files in ``folder``.
 
     ``title`` stands in the progress bar.
     """

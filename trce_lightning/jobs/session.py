@@ -53,7 +53,7 @@ class Session:
 
     @cached_property
     def domain(self) -> Domain:
-        """What is known about the model's pictures."""
+        """The knowledge of the model's pictures."""
         return domain_of(self.config.model, self.concepts)
 
     @cached_property

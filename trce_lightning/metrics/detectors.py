@@ -16,12 +16,12 @@ from trce_lightning.metrics.factories import made_by
 from trce_lightning.metrics.fidelity import Clip
 
 ROUNDING = 0.01
-"""Of a sum of probabilities, in bfloat16 too."""
+"""The rounding of a sum of probabilities, in bfloat16 too."""
 
 
 @runtime_checkable
 class Detector(Protocol):
-    """What decides attack success. One that is an ``nn.Module`` moves to the evaluator's device."""
+    """The part that decides attack success. One that is an ``nn.Module`` moves to the evaluator's device."""
 
     def __call__(self, images: Tensor, /) -> Tensor:
         """uint8 ``[B, 3, H, W]`` → probability ``[B]`` in [0, 1] that the image shows the concept."""

@@ -1,4 +1,4 @@
-"""What users name by its dotted path: a class or function that returns a detector or a domain."""
+"""A class or function that a user names by its dotted path, and that returns a detector or a domain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is counted in a model's images: attack success, false alarms, FID, CLIP score, and what each shows."""
+"""The scores of a model's images: attack success, false alarms, FID, CLIP score, and what each shows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO_ATTACKS = (BENIGN, UNERASED, NEIGHBOURS)
 _UNSEEN = -1
 
 Vocabulary = Mapping[str, Sequence[str]]
-"""What a judge's answers mean: names by attribute, such as "subject"."""
+"""The meaning of a judge's answers: names by attribute, such as "subject"."""
 
 
 class ImageJudge(Protocol):
