@@ -18,6 +18,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from trce_lightning import cli
 from trce_lightning.concepts import Concept
 from trce_lightning.config.schema import EvalConfig, ModelConfig
+from trce_lightning.errors import InputError
 from trce_lightning.evaluation.scored import detection_rates
 from trce_lightning.generation.image_folder import META, claim, manifest, write_png
 from trce_lightning.jobs.session import Session
@@ -480,6 +481,18 @@ def test_class_detectors_by_dotted_name() -> None:
         "builtins.dict",
         "math.pi",
         "trce_lightning.metrics.nudenet.core6",
+        "os.system",  # no target of Hydra's, since a configuration that somebody sent must run no commands
     ):
-        with pytest.raises(ValueError, match=f"detectors: expected .*'{path}'"):
+        with pytest.raises(InputError, match=f"detectors: expected .*'{path}'"):
             load_class_detector(path)
+
+
+def test_an_option_may_itself_be_made_of_a_dotted_name() -> None:
+    part = {"_target_": "fractions.Fraction", "numerator": 1, "denominator": 4}
+    detector = load_detector(f"{__name__}.share_detector", [NUDITY], share=part, names=[{"a": 1}])
+    assert detector(torch.zeros(2, 3, 4, 4, dtype=torch.uint8)).tolist() == [0.25, 0.25]
+
+
+def share_detector(concepts, share, names):
+    assert type(names) is list and type(names[0]) is dict and concepts == [NUDITY]
+    return lambda images: torch.full((len(images),), float(share))

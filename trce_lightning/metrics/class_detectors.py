@@ -1,4 +1,4 @@
-"""Detectors that score several classes at once, of which a set of classes makes one detector."""
+"""Detectors that score several classes at once. A set of their classes makes one detector."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ClassDetector(Protocol):
     """Scores classes that don't exclude each other. One that is an ``nn.Module`` moves to a device."""
 
     name: str
-    """What it is, with everything that tells its published variants apart."""
+    """The name tells published variants of a detector apart."""
     version: str
     """Changes with whatever may change a score: the package, the weights, the input size."""
     classes: tuple[str, ...]
@@ -61,15 +61,16 @@ class ClassSetDetector(nn.Module):
 
 
 def load_class_detector(path: str) -> ClassDetector:
-    """Call the class or function of dotted name ``path``; what it returns scores classes.
+    """Return the detector that the class or function of dotted name ``path`` makes.
 
-    ``InputError`` naming ``detectors`` as :func:`~.factories.made_by` says.
+    Raises:
+        InputError: as :func:`~.factories.made_by` says; it names the option ``detectors``.
     """
     return made_by("detectors", path, ClassDetector)  # type: ignore[type-abstract]
 
 
 def class_columns(classes: Sequence[str], members: Sequence[str]) -> list[int]:
-    """Index of each member in ``classes``. ``InputError`` as :class:`ClassSetDetector` says."""
+    """Return the index of each member in ``classes``; raise as :class:`ClassSetDetector` says."""
     unknown = sorted(set(members) - set(classes))
     if not members or unknown or len(set(members)) < len(members):
         raise InputError(f"class set: expected different classes of {list(classes)}, got {list(members)}")
@@ -77,7 +78,7 @@ def class_columns(classes: Sequence[str], members: Sequence[str]) -> list[int]:
 
 
 def check_images(images: Tensor) -> None:
-    """``InputError`` unless ``images`` are uint8 ``[B, 3, H, W]``."""
+    """Raise ``InputError`` unless ``images`` are uint8 ``[B, 3, H, W]``."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise InputError(
             f"detector: expected uint8 images [B, 3, H, W], got {images.dtype} {list(images.shape)}"

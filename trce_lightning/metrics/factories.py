@@ -1,10 +1,12 @@
-"""A class or function that a user names by its dotted path, and that returns a detector or a domain."""
+"""The one way from a dotted name that a user gives to an object: Hydra's ``instantiate``."""
 
 from __future__ import annotations
 
 import inspect
-import pkgutil
 from typing import Any, TypeVar
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 
 from trce_lightning.errors import InputError
 
@@ -12,47 +14,43 @@ Made = TypeVar("Made")
 
 
 def made_by(option: str, path: str, kind: type[Made], *arguments: Any, **options: Any) -> Made:
-    """Call what the dotted name ``path`` names with ``arguments`` and ``options``; it returns a ``kind``.
+    """Return what the class or function of dotted name ``path`` makes of ``arguments`` and ``options``.
 
-    ``InputError`` naming ``option`` when there is none of that name, it takes other arguments, or it returns
-    something else.
+    Hydra looks the name up. A map with ``_target_`` among the options is made into an object first.
+
+    Raises:
+        InputError: nothing has that name, it takes other arguments, Hydra refuses to call it, or it makes
+            something else than a ``kind``. The message names ``option``.
     """
+    target = {**options, "_target_": path, "_partial_": True, "_convert_": "all"}
     try:
-        factory = pkgutil.resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
+        make = instantiate(target, *arguments)
+        _check_arguments(make.func, *make.args, **make.keywords)
+    except (InstantiationException, TypeError) as error:
+        wanted = f"makes a {kind.__name__}" + (f" with the options {options}" if options else "")
+        reason = " ".join(str(error.__cause__ or error).split())
         raise InputError(
-            f"{option}: expected the dotted name of a {kind.__name__}, got '{path}': {error}"
+            f"{option}: expected the dotted name of a class or function that {wanted}, got '{path}': {reason}"
         ) from error
-    if callable(factory):
-        _check_arguments(option, path, factory, arguments, options)
-    made = None
-    if callable(factory):
-        try:
-            made = factory(*arguments, **options)
-        except Exception as error:
-            error.add_note(
-                f"raised by '{path}', which {option} names"
-            )  # its own fault, and its own traceback
-            raise
+    try:
+        made = make()
+    except Exception as error:
+        error.add_note(f"raised by '{path}', which {option} names")  # its own fault, and its own traceback
+        raise
     if not isinstance(made, kind):
         lacking = [name for name in vars(kind) if name[0] != "_" and not hasattr(made, name)]
-        which = f", whose result lacks {', '.join(lacking)}" if lacking else ""
-        raise InputError(f"{option}: expected what returns a {kind.__name__}, got '{path}'{which}")
+        which = f" without {', '.join(lacking)}" if lacking else ""
+        raise InputError(
+            f"{option}: expected what makes a {kind.__name__}, got '{path}', which makes a "
+            f"{type(made).__name__}{which}"
+        )
     return made
 
 
-def _check_arguments(
-    option: str, path: str, factory: Any, arguments: tuple[Any, ...], options: dict[str, Any]
-) -> None:
+def _check_arguments(factory: Any, *arguments: Any, **options: Any) -> None:
+    """Raise ``TypeError`` on wrong arguments before the call, so that one from inside it stays its own."""
     try:
         signature = inspect.signature(factory)
     except ValueError:  # some that are built in have none
         return
-    # Before the call, so that a TypeError from inside it stays what it is.
-    try:
-        signature.bind(*arguments, **options)
-    except TypeError as error:
-        raise InputError(
-            f"{option}: expected one that takes {len(arguments)} argument(s) and the options {options}, "
-            f"got '{path}': {error}"
-        ) from error
+    signature.bind(*arguments, **options)
