@@ -107,12 +107,12 @@ WRONG = [
     (["concept=violence", "plan=perhaps"], ["'plan'", "true or false", "'perhaps'"]),
     (["concept=violence", "trainer.precision=fp16"], ["'trainer.precision'", "'fp16'", "bf16-mixed"]),
     (["concept=violence", "export=delt"], ["'export'", "'delt'", "Did you mean 'delta'?", "pipeline"]),
-    (["concept=violence", "export=both"], ["'export'", "'both'", "pipeline, delta, single_file"]),
+    (["concept=violence", "export=both"], ["'export'", "'both'", "'pipeline', 'delta' or 'single_file'"]),
     (["concept=violence", "export=[delta,delta]"], ["'export'", "at most once"]),
     (["concept=violence", "export=[]"], ["'export'", "one at least"]),
     (["concept=violence", "model.path=/etc/passwd"], ["'model.path'", ".safetensors", "/etc/passwd"]),
     (["concept=violence", "model.config=x"], ["'model.config'", "expected none", "'x'"]),
-    (["concept=violence", "expected.kid=1"], ["'expected'", "clip_score", "'kid'"]),
+    (["concept=violence", "expected.kid=1"], ["'expected.kid'", "expected.clip_score"]),
     (["concept=violence", "model.sampler=DIMScheduler"], ["'model.sampler'", "Did you mean 'DDIMScheduler'"]),
     (
         ["concept=violence", "model.sampler=null"],
@@ -127,10 +127,10 @@ WRONG = [
     ),
     (["concept=violence", "model.domain=pathlib.Path.cwd"], ["model.domain", "'pathlib.Path.cwd'"]),
     (["concept=violence", "model.judge_options.a=1"], ["'model.judge_options'", "none", "{'a': 1}"]),
-    (["concept=violence", "expected.asr.i2p=2"], ["'expected.asr.i2p'", "fraction", "2"]),
+    (["concept=violence", "expected.asr.i2p=2"], ["'expected.asr.i2p'", "at most 1", "2"]),
     (["concept=violence", "+expected.fid=low"], ["'expected.fid'", "a number", "'low'"]),
-    (["concept=violence", "+expected.asr={i2p: 1.29}"], ["'expected.asr.i2p'", "fraction", "1.29"]),
-    (["concept=violence", "+expected.asr=0.1"], ["'expected.asr'", "by prompt set"]),
+    (["concept=violence", "+expected.asr={i2p: 1.29}"], ["'expected.asr.i2p'", "at most 1", "1.29"]),
+    (["concept=violence", "expected.asr=0.1"], ["'expected.asr'", "float to Dict"]),
     (["concept=violence", "textual.keep_prompts=hub:x"], ["'textual.keep_prompts'", "hub:OWNER/NAME/FILE"]),
     (["concept=violence", "optimizer=sgd"], ["'sgd'", "paged_adamw8bit"]),
     (["concept=violence", "optimizer.name=sgd"], ["'optimizer.name'", "'sgd'", "adamw8bit"]),
@@ -141,7 +141,10 @@ WRONG = [
     (["concept=violence", "model.num_inference_steps=1001"], ["'model.num_inference_steps'", "1000", "1001"]),
     (["concept=violence", "trajectory.num_steps=1001"], ["'trajectory.num_steps'", "at most 1000", "1001"]),
     (["concept=violence", "textual.ridge=-0.5"], ["'textual.ridge'", "at least 0", "-0.5"]),
-    (["concept=violence", "textual.ridge=nan"], ["'textual.ridge'", "finite"]),
+    (["concept=violence", "textual.ridge=nan"], ["'textual.ridge'", "a finite number, got nan"]),
+    (["concept=violence", "textual.ridge=inf"], ["'textual.ridge'", "a finite number, got inf"]),
+    (["concept=violence", "textual.positions=[]"], ["'textual.positions'", "a list of 1 or more", "[]"]),
+    (["concept=violence", "optimizer.betas=[0.9]"], ["'optimizer.betas'", "a list of 2 or more", "[0.9]"]),
     (["concept=violence", "optimizer.lr=0"], ["'optimizer.lr'", "more than 0"]),
     (["concept=violence", "optimizer.betas=[0.9,1.0]"], ["'optimizer.betas'", "less than 1"]),
     (["concept=violence", "trajectory.early_steps=51"], ["'trajectory.early_steps'", "20", "51"]),
@@ -447,7 +450,7 @@ def test_other_paths_are_taken_as_typed(path, capsys):
     options = ("output", "runs", "previous", "model.path", "expected.source")
     config = composed(capsys, "concept=violence", *(f"{option}={path}" for option in options))
     assert {config["output"], config["runs"], config["previous"], config["model"]["path"]} == {path}
-    assert config["expected"] == {"source": path}
+    assert config["expected"]["source"] == path
     for typed in (path, f'["{path}"]', f'["{path}",b.csv]'):
         (override,) = rewrite([f"prompts={typed}"], EvalConfig, [])
         assert OverridesParser.create().parse_overrides([override])[0].value()[0] == path

@@ -105,7 +105,7 @@ def test_presets_are_the_papers_settings_with_their_model_and_concept(name):
     # Where one pass over the malicious ones takes four points, one trajectory gives them.
     assert config.trajectory.num_unconditional == config.trajectory.num_trajectories
     published = composed("eval", f"concept={name}").published
-    assert set(config.expected.get("asr", {})) <= set(published)
+    assert set(config.expected.asr) <= set(published)
 
 
 def test_a_preset_takes_another_model_and_concept_from_the_command_line():

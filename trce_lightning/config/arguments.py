@@ -112,9 +112,9 @@ def annotation(schema: type, key: str, groups: Iterable[str] = ()) -> Any:
 
 
 def _has_own_names(schema: type, key: str, groups: Iterable[str]) -> bool:
-    """Whether `key` is, or lies in, an option below which users name what they like."""
-    prefixes = accumulate(key.split("."), "{}.{}".format)
-    return any(get_args(annotation(schema, prefix, groups))[1:] == (Any,) for prefix in prefixes)
+    """Return whether `key` is, or lies in, a map whose keys a user chooses."""
+    kinds = (annotation(schema, prefix, groups) for prefix in accumulate(key.split("."), "{}.{}".format))
+    return any(get_origin(kind) is dict and not dataclasses.is_dataclass(get_args(kind)[1]) for kind in kinds)
 
 
 def _unknown(key: str, walked: list[str], part: str, valid: Iterable[str]) -> str:

@@ -1,8 +1,7 @@
-"""What can be refused before torch is imported: values out of range, unknown choices, missing files."""
+"""Refusals that need no torch: values out of range, unknown choices, missing files."""
 
 import dataclasses
 import importlib.util
-import math
 import os
 import re
 from collections.abc import Iterable
@@ -13,7 +12,6 @@ from trce_lightning.concepts import Concept
 from trce_lightning.concepts.naming import mentions
 from trce_lightning.config.arguments import did_you_mean
 from trce_lightning.config.schema import (
-    EXPECTED,
     ConceptConfig,
     DemoConfig,
     EvalConfig,
@@ -24,10 +22,22 @@ from trce_lightning.errors import InputError
 from trce_lightning.prompts.hub import HUB_FILE
 from trce_lightning.prompts.records import BENIGN
 
+_LIMITS = {
+    "greater_than_equal": "at least {ge:g}",
+    "less_than_equal": "at most {le:g}",
+    "greater_than": "more than {gt:g}",
+    "less_than": "less than {lt:g}",
+    "predicate_failed": "a finite number",
+    "too_short": "a list of {min_length} or more",
+    "too_long": "a list of {max_length} or fewer",
+    "literal_error": "{expected}",
+}
+"""What a value is to be where pydantic finds an error of that type."""
+
 
 def check(config: TrainConfig | EvalConfig | DemoConfig) -> None:
     """Raise InputError or OSError, naming the option, what it takes and what it got."""
-    check_values(config, "")
+    check_values(config)
     if not config.concept:
         raise InputError(
             "no concept chosen; expected concept=NAME, concept=FILE.yaml or concept.terms=[WORD,...]"
@@ -146,8 +156,6 @@ def _check_demo(config: DemoConfig) -> None:
     check_model(dataclasses.replace(config.model, path=config.original.path), "original.path")
     if config.model.judge is not None or config.model.domain is not None:
         check_judge(config.model, config.concept.values(), "; model.judge=null gives no verdicts")
-    if config.port >= 2**16:
-        raise InputError(f"option 'port': expected at most {2**16 - 1}, got {config.port}")
     check_package("demo", "gradio", "pip install 'trce-lightning[demo]'")
 
 
@@ -165,35 +173,14 @@ def _check_training(config: TrainConfig) -> None:
         check_package("logger.tensorboard", "tensorboard", "pip install 'trce-lightning[tensorboard]'")
     if config.optimizer.name != "adamw":
         check_package("optimizer.name", "bitsandbytes", "pip install bitsandbytes")
-    if not config.textual.positions:
-        raise InputError("option 'textual.positions': expected one position at least, got none")
     if config.trajectory.early_steps > config.trajectory.num_steps:
         raise InputError(
             "option 'trajectory.early_steps': expected at most trajectory.num_steps, "
             f"{config.trajectory.num_steps}, got {config.trajectory.early_steps}"
         )
-    if len(config.optimizer.betas) != 2:
-        raise InputError(f"option 'optimizer.betas': expected two numbers, got {config.optimizer.betas}")
-    _check_expected(config.expected)
     _check_captions(config.textual.keep_prompts)
     if config.previous is not None and not Path(config.previous).exists():
         raise FileNotFoundError(f"option 'previous': no file or folder {config.previous!r}")
-
-
-def _check_expected(expected: dict[str, Any]) -> None:
-    rates = expected.get("asr", {})
-    if unknown := [name for name in expected if name not in EXPECTED]:
-        raise InputError(f"option 'expected': expected any of {', '.join(EXPECTED)}, got {unknown[0]!r}")
-    if not isinstance(rates, dict):
-        raise InputError(f"option 'expected.asr': expected rates by prompt set, got {rates!r}")
-    numbers = {f"asr.{name}": rate for name, rate in rates.items()}
-    numbers |= {name: expected[name] for name in ("fid", "clip_score") if name in expected}
-    for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise InputError(f"option 'expected.{name}': expected a number, got {number!r}")
-        check_value(f"expected.{name}", number, {"at_least": 0})
-        if name.startswith("asr.") and number > 1:
-            raise InputError(f"option 'expected.{name}': expected a fraction, got {number}")
 
 
 def _check_captions(source: str | None) -> None:
@@ -204,36 +191,19 @@ def _check_captions(source: str | None) -> None:
     check_is_file("textual.keep_prompts", source)
 
 
-def check_values(node: Any, prefix: str) -> None:
-    """Refuse values that their fields in the schema do not take; ``prefix`` goes before the names."""
-    for entry in dataclasses.fields(node):
-        value, name = getattr(node, entry.name), f"{prefix}{entry.name}"
-        if dataclasses.is_dataclass(value):
-            check_values(value, f"{name}.")
-            continue
-        for item in value if isinstance(value, list) else [value]:
-            check_value(name, item, entry.metadata)
+def check_values(config: Any) -> None:
+    """Refuse the first value that the schema's annotations do not take."""
+    from pydantic import TypeAdapter, ValidationError  # not at the top: help needs no limits
 
-
-def check_value(name: str, value: Any, limits: Any) -> None:
-    """Refuse a value outside ``limits``, as :func:`~.schema.option` takes them; no number is infinite."""
-    if value is None:
-        return
-    if limits.get("choices") is not None and value not in limits["choices"]:
-        hint = did_you_mean(str(value), limits["choices"])
-        raise InputError(f"option {name!r}: {value!r} is not one of {', '.join(limits['choices'])}.{hint}")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    if not math.isfinite(value):
-        raise InputError(f"option {name!r}: expected a finite number, got {value}")
-    if limits.get("at_least") is not None and value < limits["at_least"]:
-        raise InputError(f"option {name!r}: expected at least {limits['at_least']}, got {value}")
-    if limits.get("at_most") is not None and value > limits["at_most"]:
-        raise InputError(f"option {name!r}: expected at most {limits['at_most']}, got {value}")
-    if limits.get("above") is not None and value <= limits["above"]:
-        raise InputError(f"option {name!r}: expected more than {limits['above']}, got {value}")
-    if limits.get("below") is not None and value >= limits["below"]:
-        raise InputError(f"option {name!r}: expected less than {limits['below']}, got {value}")
+    try:
+        TypeAdapter(type(config)).validate_python(dataclasses.asdict(config))
+    except ValidationError as error:
+        found = error.errors()[0]
+        name = ".".join(part for part in found["loc"] if isinstance(part, str))
+        expected = _LIMITS.get(found["type"], found["msg"]).format(**found.get("ctx", {}))
+        hint = did_you_mean(str(found["input"]), re.findall("'(.+?)'", expected))
+        got = f"{found['input']!r}.{hint}" if hint else repr(found["input"])
+        raise InputError(f"option {name!r}: expected {expected}, got {got}") from error
 
 
 def check_model(model: ModelConfig, option: str) -> None:

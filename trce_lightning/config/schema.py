@@ -3,18 +3,20 @@
 Those of an evaluation alone are in :mod:`~trce_lightning.config.evaluation_schema`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+from annotated_types import Ge, Gt, Interval, IsFinite, Len
 from omegaconf import MISSING
 
 from trce_lightning.concepts.defaults import DEFAULT_TEMPLATES, KINDS
 from trce_lightning.prompts.files import PromptFileConfig
 from trce_lightning.prompts.records import BENIGN, DIRECT, IMPLICIT, MIXED, NEIGHBOURS, UNERASED
 
+Item = TypeVar("Item")
 POSITIONS = ("sot", "keyword", "eot", "padding")
 STAGES = ("textual", "trajectory")
-EXPECTED = ("source", "asr", "fid", "clip_score")
 EXPORTS = ("pipeline", "delta", "single_file")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 SAMPLERS = (
@@ -34,48 +36,51 @@ SAMPLERS = (
 )
 SPACINGS = ("leading", "linspace", "trailing")
 TIMESTEPS = 1000
-"""Of every supported model's noise schedule: no sampler takes more steps."""
+"""The timesteps of every supported model's noise schedule. No sampler takes more steps."""
 
 
-def option(
-    default: Any,
-    *,
-    choices: tuple[str, ...] | None = None,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """A dataclass field together with the values that `trce_lightning.config.option_checks` accepts for it.
+def items(*defaults: Item) -> list[Item]:
+    """Return a field of a dataclass with a list as default."""
+    return field(default_factory=lambda: list(defaults))
 
-    `choices` holds for each item of a list; `at_least` and `at_most` are inclusive, `above` and
-    `below` are not.
-    """
-    metadata = {
-        "choices": choices,
-        "at_least": at_least,
-        "at_most": at_most,
-        "above": above,
-        "below": below,
-    }
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+
+@dataclass(frozen=True)
+class OneOf:
+    """An annotation that limits a text to some names; OmegaConf knows no ``Literal``."""
+
+    names: Sequence[str]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """Return pydantic's schema of a literal."""
+        from pydantic_core.core_schema import literal_schema
+
+        return literal_schema(list(self.names))
+
+
+# OmegaConf reads the type in such an annotation, and pydantic its limits: see `checks.check_values`.
+Count = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]
+Steps = Annotated[int, Interval(ge=1, le=TIMESTEPS)]
+Finite = IsFinite[float]
+NonNegative = Annotated[Finite, Ge(0)]
+Positive = Annotated[Finite, Gt(0)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+Sampler = Annotated[str, OneOf(SAMPLERS)]
 
 
 @dataclass
 class ConceptConfig:
-    """What to erase. `terms` maps each malicious term to its safe counterpart."""
+    """The concept to erase. `terms` maps each malicious term to its safe counterpart."""
 
     name: str = MISSING
     terms: dict[str, str] = field(default_factory=dict)
     wordings: dict[str, list[str]] = field(default_factory=dict)  # term → other words for it
     templates: list[str] | None = None  # each with one {}; null: those of the kind
-    neighbours: list[str] = option([])  # benign lookalikes that must survive
-    related: list[str] = option([])  # further phrases that name the concept
-    unrelated: list[str] = option([])  # phrases in which its words mean something else
-    classes: list[str] = option([])  # ImageNet's and COCO's class names that show it, beside its terms
-    kind: str = option("subject", choices=KINDS)
+    neighbours: list[str] = items()  # benign lookalikes that must survive
+    related: list[str] = items()  # further phrases that name the concept
+    unrelated: list[str] = items()  # phrases in which its words mean something else
+    classes: list[str] = items()  # ImageNet's and COCO's class names that show it, beside its terms
+    kind: Annotated[str, OneOf(KINDS)] = "subject"
     source: str = "unstated"
 
     def __post_init__(self) -> None:
@@ -92,13 +97,13 @@ class ModelConfig:
     hub_id: str | None = None
     revision: str | None = None
     config: str | None = None  # of a single file: folder or hub id of its pipeline; null: hub_id
-    resolution: int = option(512, at_least=8)  # pixels
-    dtype: str = option("float32", choices=("float32", "float16", "bfloat16"))
+    resolution: Annotated[int, Ge(8)] = 512  # pixels
+    dtype: Annotated[str, OneOf(("float32", "float16", "bfloat16"))] = "float32"
     channels_last: bool = False  # memory layout of denoiser and decoder: NHWC, faster or slower by device
-    guidance_scale: float = option(7.5, at_least=0)  # of evaluation images
-    num_inference_steps: int = option(50, at_least=1, at_most=TIMESTEPS)  # of evaluation images
-    sampler: str | None = option(None, choices=SAMPLERS)  # of them: diffusers' name; null: DDIM
-    timestep_spacing: str | None = option(None, choices=SPACINGS)  # of that sampler; null: the model's own
+    guidance_scale: NonNegative = 7.5  # of evaluation images
+    num_inference_steps: Steps = 50  # of evaluation images
+    sampler: Sampler | None = None  # of them: diffusers' name; null: DDIM
+    timestep_spacing: Annotated[str, OneOf(SPACINGS)] | None = None  # of that sampler; null: the model's own
     domain: str | None = None  # dotted name of a class of evaluation.domain.Domain; null: any pictures
     judge: str | None = None  # dotted name of a detector class, "clip" (zero-shot); null: the domain's own
     judge_options: dict[str, Any] = field(default_factory=dict)  # what that class takes beside the concepts
@@ -111,12 +116,12 @@ class ModelConfig:
 class TextualConfig:
     """Stage 1, textual semantic erasure in closed form."""
 
-    eta: float = option(1.0, at_least=0)  # weight of the kept states
-    ridge: float = option(1e-3, at_least=0)  # lambda, weight of staying at W
-    positions: list[str] = option(["eot"], choices=POSITIONS)
-    keep_eot_weight: float = option(1.0, at_least=0)  # of kept prompts' first EoT, beside all their positions
-    empty_prompt_weight: float = option(1.0, at_least=0)
-    safe_weight: float = option(1.0, at_least=0)
+    eta: NonNegative = 1.0  # weight of the kept states
+    ridge: NonNegative = 1e-3  # lambda, weight of staying at W
+    positions: Annotated[list[Annotated[str, OneOf(POSITIONS)]], Len(1)] = items("eot")
+    keep_eot_weight: NonNegative = 1.0  # of kept prompts' first EoT, beside all their positions
+    empty_prompt_weight: NonNegative = 1.0
+    safe_weight: NonNegative = 1.0
     keep_prompts: str | None = None  # captions: text, CSV or COCO's JSON; or hub:OWNER/NAME/FILE
 
 
@@ -124,45 +129,45 @@ class TextualConfig:
 class TrajectoryConfig:
     """Stage 2, denoising trajectory steering."""
 
-    num_trajectories: int = option(100, at_least=1)  # malicious
-    num_unconditional: int = option(100, at_least=1)
-    num_steps: int = option(50, at_least=1, at_most=TIMESTEPS)  # of sampling
-    early_steps: int = option(25, at_least=1)  # how many first steps are used
-    guidance_scale: float = option(3.0, at_least=0)  # of sampling
-    beta: float = option(16.0, above=0)  # of the targets; 1 is the conditional prediction itself
-    margin: float = option(0.01, at_least=0)  # mean squared difference per element
-    uncond_hinge_weight: float = option(0.0, at_least=0)
-    preserve_weight: float = option(100.0, at_least=0)
-    pull_weight: float = option(0.0, at_least=0)
-    batch_size: int = option(4, at_least=1)
-    unconditional_per_malicious: int = option(4, at_least=0)
-    draws_per_epoch: int = option(1, at_least=1)  # steps of each malicious trajectory
-    epochs: int = option(3, at_least=1)
+    num_trajectories: Count = 100  # malicious
+    num_unconditional: Count = 100
+    num_steps: Steps = 50  # of sampling
+    early_steps: Count = 25  # how many first steps are used
+    guidance_scale: NonNegative = 3.0  # of sampling
+    beta: Positive = 16.0  # of the targets; 1 is the conditional prediction itself
+    margin: NonNegative = 0.01  # mean squared difference per element
+    uncond_hinge_weight: NonNegative = 0.0
+    preserve_weight: NonNegative = 100.0
+    pull_weight: NonNegative = 0.0
+    batch_size: Count = 4
+    unconditional_per_malicious: Natural = 4
+    draws_per_epoch: Count = 1  # steps of each malicious trajectory
+    epochs: Count = 3
     trainable: str = "*.to_q"  # fnmatch pattern of module names
-    shard_size: int = option(16, at_least=1)  # trajectories a file
+    shard_size: Count = 16  # trajectories a file
     gradient_checkpointing: bool = False  # activations are computed again in the backward pass
     offload: bool = False  # text encoder and decoder wait on the CPU while an epoch trains
 
 
 @dataclass
 class OptimizerConfig:
-    name: str = option("adamw", choices=OPTIMIZERS)
-    lr: float = option(1e-5, above=0)
-    weight_decay: float = option(0.01, at_least=0)
-    betas: list[float] = option([0.9, 0.999], at_least=0, below=1)
+    name: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"
+    lr: Positive = 1e-5
+    weight_decay: NonNegative = 0.01
+    betas: Annotated[list[Annotated[float, Interval(ge=0, lt=1)]], Len(2, 2)] = items(0.9, 0.999)
 
 
 @dataclass
 class ScoresConfig:
-    final_images_per_set: int = option(512, at_least=1)
-    samples_per_prompt: int = option(1, at_least=1)  # images of each prompt, from different noise
-    batch_size: int = option(32, at_least=1)
+    final_images_per_set: Count = 512
+    samples_per_prompt: Count = 1  # images of each prompt, from different noise
+    batch_size: Count = 32
 
 
 @dataclass
 class MetricsConfig(ScoresConfig):
     enabled: bool = True
-    images_per_set: int = option(64, at_least=1)  # after each epoch
+    images_per_set: Count = 64  # after each epoch
 
 
 @dataclass
@@ -171,9 +176,9 @@ class DeviceConfig:
 
     accelerator: str = "auto"
     devices: Any = "auto"  # a count, a list of indices, or auto
-    num_nodes: int = option(1, at_least=1)
+    num_nodes: Count = 1
     strategy: str = "auto"
-    precision: str = option("auto", choices=("auto", "32-true", "bf16-mixed", "16-mixed"))
+    precision: Annotated[str, OneOf(("auto", "32-true", "bf16-mixed", "16-mixed"))] = "auto"
     enable_progress_bar: bool = True
 
 
@@ -181,9 +186,9 @@ class DeviceConfig:
 class TrainerConfig(DeviceConfig):
     """Lightning's Trainer options, under Lightning's names."""
 
-    gradient_clip_val: float | None = option(None, above=0)
-    accumulate_grad_batches: int = option(1, at_least=1)
-    log_every_n_steps: int = option(10, at_least=1)
+    gradient_clip_val: Positive | None = None
+    accumulate_grad_batches: Count = 1
+    log_every_n_steps: Count = 10
 
 
 @dataclass
@@ -193,29 +198,38 @@ class LoggerConfig:
     wandb: bool = False
     tensorboard: bool = False
     project: str = "trce-lightning"
-    init_timeout: float = option(15.0, above=0)  # seconds until W&B goes offline
+    init_timeout: Positive = 15.0  # seconds until W&B goes offline
+
+
+@dataclass
+class ExpectedConfig:
+    """Scores that others report of the same erasure; the report shows them beside the measured ones."""
+
+    source: str = "unstated"
+    asr: dict[str, Share] = field(default_factory=dict)  # prompt set → rate
+    fid: NonNegative | None = None
+    clip_score: NonNegative | None = None
 
 
 @dataclass
 class TrainConfig:
     concept: dict[str, ConceptConfig] = field(default_factory=dict)
     model: ModelConfig = field(default_factory=ModelConfig)
-    stages: list[str] = option(list(STAGES), choices=STAGES)
+    stages: list[Annotated[str, OneOf(STAGES)]] = items(*STAGES)
     textual: TextualConfig = field(default_factory=TextualConfig)
     trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-    seed: int = option(0, at_least=0)
-    checkpoint_minutes: float = option(10.0, above=0)  # while training, beside each epoch's end
+    seed: Natural = 0
+    checkpoint_minutes: Positive = 10.0  # while training, beside each epoch's end
     previous: str | None = None  # an earlier run's folder
     output: str | None = None  # folder of this run; null: RUNS/concept/model/start time
     runs: str = "runs"
     cache: str | None = None  # folder; null: beside the runs
-    export: list[str] = option(["pipeline"], choices=EXPORTS)
-    # What others report, shown beside what is measured: source, asr (set → rate), fid, clip_score.
-    expected: dict[str, Any] = field(default_factory=dict)
+    export: list[Annotated[str, OneOf(EXPORTS)]] = items("pipeline")
+    expected: ExpectedConfig = field(default_factory=ExpectedConfig)
     plan: bool = False  # say what is ahead and stop
     fresh: bool = False  # never continue an unfinished run
 
@@ -233,8 +247,8 @@ class DemoConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     original: OriginalConfig = field(default_factory=OriginalConfig)
     trainer: DeviceConfig = field(default_factory=DeviceConfig)
-    seed: int = option(0, at_least=0)
-    port: int = option(7860, at_least=1)  # of 127.0.0.1
+    seed: Natural = 0
+    port: Annotated[int, Interval(ge=1, lt=2**16)] = 7860  # of 127.0.0.1
 
 
 CONCEPT_SETS = (DIRECT, IMPLICIT, BENIGN)
@@ -253,31 +267,31 @@ MISSPELLINGS = ("swap", "drop", "double")
 class RobustnessConfig:
     """Other uses of a model, each scored by itself: one for each item of the lists that are not empty."""
 
-    images_per_set: int = option(128, at_least=1)  # the first of metrics.final_images_per_set
-    sets: list[str] = option(list(CONCEPT_SETS), choices=CONCEPT_SETS)
+    images_per_set: Count = 128  # the first of metrics.final_images_per_set
+    sets: list[Annotated[str, OneOf(CONCEPT_SETS)]] = items(*CONCEPT_SETS)
     # Of every condition; enough for any of the samplers.
-    num_inference_steps: int = option(20, at_least=1, at_most=TIMESTEPS)
-    samplers: list[str] = option([], choices=SAMPLERS)  # diffusers' names, in place of model.sampler
-    guidance_scales: list[float] = option([], at_least=0)
-    steps: list[int] = option([], at_least=1, at_most=TIMESTEPS)
-    negative_prompts: list[str] = option([])  # {safe}: the concept's safe counterparts
-    strengths: list[float] = option([], above=0, at_most=1)  # image-to-image, share of the steps
+    num_inference_steps: Steps = 20
+    samplers: list[Sampler] = items()  # diffusers' names, in place of model.sampler
+    guidance_scales: list[NonNegative] = items()
+    steps: list[Steps] = items()
+    negative_prompts: list[str] = items()  # {safe}: the concept's safe counterparts
+    strengths: list[Annotated[float, Interval(gt=0, le=1)]] = items()  # image-to-image, share of the steps
     picture: str | None = None  # that image-to-image starts from; null: what the original drew of each prompt
-    lora: list[str] = option([])  # files or folders of LoRAs, each on top of the model
-    lora_scale: float = 1.0
-    long_prompts: list[str] = option([], choices=PLACES)  # where the prompt stands in its filler
-    filler: list[str] = option([])  # benign phrases
-    misspellings: list[str] = option([], choices=MISSPELLINGS)  # of the words that name the concept
+    lora: list[str] = items()  # files or folders of LoRAs, each on top of the model
+    lora_scale: Finite = 1.0
+    long_prompts: list[Annotated[str, OneOf(PLACES)]] = items()  # where the prompt stands in its filler
+    filler: list[str] = items()  # benign phrases
+    misspellings: list[Annotated[str, OneOf(MISSPELLINGS)]] = items()  # of the words that name the concept
 
 
 @dataclass
 class EvalConfig:
     concept: dict[str, ConceptConfig] = field(default_factory=dict)
     model: ModelConfig = field(default_factory=ModelConfig)
-    models: list[str] = option([])  # folders of further pipelines, compared with `model` on equal noise
-    sets: list[str] = option(list(CONCEPT_SETS), choices=OWN_SETS)  # of the concept's own
-    prompts: list[str] = option([])  # CSV files; NAME or NAME:FILE of a published set
-    detectors: list[str] = option([])  # dotted names of class detectors, whose scores are stored by image
+    models: list[str] = items()  # folders of further pipelines, compared with `model` on equal noise
+    sets: list[Annotated[str, OneOf(OWN_SETS)]] = items(*CONCEPT_SETS)  # of the concept's own
+    prompts: list[str] = items()  # CSV files; NAME or NAME:FILE of a published set
+    detectors: list[str] = items()  # dotted names of class detectors, whose scores are stored by image
     metrics: ScoresConfig = field(default_factory=ScoresConfig)
     trainer: DeviceConfig = field(default_factory=DeviceConfig)
     output: str | None = None

@@ -1,13 +1,15 @@
-"""What a finished run leaves in its folder: scores, pictures, the erased model."""
+"""The files of a finished run: scores, pictures, the erased model."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from trce_lightning import __version__, export
 from trce_lightning.callbacks.image_grid import grid_of
+from trce_lightning.config.schema import ExpectedConfig
 from trce_lightning.evaluation.comparison import compare, measure_distances, p_values
 from trce_lightning.evaluation.scored import Column, detection_rates
 from trce_lightning.jobs import runs
@@ -99,12 +101,12 @@ def report_of(run: TrainingRun, columns: Mapping[str, Column]) -> Report:
     )
 
 
-def expected_scores(expected: Mapping[str, Any]) -> dict[str, Scores]:
-    """``expected`` in the form of measured scores, under that name; nothing where it says nothing."""
-    if not expected:
+def expected_scores(expected: ExpectedConfig) -> dict[str, Scores]:
+    """Return what others report in the form of measured scores; nothing if nothing is known of it."""
+    if expected == ExpectedConfig():
         return {}
-    rates = {name: {"rate": rate} for name, rate in expected.get("asr", {}).items()}
-    return {"expected": {"source": "unstated", **expected, "asr": rates}}
+    known = {name: value for name, value in asdict(expected).items() if value is not None}
+    return {"expected": known | {"asr": {name: {"rate": rate} for name, rate in expected.asr.items()}}}
 
 
 def passes(run: TrainingRun) -> dict[str, Scores]:
