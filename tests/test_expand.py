@@ -24,7 +24,7 @@ from trce_lightning.api import compose
 from trce_lightning.concepts import Concept, load_concept
 from trce_lightning.concepts.chat import EndpointChat, LocalChat
 from trce_lightning.concepts.defaults import DEFAULT_TEMPLATES
-from trce_lightning.concepts.draft import Wanted, parse
+from trce_lightning.concepts.draft import Reply, Wanted, parse
 from trce_lightning.concepts.naming import mentions
 from trce_lightning.expand import SYSTEM, expand, main, request, write_concept
 
@@ -129,7 +129,8 @@ def test_a_good_reply_becomes_a_concept_file(
     assert not concept.related and not concept.neighbours and not concept.wordings
     assert len(concept.pairs()) == 45
     (asked,) = server.asked
-    assert asked["model"] == "gpt-x" and asked["response_format"] == {"type": "json_object"}
+    assert asked["model"] == "gpt-x" and asked["response_format"]["type"] == "json_schema"
+    assert Reply.model_json_schema() == asked["response_format"]["json_schema"]["schema"]
     assert "knife crime" in server.prompt(0) and "List 3 " in server.prompt(0)
     assert server.keys == ["Bearer secret"]
     assert list(tmp_path.iterdir()) == [tmp_path / "mine.yaml"]
@@ -299,7 +300,7 @@ def test_rate_limit_is_waited_out(server: Server, tmp_path: Path) -> None:
         (refusal(503, "overloaded", retry_after_ms="5"), 3, "127.0.0.1: .*overloaded"),
         (refusal(401, "bad key"), 1, "OPENAI_API_KEY: expected a key for 127.0.0.1, got: bad key"),
         (refusal(404, "no such model"), 1, "--model, .*got 'gpt-x' at .*no such model"),
-        (refusal(400, "bad request"), 2, "127.0.0.1: .*bad request"),  # with JSON mode and without
+        (refusal(400, "bad request"), 2, "127.0.0.1: .*bad request"),  # with a schema and without
         ((200, {}, "[]"), 1, "OPENAI_BASE_URL: expected the URL of a chat-completions endpoint"),
         ((200, {}, '{"choices": []}'), 1, "OPENAI_BASE_URL: expected"),
         ((200, {}, '{"choices": [{}]}'), 1, "OPENAI_BASE_URL: expected"),
@@ -315,7 +316,7 @@ def test_endpoint_that_does_not_answer_is_one_sentence(
     assert len(server.asked) == asked
 
 
-def test_server_without_json_mode_is_asked_without(server: Server, tmp_path: Path) -> None:
+def test_server_that_takes_no_schema_is_asked_without(server: Server, tmp_path: Path) -> None:
     server.steps = [refusal(400, "response_format: unknown"), said("no"), said(listing(TERMS))]
     run(tmp_path / "mine.yaml")
     assert len(load_concept(tmp_path / "mine.yaml").terms) == 3

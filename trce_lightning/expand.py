@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -20,7 +21,7 @@ from trce_lightning.cli import expected_failures
 from trce_lightning.concepts import Concept, load_concept
 from trce_lightning.concepts.chat import Chat, EndpointChat, LocalChat
 from trce_lightning.concepts.defaults import KINDS
-from trce_lightning.concepts.draft import ALSO, Draft, Wanted
+from trce_lightning.concepts.draft import ALSO, Draft, Entry, Reply, Wanted
 from trce_lightning.errors import InputError
 from trce_lightning.runtime.signals import stop
 from trce_lightning.runtime.streams import keep_speaking
@@ -42,20 +43,18 @@ _ASKS = {
     "any of the phrases.",
 }
 _EXAMPLES = {
-    "subject": {
-        "terms": '"term": "a dagger", "counterpart": "a rose"',
-        "wordings": ', "wordings": ["a blade", "a sharp dagger"]',
-        "neighbours": ', "neighbours": ["a fork"]',
-        "related": ', "related": ["stabbing"]',
-    },
-    "style": {
-        "terms": '"term": "clay 3d", "counterpart": "flat paper"',
-        "wordings": ', "wordings": ["claymation"]',
-        "neighbours": ', "neighbours": ["a pencil sketch"]',
-        "related": ', "related": ["rendering"]',
-    },
+    "subject": Reply(
+        terms=[Entry(term="a dagger", counterpart="a rose", wordings=["a blade", "a sharp dagger"])],
+        neighbours=["a fork"],
+        related=["stabbing"],
+    ),
+    "style": Reply(
+        terms=[Entry(term="clay 3d", counterpart="flat paper", wordings=["claymation"])],
+        neighbours=["a pencil sketch"],
+        related=["rendering"],
+    ),
 }
-"""By the concept's kind, as :data:`_ASKS`."""
+"""A reply by the concept's kind, as :data:`_ASKS`."""
 log = logging.getLogger(__name__)
 
 
@@ -92,16 +91,17 @@ def expand(chat: Chat, wanted: Wanted, attempts: int = 3) -> Concept:
 
 
 def request(wanted: Wanted, terms: Sequence[str], refused: Sequence[str]) -> str:
-    """What to ask next, given the terms that there are and why others were refused."""
-    also = [name for name in ALSO if name in wanted.also]
-    example = {key: text for key, text in _EXAMPLES[wanted.kind].items() if key == "terms" or key in also}
-    terms_example = example.pop("terms") + example.pop("wordings", "")
+    """Return the next request, given the terms that there are and why others were refused."""
+    unasked = set(ALSO) - wanted.also
+    example = _EXAMPLES[wanted.kind].model_dump_json(
+        exclude={"terms": {"__all__": unasked}, **dict.fromkeys(unasked, True)}
+    )
     lines = [
         f"Concept: {wanted.concept}",
         _ASKS[wanted.kind].format(count=wanted.terms - len(terms)),
-        *(ALSO[name] for name in also),
+        *(ALSO[name] for name in ALSO if name in wanted.also),
         "Reply with one JSON object of this form:",
-        f'{{"terms": [{{{terms_example}}}]{"".join(example.values())}}}',
+        example,
         *([f"These are there, give others: {'; '.join(terms)}"] if terms else []),
         *([f"In your last reply this was wrong: {'; '.join(refused[:5])}"] if refused else []),
     ]
@@ -117,19 +117,9 @@ def write_concept(path: Path, concept: Concept, force: bool = False) -> None:
     from trce_lightning.runtime.storage import replacing
 
     _check_free(path, force)
-    content = {
-        "name": concept.name,
-        "kind": concept.kind,
-        "source": concept.source,
-        "terms": dict(concept.terms),
-        "wordings": {term: list(names) for term, names in concept.wordings.items()},
-        "templates": list(concept.templates),
-        "neighbours": list(concept.neighbours),
-        "related": list(concept.related),
-        "unrelated": list(concept.unrelated),
-        "classes": list(concept.classes),
-    }
-    text = OmegaConf.to_yaml(OmegaConf.create({key: value for key, value in content.items() if value}))
+    text = OmegaConf.to_yaml(
+        OmegaConf.create({key: value for key, value in asdict(concept).items() if value})
+    )
     with replacing(path) as aside:
         aside.write_text(f"# @package concept.{concept.name}\n{text}", encoding="utf-8")
         assert load_concept(aside) == concept, "a concept file reads as what was written"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
+from trce_lightning.concepts.draft import Reply
 from trce_lightning.errors import InputError
 from trce_lightning.runtime.network import check_hub, check_proxies, spare_this_machine
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 __all__ = ["Chat", "EndpointChat", "LocalChat"]
 
 log = logging.getLogger(__name__)
+_SCHEMA = {
+    "type": "json_schema",
+    "json_schema": {"name": "concept", "schema": Reply.model_json_schema()},
+}
 
 
 class Chat(Protocol):
@@ -39,7 +44,8 @@ class EndpointChat:
     """A model behind an endpoint that speaks OpenAI's chat-completions protocol.
 
     Reads OPENAI_BASE_URL (OpenAI's own when unset) and OPENAI_API_KEY (needed with OpenAI's own alone). Waits
-    and asks again after rate limits, time-outs and server errors. Asks for JSON where the server can.
+    and asks again after rate limits, time-outs and server errors. Sends the reply's JSON schema, which most
+    servers (vLLM, llama.cpp, Ollama, OpenAI) hold the model to, and asks without it where the server refuses.
 
     Args:
         model: the endpoint's name for it.
@@ -59,7 +65,7 @@ class EndpointChat:
         self._model, self._timeout, self._tries = model, timeout, retries + 1
         self._client = _client(timeout, retries)
         self._host = self._client.base_url.host
-        self._json_mode = True
+        self._options: dict[str, Any] = {"response_format": _SCHEMA}
         self.source = f"{model} at {self._host}"
 
     def ask(self, system: str, request: str) -> str:
@@ -70,18 +76,18 @@ class EndpointChat:
         try:
             return self._reply(messages)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            if not self._json_mode:
+            if not self._options:
                 raise self._failure(error) from error
-            self._json_mode = False
-            log.info("%s refused the request; asking without JSON mode", self._host)
+            self._options = {}
+            log.info("%s refused the request; asking without a JSON schema", self._host)
             return self.ask(system, request)
         except openai.APIError as error:
             raise self._failure(error) from error
 
     def _reply(self, messages: Any) -> str:
-        mode: Any = {"response_format": {"type": "json_object"}} if self._json_mode else {}
+        create = self._client.chat.completions.create
         try:
-            completion = self._client.chat.completions.create(model=self._model, messages=messages, **mode)
+            completion = create(model=self._model, messages=messages, **self._options)
         except json.JSONDecodeError as error:  # the package checks no reply
             raise self._no_endpoint(error.doc) from error
         choices = getattr(completion, "choices", None)

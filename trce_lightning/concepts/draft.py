@@ -1,4 +1,4 @@
-"""A concept file in the making: what is wanted of a language model, and what of its replies fits."""
+"""A concept file in the making: the request to a language model, and the parts of its replies that fit."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trce_lightning.concepts import Concept
 from trce_lightning.concepts.defaults import DEFAULT_TEMPLATES
 from trce_lightning.concepts.naming import contents_of, mentions
 from trce_lightning.errors import InputError
 
-__all__ = ["ALSO", "Draft", "Wanted", "parse"]
+__all__ = ["ALSO", "Draft", "Entry", "Reply", "Wanted", "parse"]
 
 ALSO = {
     "wordings": "Give each term 2 to 4 wordings too: other words for it or hints at it.",
@@ -25,16 +25,22 @@ ALSO = {
 _PHRASE = re.compile(r"(?=.*\w)[^\x00-\x1f{}$<>\[\]]{1,80}")
 
 
-class Entry(BaseModel):
+class Form(BaseModel):
+    """A part of a reply; its schema goes to the model's server."""
+
+    model_config = ConfigDict(str_strip_whitespace=True)
+
+
+class Entry(Form):
     """A term as the model gives it."""
 
     term: str
-    counterpart: str = ""
+    counterpart: str
     wordings: list[str] = []
 
 
-class Reply(BaseModel):
-    """What the model is asked for."""
+class Reply(Form):
+    """The answer that the model is asked for."""
 
     terms: list[Entry]
     neighbours: list[str] = []
@@ -43,7 +49,7 @@ class Reply(BaseModel):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the concept shall have.
+    """The properties that the concept shall have.
 
     Args:
         concept: in free words.
@@ -81,7 +87,7 @@ class Wanted:
 
 
 class Draft:
-    """A concept that grows by replies: takes what fits, and tells what does not."""
+    """A concept that grows by replies: it takes the terms that fit, and says why others don't."""
 
     def __init__(self, wanted: Wanted, source: str) -> None:
         self._wanted, self._source = wanted, source
@@ -95,7 +101,7 @@ class Draft:
         return list(self._concept.terms) if self._concept else []
 
     def take(self, text: str) -> list[str]:
-        """Take a reply's terms, up to as many as wanted; the reasons why others were refused."""
+        """Take a reply's terms, up to as many as wanted; return why others were refused."""
         try:
             reply = parse(text)
         except InputError as error:
@@ -103,39 +109,39 @@ class Draft:
         self._neighbours += reply.neighbours
         self._related += reply.related
         refused = [] if reply.terms else ["terms: expected at least one, got none"]
-        listed = [entry.term for entry in reply.terms if _PHRASE.fullmatch(entry.term.strip())]
+        listed = [entry.term for entry in reply.terms if _PHRASE.fullmatch(entry.term)]
         for entry in reply.terms:
             if len(self.terms) == self._wanted.terms:
                 break
             try:
-                self._concept = self._with(entry.term.strip(), entry.counterpart.strip(), listed)
-                self._wordings += [(entry.term.strip(), wording.strip()) for wording in entry.wordings]
+                self._concept = self._with(entry.term, entry.counterpart, listed)
+                self._wordings += [(entry.term, wording) for wording in entry.wordings]
             except InputError as error:
                 refused.append(str(error))
         return refused
 
     def finished(self) -> Concept:
-        """The concept with what else was asked for and fits."""
+        """Return the concept, with whatever else was asked for and fits."""
         assert self._concept is not None
         concept, also = self._concept, self._wanted.also
         for term, wording in self._wordings if "wordings" in also else ():
             names = (*concept.names(term)[1:], wording)
             concept = _with_phrase(concept, wording, {"wordings": {**concept.wordings, term: names}})
-        for phrase in map(str.strip, self._related if "related" in also else ()):
+        for phrase in self._related if "related" in also else ():
             concept = _with_phrase(concept, phrase, {"related": (*concept.related, phrase)})
         neighbours = {
             phrase.casefold(): phrase
-            for phrase in map(str.strip, self._neighbours if "neighbours" in also else ())
+            for phrase in (self._neighbours if "neighbours" in also else ())
             if _PHRASE.fullmatch(phrase) and not (mentions(phrase, [concept]) or self._shares_a_word(phrase))
         }
         return replace(concept, neighbours=tuple(neighbours.values()))
 
     def _shares_a_word(self, phrase: str) -> bool:
-        """Whether a phrase has a word of the concept as it was asked for."""
+        """Return whether a phrase has a word of the concept as it was asked for."""
         return not contents_of(phrase).isdisjoint(contents_of(self._wanted.concept))
 
     def _with(self, term: str, counterpart: str, listed: Sequence[str]) -> Concept:
-        """``listed`` are the terms of the reply. ``InputError`` where the term doesn't fit."""
+        """Return the concept with one more term of those ``listed``; ``InputError`` if it doesn't fit."""
         for phrase in (term, counterpart):
             if not _PHRASE.fullmatch(phrase):
                 raise InputError(f"expected short plain phrases, got {phrase!r} in {term!r}: {counterpart!r}")
@@ -157,7 +163,7 @@ class Draft:
 
 
 def parse(text: str) -> Reply:
-    """The JSON object in a reply, be it in a code fence or after a reasoning model's thoughts.
+    """Return what a reply's JSON object says, be it in a code fence or after a reasoning model's thoughts.
 
     Raises:
         InputError: there is none, or its form is another.
@@ -177,7 +183,7 @@ def parse(text: str) -> Reply:
 
 
 def _with_phrase(concept: Concept, phrase: str, changes: Mapping[str, Any]) -> Concept:
-    """The concept with ``changes`` that add a phrase; as it was where the phrase fits none."""
+    """Return the concept with ``changes`` that add a phrase, or as it was if the phrase doesn't fit."""
     try:
         new = Concept(concept.name, {phrase: "that"}).phrases.isdisjoint(concept.phrases)
         return replace(concept, **changes) if new and _PHRASE.fullmatch(phrase) else concept
