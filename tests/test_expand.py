@@ -1,4 +1,4 @@
-"""Concept files by a language model: against a server that speaks the protocol, and tiny local models."""
+"""Concept files by a language model, against a server that speaks the protocol."""
 
 import dataclasses
 import json
@@ -14,23 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from omegaconf import OmegaConf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from trce_lightning.api import compose
 from trce_lightning.concepts import Concept, load_concept
-from trce_lightning.concepts.chat import EndpointChat, LocalChat
+from trce_lightning.concepts.chat import EndpointChat
 from trce_lightning.concepts.defaults import DEFAULT_TEMPLATES
 from trce_lightning.concepts.draft import Reply, Wanted, parse
 from trce_lightning.concepts.naming import mentions
-from trce_lightning.expand import SYSTEM, expand, main, request, write_concept
+from trce_lightning.expand import main, write_concept
 
 Step = tuple[int, dict[str, str], str]  # status, headers, body
 TERMS = {"a dagger": "a rose", "a machete": "a guitar", "a stabbing": "a handshake"}
-EOS = "<|end|>"
 
 
 def said(content: object, **message: object) -> Step:
@@ -414,83 +410,6 @@ def test_help_comes_without_torch() -> None:
     code = "import sys, trce_lightning.expand; sys.exit(bool({'torch', 'openai'} & set(sys.modules)))"
     root = Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
-
-
-def build_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """Byte pairs of `text`, which it therefore writes in few tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([text], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS)
-
-
-def build_model(tokenizer: PreTrainedTokenizerFast, context: int, width: int = 16) -> GPT2LMHeadModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=len(tokenizer),
-                n_positions=context,
-                n_embd=width,
-                n_layer=1,
-                n_head=2,
-                bos_token_id=tokenizer.eos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                tie_word_embeddings=False,
-            )
-        )
-
-
-def test_random_model_is_garbage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer = build_tokenizer(f"{SYSTEM} {request(Wanted('knife crime', terms=3), [], [])}")
-    for part in (tokenizer, build_model(tokenizer, context=700)):
-        part.save_pretrained(tmp_path / "random")
-    out = tmp_path / "mine.yaml"
-    options = ["--terms", "3", "--attempts", "2", "--local", str(tmp_path / "random"), "--out", str(out)]
-    with pytest.raises(SystemExit) as stop:
-        main(["knife crime", *options])
-    assert stop.value.code == 2 and not out.exists()
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert "expected 3, got 0 from random, local, whose last 2 replies" in line
-    assert "reply: expected a JSON object" in line
-
-
-def test_local_model_answers_through_its_chat_template(tmp_path: Path) -> None:
-    wanted, reply = Wanted("knife crime", terms=3), json.dumps(listing(TERMS))
-    asked = request(wanted, [], [])
-    tokenizer = build_tokenizer(f"{SYSTEM} {asked} {reply}")
-    tokenizer.chat_template = (
-        "{% for message in messages %}[#%!#%!{{ message.role }}#%!#%!] {{ message.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    prompt = f"[#%!#%!system#%!#%!] {SYSTEM}\n[#%!#%!user#%!#%!] {asked}\n[assistant]"
-    start, spoken = len(tokenizer(prompt)["input_ids"]), [*tokenizer(reply)["input_ids"], 0]
-    # Blocks and words weigh nothing; the position alone, one-hot, chooses what comes next.
-    context = start + len(spoken)
-    model = build_model(tokenizer, context, width=context + context % 2)
-    for parameter in (*model.transformer.h.parameters(), *model.transformer.wte.parameters()):
-        parameter.data.zero_()
-    model.transformer.wpe.weight.data = torch.eye(context, model.config.n_embd)
-    model.lm_head.weight.data.zero_()
-    model.lm_head.weight.data[spoken, torch.arange(start - 1, context - 1)] = 1
-    for part in (tokenizer, model):
-        part.save_pretrained(tmp_path / "speaking")
-    chat = LocalChat(str(tmp_path / "speaking"))
-    concept = expand(chat, wanted, attempts=1)
-    assert dict(concept.terms) == TERMS
-    assert concept.source == "speaking, local"
-    with pytest.raises(ValueError, match=rf"--local: expected .* more than \d+ tokens, got .* {context}$"):
-        chat.ask(SYSTEM, asked * 5)
-
-
-def test_no_model_in_the_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--local: expected a text-generation model, got"):
-        LocalChat(str(tmp_path))
 
 
 ODD = [

@@ -1,8 +1,8 @@
 """``python -m trce_lightning.expand CONCEPT --model NAME``: a concept file written by a language model.
 
 As TRCE (arXiv 2503.07389) does it: 20 terms, each with a safe counterpart, in 15 templates. The model answers
-behind an OpenAI-compatible endpoint (OPENAI_BASE_URL, OPENAI_API_KEY) or, with ``--local``, on this machine.
-Read the file before use: only its form is checked.
+behind an OpenAI-compatible endpoint (OPENAI_BASE_URL, OPENAI_API_KEY). ``transformers serve`` is one on this
+machine. Read the file before use: only its form is checked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from trce_lightning.cli import expected_failures
 from trce_lightning.concepts import Concept, load_concept
-from trce_lightning.concepts.chat import Chat, EndpointChat, LocalChat
+from trce_lightning.concepts.chat import EndpointChat
 from trce_lightning.concepts.defaults import KINDS
 from trce_lightning.concepts.draft import ALSO, Draft, Entry, Reply, Wanted
 from trce_lightning.errors import InputError
@@ -58,7 +58,7 @@ _EXAMPLES = {
 log = logging.getLogger(__name__)
 
 
-def expand(chat: Chat, wanted: Wanted, attempts: int = 3) -> Concept:
+def expand(chat: EndpointChat, wanted: Wanted, attempts: int = 3) -> Concept:
     """Ask for terms until there are as many as wanted.
 
     Args:
@@ -145,11 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         path = options.out or Path(f"{wanted.itself.name}.yaml")
         _check_free(path, options.force)
-        chat: Chat = (
-            LocalChat(options.local)
-            if options.local
-            else EndpointChat(options.model, options.timeout, options.retries)
-        )
+        chat = EndpointChat(options.model, options.timeout, options.retries)
         write_concept(path, expand(chat, wanted, options.attempts), options.force)
         log.info("%s: read it, then erase with concept=%s", path, path)
 
@@ -168,9 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--templates", type=int, default=Wanted.templates, metavar="N", help="default: %(default)s")
     add("--also", nargs="+", choices=list(ALSO), default=[], help="what else to ask for")
     add("--attempts", type=int, default=3, metavar="N", help="useless replies in a row; default: %(default)s")
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", metavar="NAME", help="behind OPENAI_BASE_URL")
-    model.add_argument("--local", metavar="MODEL", help="transformers model: a folder or a hub id")
+    add("--model", metavar="NAME", required=True, help="behind OPENAI_BASE_URL")
     add("--timeout", type=float, default=120.0, metavar="SECONDS", help="for a reply; default: %(default)g")
     add("--retries", type=int, default=4, metavar="N", help="when no reply comes; default: %(default)s")
     return parser

@@ -1,6 +1,6 @@
-"""Language models that answer one request with text: behind an OpenAI-compatible endpoint, or local.
+"""A language model that answers one request with text, behind an OpenAI-compatible endpoint.
 
-Imports openai and transformers where they are used, so that help and refusals come at once.
+The module imports openai where it is used, so that help and refusals come at once.
 """
 
 from __future__ import annotations
@@ -9,35 +9,22 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from trce_lightning.concepts.draft import Reply
 from trce_lightning.errors import InputError
-from trce_lightning.runtime.network import check_hub, check_proxies, spare_this_machine
+from trce_lightning.runtime.network import check_proxies, spare_this_machine
 
 if TYPE_CHECKING:
     from openai import APIError, OpenAI
 
-__all__ = ["Chat", "EndpointChat", "LocalChat"]
+__all__ = ["EndpointChat"]
 
 log = logging.getLogger(__name__)
 _SCHEMA = {
     "type": "json_schema",
     "json_schema": {"name": "concept", "schema": Reply.model_json_schema()},
 }
-
-
-class Chat(Protocol):
-    """Answers a request."""
-
-    source: str
-    """Which model answers, and where."""
-
-    def ask(self, system: str, request: str) -> str:
-        """The model's reply to ``request``, with ``system`` as standing instruction; may be any text."""
 
 
 class EndpointChat:
@@ -67,9 +54,10 @@ class EndpointChat:
         self._host = self._client.base_url.host
         self._options: dict[str, Any] = {"response_format": _SCHEMA}
         self.source = f"{model} at {self._host}"
+        """The model that answers, and where."""
 
     def ask(self, system: str, request: str) -> str:
-        """See :class:`Chat`."""
+        """Return the reply to ``request``, any text, with ``system`` as standing instruction."""
         import openai
 
         messages = _messages(system, request)
@@ -103,7 +91,7 @@ class EndpointChat:
         )
 
     def _failure(self, error: APIError) -> Exception:
-        """What to tell a user."""
+        """Return the error that tells a user what to change."""
         import openai
 
         if isinstance(error, openai.APITimeoutError):
@@ -132,87 +120,12 @@ class EndpointChat:
         return ConnectionError(f"{self._host}: answers no request: {_said(error)}")
 
 
-class LocalChat:
-    """A transformers model on this machine; its chat template is used where it has one.
-
-    Args:
-        model: folder, or id on the Hugging Face hub.
-        max_tokens: the longest reply.
-
-    Raises:
-        InputError: no such text-generation model; from ``ask``: a request too long for the model.
-    """
-
-    def __init__(self, model: str, max_tokens: int = 4096) -> None:
-        if not Path(model).exists():
-            check_hub()
-        from transformers import pipeline
-
-        try:
-            self._pipeline = pipeline("text-generation", model=model)
-        except (OSError, ValueError) as error:
-            reason = _shortened(str(error))
-            raise InputError(f"--local: expected a text-generation model, got {model!r}: {reason}") from error
-        self._max_tokens = max_tokens
-        self.source = f"{Path(model).resolve().name if Path(model).is_dir() else model}, local"
-
-    def ask(self, system: str, request: str) -> str:
-        """See :class:`Chat`."""
-        templated = bool(self._pipeline.tokenizer.chat_template)
-        text = f"{system}\n\n{request}\n\nReply:\n"
-        if templated:
-            text = self._pipeline.tokenizer.apply_chat_template(
-                # One message: some templates refuse a system's.
-                [{"role": "user", "content": f"{system}\n\n{request}"}],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        limit = self._room(text)
-        with tqdm(total=limit, desc="writing", unit="token", leave=False) as bar:
-            (reply,) = self._pipeline(
-                text,
-                add_special_tokens=not templated,
-                return_full_text=False,
-                max_new_tokens=limit,
-                streamer=_Ticks(bar),
-            )
-        return str(reply["generated_text"])
-
-    def _room(self, text: str) -> int:
-        """Tokens that a reply may have."""
-        config = self._pipeline.model.config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None)
-        if context is None:
-            return self._max_tokens
-        used = len(self._pipeline.tokenizer(text)["input_ids"])
-        if used >= context:
-            raise InputError(
-                f"--local: expected a model that reads more than {used} tokens, got one that reads {context}"
-            )
-        return min(self._max_tokens, context - used)
-
-
-class _Ticks:
-    """A streamer of transformers that shows how many tokens are written."""
-
-    def __init__(self, bar: Any) -> None:
-        self._bar, self._is_prompt = bar, True
-
-    def put(self, _: Any) -> None:
-        if not self._is_prompt:
-            self._bar.update()
-        self._is_prompt = False
-
-    def end(self) -> None:
-        pass
-
-
 def _client(timeout: float, retries: int) -> OpenAI:
     try:
         from openai import OpenAI
     except ImportError as error:
         raise InputError(
-            "--model: expected the package openai (pip install 'trce-lightning[expand]'), or --local"
+            "--model: expected the package openai; install it with: pip install 'trce-lightning[expand]'"
         ) from error
     url, key = os.environ.get("OPENAI_BASE_URL"), os.environ.get("OPENAI_API_KEY")
     if url and not url.startswith(("http://", "https://")):
