@@ -200,7 +200,7 @@ OF_STABLE_DIFFUSION = {"clip_sample": False, "set_alpha_to_one": False, "steps_o
 
 def schedulers() -> Iterator[Case]:
     group = "Schedulers"
-    for name in (*SAMPLERS, "LCMScheduler", "TCDScheduler", "SASolverScheduler"):
+    for name in (*SAMPLERS, "SASolverScheduler"):
         if name.startswith("KDPM2"):  # slow to make
             make, samplers, drawn = scheduled(num_train_timesteps=100), (name,), "as `model.sampler`"
         elif name in SAMPLERS:

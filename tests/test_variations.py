@@ -56,6 +56,14 @@ def usual(tiny_adapter):
     return draw(tiny_adapter, Variation())
 
 
+def test_the_samplers_are_those_that_take_ddims_settings() -> None:
+    compatible = {kind.__name__ for kind in DDIMScheduler().compatibles}
+    # The one's noise is not of an image's generator, and the other has no noise schedule of a thousand steps.
+    unusable = {"DPMSolverSDEScheduler", "EDMEulerScheduler"}
+    # Consistency samplers take the settings, though diffusers declares nothing.
+    assert set(SAMPLERS) == compatible - unusable | {"LCMScheduler", "TCDScheduler"}
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_scheduler_draws_what_its_pipeline_does(tiny_pipeline, usual, name, tmp_path) -> None:
     adapter = StableDiffusionAdapter(tiny_pipeline)

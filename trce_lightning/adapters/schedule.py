@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from trce_lightning.config.schema import SAMPLERS
 from trce_lightning.errors import InputError
 from trce_lightning.sampling import DIFFUSION_PREDICTIONS
 
@@ -50,9 +51,8 @@ def scheduler_like(
     ``timestep_spacing`` None is the model's own. ``InputError`` when that class is for other models, draws by
     another schedule or can't take ``num_steps``.
     """
-    compatible = {kind.__name__ for kind in ddim.compatibles}
-    if name not in compatible:
-        raise InputError(f"sampler: expected one of {', '.join(sorted(compatible))}, got {name}")
+    if name not in SAMPLERS:
+        raise InputError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {name}")
     spacing = {} if timestep_spacing is None else {"timestep_spacing": timestep_spacing}
     scheduler = getattr(diffusers, name).from_config(ddim.config, **spacing)
     if not has_schedule(scheduler, ddim.alphas_cumprod):

@@ -33,6 +33,8 @@ SAMPLERS = (
     "LMSDiscreteScheduler",
     "PNDMScheduler",
     "DDPMScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
 )
 SPACINGS = ("leading", "linspace", "trailing")
 TIMESTEPS = 1000

@@ -52,8 +52,8 @@ def make_sampler(
             ⌊``num_steps`` · ``strength``⌋.
 
     Raises:
-        InputError: no step is taken, the model has fewer timesteps than ``num_steps``, or its scheduler can't
-            be replaced by that one.
+        InputError: no step is taken, the model has fewer timesteps than ``num_steps``, or the scheduler is
+            none of ``SAMPLERS``.
     """
     schedule = adapter.schedule(num_steps)
     skipped = num_steps - min(int(num_steps * strength), num_steps)
@@ -95,7 +95,7 @@ class _Scheduler:
     def _reset(self, device: torch.device, skipped: int) -> None:
         """Take a new scheduler: one remembers the steps of an earlier batch."""
         self.scheduler: Any = self.adapter.scheduler(*self.options, device)
-        self.takes_noise = "generator" in inspect.signature(self.scheduler.step).parameters
+        self.step_options = set(inspect.signature(self.scheduler.step).parameters)
         self.skipped = skipped
         first = skipped * self.scheduler.order
         self.timesteps = self.scheduler.timesteps[first:]
@@ -114,5 +114,7 @@ class _Scheduler:
     def step(
         self, prediction: Tensor, z_t: Tensor, step_index: int, generators: Sequence[torch.Generator]
     ) -> Tensor:
-        options = {"generator": list(generators)} if self.takes_noise else {}
+        # diffusers' pipelines take eta 0, which is not every scheduler's own.
+        known = {"generator": list(generators), "eta": 0.0}
+        options = {name: known[name] for name in known if name in self.step_options}
         return self.scheduler.step(prediction, self.timesteps[step_index], z_t, **options).prev_sample
