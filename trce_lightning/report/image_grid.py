@@ -1,54 +1,29 @@
 """One picture that shows the same prompts drawn by several models."""
 
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+import textwrap
+from collections.abc import Sequence
+from math import ceil
 
 import torch
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import make_grid
 
 __all__ = ["image_grid"]
 
-_PAPER, _INK, _MUTED = (250, 250, 248), (30, 30, 34), (90, 90, 96)  # sRGB
+_PAPER, _INK, _MUTED = 250, (30, 30, 34), (90, 90, 96)  # sRGB
 _GAP = 6  # pixels
-_FONT_SIZE = 12  # pixels
+_FONT, _FONT_SIZE, _LINE = "DejaVu Sans Mono", 11, 15  # pixels; a character's width tells a line's
 _CAPTION_LINES = 8
-_NARROWEST = 3  # pixels of a character of that font and size
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Pixel positions of everything; a block is up to ``columns`` prompts with their rows and captions."""
-
-    columns: int
-    label_width: int
-    picture: tuple[int, int]
-    """Width and height."""
-    num_rows: int
-    caption_height: int
-
-    @property
-    def block_height(self) -> int:
-        return self.num_rows * (self.picture[1] + _GAP) + self.caption_height + 2 * _GAP
-
-    def size(self, count: int) -> tuple[int, int]:
-        width = _GAP + self.label_width + self.columns * (self.picture[0] + _GAP)
-        return width, _GAP + -(-count // self.columns) * self.block_height
-
-    def corner(self, index: int, row: int) -> tuple[int, int]:
-        """Left and top of picture ``index`` in ``row``; row ``num_rows`` is the caption."""
-        block, column = divmod(index, self.columns)
-        left = _GAP + self.label_width + column * (self.picture[0] + _GAP)
-        return left, _GAP + block * self.block_height + row * (self.picture[1] + _GAP)
 
 
 def image_grid(
     rows: Sequence[tuple[str, Tensor]], captions: Sequence[str], scale: int = 2, columns: int | None = None
 ) -> Image.Image:
-    """Pictures of the same prompts under each other, one row per model, and the prompts below.
+    """Return pictures of the same prompts under each other, one row per model, and the prompts below.
 
     Args:
         rows: label and images, uint8 ``[N, 3, H, W]``, 0 to 255, of one shape in all rows.
@@ -62,73 +37,41 @@ def image_grid(
     """
     _check(rows, captions, scale, columns)
     count, _, height, width = rows[0][1].shape
-    font = ImageFont.truetype(findfont("DejaVu Sans"), _FONT_SIZE)
-    texts = [_wrapped(caption, font, width * scale) for caption in captions]
-    layout = _Layout(
-        columns=min(columns or count, count),
-        label_width=_GAP + max(_width(label, font) for label, _ in rows),
-        picture=(width * scale, height * scale),
-        num_rows=len(rows),
-        caption_height=max(_height(text, font) for text in texts),
-    )
-    grid = Image.new("RGB", layout.size(count), _PAPER)
-    _draw_rows(grid, rows, layout, font)
+    columns = min(columns or count, count)
+    font = ImageFont.truetype(findfont(_FONT), _FONT_SIZE)
+    characters = max(int(width * scale / font.getlength("x")), 1)
+    texts = [
+        textwrap.wrap(caption, characters, max_lines=_CAPTION_LINES, placeholder="…") for caption in captions
+    ]
+    left = ceil(max(font.getlength(label) for label, _ in rows)) + _GAP
+    below = max(len(lines) for lines in texts) * _LINE + _GAP
+    blocks = [
+        F.pad(block, (left, 0, 0, below), value=_PAPER)
+        for block in _blocks([row for _, row in rows], scale, columns)
+    ]
+    grid = to_pil_image(torch.cat(blocks, dim=1))
     draw = ImageDraw.Draw(grid)
-    for index, text in enumerate(texts):
-        draw.multiline_text(layout.corner(index, len(rows)), text, _MUTED, font, spacing=2)
+    across, down = width * scale + _GAP, height * scale + _GAP
+    for index, lines in enumerate(texts):
+        block, column = divmod(index, columns)
+        top = block * blocks[0].shape[1] + _GAP
+        draw.multiline_text(
+            (left + _GAP + column * across, top + len(rows) * down), "\n".join(lines), _MUTED, font, spacing=2
+        )
+        for row, (label, _) in enumerate(rows if column == 0 else ()):
+            draw.text((left, top + row * down + height * scale // 2), label, _INK, font, anchor="rm")
     return grid
 
 
-def _draw_rows(
-    grid: Image.Image,
-    rows: Sequence[tuple[str, Tensor]],
-    layout: _Layout,
-    font: ImageFont.FreeTypeFont,
-) -> None:
-    draw = ImageDraw.Draw(grid)
-    for row, (label, images) in enumerate(rows):
-        for index, image in enumerate(images):
-            left, top = layout.corner(index, row)
-            if index % layout.columns == 0:
-                draw.text((left - _GAP, top + layout.picture[1] // 2), label, _INK, font, anchor="rm")
-            picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-            grid.paste(picture.resize(layout.picture, Image.Resampling.NEAREST), (left, top))
-
-
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """``text`` in lines of at most ``width`` pixels; the rest of a very long one becomes an ellipsis."""
-    lines = list(islice(_lines(text, font, width), _CAPTION_LINES + 1))
-    if len(lines) > _CAPTION_LINES:
-        last = lines[_CAPTION_LINES - 1]
-        lines[_CAPTION_LINES - 1 :] = [f"{_fitting(last, font, width - _width('…', font))}…"]
-    return "\n".join(lines)
-
-
-def _lines(text: str, font: ImageFont.FreeTypeFont, width: int) -> Iterator[str]:
-    """Lines as full as words allow; a word that is wider than a line is cut."""
-    rest = " ".join(text.split())
-    while rest:
-        line = _fitting(rest, font, width)
-        if " " in line and rest[len(line) : len(line) + 1] not in ("", " "):
-            line = line[: line.rindex(" ")]
-        yield line
-        rest = rest[len(line) :].lstrip()
-
-
-def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """As many characters from the front as fit, and at least one."""
-    counts = range(1, min(len(text), max(width, 0) // _NARROWEST) + 1)
-    count = bisect_right(counts, width, key=lambda count: _width(text[:count], font))
-    return text[: max(count, 1)]
-
-
-def _width(text: str, font: ImageFont.FreeTypeFont) -> int:
-    return -(-int(64 * font.getlength(text)) // 64)
-
-
-def _height(text: str, font: ImageFont.FreeTypeFont) -> int:
-    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    return int(draw.multiline_textbbox((0, 0), text, font, spacing=2)[3]) + 1
+def _blocks(rows: Sequence[Tensor], scale: int, columns: int) -> list[Tensor]:
+    """Return ``[3, H, W]`` for every ``columns`` prompts, with the last one filled up with paper."""
+    pictures = torch.stack([row.cpu() for row in rows])
+    pictures = F.pad(pictures, (0, 0) * 3 + (0, -pictures.shape[1] % columns), value=_PAPER)
+    large = pictures.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
+    return [
+        make_grid(block.flatten(0, 1), nrow=columns, padding=_GAP, pad_value=_PAPER)
+        for block in large.split(columns, dim=1)
+    ]
 
 
 def _check(
