@@ -221,6 +221,28 @@ def test_a_killed_run_blocks_nobody(live: tuple[Path, BaseProcess], tmp_path: Pa
     assert runs.open_folder(config_of(tmp_path / "runs" / "0")) == folder
 
 
+NO_LOCKS = """
+import errno, fcntl, os, signal, sys
+from pathlib import Path
+
+def flock(*_):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+fcntl.flock = flock  # what Lustre answers where locks are off
+from trce_lightning.runtime import locks
+assert locks.hold(Path(sys.argv[1])) is None
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_run_blocks_nobody_where_a_file_system_has_no_locks(tmp_path: Path) -> None:
+    for _ in range(2):
+        killed = subprocess.run(
+            [sys.executable, "-c", NO_LOCKS, str(tmp_path)], capture_output=True, check=False
+        )
+        assert killed.returncode == -9 and b"start no second run there" in killed.stderr
+
+
 def evaluation_in(folder: Path) -> Evaluation:
     config = config_of(folder)
     evaluation = Evaluation(EvalConfig(concept=config.concept, model=config.model))

@@ -1,4 +1,4 @@
-"""A folder is one process's while it writes there: a lock ends with its process, however that ends."""
+"""A folder belongs to one process while it writes there: the lock ends with its process, however it ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _held: FileLock | None = None
-"""Of this process's run: those of a sweep come one after the other."""
+"""The lock of this process's run; runs of a sweep come one after the other."""
 
 
 def hold(folder: Path) -> str | None:
@@ -27,7 +27,8 @@ def hold(folder: Path) -> str | None:
     """
     global _held
     release()
-    lock = FileLock(folder / LOCK, thread_local=False)
+    # A lock that is a mere file would outlive its process, and its text is ours.
+    lock = FileLock(folder / LOCK, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire(blocking=False)
     except Timeout:
