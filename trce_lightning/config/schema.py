@@ -1,7 +1,4 @@
-"""Every option of the command lines: its type, its default and the values it takes. Torch-free.
-
-Those of an evaluation alone are in :mod:`~trce_lightning.config.evaluation_schema`.
-"""
+"""Every option of the command lines: its type, its default and the values it takes. Torch-free."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
