@@ -73,7 +73,7 @@ class Stage1:
 
     def ours(self) -> None:
         """Encode, solve, edit in place."""
-        apply_edit_(self.stream, self.statistics().solve(self.config))
+        apply_edit_(self.adapter, self.statistics().solve(self.config))
         self.restore()
 
     def statistics(self) -> TextualStatistics:

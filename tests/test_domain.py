@@ -210,21 +210,28 @@ def test_words_of_the_domain_are_misspelt(tmp_path: Path) -> None:
     assert all("darkness" not in text and "dar" in text.replace("dr", "dar") for text in varied.sets[0].texts)
 
 
-def test_what_is_no_domain_is_refused_by_a_sentence() -> None:
-    with pytest.raises(
-        InputError, match=r"model\.domain: expected the dotted name of a Domain, got 'gone\.X'"
-    ):
-        domain_of(ModelConfig("tiny", domain="gone.X"), [NIGHT])
-    with pytest.raises(
-        InputError, match=r"returns a Domain, got .*Nothing', whose result lacks .*prompt_sets"
-    ):
-        domain_of(ModelConfig("tiny", domain=f"{__name__}.Nothing"), [NIGHT])
-    with pytest.raises(InputError, match=r"model\.domain: expected one that takes 2 argument"):
-        domain_of(ModelConfig("tiny", domain=f"{__name__}.brightness"), [NIGHT])
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("gone.X", r"model\.domain: expected the dotted name of .* that makes a Domain, got 'gone\.X'"),
+        (
+            f"{__name__}.Nothing",
+            r"makes a Domain, got .*Nothing', which makes a Nothing without .*prompt_sets",
+        ),
+        (f"{__name__}.brightness", r"makes a Domain, got .*brightness': too many positional arguments"),
+    ],
+)
+def test_what_is_no_domain_is_refused_by_a_sentence(path: str, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        domain_of(ModelConfig("tiny", domain=path), [NIGHT])
+
+
+def test_a_domain_without_a_model_is_refused_where_none_is_named() -> None:
+    session = Session(EvalConfig(model=ModelConfig("tiny", domain=SHADES)), [NIGHT])
     with pytest.raises(
         InputError, match=r"neither model\.path nor model\.hub_id, and model\.domain=.* no model"
     ):
-        Session(EvalConfig(model=ModelConfig("tiny", domain=SHADES)), [NIGHT]).adapter  # noqa: B018
+        session.adapter  # noqa: B018
 
 
 def test_the_shipped_domains_are_domains() -> None:

@@ -64,7 +64,7 @@ def in_place(adapter: StableDiffusionAdapter) -> None:
 
 def stage_1(adapter: StableDiffusionAdapter) -> None:
     statistics = stage1_statistics(adapter, TextualConfig())
-    apply_edit_(adapter.streams()["context"], statistics.solve(TextualConfig()))
+    apply_edit_(adapter, statistics.solve(TextualConfig()))
 
 
 def raw_data(adapter: StableDiffusionAdapter) -> None:

@@ -187,7 +187,7 @@ def test_other_folders_are_refused(tiny_adapter, tmp_path) -> None:
     fill()
     before = contents(tmp_path)
     other = StableDiffusionAdapter(build_tiny_pipeline())
-    other.unet.conv_out.bias.data += 1
+    other.denoiser.conv_out.bias.data += 1
     for expected, call in (
         (r"meta.json: expected \"num_steps\": 4", lambda: fill(num_steps=4)),
         ('meta.json: expected "generator"', lambda: fill(adapter=other)),

@@ -46,5 +46,5 @@ def test_a_scheduler_in_memory_is_that_of_its_folder() -> None:
         adapter = StableDiffusionAdapter(pipeline)
         settings = pipeline.scheduler.config
         assert {key: settings[key] for key in ("beta_end", "timestep_spacing", "steps_offset")} == {
-            key: adapter.scheduler.config[key] for key in ("beta_end", "timestep_spacing", "steps_offset")
+            key: adapter.ddim.config[key] for key in ("beta_end", "timestep_spacing", "steps_offset")
         }

@@ -200,7 +200,7 @@ def test_half_precision_folders_round_the_edit_once(
     assert {t.dtype for t in tensors(adapter.pipeline).values() if t.is_floating_point()} == {torch.float16}
     assert_equal(adapter.pipeline, half)
     before = {name: tensor.clone() for name, tensor in adapter.denoiser.state_dict().items()}
-    assert set(apply_edit_(adapter.streams()["context"], edit)) == KEYS_AND_VALUES
+    assert set(apply_edit_(adapter, edit)) == KEYS_AND_VALUES
     after = adapter.denoiser.state_dict()
     assert set(moved(before, after)) == KEYS_AND_VALUES
     for name in KEYS_AND_VALUES:
@@ -411,7 +411,7 @@ def test_a_fused_lora_is_its_merged_weights(sd1: StableDiffusionPipeline) -> Non
     without = solved(StableDiffusionAdapter(copy_of(sd1)))
     assert not torch.allclose(edits[0].transform, without.transform, atol=1e-3)
     for adapter, edit in zip(adapters, edits, strict=True):
-        assert set(apply_edit_(adapter.streams()["context"], edit)) == KEYS_AND_VALUES
+        assert set(apply_edit_(adapter, edit)) == KEYS_AND_VALUES
     found, expected = (adapter.denoiser.state_dict() for adapter in adapters)
     for name in KEYS_AND_VALUES | QUERIES:
         torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-3)

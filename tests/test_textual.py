@@ -46,7 +46,7 @@ def test_the_edited_network_on_e_is_the_original_on_e_t(tiny_pipeline: StableDif
     with torch.no_grad():
         original = unet(z_t, timestep, states).sample
         expected = unet(z_t, timestep, states @ edit.transform.T).sample
-        names = apply_edit_(adapter.streams()["context"], edit)
+        names = apply_edit_(adapter, edit)
         found = unet(z_t, timestep, states).sample
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
     assert (found - original).abs().amax((1, 2, 3)).min() > 1e-4
@@ -57,7 +57,7 @@ def test_only_k_and_v_of_cross_attention_are_written(tiny_pipeline: StableDiffus
     adapter = StableDiffusionAdapter(tiny_pipeline)
     config = TextualConfig(eta=0.1)
     edit = stage1_statistics(adapter, config).solve(config)
-    names = apply_edit_(adapter.streams()["context"], edit)
+    names = apply_edit_(adapter, edit)
     original = build_tiny_pipeline().unet.state_dict()
     for name, tensor in adapter.denoiser.state_dict().items():
         if name in names:

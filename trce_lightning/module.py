@@ -26,7 +26,7 @@ from trce_lightning.losses import (
     pull_loss,
     steering_hinge,
 )
-from trce_lightning.textual import CONTEXT, apply_edit_
+from trce_lightning.textual import apply_edit_
 from trce_lightning.tokens import Text
 
 log = logging.getLogger(__name__)
@@ -69,8 +69,7 @@ class TRCE(pl.LightningModule):
         """Edit the denoiser, once."""
         if self.edit is None or self.edited_names:
             return
-        self.edited_names = apply_edit_(self.adapter.streams()[CONTEXT], self.edit)
-        self.adapter.weights_changed()
+        self.edited_names = apply_edit_(self.adapter, self.edit)
         log.info(
             "stage 1 edited %d matrices: condition number %.2g, erase residual %.3f, keep residual %.2g",
             len(self.edited_names),

@@ -147,17 +147,19 @@ def _aligned(segment: str, which: str, malicious: _Encoded, safe: _Encoded) -> t
     return sources[mask], targets[end].expand(int(mask.sum()), -1)
 
 
-def apply_edit_(stream: Stream, edit: Edit) -> list[str]:
-    """Replace W by W T in place in every entry of a stream, and return the names of the changed tensors.
+def apply_edit_(adapter: Adapter, edit: Edit) -> list[str]:
+    """Replace W by W T in place in every entry of the stream, and return the names of the changed tensors.
 
     Only the columns that read the text states change; biases stay.
     """
+    stream = adapter.streams()[CONTEXT]
     weights = [
         entry.module.weight.data[:, entry.first : entry.first + stream.width]
         for entry in stream.entries.values()
     ]
     for weight, edited in zip(weights, apply_edits(weights, edit.transform), strict=True):
         weight.copy_(edited)
+    adapter.weights_changed()
     return [f"{name}.weight" for name in stream.entries]
 
 
