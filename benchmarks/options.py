@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import bitsandbytes
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
@@ -112,6 +111,8 @@ def compare(functions: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:
 
 def optimizers() -> list[Row]:
     """Torch's AdamW and the 8-bit one of bitsandbytes, on as many parameters as Q has."""
+    import bitsandbytes  # not at the top: its library is loaded where it is measured alone
+
     steps: dict[str, torch.optim.Optimizer] = {}
     for name, kind in (("plain", torch.optim.AdamW), ("ours", bitsandbytes.optim.AdamW8bit)):
         parameter = torch.nn.Parameter(torch.randn(TRAINABLE))

@@ -583,3 +583,29 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(given, expected):
         [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert said.stdout.split() == [expected, "False"]
+
+
+def test_a_command_loads_no_8_bit_optimizer_and_says_nothing_of_one(tmp_path):
+    """diffusers would, and on a machine without a GPU its library's warning would be the first line."""
+    job = "from trce_lightning.commands import train; train()"
+    ask = "import sys; sys.stdout.write(f\"loaded: {'bitsandbytes' in sys.modules}\")"
+    options = ["concept=violence", "plan=true", "trainer=cpu", "metrics.enabled=false"]
+    ran = subprocess.run(
+        [sys.executable, "-c", f"{job}\n{ask}\nimport bitsandbytes.optim", *options, f"runs={tmp_path}"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == "loaded: False"
+    assert "erasing violence from emoji" in ran.stderr.splitlines()[0], ran.stderr
+
+
+def test_a_hidden_package_comes_back():
+    with cli.hidden("json.tool"):
+        assert importlib.util.find_spec("json.tool") is None
+    assert importlib.util.find_spec("json.tool") is not None
+    with cli.hidden("json"):  # is there already, and stays
+        import json
+    assert json is sys.modules["json"]

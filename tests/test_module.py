@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -362,11 +361,9 @@ def test_a_loss_that_is_not_finite_is_refused_with_advice(sampled: Sampled, tmp_
 
 @pytest.mark.parametrize("name", ["adamw8bit", "paged_adamw8bit"])
 def test_eight_bit_optimizers(sampled: Sampled, tmp_path: Path, name: str) -> None:
+    optimizers = pytest.importorskip("bitsandbytes.optim")
     fit, torch_fit = (Fit(sampled, trajectory_config(epochs=1), optimizer=which) for which in (name, "adamw"))
-    classes = {
-        "adamw8bit": bitsandbytes.optim.AdamW8bit,
-        "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit,
-    }
+    classes = {"adamw8bit": optimizers.AdamW8bit, "paged_adamw8bit": optimizers.PagedAdamW8bit}
     assert isinstance(fit.module.configure_optimizers(), classes[name])
     found, expected = fit.run(tmp_path).changed(), torch_fit.run(tmp_path).changed()
     assert_same(found, expected, atol=2e-4, rtol=0.0)

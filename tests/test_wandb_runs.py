@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import wandb
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from trce_lightning.cli import explain
@@ -14,6 +13,7 @@ from trce_lightning.config.schema import LoggerConfig
 from trce_lightning.errors import InputError
 from trce_lightning.jobs.trainers import make_loggers
 
+wandb = pytest.importorskip("wandb")
 KEY = "0" * 40
 NO_SERVER = "http://127.0.0.1:9"
 SECONDS = 60.0

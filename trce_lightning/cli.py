@@ -5,7 +5,7 @@ Torch is imported by the job alone, so that help and refusals come at once.
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from string import Template
@@ -121,18 +121,41 @@ def _show_help(name: str, folder: Path, options: list[str]) -> None:
 
 def _run(name: str, config: Any) -> None:
     checks.check(config)
+    with hidden("bitsandbytes"):
+        job = _job(name)
+    job(config)
+
+
+def _job(name: str) -> Callable[[Any], None]:
+    """Import what a command does, and torch with it."""
     if name == "train":
-        from trce_lightning.jobs import train
+        from trce_lightning.jobs.train import train
 
-        train.train(config)
-    elif name == "demo":
-        from trce_lightning.jobs import demo
+        return train
+    if name == "demo":
+        from trce_lightning.jobs.demo import demonstrate
 
-        demo.demonstrate(config)
-    else:
-        from trce_lightning.jobs import evaluate
+        return demonstrate
+    from trce_lightning.jobs.evaluate import evaluate
 
-        evaluate.evaluate(config)
+    return evaluate
+
+
+@contextmanager
+def hidden(package: str) -> Iterator[None]:
+    """Let no import within find ``package``, unless the process has it already.
+
+    diffusers loads bitsandbytes, whose library warns on machines without a GPU, for quantized models, which
+    the commands refuse. An 8-bit optimizer imports it later.
+    """
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]  # Python's way to say that there is none
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 @contextmanager

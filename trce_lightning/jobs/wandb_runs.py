@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pydantic
 from lightning.pytorch.loggers import WandbLogger
 
 from trce_lightning.config.schema import LoggerConfig
@@ -75,6 +74,7 @@ def _check_identity_token(file: str | None) -> None:
 @contextmanager
 def _refusals_explained() -> Iterator[None]:
     """Name what W&B refuses."""
+    import pydantic  # a package of W&B's
     import wandb
 
     try:
