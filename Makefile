@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 BROWSER_STAMP := .venv/.installed-browser
 
-.PHONY: setup demo test test-slow test-browser benchmark bench-table lint clean
+.PHONY: setup demo test test-slow test-browser test-gpu benchmark bench-table lint clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,9 @@ test-browser:
 	  { echo "test-browser: expected chromium on PATH, got none; Debian has it as the package chromium" >&2; exit 2; }
 	$(MAKE) $(BROWSER_STAMP)
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest -m browser
+
+test-gpu: setup
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest -m gpu
 
 benchmark: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
