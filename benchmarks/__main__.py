@@ -1,4 +1,7 @@
-"""`python -m benchmarks [NAME …]`: run benchmarks, each in its own process; print and store the table."""
+"""`python -m benchmarks [NAME …]`: run benchmarks, each in its own process; print and store the table.
+
+`python -m benchmarks gpu` measures on this machine's GPU instead.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,13 @@ import importlib
 import os
 import platform
 import sys
+import time
+from pathlib import Path
 
 import torch
 
-from benchmarks.processes import alone
+from benchmarks import report
+from benchmarks.processes import alone, log_to_stderr
 from benchmarks.report import load, refresh, save, table
 
 NAMES = (
@@ -25,22 +31,65 @@ NAMES = (
     "flops",
     "help",
 )
+GPU = "gpu"
 
 
 def main() -> None:
-    """The chosen benchmarks, or all; results of the others stay."""
+    """Run the chosen benchmarks, or all; results of the others stay."""
+    started = time.monotonic()
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(NAMES)}; none: all")
-    chosen = parser.parse_args().names
-    if wrong := [name for name in chosen if name not in NAMES]:
-        parser.error(f"expected names among {', '.join(NAMES)}, got {', '.join(wrong)}")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"gpu, or of {', '.join(NAMES)}; none: these"
+    )
+    parser.add_argument("--stored", action="store_true", help="measure nothing, and write docs/ anew")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="of the GPU's results, and not docs/")
+    options = parser.parse_args()
+    if options.names == [GPU]:
+        if not torch.cuda.is_available():
+            parser.error("gpu: expected a CUDA device, got none")
+        measure_gpu(options.output, started)
+        return
+    if wrong := [name for name in options.names if name not in NAMES]:
+        parser.error(f"expected gpu alone, or names among {', '.join(NAMES)}, got {', '.join(wrong)}")
+    measure(() if options.stored else options.names or NAMES)
+
+
+def measure(names: tuple[str, ...]) -> None:
+    """Run benchmarks of the CPU, and write both tables of the page."""
     results = load()
-    for name in chosen or NAMES:
+    for name in names:
         results[name] = alone(importlib.import_module(f"benchmarks.{name}").run)
         save(results, machine())
     rows = [row for name in NAMES for row in results.get(name, [])]
-    refresh(f"{table(rows)}\n\n{', '.join(f'{key} {value}' for key, value in machine().items())}.")
+    facts = ", ".join(f"{key} {value}" for key, value in report.load_machine().items())
+    refresh(f"{table(rows)}\n\n{facts}.")
+    refresh(report.gpu_tables(report.load_cards()) or "No GPU has been measured yet.", name=GPU)
     sys.stdout.write(f"{table(rows)}\n")
+
+
+def measure_gpu(output: Path | None, started: float) -> None:
+    """Measure on this machine's GPU, and keep what is known after each section.
+
+    Results of other cards stay. With ``output`` all goes there; else into `benchmarks/` and the page.
+    """
+    from benchmarks import gpu
+
+    log_to_stderr()
+    bench = gpu.Bench()
+    cards = report.load_cards()
+    card = report.Card(gpu.versions(bench.device))
+    cards[gpu.card(bench.device)] = card
+    file = report.GPU_RESULTS if output is None else output / report.GPU_RESULTS.name
+    for section in gpu.run(bench, started=started):
+        card.sections.append(section)
+        report.save_cards(cards, file)
+        if output is not None:
+            (output / "gpu.md").write_text(report.gpu_tables(cards) + "\n", encoding="utf-8")
+    if output is None:
+        refresh(report.gpu_tables(cards), name=GPU)
+    sys.stdout.write(f"{report.gpu_tables(cards)}\n")
+    if any(section.note.startswith("failed") for section in card.sections):
+        sys.exit(1)
 
 
 def machine() -> dict[str, str]:

@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from benchmarks.timing import seconds
+from benchmarks.timing import seconds, synchronize
 from trce_lightning import cli
 from trce_lightning.adapters import Adapter
 from trce_lightning.concepts import load_concept
@@ -55,18 +55,21 @@ def small(rows: int, epochs: int = 1, **options: Any) -> TrajectoryConfig:
 class Fit:
     """Trajectories of one adapter, sampled into a folder, and fits on them."""
 
-    def __init__(self, adapter: Adapter, config: TrajectoryConfig, folder: Path) -> None:
+    def __init__(
+        self, adapter: Adapter, config: TrajectoryConfig, folder: Path, place: TrainerConfig = CPU
+    ) -> None:
         pairs = load_concept(cli.config_folder() / "concept" / "violence.yaml").pairs()
-        self.adapter, self.config, self.folder = adapter, config, folder
+        self.adapter, self.config, self.folder, self.place = adapter, config, folder, place
         self.plan: TrajectoryPlan = draw_plan(pairs, config, seed=0)
-        sample_missing(make_trainer(CPU, folder), adapter, self.plan, folder, config.shard_size)
+        sample_missing(make_trainer(place, folder), adapter, self.plan, folder, config.shard_size)
 
-    def run(self, *callbacks: pl.Callback) -> None:
-        """All epochs."""
+    def run(self, *callbacks: pl.Callback, config: TrajectoryConfig | None = None) -> None:
+        """All epochs; ``config`` is another that takes its points from the same trajectories."""
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        trainer = make_trainer(CPU, self.folder, epochs=self.config.epochs, callbacks=callbacks)
-        data = TrajectoryDataModule(self.adapter, self.plan, self.folder, self.config, seed=0)
-        trainer.fit(TRCE(self.adapter, None, self.config, OptimizerConfig()), data)
+        chosen = config or self.config
+        trainer = make_trainer(self.place, self.folder, epochs=chosen.epochs, callbacks=callbacks)
+        data = TrajectoryDataModule(self.adapter, self.plan, self.folder, chosen, seed=0)
+        trainer.fit(TRCE(self.adapter, None, chosen, OptimizerConfig()), data)
 
 
 class StepsInTurns(pl.Callback):
@@ -84,11 +87,21 @@ class StepsInTurns(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure from the end of the last measurement, so that data, logging and optimizer count."""
+        synchronize(pl_module.device)
         self.ours.append(time.perf_counter() - self.since)
         assert isinstance(pl_module, TRCE)
-        adapter = pl_module.adapter
+        adapter, precision = pl_module.adapter, trainer.precision_plugin
+        arguments = [part.to(pl_module.device) for part in inputs(adapter, batch)]
+
+        def plain() -> None:
+            with precision.forward_context():
+                loss = mean_square(adapter, *arguments)
+            loss.backward()
+            synchronize(pl_module.device)
+
         pl_module.zero_grad()
-        self.plain.append(seconds(lambda: forward_backward(adapter, batch)))
+        synchronize(pl_module.device)
+        self.plain.append(seconds(plain))
         pl_module.zero_grad()
         self.since = time.perf_counter()
 
@@ -99,16 +112,19 @@ class StepsInTurns(pl.Callback):
 
 def inputs(adapter: Adapter, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Return latents, timesteps and text states of a batch, as the module puts them together."""
-    z_t = torch.cat([batch["malicious_z_t"], batch["unconditional_z_t"]])
-    timestep = torch.cat([batch["malicious_timestep"], batch["unconditional_timestep"]])
-    empty = adapter.empty().expand(len(batch["unconditional_z_t"]))
-    return z_t, timestep, Text.cat([batch["malicious_text"], empty]).states["clip"]
+    z_t, timestep, text = (batch[f"malicious_{part}"] for part in ("z_t", "timestep", "text"))
+    if "unconditional_z_t" in batch:
+        z_t = torch.cat([z_t, batch["unconditional_z_t"]])
+        timestep = torch.cat([timestep, batch["unconditional_timestep"]])
+        empty = adapter.empty().to(z_t.device).expand(len(batch["unconditional_z_t"]))
+        text = Text.cat([text, empty])
+    return z_t, timestep, text.states["clip"]
 
 
-def forward_backward(adapter: Adapter, batch: Batch) -> None:
-    """One forward pass on all latents of the batch and the backward pass of its mean square."""
-    z_t, timestep, states = inputs(adapter, batch)
-    adapter.denoiser(z_t, timestep, encoder_hidden_states=states).sample.square().mean().backward()
+def mean_square(adapter: Adapter, z_t: Tensor, timestep: Tensor, states: Tensor) -> Tensor:
+    """Return the simplest loss of one forward pass on all latents of a batch."""
+    output: Tensor = adapter.denoiser(z_t, timestep, encoder_hidden_states=states).sample
+    return output.square().mean()
 
 
 def fit_in_turns(adapter: Adapter, config: TrajectoryConfig) -> tuple[float, float]:

@@ -1,7 +1,6 @@
-"""Operations of each stage at Stable Diffusion 1.4's size, counted without weights, and estimates.
+"""Operations of each stage at Stable Diffusion 1.4's size, counted without weights.
 
-A multiplication and an addition are two operations. The estimates are not measured: operations by the
-manufacturers' rates and an assumed utilisation.
+A multiplication and an addition are two operations.
 """
 
 from __future__ import annotations
@@ -18,10 +17,6 @@ from trce_lightning.cli import config_folder
 from trce_lightning.concepts import load_concept
 from trce_lightning.jobs.session import KEEP_LIMIT
 from trce_lightning.textual import batches_by_length
-
-PEAK_TFLOPS = {"RTX 4090": 165.2, "H100 SXM": 989.4}
-"""Dense bfloat16 with float32 accumulation."""
-UTILISATION = 0.35
 
 
 def denoiser(trains: str | None) -> float:
@@ -59,7 +54,7 @@ def pair_lengths() -> list[int]:
 
 
 def run() -> list[Row]:
-    """Counts, then estimates."""
+    """Count what each stage takes."""
     config, drawn = plan.paper()
     forward, step, their_step = denoiser(None), denoiser("Q"), denoiser("authors")
     passes = drawn.training_evaluations(config.trajectory)
@@ -69,7 +64,7 @@ def run() -> list[Row]:
     sampling = drawn.network_evaluations * forward / 1e3, plan.plain_sampling() * forward / 1e3
     theirs = plan.ITERATIONS * (7 * forward + 6 * their_step) / 1e3
     training = passes * step / 1e3, theirs
-    rows = [
+    return [
         Row("one evaluation at 512 px, forward", forward, "TFLOP"),
         Row("… forward and backward", step, "TFLOP", their_step),
         Row("stage 1: encoding the pairs", pairs[0], "TFLOP", pairs[1]),
@@ -77,11 +72,3 @@ def run() -> list[Row]:
         Row("stage 2: trajectories", sampling[0], "PFLOP", sampling[1]),
         Row("stage 2: training", training[0], "PFLOP", training[1]),
     ]
-    for device, peak in PEAK_TFLOPS.items():
-        minutes = [
-            work * 1e3 / (peak * UTILISATION) / 60
-            for work in (sampling[0] + training[0], sampling[1] + training[1])
-        ]
-        title = f"estimate for one {device}: trajectories and training in bfloat16"
-        rows.append(Row(title, minutes[0], "min", minutes[1]))
-    return rows

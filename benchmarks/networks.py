@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from trce_lightning.emoji.training.unet import build_scheduler
 LATENT_SIDE = 64
 LARGEST_BATCH = 2
 """One malicious and one unconditional latent at 512 px: what training holds in 14 GB."""
+XL_LATENT_SIDE = 128
+XL_WIDTH, XL_POOLED_WIDTH, XL_TIME_WIDTH = 2048, 1280, 256
+"""Of a text state, of the pooled text, and of each of six numbers on sizes."""
 TOKENS = 77
 VOCABULARY = 49408
 
@@ -25,6 +29,43 @@ VOCABULARY = 49408
 def unet() -> UNet2DConditionModel:
     """The denoiser of 859.5 M parameters."""
     return UNet2DConditionModel(sample_size=LATENT_SIDE, cross_attention_dim=768).eval()
+
+
+def xl_unet(channels: tuple[int, int, int] = (320, 640, 1280)) -> UNet2DConditionModel:
+    """Stable Diffusion XL's denoiser of 2,567 M parameters; fewer ``channels`` make a small one."""
+    return UNet2DConditionModel(
+        sample_size=XL_LATENT_SIDE,
+        block_out_channels=channels,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=XL_WIDTH,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=XL_TIME_WIDTH,
+        projection_class_embeddings_input_dim=XL_POOLED_WIDTH + 6 * XL_TIME_WIDTH,
+    ).eval()
+
+
+def decoder() -> AutoencoderKL:
+    """The autoencoder of 83.7 M parameters."""
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    ).eval()
+
+
+def small_decoder() -> AutoencoderKL:
+    """A small autoencoder of the same latents, for what evaluates none."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
 
 
 def text_encoder(tokenizer: CLIPTokenizer | None = None) -> CLIPTextModel:
@@ -66,21 +107,22 @@ def _open_clip() -> Path:
     return Path(found.submodule_search_locations[0])
 
 
-def pipeline(denoiser: UNet2DConditionModel | None = None) -> StableDiffusionPipeline:
-    """All of it; the decoder alone is a small one, which neither stage evaluates."""
+def pipeline(
+    denoiser: UNet2DConditionModel | None = None,
+    *,
+    autoencoder: Callable[[], AutoencoderKL] = small_decoder,
+    device: str = "cpu",
+) -> StableDiffusionPipeline:
+    """Make all of it on ``device``, with a small autoencoder unless another is asked for."""
     torch.manual_seed(0)
     tokens = clip_tokenizer()
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-    )
+    with torch.device(device):
+        vae, text, network = autoencoder(), text_encoder(tokens), denoiser or unet()
     return StableDiffusionPipeline(
         vae=vae,
-        text_encoder=text_encoder(tokens),
+        text_encoder=text,
         tokenizer=tokens,
-        unet=denoiser or unet(),
+        unet=network,
         scheduler=build_scheduler(),
         safety_checker=None,
         feature_extractor=None,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results.json"
+GPU_RESULTS = Path(__file__).parent / "results_gpu.json"
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 
 
@@ -75,12 +77,71 @@ def table(rows: list[Row]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [*head, *(row.cells() for row in rows)])
 
 
+@dataclass(frozen=True)
+class Section:
+    """Rows that are measured together; ``note`` says why some are missing."""
+
+    name: str
+    rows: list[Row] = field(default_factory=list)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What was measured on a GPU, and with which versions."""
+
+    versions: dict[str, str]
+    sections: list[Section] = field(default_factory=list)
+
+
+def load_cards(file: Path = GPU_RESULTS) -> dict[str, Card]:
+    """Read by the card's name what :func:`save_cards` has written."""
+    if not file.exists():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return {
+        name: Card(
+            card["versions"],
+            [
+                Section(part["name"], [Row(**row) for row in part["rows"]], part["note"])
+                for part in card["sections"]
+            ],
+        )
+        for name, card in found.items()
+    }
+
+
+def save_cards(cards: Mapping[str, Card], file: Path = GPU_RESULTS) -> None:
+    """Write everything that was measured on GPUs."""
+    content = {name: dataclasses.asdict(card) for name, card in cards.items()}
+    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def gpu_tables(cards: Mapping[str, Card]) -> str:
+    """Markdown with a heading for each card."""
+    parts = []
+    for name, card in cards.items():
+        rows = [row.cells()[:4] for section in card.sections for row in section.rows]
+        head = [["", "plain", "measured", "gain"], ["---", "---:", "---:", "---:"]]
+        lines = [f"### {name}", "", *(f"| {' | '.join(cells)} |" for cells in [*head, *rows]), ""]
+        lines += [f"- {section.name}: {section.note}" for section in card.sections if section.note]
+        lines += [", ".join(f"{what} {version}" for what, version in card.versions.items()) + "."]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
 def load(file: Path = RESULTS) -> dict[str, list[Row]]:
     """Rows by benchmark, as :func:`save` left them."""
     if not file.exists():
         return {}
     found = json.loads(file.read_text(encoding="utf-8"))["benchmarks"]
     return {name: [Row(**row) for row in rows] for name, rows in found.items()}
+
+
+def load_machine(file: Path = RESULTS) -> dict[str, Any]:
+    """Read what the rows were measured on, as :func:`save` left it."""
+    machine: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["machine"]
+    return machine
 
 
 def save(results: dict[str, list[Row]], machine: dict[str, Any], file: Path = RESULTS) -> None:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 
 def seconds(function: Callable[[], Any]) -> float:
     """Wall-clock time of one call."""
@@ -22,3 +24,21 @@ def in_turns(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[s
         for name, function in functions.items():
             times[name].append(seconds(function))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what a device still has to do; a CPU has nothing."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_seconds(function: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Median wall-clock seconds of ``repeats`` calls until the device is done, after two that warm up."""
+
+    def call() -> None:
+        function()
+        synchronize(device)
+
+    call()
+    call()
+    return statistics.median(seconds(call) for _ in range(repeats))

@@ -1,5 +1,7 @@
 """The plain implementation gives what ours gives, counts are the paper's, and the table is put in place."""
 
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,8 @@ from conftest import build_tiny_pipeline, text_of
 from tiny_runs import WEAPONS
 from torch import Tensor
 
-from benchmarks import networks, plain, plan, report, textual
-from benchmarks.fitting import fit_in_turns, forward_backward, inputs, small
+from benchmarks import gpu, networks, plain, plan, report, textual
+from benchmarks.fitting import fit_in_turns, inputs, mean_square, small
 from benchmarks.plan import Counter
 from benchmarks.report import Row
 from benchmarks.textual import Stage1, check, difference
@@ -115,8 +117,10 @@ def test_steps_are_timed_in_turns_on_one_batch() -> None:
         "malicious_text": adapter.encode(["a gun"]),
     }
     assert [len(part) for part in inputs(adapter, batch)] == [3, 3, 3]
+    alone = {name: part for name, part in batch.items() if name.startswith("malicious")}
+    assert [len(part) for part in inputs(adapter, alone)] == [1, 1, 1]
     before = adapter.trainable("*.to_q")
-    forward_backward(adapter, batch)
+    mean_square(adapter, *inputs(adapter, batch)).backward()
     assert all(parameter.grad is not None for parameter in before.values())
 
 
@@ -165,3 +169,71 @@ def test_prompts_of_benchmarks_are_clips_tokens() -> None:
     expected = [49406, 320, 1125, 539, 320, 2368, 49407]
     padded = tokenizer("a photo of a cat", padding="max_length").input_ids
     assert padded == expected + [49407] * (networks.TOKENS - len(expected))
+
+
+TINY = gpu.Sizes(
+    pipeline=lambda _: build_tiny_pipeline(),
+    xl=lambda _: networks.xl_unet((32, 160, 160)),
+    concept=WEAPONS,
+    kept=8,
+    shard=2,
+    trajectory_steps=4,
+    training_batches=(1, 3),
+    training_steps=3,
+    image_batches=(1, 2),
+    image_steps=2,
+    denoiser_batch=2,
+    xl_side=8,
+    xl_batches=(1,),
+    repeats=1,
+    matrix=64,
+)
+
+
+def test_what_is_measured_on_gpus_runs_on_a_cpu_in_tiny(tmp_path: Path) -> None:
+    """All but what compiles: no slip of ours costs time on a GPU."""
+    chosen = [part for part in gpu.parts() if not part.name.startswith("compiled")]
+    bench = gpu.Bench("cpu", TINY)
+    sections = list(gpu.run(bench, chosen=chosen, limit=600))
+    assert [section.name for section in sections] == [part.name for part in chosen]
+    assert [section.note for section in sections] == [""] * len(chosen)
+    rows = [row for section in sections for row in section.rows]
+    assert len(rows) > 20 and all(0 < row.ours < float("inf") for row in rows)
+    # Sections leave the network as it was, but for the last, which rounds it.
+    assert {weight.dtype for weight in bench.adapter.unet.parameters()} == {torch.float32}
+    report.save_cards({"CPU": report.Card(gpu.versions(bench.device), sections)}, tmp_path / "gpu.json")
+    assert report.load_cards(tmp_path / "gpu.json")["CPU"].sections == sections
+    assert "### CPU" in report.gpu_tables(report.load_cards(tmp_path / "gpu.json"))
+
+
+@pytest.mark.slow
+def test_what_compiles_runs_on_a_cpu_in_tiny() -> None:
+    names = ("compiled blocks, backward", "compiled, forward")
+    chosen = [part for part in gpu.parts() if part.name in names]
+    sections = list(gpu.run(gpu.Bench("cpu", TINY), chosen=chosen, limit=600))
+    assert len(sections) == 2 and [section.note for section in sections] == ["", ""]
+
+
+def test_sections_that_fail_or_come_too_late_say_so() -> None:
+    def fails(bench: gpu.Bench) -> Iterator[Row]:
+        yield Row("a", 1.0, "s")
+        raise RuntimeError("no such kernel\nsecond line")
+
+    chosen = [
+        gpu.Part("first", 5, fails),
+        gpu.Part("second", 20, fails),
+        gpu.Part("third", 5, lambda _: iter([])),
+    ]
+    first, second, third = gpu.run(gpu.Bench("cpu", TINY), limit=10, chosen=chosen, started=time.monotonic())
+    assert (first.note, len(first.rows)) == ("failed: RuntimeError: no such kernel", 1)
+    assert second.note.startswith("left out: ") and second.note.endswith("s of 10 were over")
+    assert second.rows == [] and third.note == ""
+    card = report.gpu_tables({"card": report.Card({"PyTorch": "2"}, [first, second, third])})
+    assert "- second: left out" in card and "| a |  | 1 s |  |" in card
+
+
+def test_the_large_networks_are_stable_diffusions() -> None:
+    with torch.device("meta"):
+        built = networks.unet(), networks.xl_unet(), networks.decoder()
+    sizes = [sum(weight.numel() for weight in network.parameters()) for network in built]
+    assert sizes == [859_520_964, 2_567_463_684, 83_653_863]
