@@ -25,6 +25,7 @@ ROOMS = (
     ("report",),
     ("textual", "module", "export"),
     ("callbacks", "emoji"),
+    ("attacks", "erasers"),
     ("jobs",),
     ("cli", "api", "compare", "expand"),
     ("commands",),

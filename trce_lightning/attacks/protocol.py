@@ -1,0 +1,130 @@
+"""The protocol of an attack: what the attacker has, what it finds, and how that is turned into images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from trce_lightning.adapters import Adapter
+from trce_lightning.concepts import Concept
+from trce_lightning.generation.variation import Variation
+from trce_lightning.metrics.detectors import Detector
+from trce_lightning.prompts.records import PromptRecord
+
+Progress = Callable[[int], None]
+"""A function that is told how many network evaluations have been made since it was last called."""
+
+
+class Door(StrEnum):
+    """The access that an attacker needs."""
+
+    WORDS = "words"
+    """Prompts alone: whoever uses the model."""
+    EMBEDDINGS = "embeddings"
+    """Text states or token embeddings: whoever runs it."""
+    LATENTS = "latents"
+    """The latents that sampling starts from."""
+    WEIGHTS = "weights"
+    """The weights: whoever may train it."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Exact network evaluations, of one latent × one prompt each, of a search."""
+
+    forward: int = 0
+    backward: int = 0
+    """Evaluations with a backward pass; they are not among ``forward``."""
+    text: int = 0
+    """Prompts through the text encoder, forward or backward."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """All that an attacker has."""
+
+    adapter: Adapter
+    """The model under attack."""
+    original: Adapter
+    """The model before erasure: the attacker generates pictures of the concept with it."""
+    records: tuple[PromptRecord, ...]
+    """The prompts that are attacked. All of them are attacked at once where memory allows."""
+    concepts: Sequence[Concept]
+    pictures: Tensor
+    """Pictures of the concept by the original, uint8 ``[len(records), 3, H, W]``: one for each record."""
+    selector: Detector
+    """A detector that chooses among candidates. It is never the one that judges."""
+    guidance_scale: float
+    num_steps: int
+    """Sampling steps of the images that are judged."""
+    batch_size: int
+    autocast_dtype: torch.dtype | None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of a search for one prompt, or for all prompts under the id "all"."""
+
+    prompt_id: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """Embeddings, latents or changed weights, stored as safetensors."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Text, token ids, losses by step: whatever JSON holds."""
+    spent: Cost = Cost()
+    """Network evaluations of the search for this prompt."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to generate the attacked images.
+
+    Each record gives one image, under its own seed. ``sample_of`` names the attacked prompt, so that a prompt
+    counts as broken if one of its images shows the concept.
+    """
+
+    name: str
+    """The share of the budget or the setting, such as "100 steps"; "" is the attack's result."""
+    records: tuple[PromptRecord, ...]
+    adapter: Adapter
+    variation: Variation = field(default_factory=Variation)
+    spent: int = 0
+    """Network evaluations that the search had made by then."""
+    entered: Callable[[], AbstractContextManager[None]] | None = None
+    """A context to generate in, such as one with other weights; None is no context."""
+
+
+class Attack(Protocol):
+    """An attack, made with its own options."""
+
+    name: str
+    door: Door
+
+    def cost(self, target: Target) -> Cost:
+        """Return the exact cost of :meth:`search` over all records, before it starts."""
+
+    def search(
+        self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator, progress: Progress
+    ) -> list[Finding]:
+        """Search for what makes the model show the concept, for these of the target's records together.
+
+        The result depends on the target, the records and the generator alone. A universal attack returns one
+        finding, with the id "all", whatever the records.
+        """
+
+    def random(
+        self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator
+    ) -> list[Finding]:
+        """Return findings of the same form without a search: the control of as many tries."""
+
+    def ways(self, target: Target, findings: Mapping[str, Finding]) -> Iterator[Way]:
+        """Yield the ways to generate the attacked images, by findings of all prompts, by prompt id.
+
+        Images use fresh seeds: none that the search has seen.
+        """
