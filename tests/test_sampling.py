@@ -15,6 +15,7 @@ from trce_lightning.sampling import (
     denoise_step,
     mix,
     noise,
+    prediction_of,
 )
 
 SHAPE = (2, 4, 8, 8)
@@ -127,6 +128,8 @@ def test_true_prediction_recovers_the_clean_latent(prediction_type: str) -> None
     signal = 1 - sigma if prediction_type == "flow" else (1 - sigma**2).sqrt()
     z_t = mix(z_0, eps, signal, sigma)
     predictions = {"epsilon": eps, "v_prediction": mix(eps, z_0, signal, -sigma), "flow": eps - z_0}
+    found = prediction_of(z_0, eps, signal, sigma, prediction_type)
+    torch.testing.assert_close(found, predictions[prediction_type])
     found = clean_and_eps(predictions[prediction_type], z_t, signal, sigma, prediction_type)
     for tensor, expected in zip(found, (z_0, eps), strict=True):
         torch.testing.assert_close(tensor, expected, atol=1e-5, rtol=1e-5)
@@ -176,6 +179,8 @@ def test_seeds_are_stable_and_distinct() -> None:
 
 def test_wrong_arguments_refused() -> None:
     schedule = schedule_of(ddim_scheduler("epsilon", 0, True, 50))
+    with pytest.raises(ValueError, match=r"prediction_type must be one of .* got 'sample'"):
+        prediction_of(randn(0), randn(1), 0.5, 0.5, "sample")
     with pytest.raises(ValueError, match=r"prediction_type must be one of .* got 'sample'"):
         denoise_step(randn(0), randn(1), schedule._replace(prediction_type="sample"), 0)
     for step_index in (-1, 50):

@@ -101,6 +101,22 @@ def clean_and_eps(
     raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, got {prediction_type!r}")
 
 
+def prediction_of(
+    z_0: Tensor, eps: Tensor, signal: float | Tensor, sigma: float | Tensor, prediction_type: str
+) -> Tensor:
+    """Return the prediction that is right for z_0 and ε, the inverse of `clean_and_eps`: [B, C, H, W] float32.
+
+    ε, v = a ε − σ z_0, or the flow ε − z_0. ValueError on an unknown type.
+    """
+    if prediction_type == "epsilon":
+        return eps.float()
+    if prediction_type == "v_prediction":
+        return mix(eps, z_0, signal, -per_image(sigma, z_0))
+    if prediction_type == "flow":
+        return eps.float() - z_0.float()
+    raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, got {prediction_type!r}")
+
+
 def classifier_free_guidance(uncond: Tensor, cond: Tensor, guidance_scale: float | Tensor) -> Tensor:
     """Return ε_∅ + w (ε_c − ε_∅), float32: `guided_prediction` under sampling's name for β."""
     return guided_prediction(uncond, cond, guidance_scale)
