@@ -104,7 +104,7 @@ def clean_and_eps(
 def prediction_of(
     z_0: Tensor, eps: Tensor, signal: float | Tensor, sigma: float | Tensor, prediction_type: str
 ) -> Tensor:
-    """Return the prediction that is right for z_0 and ε, the inverse of `clean_and_eps`: [B, C, H, W] float32.
+    """Return the prediction that is right for z_0 and ε, the inverse of `clean_and_eps`: [B, C, H, W].
 
     ε, v = a ε − σ z_0, or the flow ε − z_0. ValueError on an unknown type.
     """

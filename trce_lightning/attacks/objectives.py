@@ -43,7 +43,7 @@ def noised(
 
 
 def denoising_loss(adapter: Adapter, rows: Noised, text: Text) -> Tensor:
-    """Return ‖ε_θ(z_t, t, text) − goal‖², the mean over C, H, W, of each row: ``[B]``, differentiable.
+    """Return ‖ε_θ(z_t, t, text) − goal‖² of each row, the mean over C, H, W: ``[B]``, differentiable.
 
     The loss of textual inversion and of the diffusion classifier (UnlearnDiffAtk, arXiv 2310.11868): it is low
     where the text explains the picture to the network.
