@@ -37,7 +37,7 @@ from trce_lightning.generation.loop import generate
 from trce_lightning.jobs.trainers import make_trainer
 from trce_lightning.prompts.keep import keep_prompts
 from trce_lightning.prompts.records import PromptRecord
-from trce_lightning.textual import apply_edit_, kept_statistics, textual_statistics
+from trce_lightning.textual import CONTEXT, apply_edit_, kept_statistics, textual_statistics
 
 log = logging.getLogger(__name__)
 SECONDS = 240.0
@@ -132,7 +132,7 @@ class Bench:
         z_t = torch.randn(count, *adapter.latent_shape, device=self.device)
         timestep = torch.full((count,), 500, device=self.device)
         states = torch.randn(
-            count, networks.TOKENS, adapter.unet.config.cross_attention_dim, device=self.device
+            count, networks.TOKENS, adapter.denoiser.config.cross_attention_dim, device=self.device
         )
         return (z_t, timestep, states), {}
 
@@ -176,11 +176,12 @@ def textual(bench: Bench) -> Iterator[Row]:
     yield Row(f"stage 1: encoding {len(pairs)} pairs and their sums, float32", encoding, "s")
     solving = bench.seconds(lambda: means.solve(config))
     yield Row("… solving for T, float64 on the CPU", solving, "s")
-    edit, unet = means.solve(config), adapter.unet
-    before = {name: tensor.clone() for name, tensor in unet.state_dict().items() if ".attn2." in name}
+    edit, entries = means.solve(config), adapter.streams()[CONTEXT].entries.values()
+    before = [entry.module.weight.clone() for entry in entries]
     applying = bench.seconds(lambda: apply_edit_(adapter, edit))
-    unet.load_state_dict(before, strict=False)
-    yield Row(f"… W T of {len(adapter.text_projections())} matrices, float32 on the CPU", applying, "s")
+    for entry, weight in zip(entries, before, strict=True):
+        entry.module.weight.data.copy_(weight)
+    yield Row(f"… W T of {len(before)} matrices, float32 on the CPU", applying, "s")
     yield Row("… in all", encoding + solving + applying, "s")
 
 
@@ -297,7 +298,7 @@ def image_options(bench: Bench) -> Iterator[Row]:
     adapter.to_channels_last()
     last = image_rate(bench, batch, torch.bfloat16)
     yield Row(f"images, {batch} at once, bf16 autocast: channels_last", last, "/s", plain, rate=True)
-    for network in (adapter.unet, adapter.vae):
+    for network in (adapter.denoiser, adapter.vae):
         network.to(memory_format=torch.contiguous_format)
     adapter.pipeline.to(dtype=torch.bfloat16)
     bench.forget_peak()
@@ -307,7 +308,7 @@ def image_options(bench: Bench) -> Iterator[Row]:
     adapter.to_channels_last()
     both = image_rate(bench, batch, None)
     yield Row("… with channels_last as well", both, "/s", plain, rate=True)
-    for network in (adapter.unet, adapter.vae):
+    for network in (adapter.denoiser, adapter.vae):
         network.to(memory_format=torch.contiguous_format)
     adapter.pipeline.to(dtype=torch.float32)
 
@@ -351,7 +352,7 @@ class Denoiser:
 def denoiser(bench: Bench) -> Iterator[Row]:
     """Stable Diffusion 1.4's denoiser alone, in both memory layouts."""
     count = bench.sizes.denoiser_batch
-    network = Denoiser(bench, bench.adapter.unet, bench.denoiser_inputs(count))
+    network = Denoiser(bench, bench.adapter.denoiser, bench.denoiser_inputs(count))
     forward, both = bench.seconds(network.forward), bench.seconds(network.forward_backward)
     what = f"SD 1.4's denoiser at {bench.pixels}, {count} in a batch, bf16 autocast"
     yield Row(f"{what}: forward", forward, "s")
@@ -374,7 +375,7 @@ def channels_last(unet: UNet2DConditionModel) -> Iterator[None]:
 def compiled(bench: Bench, *, blocks: bool, backward: bool) -> Iterator[Row]:
     """torch.compile of the denoiser: of its transformer blocks alone, or of all of it."""
     count = bench.sizes.denoiser_batch
-    inputs, unet = bench.denoiser_inputs(count), bench.adapter.unet
+    inputs, unet = bench.denoiser_inputs(count), bench.adapter.denoiser
     network = Denoiser(bench, unet, inputs)
     run = network.forward_backward if backward else network.forward
     plain, expected = bench.seconds(run), run().float()

@@ -200,7 +200,7 @@ def test_what_is_measured_on_gpus_runs_on_a_cpu_in_tiny(tmp_path: Path) -> None:
     rows = [row for section in sections for row in section.rows]
     assert len(rows) > 20 and all(0 < row.ours < float("inf") for row in rows)
     # Sections leave the network as it was, but for the last, which rounds it.
-    assert {weight.dtype for weight in bench.adapter.unet.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in bench.adapter.denoiser.parameters()} == {torch.float32}
     report.save_cards({"CPU": report.Card(gpu.versions(bench.device), sections)}, tmp_path / "gpu.json")
     assert report.load_cards(tmp_path / "gpu.json")["CPU"].sections == sections
     assert "### CPU" in report.gpu_tables(report.load_cards(tmp_path / "gpu.json"))
