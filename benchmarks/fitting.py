@@ -64,7 +64,7 @@ class Fit:
         sample_missing(make_trainer(place, folder), adapter, self.plan, folder, config.shard_size)
 
     def run(self, *callbacks: pl.Callback, config: TrajectoryConfig | None = None) -> None:
-        """All epochs; ``config`` is another that takes its points from the same trajectories."""
+        """Fit all epochs; ``config`` is another one that takes its points from the same trajectories."""
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         chosen = config or self.config
         trainer = make_trainer(self.place, self.folder, epochs=chosen.epochs, callbacks=callbacks)

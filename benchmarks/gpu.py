@@ -1,4 +1,4 @@
-"""Stable Diffusion's shapes on a GPU: stage 1, trajectories, training, images, and what options gain.
+"""Measures on a GPU what a run on Stable Diffusion takes, and what options gain.
 
 Networks have random weights and are made on the device. Weights are float32 and passes autocast to bfloat16,
 as in a run, unless a row says otherwise. A row's *plain* is the same without the option that it names.
@@ -41,19 +41,19 @@ from trce_lightning.textual import CONTEXT, apply_edit_, kept_statistics, textua
 
 log = logging.getLogger(__name__)
 SECONDS = 240.0
-"""Sections that would end later than this are left out."""
+"""The limit of the whole benchmark: sections that would end later are left out."""
 COMPILED_TOLERANCE = 0.2
-"""Relative difference of a compiled network's results in bfloat16, which rounds in other places."""
+"""The largest relative difference of a compiled network in bfloat16, which rounds in other places."""
 Inputs = tuple[tuple[Tensor, ...], dict[str, object]]
 
 
 def full_pipeline(device: str) -> StableDiffusionPipeline:
-    """Stable Diffusion 1.4's networks, the decoder too."""
+    """Make Stable Diffusion 1.4's networks, the decoder too."""
     return networks.pipeline(autoencoder=networks.decoder, device=device)
 
 
 def full_xl(device: str) -> UNet2DConditionModel:
-    """Stable Diffusion XL's denoiser."""
+    """Make Stable Diffusion XL's denoiser."""
     torch.manual_seed(0)
     with torch.device(device):
         return networks.xl_unet()
@@ -61,7 +61,7 @@ def full_xl(device: str) -> UNet2DConditionModel:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured. The defaults are Stable Diffusion's; tests take small ones."""
+    """The sizes of what is measured. The defaults are Stable Diffusion's; tests take small ones."""
 
     pipeline: Callable[[str], StableDiffusionPipeline] = full_pipeline
     xl: Callable[[str], UNet2DConditionModel] = full_xl
@@ -94,21 +94,21 @@ class Bench:
 
     @cached_property
     def adapter(self) -> StableDiffusionAdapter:
-        """Stable Diffusion 1.4 on the device; sections leave its weights as they are, but for the last."""
+        """Stable Diffusion 1.4 on the device. Training and rounding change its random weights a little."""
         adapter = StableDiffusionAdapter(self.sizes.pipeline(str(self.device)))
         return adapter.to(self.device)
 
     @property
     def pixels(self) -> str:
-        """How large its images are."""
+        """Return how large its images are."""
         return f"{self.adapter.side} px"
 
     def seconds(self, function: Callable[[], object]) -> float:
-        """Median of a few calls on the device."""
+        """Return the median of a few calls on the device."""
         return device_seconds(function, self.device, self.sizes.repeats)
 
     def autocast(self, dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
-        """As a run in bf16-mixed."""
+        """Return the context in which a run in bf16-mixed evaluates its networks."""
         return torch.autocast(self.device.type, dtype)
 
     def forget_peak(self) -> None:
@@ -121,13 +121,13 @@ class Bench:
             processes.forget_peak()
 
     def peak_gb(self) -> float:
-        """The most that was allocated since :meth:`forget_peak`; on a CPU, of the whole process."""
+        """Return the most that was allocated since :meth:`forget_peak`; on a CPU, by the whole process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e9
         return processes.peak_gb()
 
     def denoiser_inputs(self, count: int) -> Inputs:
-        """Random latents, timesteps and text states for Stable Diffusion 1.4's denoiser."""
+        """Return random latents, timesteps and text states for Stable Diffusion 1.4's denoiser."""
         adapter = self.adapter
         z_t = torch.randn(count, *adapter.latent_shape, device=self.device)
         timestep = torch.full((count,), 500, device=self.device)
@@ -137,7 +137,7 @@ class Bench:
         return (z_t, timestep, states), {}
 
     def xl_inputs(self, unet: UNet2DConditionModel, count: int) -> Inputs:
-        """Likewise for Stable Diffusion XL's, with the pooled text and the sizes."""
+        """Return those for Stable Diffusion XL's denoiser, with the pooled text and the sizes."""
         z_t = torch.randn(count, 4, self.sizes.xl_side, self.sizes.xl_side, device=self.device)
         timestep = torch.full((count,), 500, device=self.device)
         states = torch.randn(count, networks.TOKENS, networks.XL_WIDTH, device=self.device)
@@ -164,7 +164,7 @@ def ceilings(bench: Bench) -> Iterator[Row]:
 
 
 def textual(bench: Bench) -> Iterator[Row]:
-    """Stage 1: what text encoding, the solve and applying T take."""
+    """Measure stage 1: text encoding, the solve and applying T."""
     adapter, concept, config = bench.adapter, bench.sizes.concept, TextualConfig()
     pairs = prompt_pairs([concept])[concept.name]
     prompts = keep_prompts([concept], limit=bench.sizes.kept)
@@ -186,12 +186,12 @@ def textual(bench: Bench) -> Iterator[Row]:
 
 
 def seconds_of_one(bench: Bench, function: Callable[[], object]) -> float:
-    """Of a longer call, which is timed once after one that warms up."""
+    """Return the seconds of a longer call, which is timed once after two that warm up."""
     return device_seconds(function, bench.device, 1)
 
 
 def trajectories(bench: Bench) -> Iterator[Row]:
-    """Sampling by the job's own function: from file to file, so that what comes once is left out."""
+    """Measure sampling by the job's own function, from file to file: what comes once is left out."""
     count, steps = bench.sizes.shard, bench.sizes.trajectory_steps
     config = TrajectoryConfig(
         num_trajectories=count * (1 + bench.sizes.repeats),
@@ -218,7 +218,7 @@ def trajectories(bench: Bench) -> Iterator[Row]:
 
 
 def fit_config(bench: Bench, rows: int, steps: int, *, checkpointing: bool = False) -> TrajectoryConfig:
-    """One epoch whose batches have one malicious latent and ``rows`` - 1 unconditional ones."""
+    """Return the options of an epoch of one malicious latent and ``rows`` - 1 unconditional ones a batch."""
     return TrajectoryConfig(
         num_trajectories=steps,
         num_unconditional=steps,
@@ -234,7 +234,7 @@ def fit_config(bench: Bench, rows: int, steps: int, *, checkpointing: bool = Fal
 
 
 def training(bench: Bench) -> Iterator[Row]:
-    """Whole steps of Lightning's loop against forward and backward alone, in turns; then peaks of memory."""
+    """Measure steps of Lightning's loop and, in turns, forward and backward alone; then peaks of memory."""
     with tempfile.TemporaryDirectory() as folder:
         largest = fit_config(bench, max(bench.sizes.training_batches), bench.sizes.training_steps)
         fit = Fit(bench.adapter, largest, Path(folder), bench.place)
@@ -254,7 +254,7 @@ def training(bench: Bench) -> Iterator[Row]:
 
 
 def training_memory(bench: Bench, fit: Fit, rows: int, *, checkpointing: bool) -> float:
-    """The allocator's peak of a fit, the text encoder and the decoder beside it."""
+    """Return the allocator's peak of a fit, with the text encoder and the decoder beside it."""
     bench.adapter.to(bench.device)
     bench.forget_peak()
     fit.run(config=fit_config(bench, rows, bench.sizes.training_steps, checkpointing=checkpointing))
@@ -262,7 +262,7 @@ def training_memory(bench: Bench, fit: Fit, rows: int, *, checkpointing: bool) -
 
 
 def images(bench: Bench) -> Iterator[Row]:
-    """Our loop, decoder included."""
+    """Measure our loop, decoder included."""
     for batch in bench.sizes.image_batches:
         bench.forget_peak()
         rate = image_rate(bench, batch, torch.bfloat16)
@@ -277,7 +277,7 @@ def images(bench: Bench) -> Iterator[Row]:
 
 
 def image_rate(bench: Bench, batch: int, autocast_dtype: torch.dtype | None) -> float:
-    """Images a second."""
+    """Return how many images are drawn in a second."""
     records = [PromptRecord(id=f"p{number}", prompt=f"a photo of cat {number}") for number in range(batch)]
     draw = partial(
         generate,
@@ -292,7 +292,7 @@ def image_rate(bench: Bench, batch: int, autocast_dtype: torch.dtype | None) -> 
 
 
 def image_options(bench: Bench) -> Iterator[Row]:
-    """What the memory layout and bfloat16 weights gain. Afterwards the weights are float32 again, rounded."""
+    """Measure what the memory layout and bfloat16 weights gain; the weights are float32 again afterwards."""
     batch, adapter = bench.sizes.image_batches[-1], bench.adapter
     plain = image_rate(bench, batch, torch.bfloat16)
     adapter.to_channels_last()
@@ -314,7 +314,7 @@ def image_options(bench: Bench) -> Iterator[Row]:
 
 
 class Denoiser:
-    """A network on one batch: forward, and forward with backward where Q alone is free."""
+    """A network with one batch: it runs forward, or forward and backward with Q alone free."""
 
     def __init__(self, bench: Bench, unet: UNet2DConditionModel, inputs: Inputs) -> None:
         self.bench, self.unet = bench, unet
@@ -329,12 +329,12 @@ class Denoiser:
         return output
 
     def forward(self) -> Tensor:
-        """Without gradients."""
+        """Return the output, without gradients."""
         with torch.no_grad():
             return self._output()
 
     def forward_backward(self) -> Tensor:
-        """Gradients of the mean square, flat."""
+        """Return the gradients of the mean square, flat."""
         for parameter in self.free:
             parameter.requires_grad_(True)
         gradients = torch.autograd.grad(self._output().float().square().mean(), self.free)
@@ -343,14 +343,14 @@ class Denoiser:
         return torch.cat([gradient.flatten() for gradient in gradients])
 
     def teraflop(self) -> float:
-        """Operations of one forward pass."""
+        """Return the operations of one forward pass."""
         with FlopCounterMode(display=False) as counter:
             self.forward()
         return counter.get_total_flops() / 1e12
 
 
 def denoiser(bench: Bench) -> Iterator[Row]:
-    """Stable Diffusion 1.4's denoiser alone, in both memory layouts."""
+    """Measure Stable Diffusion 1.4's denoiser alone, in both memory layouts."""
     count = bench.sizes.denoiser_batch
     network = Denoiser(bench, bench.adapter.denoiser, bench.denoiser_inputs(count))
     forward, both = bench.seconds(network.forward), bench.seconds(network.forward_backward)
@@ -373,7 +373,7 @@ def channels_last(unet: UNet2DConditionModel) -> Iterator[None]:
 
 
 def compiled(bench: Bench, *, blocks: bool, backward: bool) -> Iterator[Row]:
-    """torch.compile of the denoiser: of its transformer blocks alone, or of all of it."""
+    """Measure torch.compile of the denoiser, of its transformer blocks alone or of all of it."""
     count = bench.sizes.denoiser_batch
     inputs, unet = bench.denoiser_inputs(count), bench.adapter.denoiser
     network = Denoiser(bench, unet, inputs)
@@ -402,7 +402,7 @@ def compiled(bench: Bench, *, blocks: bool, backward: bool) -> Iterator[Row]:
 
 
 def xl(bench: Bench) -> Iterator[Row]:
-    """Stable Diffusion XL's bare denoiser, which has no adapter yet."""
+    """Measure Stable Diffusion XL's bare denoiser, which has no adapter yet."""
     unet = bench.sizes.xl(str(bench.device))
     pixels = 8 * bench.sizes.xl_side
     for count in bench.sizes.xl_batches:
@@ -437,7 +437,7 @@ class Part:
 
 
 def parts() -> list[Part]:
-    """All sections in order: what matters most first, and what compiles all of a network last."""
+    """Return all sections: what matters most comes first, what compiles all of a network last."""
     return [
         Part("ceilings", 3, ceilings),
         Part("textual", 15, textual),
@@ -482,12 +482,12 @@ def run(
 
 
 def card(device: torch.device) -> str:
-    """The device's name."""
+    """Return the device's name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What the figures depend on beside the card."""
+    """Return what the figures depend on beside the card."""
     found = {"PyTorch": torch.__version__, "Lightning": lightning.__version__}
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory

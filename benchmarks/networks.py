@@ -21,7 +21,7 @@ LARGEST_BATCH = 2
 """One malicious and one unconditional latent at 512 px: what training holds in 14 GB."""
 XL_LATENT_SIDE = 128
 XL_WIDTH, XL_POOLED_WIDTH, XL_TIME_WIDTH = 2048, 1280, 256
-"""Of a text state, of the pooled text, and of each of six numbers on sizes."""
+"""Widths of a text state, of the pooled text, and of each of six numbers on sizes."""
 TOKENS = 77
 VOCABULARY = 49408
 

@@ -79,7 +79,7 @@ def table(rows: list[Row]) -> str:
 
 @dataclass(frozen=True)
 class Section:
-    """Rows that are measured together; ``note`` says why some are missing."""
+    """A part of the benchmark: its rows, and a ``note`` that says why some are missing."""
 
     name: str
     rows: list[Row] = field(default_factory=list)
@@ -88,14 +88,14 @@ class Section:
 
 @dataclass(frozen=True)
 class Card:
-    """What was measured on a GPU, and with which versions."""
+    """A GPU: what was measured on it, and with which versions."""
 
     versions: dict[str, str]
     sections: list[Section] = field(default_factory=list)
 
 
 def load_cards(file: Path = GPU_RESULTS) -> dict[str, Card]:
-    """Read by the card's name what :func:`save_cards` has written."""
+    """Return what :func:`save_cards` has written, by the card's name."""
     if not file.exists():
         return {}
     found = json.loads(file.read_text(encoding="utf-8"))
@@ -118,7 +118,7 @@ def save_cards(cards: Mapping[str, Card], file: Path = GPU_RESULTS) -> None:
 
 
 def gpu_tables(cards: Mapping[str, Card]) -> str:
-    """Markdown with a heading for each card."""
+    """Return Markdown with a heading for each card."""
     parts = []
     for name, card in cards.items():
         rows = [row.cells()[:4] for section in card.sections for row in section.rows]
@@ -139,7 +139,7 @@ def load(file: Path = RESULTS) -> dict[str, list[Row]]:
 
 
 def load_machine(file: Path = RESULTS) -> dict[str, Any]:
-    """Read what the rows were measured on, as :func:`save` left it."""
+    """Return what the rows were measured on, as :func:`save` left it."""
     machine: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["machine"]
     return machine
 

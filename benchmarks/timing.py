@@ -33,7 +33,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def device_seconds(function: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median wall-clock seconds of ``repeats`` calls until the device is done, after two that warm up."""
+    """Return the median seconds of ``repeats`` calls until the device is done, after two that warm up."""
 
     def call() -> None:
         function()

@@ -1,4 +1,4 @@
-"""A CUDA device: whole runs in mixed precision, and the CPU's results within tolerances.
+"""A CUDA device does whole runs in mixed precision, and gives the CPU's results within tolerances.
 
 ``TRCE_TEST_DEVICE=cpu`` runs all of this on the CPU, where nothing can differ: it shows that the tests work.
 What was measured is logged: ``pytest -m gpu -o log_cli=true --log-cli-level=INFO``.
@@ -71,7 +71,7 @@ MIXED = pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """Relative to the norm of ``expected``, computed on the CPU in float64."""
+    """Return ‖found − expected‖ / ‖expected‖, computed on the CPU in float64."""
     a, b = found.detach().cpu().double(), expected.detach().cpu().double()
     return float((a - b).norm() / b.norm())
 
@@ -89,7 +89,7 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
 
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory: pytest.TempPathFactory) -> Sampled:
-    """Trajectories of the tiny pipeline, sampled on the CPU, and the edit for it."""
+    """Sample trajectories of the tiny pipeline on the CPU, and solve its edit."""
     adapter, folder = StableDiffusionAdapter(build_tiny_pipeline()), tmp_path_factory.mktemp("trajectories")
     sample_plan(adapter, CONFIG, folder)
     return Sampled(folder, stage1_statistics(adapter, TEXTUAL).solve(TEXTUAL))
@@ -113,7 +113,7 @@ class Finished:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Finished]:
-    """What ``train.py`` does, at smoke size, on the device; each run has a cache of its own."""
+    """Return what does a run of ``train.py`` at smoke size on the device, with a cache of its own."""
 
     def start(*options: str, device: str = DEVICE) -> Finished:
         accelerator = "gpu" if device == "cuda" else "cpu"
@@ -148,12 +148,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Finished]:
 
 
 STEPS = ("trajectory.draws_per_epoch=8", "trajectory.epochs=2", "trajectory.batch_size=4")
-"""Sixteen of the optimizer, so that some are left where a scaler leaves out its first."""
+"""The optimizer takes sixteen steps, so that some are left where a scaler leaves out its first."""
 
 
 @pytest.fixture(scope="module")
 def whole(job: Callable[..., Finished]) -> Callable[[str], Finished]:
-    """One run in each precision, once; the one in float16 offloads what an epoch doesn't need."""
+    """Return what does one run in each precision, once; that in float16 offloads other networks."""
     done: dict[str, Finished] = {}
 
     def of(precision: str) -> Finished:
@@ -166,7 +166,7 @@ def whole(job: Callable[..., Finished]) -> Callable[[str], Finished]:
 
 
 def logged_losses(folder: Path) -> list[float]:
-    """The loss of every step, from the run's log."""
+    """Return the loss of every step, from the run's log."""
     lines = (folder / "logs" / "version_0" / "metrics.csv").read_text().splitlines()
     column = lines[0].split(",").index("loss/total_step")
     return [float(cell) for line in lines[1:] if (cell := line.split(",")[column])]
@@ -232,7 +232,7 @@ def test_the_scaler_scales_and_is_kept(whole: Callable[[str], Finished]) -> None
 
 
 class Where(pl.Callback):
-    """The devices of text encoder and decoder in each step, and after each epoch."""
+    """Keeps the devices of text encoder and decoder in each step, and after each epoch."""
 
     def __init__(self, adapter: StableDiffusionAdapter) -> None:
         self.adapter = adapter
@@ -260,7 +260,7 @@ def test_offloaded_networks_are_on_the_cpu_in_steps(sampled: Sampled, tmp_path: 
 
 
 def test_a_process_group_of_one(tmp_path: Path) -> None:
-    """Under DDP a single device takes NCCL, which says so itself."""
+    """DDP on a single device takes NCCL, which says so itself."""
     options = [
         "concept=violence",
         "experiment=smoke",
@@ -326,7 +326,7 @@ def test_detectors_work_on_the_device(
 
 @pytest.fixture
 def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Kernels that add in a fixed order, where there are any."""
+    """Ask for kernels that add in a fixed order, where there are any."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -337,7 +337,7 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_an_interrupted_fit_continues_to_the_same_weights(
     sampled: Sampled, tmp_path: Path, precision: str, deterministic: None
 ) -> None:
-    """To the last digits, which kernels that add in any order may change; the scaler continues as well."""
+    """Compare up to the last digits, which kernels that add in any order may change."""
     options = {**PLACE, "precision": precision}
     whole = Fit(sampled).run(tmp_path, **options)
     with pytest.raises(RuntimeError, match="interrupted"):
@@ -357,19 +357,19 @@ def test_an_interrupted_fit_continues_to_the_same_weights(
 
 @pytest.fixture(scope="module")
 def here() -> StableDiffusionAdapter:
-    """The embedded model on the CPU."""
+    """Open the embedded model on the CPU."""
     return load_adapter(weights_folder())
 
 
 @pytest.fixture(scope="module")
 def embedded() -> StableDiffusionAdapter:
-    """The embedded model, which a Trainer leaves on the CPU."""
+    """Open the embedded model, which a Trainer leaves on the CPU."""
     return load_adapter(weights_folder())
 
 
 @pytest.fixture
 def there(embedded: StableDiffusionAdapter) -> StableDiffusionAdapter:
-    """The embedded model on the device."""
+    """Move the embedded model to the device."""
     return embedded.to(DEVICE)
 
 
@@ -379,7 +379,7 @@ PROMPTS = ("a picture of a dagger", "an apple, flat", "blood on the floor", "")
 def predictions(
     adapter: StableDiffusionAdapter, precision: str = "32-true", tf32: bool = True
 ) -> list[Tensor]:
-    """Of the prompts at three timesteps."""
+    """Return the predictions for the prompts at three timesteps."""
     z_t = torch.stack([noise(adapter.latent_shape, seed) for seed in range(len(PROMPTS))]).to(adapter.device)
     text, dtype = adapter.encode(PROMPTS), AUTOCAST[precision]
     with (
@@ -434,14 +434,14 @@ def records() -> list[PromptRecord]:
 
 @pytest.fixture(scope="module")
 def drawing() -> dict[str, Any]:
-    """How the embedded model is configured to draw, in float32."""
+    """Return how the embedded model is configured to draw, in float32."""
     config = compose("violence", "trainer.precision=32-true")
     return Session(config, concepts_of(config)).sampling().options()
 
 
 @pytest.fixture(scope="module")
 def images(here: StableDiffusionAdapter, drawing: dict[str, Any]) -> Tensor:
-    """What the CPU draws."""
+    """Return what the CPU draws."""
     return generate(here, records(), **drawing)
 
 
@@ -473,7 +473,7 @@ def trajectories(adapter: StableDiffusionAdapter, folder: Path, **options: Any) 
 
 @pytest.fixture(scope="module")
 def rows(here: StableDiffusionAdapter, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """What the CPU samples."""
+    """Return what the CPU samples."""
     return trajectories(here, tmp_path_factory.mktemp("rows"))
 
 
@@ -481,7 +481,7 @@ def rows(here: StableDiffusionAdapter, tmp_path_factory: pytest.TempPathFactory)
 def test_trajectories(
     there: StableDiffusionAdapter, rows: dict[str, Tensor], tmp_path: Path, precision: str
 ) -> None:
-    """Latents and predictions of sampled trajectories, step by step."""
+    """Compare latents and predictions of sampled trajectories, step by step."""
     device = trajectories(there, tmp_path, **PLACE, precision=precision)
     assert torch.equal(device["timestep"], rows["timestep"])
     for kind in ("z_t", "uncond", "malicious", "safe"):
@@ -491,7 +491,7 @@ def test_trajectories(
 
 
 class Gradients(pl.Callback):
-    """Those of every step, as the optimizer gets them."""
+    """Keeps the gradients of every step, as the optimizer gets them."""
 
     def __init__(self) -> None:
         self.steps: list[Tensor] = []
@@ -503,7 +503,7 @@ class Gradients(pl.Callback):
 
 
 def one_epoch(sampled: Sampled, folder: Path, **options: Any) -> tuple[Fit, Tensor]:
-    """A fit of one epoch, and the first step's gradients."""
+    """Return a fit of one epoch, and the first step's gradients."""
     gradients = Gradients()
     fit = Fit(sampled, trajectory_config(epochs=1, preserve_weight=1.0)).run(folder, gradients, **options)
     return fit, gradients.steps[0]
@@ -511,7 +511,7 @@ def one_epoch(sampled: Sampled, folder: Path, **options: Any) -> tuple[Fit, Tens
 
 @EVERY_PRECISION
 def test_a_step_of_the_optimizer(sampled: Sampled, tmp_path: Path, precision: str) -> None:
-    """Loss and gradients of one batch, after what scales them."""
+    """Compare loss and gradients of one batch, after what scales them."""
     expected, gradients = one_epoch(sampled, tmp_path)
     found, theirs = one_epoch(sampled, tmp_path, **PLACE, precision=precision)
     first, second = expected.record.losses[0], found.record.losses[0]
@@ -525,7 +525,7 @@ def test_a_step_of_the_optimizer(sampled: Sampled, tmp_path: Path, precision: st
 
 
 def test_scores(here: StableDiffusionAdapter) -> None:
-    """Judge, CLIP and FID of equal images."""
+    """Compare judge, CLIP and FID of equal images."""
     config = compose("violence", "metrics.final_images_per_set=8", "trainer.precision=32-true")
     session = Session(config, concepts_of(config), here)
     sets = session.sets("report", 8)
@@ -557,7 +557,7 @@ def test_scores(here: StableDiffusionAdapter) -> None:
 
 
 def halved(dtype: torch.dtype) -> StableDiffusionAdapter:
-    """The tiny model in half precision, but for what stage 2 trains."""
+    """Return the tiny model in half precision, but for what stage 2 trains."""
     adapter = StableDiffusionAdapter(build_tiny_pipeline())
     adapter.denoiser.to(dtype)
     for weight in adapter.trainable("*.to_q").values():
@@ -595,7 +595,7 @@ def test_frozen_weights_in_half_precision(dtype: torch.dtype) -> None:
 
 
 class Dtypes(pl.Callback):
-    """The dtypes of trained weights, of their gradients, and of frozen weights, in all steps."""
+    """Collects the dtypes of trained weights, of their gradients, and of frozen weights, in all steps."""
 
     def __init__(self) -> None:
         self.trained: set[torch.dtype] = set()
@@ -629,7 +629,7 @@ def test_stage_2_beside_frozen_weights_in_half_precision(
 
 
 def trained_with(job: Callable[..., Finished], optimizer: str) -> tuple[TrainingRun, Tensor]:
-    """A run of stage 2 alone, and how far it has moved the weights."""
+    """Return a run of stage 2 alone, and how far it has moved the weights."""
     options = ("stages=[trajectory]", "trainer.precision=bf16-mixed", "metrics.enabled=false", *STEPS)
     run = job(*options, f"optimizer={optimizer}", "export=[delta]").run
     start = flat(load_adapter(weights_folder()).trainable("*.to_q"))
@@ -638,7 +638,7 @@ def trained_with(job: Callable[..., Finished], optimizer: str) -> tuple[Training
 
 @pytest.fixture(scope="module")
 def moved(job: Callable[..., Finished]) -> Tensor:
-    """How far torch's AdamW moves the weights."""
+    """Return how far torch's AdamW moves the weights."""
     return trained_with(job, "adamw")[1]
 
 

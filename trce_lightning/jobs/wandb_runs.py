@@ -16,7 +16,7 @@ from trce_lightning.errors import InputError
 
 log = logging.getLogger(__name__)
 ONLINE = ("online", "run", "shared")
-"""Modes of W&B that need a key and a server."""
+"""The modes of W&B that need a key and a server."""
 
 
 def wandb_logger(config: LoggerConfig, folder: Path, name: str) -> WandbLogger:
