@@ -45,7 +45,7 @@ def noised(
 def denoising_loss(adapter: Adapter, rows: Noised, text: Text) -> Tensor:
     """Return ‖ε_θ(z_t, t, text) − goal‖² of each row, the mean over C, H, W: ``[B]``, differentiable.
 
-    The loss of textual inversion and of the diffusion classifier (UnlearnDiffAtk, arXiv 2310.11868): it is low
-    where the text explains the picture to the network.
+    The loss of textual inversion and of the diffusion classifier (UnlearnDiffAtk, arXiv 2310.11868). It is
+    low where the text explains the picture to the network.
     """
     return squared_distance(adapter.predict(rows.z_t, rows.timestep, text), rows.goal)
