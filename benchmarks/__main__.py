@@ -11,13 +11,18 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from benchmarks import report
 from benchmarks.processes import alone, log_to_stderr
 from benchmarks.report import load, refresh, save, table
+
+if TYPE_CHECKING:
+    from benchmarks import gpu
 
 NAMES = (
     "textual",
@@ -47,7 +52,10 @@ def main() -> None:
     if options.names == [GPU]:
         if not torch.cuda.is_available():
             parser.error("gpu: expected a CUDA device, got none")
-        measure_gpu(options.output, started)
+        from benchmarks import gpu  # not at the top: the others' processes read this file too
+
+        log_to_stderr()
+        measure_gpu(gpu.Bench(), options.output, started)
         return
     if wrong := [name for name in options.names if name not in NAMES]:
         parser.error(f"expected gpu alone, or names among {', '.join(NAMES)}, got {', '.join(wrong)}")
@@ -67,20 +75,20 @@ def measure(names: tuple[str, ...]) -> None:
     sys.stdout.write(f"{table(rows)}\n")
 
 
-def measure_gpu(output: Path | None, started: float) -> None:
+def measure_gpu(
+    bench: gpu.Bench, output: Path | None, started: float, parts: Sequence[gpu.Part] | None = None
+) -> None:
     """Measure on this machine's GPU, and keep what is known after each section.
 
     Results of other cards stay. With ``output`` all goes there; else into `benchmarks/` and the page.
     """
     from benchmarks import gpu
 
-    log_to_stderr()
-    bench = gpu.Bench()
     cards = report.load_cards()
     card = report.Card(gpu.versions(bench.device))
     cards[gpu.card(bench.device)] = card
     file = report.GPU_RESULTS if output is None else output / report.GPU_RESULTS.name
-    for section in gpu.run(bench, started=started):
+    for section in gpu.run(bench, started=started, chosen=parts):
         card.sections.append(section)
         report.save_cards(cards, file)
         if output is not None:

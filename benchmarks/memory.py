@@ -27,7 +27,7 @@ class Peak:
 
     gb: float
     shard_bytes: int
-    """On disk, of all trajectories."""
+    """The size on disk of all trajectories."""
     planned_bytes: int
 
 
@@ -68,7 +68,7 @@ def authors(side: int) -> float:
 
 
 def run() -> list[Row]:
-    """At small latents, next to the authors'."""
+    """Measure at small latents, next to the authors' iteration."""
     plain_gb = alone(authors, SIDE)
     kept, recomputed = (alone(ours, SIDE, ROWS, flag, 4) for flag in (False, True))
     what = f"peak memory of training, SD 1.4 at {SIDE}×{SIDE} latents, {ROWS} in a batch"

@@ -42,18 +42,18 @@ class Step:
             parameter.requires_grad_(True)
 
     def __call__(self) -> Tensor:
-        """All gradients, flat."""
+        """Return all gradients, flat."""
         (output,) = self.network(*self.inputs, return_dict=False)
         gradients = torch.autograd.grad(output.square().mean(), self.free)
         return torch.cat([gradient.flatten() for gradient in gradients])
 
     def explicit(self) -> Tensor:
-        """With the attention matrix formed; the default takes a fused kernel."""
+        """Return the gradients with the attention matrix formed; the default takes a fused kernel."""
         with sdpa_kernel(SDPBackend.MATH):
             return self()
 
     def recomputed(self) -> Tensor:
-        """With gradient checkpointing."""
+        """Return the gradients with gradient checkpointing."""
         self.unet.enable_gradient_checkpointing()
         gradients = self()
         self.unet.disable_gradient_checkpointing()
@@ -61,7 +61,7 @@ class Step:
 
 
 def layout_and_attention(name: str) -> list[Row]:
-    """Channels last, explicit attention, gradient checkpointing."""
+    """Measure channels last, explicit attention and gradient checkpointing."""
     unet, inputs = network_and_inputs(name)
     plain, other = Step(unet, inputs), copy.deepcopy(unet).to(memory_format=torch.channels_last)
     last = Step(other, (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:]))
@@ -74,7 +74,7 @@ def layout_and_attention(name: str) -> list[Row]:
 
 
 def compilation(name: str) -> list[Row]:
-    """torch.compile, and how long it takes."""
+    """Measure torch.compile, and how long it takes."""
     unet, inputs = network_and_inputs(name)
     plain, compiled = Step(unet, inputs), Step(copy.deepcopy(unet), inputs)
     compiled.network = torch.compile(compiled.network, dynamic=False)
@@ -87,7 +87,7 @@ def compilation(name: str) -> list[Row]:
 
 
 def network_and_inputs(name: str) -> tuple[UNet2DConditionModel, tuple[Tensor, Tensor, Tensor]]:
-    """The embedded model with 48 latents, or Stable Diffusion's denoiser with two small ones."""
+    """Return the embedded model with 48 latents, or Stable Diffusion's denoiser with two small ones."""
     torch.manual_seed(0)
     if name == "embedded model":
         adapter = load_adapter(weights_folder())
@@ -100,7 +100,7 @@ def network_and_inputs(name: str) -> tuple[UNet2DConditionModel, tuple[Tensor, T
 
 
 def compare(functions: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:
-    """Median seconds, after a check that all give the gradients of "plain"."""
+    """Return median seconds, after a check that all give the gradients of "plain"."""
     expected = functions["plain"]()
     for name, function in functions.items():
         difference = ((function() - expected).norm() / expected.norm()).item()
@@ -110,7 +110,7 @@ def compare(functions: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:
 
 
 def optimizers() -> list[Row]:
-    """Torch's AdamW and the 8-bit one of bitsandbytes, on as many parameters as Q has."""
+    """Measure torch's AdamW and the 8-bit one of bitsandbytes, on as many parameters as Q has."""
     import bitsandbytes  # not at the top: its library is loaded where it is measured alone
 
     steps: dict[str, torch.optim.Optimizer] = {}
@@ -128,13 +128,13 @@ def optimizers() -> list[Row]:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Of all state tensors."""
+    """Return the size of all state tensors."""
     states = [value for state in optimizer.state.values() for value in state.values()]
     return sum(value.numel() * value.element_size() for value in states if isinstance(value, Tensor))
 
 
 def run() -> list[Row]:
-    """Each in a process of its own."""
+    """Measure each option in a process of its own."""
     rows = alone(layout_and_attention, "embedded model")
     rows += alone(layout_and_attention, "SD 1.4 at 16×16 latents")
     return [*rows, *alone(compilation, "embedded model"), *alone(optimizers)]

@@ -40,7 +40,7 @@ SLOTS = (0.0, 1.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class KeptSums:
-    """What the authors download: sums over kept states, Σ W e eᵀ ``[d_out, d]`` by layer and Σ e eᵀ."""
+    """The sums that the authors download, over kept states: Σ W e eᵀ ``[d_out, d]`` by layer and Σ e eᵀ."""
 
     values: list[Tensor]
     states: Tensor

@@ -22,7 +22,7 @@ STEPS = 50
 ITERATIONS = 300
 KEPT_PER_ITERATION = 4
 STORED_BYTES = 6_684_865
-"""Of one of their trajectory files: pickled noise, and 50 latents with their predictions."""
+"""The size of one of their trajectory files: pickled noise, and 50 latents with their predictions."""
 
 
 @dataclass

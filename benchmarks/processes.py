@@ -36,6 +36,6 @@ def peak_gb() -> float:
 
 
 def available_gb() -> float:
-    """What the machine can still give, in GB (Linux)."""
+    """Return what the machine can still give, in GB (Linux)."""
     memory = Path("/proc/meminfo").read_text(encoding="utf-8")
     return int(memory.partition("MemAvailable:")[2].split()[0]) * 1024 / 1e9

@@ -28,13 +28,13 @@ class Row:
     rate: bool = False
     least_gain: float | None = None
     most: float | None = None
-    """Of ``ours``, in ``unit``."""
+    """The most that ``ours`` may be, in ``unit``."""
     most_share: float | None = None
-    """Of ours / plain."""
+    """The most that ours / plain may be."""
 
     @property
     def gain(self) -> float | None:
-        """How many times better ours is; None without a baseline."""
+        """Return how many times better ours is; None without a baseline."""
         if self.plain is None:
             return None
         return self.ours / self.plain if self.rate else self.plain / self.ours
@@ -50,7 +50,7 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is met; None where there is none."""
+        """Return whether the goal is met; None where there is none."""
         if self.most is not None:
             return self.ours <= self.most
         if self.gain is None:
@@ -60,7 +60,7 @@ class Row:
         return None if self.most_share is None else 1 / self.gain <= self.most_share
 
     def cells(self) -> list[str]:
-        """As the table shows it."""
+        """Return the row as the table shows it."""
         plain = "" if self.plain is None else f"{_number(self.plain)} {self.unit}"
         gain = "" if self.gain is None else f"{_number(self.gain)}×"
         met = {None: "", True: "yes", False: "**no**"}[self.met]
@@ -72,7 +72,7 @@ def _number(value: float) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown."""
+    """Return the rows as Markdown."""
     head = [["", "plain", "ours", "gain", "goal", "met"], ["---", "---:", "---:", "---:", "---", "---"]]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [*head, *(row.cells() for row in rows)])
 
@@ -131,7 +131,7 @@ def gpu_tables(cards: Mapping[str, Card]) -> str:
 
 
 def load(file: Path = RESULTS) -> dict[str, list[Row]]:
-    """Rows by benchmark, as :func:`save` left them."""
+    """Return the rows by benchmark, as :func:`save` left them."""
     if not file.exists():
         return {}
     found = json.loads(file.read_text(encoding="utf-8"))["benchmarks"]
@@ -145,7 +145,7 @@ def load_machine(file: Path = RESULTS) -> dict[str, Any]:
 
 
 def save(results: dict[str, list[Row]], machine: dict[str, Any], file: Path = RESULTS) -> None:
-    """Rows by benchmark, and what they were measured on."""
+    """Write the rows by benchmark, and what they were measured on."""
     rows = {name: [dataclasses.asdict(row) for row in rows] for name, rows in results.items()}
     file.write_text(
         json.dumps({"machine": machine, "benchmarks": rows}, indent=1, ensure_ascii=False) + "\n",

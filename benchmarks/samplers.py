@@ -1,4 +1,4 @@
-"""What fewer steps cost the embedded model: `python -m benchmarks.samplers [OPTION …]`, as of `train.py`.
+"""Measures what fewer steps cost the embedded model: `python -m benchmarks.samplers [train.py's OPTION …]`.
 
 Scores of one model on the tuning prompts, drawn by several samplers from the same noise; the table goes into
 docs/performance.md. `model.path=RUN/erased` scores another model, and prints its table only.
@@ -27,7 +27,7 @@ TITLES = RESULTS[:5]
 
 
 def scores(scorer: Scorer, sampling: Sampling) -> Scores:
-    """Of images drawn so."""
+    """Return the scores of images drawn so."""
     found, _ = dataclasses.replace(scorer, sampling=sampling, detections={})(str(sampling))
     log.info("%s: %s", sampling, one_line(found))
     return found

@@ -19,7 +19,7 @@ from trce_lightning.tokens import Text
 
 SHARE = 1.15
 ROWS = 5
-"""Of a batch: one malicious latent and four unconditional ones, as in the paper."""
+"""The latents of a batch: one malicious latent and four unconditional ones, as in the paper."""
 SIZES = ((16, ROWS, 5), (networks.LATENT_SIDE, networks.LARGEST_BATCH, 3))
 """Latents' side, rows of a batch, and how many steps are timed; the first of them warms up."""
 
@@ -63,7 +63,7 @@ def authors() -> tuple[float, float]:
 
 
 def evaluation(unet: UNet2DConditionModel) -> plain.Network:
-    """As the plain implementation calls a network."""
+    """Return the network as the plain implementation calls it."""
     return lambda z_t, timestep, states: unet(z_t, timestep, encoder_hidden_states=states).sample
 
 

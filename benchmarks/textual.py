@@ -47,7 +47,7 @@ KEPT_PROMPTS = 64
 SINGLE_TOLERANCE = 1e-2
 """Relative difference to the plain implementation in float32, which inverts B explicitly."""
 DOUBLE_TOLERANCE = 1e-5
-"""In float64, rounded to float32 like ours."""
+"""The same in float64, rounded to float32 like ours."""
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Stage1:
         self.restore()
 
     def statistics(self) -> TextualStatistics:
-        """Of the pairs, and of the kept prompts, which are encoded the first time."""
+        """Return the statistics of pairs and of kept prompts; these are encoded the first time."""
         kept = cached_kept(self.trainer, self.adapter, self.kept_prompts, self.cache)
         return textual_statistics(self.adapter, [self.concept], kept, self.config)
 
@@ -93,7 +93,7 @@ class Stage1:
         return solve_edit(pairs, keep, eta=self.config.eta, ridge=self.config.ridge)
 
     def algebra(self) -> list[Tensor]:
-        """From states to edited weights."""
+        """Go from states to edited weights."""
         transform = self.solve().transform
         return list(apply_edits(self.original, transform))
 
@@ -109,7 +109,7 @@ class Stage1:
         ]
 
     def plain_algebra(self, copies: bool = True, weights: Sequence[float] = plain.SLOTS) -> list[Tensor]:
-        """From states to edited weights."""
+        """Go from states to edited weights."""
         states = list(zip(*self.states, strict=True))
         return plain.edit_projections(
             self.projections, states, self.sums, self.config.eta, self.config.ridge, copies, weights

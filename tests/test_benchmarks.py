@@ -11,6 +11,7 @@ from tiny_runs import WEAPONS
 from torch import Tensor
 
 from benchmarks import gpu, networks, plain, plan, report, textual
+from benchmarks.__main__ import measure_gpu
 from benchmarks.fitting import fit_in_turns, inputs, mean_square, small
 from benchmarks.plan import Counter
 from benchmarks.report import Row
@@ -212,6 +213,26 @@ def test_what_compiles_runs_on_a_cpu_in_tiny() -> None:
     chosen = [part for part in gpu.parts() if part.name in names]
     sections = list(gpu.run(gpu.Bench("cpu", TINY), chosen=chosen, limit=600))
     assert len(sections) == 2 and [section.note for section in sections] == ["", ""]
+
+
+def test_results_of_a_gpu_are_written_and_a_failure_ends_with_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(bench: gpu.Bench) -> Iterator[Row]:
+        yield Row("a", 1.0, "s")
+        raise RuntimeError("no such kernel")
+
+    bench, now = gpu.Bench("cpu", TINY), time.monotonic()
+    measure_gpu(bench, tmp_path, now, [gpu.Part("ceilings", 1, gpu.ceilings)])
+    assert "| copy, bytes read and written |" in (tmp_path / "gpu.md").read_text()
+    with pytest.raises(SystemExit) as end:
+        measure_gpu(bench, tmp_path, now, [gpu.Part("x", 1, fails), gpu.Part("ceilings", 1, gpu.ceilings)])
+    assert end.value.code == 1
+    assert [part.name for part in report.load_cards(tmp_path / "results_gpu.json")["CPU"].sections] == [
+        "x",
+        "ceilings",
+    ]
+    assert "- x: failed: RuntimeError: no such kernel" in capsys.readouterr().out
 
 
 def test_sections_that_fail_or_come_too_late_say_so() -> None:
