@@ -1,4 +1,4 @@
-"""Attack success rate, FID, CLIP score and the detectors behind them."""
+"""Measure attack success rate, FID and CLIP score, with the detectors that they need."""
 
 from trce_lightning.metrics.asr import AttackSuccessRate, paired_test
 from trce_lightning.metrics.detectors import ClipZeroShotDetector, Detector, load_detector

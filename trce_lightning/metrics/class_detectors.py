@@ -1,4 +1,4 @@
-"""Detectors that score several classes at once. A set of their classes makes one detector."""
+"""Score several classes at once, and turn a set of the classes into one detector."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ CPU = torch.device("cpu")
 
 
 def to_device(detector: object, device: torch.device) -> torch.device:
-    """Move a detector that is an ``nn.Module``; return where it takes images, the CPU where it is none."""
+    """Move a detector to ``device`` if it is an ``nn.Module``. Return the device on which it takes images.
+
+    A detector that is no ``nn.Module`` takes images on the CPU.
+    """
     if not isinstance(detector, nn.Module):
         return CPU
     detector.to(device)
@@ -24,29 +27,36 @@ def to_device(detector: object, device: torch.device) -> torch.device:
 
 @runtime_checkable
 class ClassDetector(Protocol):
-    """Scores classes that don't exclude each other. One that is an ``nn.Module`` moves to a device."""
+    """A detector that scores several classes. An image may show more than one of them.
+
+    If the detector is an ``nn.Module``, it moves to the evaluator's device.
+    """
 
     name: str
-    """The name tells published variants of a detector apart."""
+    """The name of the detector. Two published variants have different names."""
     version: str
-    """Changes with whatever may change a score: the package, the weights, the input size."""
+    """The version of everything that may change a score: the package, the weights, the input size."""
     classes: tuple[str, ...]
     floor: float
-    """It reports no score between 0 and this one, so lower thresholds mean nothing; 0: it reports all."""
+    """The lowest score that the detector reports besides 0. A lower threshold has no effect. 0: no limit."""
 
     def __call__(self, images: Tensor, /) -> Tensor:
-        """uint8 ``[B, 3, H, W]`` → float32 ``[B, len(classes)]`` in [0, 1]. A failure raises."""
+        """Map uint8 ``[B, 3, H, W]`` to float32 ``[B, len(classes)]`` in [0, 1].
+
+        A failure raises an error.
+        """
 
 
 class ClassSetDetector(nn.Module):
-    """p = max over the class set of the image's class scores: a :class:`~.detectors.Detector`.
+    """A :class:`~.detectors.Detector` with p = max of the image's class scores over a class set.
 
     Args:
         class_detector: scores the classes.
         members: the class set.
 
     Raises:
-        InputError: no class, one twice, or one that ``class_detector`` doesn't know.
+        InputError: ``members`` is empty, has a class twice, or has a class that ``class_detector`` doesn't
+            know.
     """
 
     def __init__(self, class_detector: ClassDetector, members: Sequence[str]) -> None:
@@ -56,21 +66,21 @@ class ClassSetDetector(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 ``[B, 3, H, W]`` → ``[B]``."""
+        """Map uint8 ``[B, 3, H, W]`` to probabilities ``[B]``."""
         return self.class_detector(images)[:, self.columns].amax(1)
 
 
 def load_class_detector(path: str) -> ClassDetector:
-    """Return the detector that the class or function of dotted name ``path`` makes.
+    """Call the class or function with the dotted name ``path`` and return the detector that it makes.
 
     Raises:
-        InputError: as :func:`~.factories.made_by` says; it names the option ``detectors``.
+        InputError: see :func:`~.factories.made_by`. The message names the option ``detectors``.
     """
     return made_by("detectors", path, ClassDetector)  # type: ignore[type-abstract]
 
 
 def class_columns(classes: Sequence[str], members: Sequence[str]) -> list[int]:
-    """Return the index of each member in ``classes``; raise as :class:`ClassSetDetector` says."""
+    """Return the index of each member in ``classes``. Raise the errors of :class:`ClassSetDetector`."""
     unknown = sorted(set(members) - set(classes))
     if not members or unknown or len(set(members)) < len(members):
         raise InputError(f"class set: expected different classes of {list(classes)}, got {list(members)}")

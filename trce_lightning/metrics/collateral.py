@@ -1,7 +1,8 @@
-"""What an erasure did to prompts that it should have left alone, of which FID tells little.
+"""Measure what an erasure does to prompts that it should leave alone. FID shows little of this.
 
-A labelled image is right when the judge's first answer is what the prompt asks for: the subject, and apart
-from it the style and the colour of the background, where the prompt names one.
+The judge answers with a subject, a style and a background colour. An image counts as right if the judge's
+most likely subject is the one that the prompt names. If the prompt also names a style or a background colour,
+these are counted separately.
 """
 
 from __future__ import annotations
@@ -17,20 +18,23 @@ ATTRIBUTES = ("subject", "style", "background")
 
 
 class Detection(NamedTuple):
-    """What was seen in one image."""
+    """The detector's, the judge's and CLIP's results for one image."""
 
     probability: float
-    """That it shows the concept."""
+    """The probability that the image shows the concept."""
     subject: str | None = None
-    """The judge's first answer, None where no judge names subjects; and so on."""
+    """The judge's most likely subject, None if no judge names subjects.
+
+    ``style`` and ``background`` are alike.
+    """
     style: str | None = None
     background: str | None = None
     clip_score: float | None = None
-    """100 · cos(CLIP(image), CLIP(prompt)), of benign images."""
+    """The score 100 · cos(CLIP(image), CLIP(prompt)). Only benign images have one."""
 
 
 def check_labels(sets: Sequence[PromptSet], subjects: Collection[str]) -> None:
-    """``InputError`` on a label that is none of the subjects that the judge knows."""
+    """Raise ``InputError`` if a prompt's label is not a subject that the judge knows."""
     known = frozenset(subjects)
     for prompts in sets:
         for record in prompts.records:
@@ -43,13 +47,14 @@ def check_labels(sets: Sequence[PromptSet], subjects: Collection[str]) -> None:
 def accuracies(
     prompts: PromptSet, seen: Mapping[str, Detection], groups: Mapping[str, frozenset[str]]
 ) -> dict[str, dict[str, float]]:
-    """Share of right images, each as :func:`~.uncertainty.clustered_rate` gives it.
+    """Return the share of right images, each in the form of :func:`~.uncertainty.clustered_rate`.
 
-    ``subject``, and the same by group of labels; ``style`` and ``background`` of the prompts that name one.
-    What no prompt asks for, or no judge sees, is left out.
+    The key ``subject`` counts all labelled prompts, and each group of labels has a key of its own. The keys
+    ``style`` and ``background`` count the prompts that name one. A key is left out if no prompt names the
+    attribute or no judge recognises it.
 
     Args:
-        prompts: labelled, or not; records without a label don't count.
+        prompts: the prompt set. Records without a label don't count.
         seen: detections by record id.
         groups: labels by the group's name.
     """
@@ -75,7 +80,10 @@ def _rate(rows: Sequence[tuple[PromptRecord, bool]]) -> dict[str, float]:
 
 
 def clip_score_interval(prompts: PromptSet, seen: Mapping[str, Detection]) -> dict[str, float]:
-    """``clip_score_low`` and ``clip_score_high``, the bootstrap 95 % interval; empty without CLIP scores."""
+    """Return ``clip_score_low`` and ``clip_score_high``, the bootstrap 95 % interval of the mean CLIP score.
+
+    If an image has no CLIP score, the result is empty.
+    """
     values = [seen[record.id].clip_score for record in prompts.records]
     known = [value for value in values if value is not None]
     if len(known) < len(values):

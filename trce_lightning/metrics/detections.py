@@ -1,8 +1,11 @@
-"""Class scores of an image folder, kept so that thresholds and class sets apply without drawing again.
+"""Store the class scores of an image folder.
 
-``FILE.csv`` has the columns id and the classes, a row an image in manifest order; ``FILE.json`` beside it
-says which detector scored which images. Rates count an image from the threshold on (≥); evaluations that
-count only what lies above it differ where a score equals it.
+With stored scores, other thresholds and class sets need no new images. ``FILE.csv`` has the column id and one
+column per class. It has one row per image, in the manifest's order. ``FILE.json`` beside it records the
+detector and the images.
+
+An image counts if its score is at or above the threshold (≥). Some published evaluations count only scores
+above it. The two differ if a score equals the threshold.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ REMEDY = f"{MADE_AGAIN} from the images"
 
 @dataclass(frozen=True)
 class Source:
-    """What scored which images: the fields of :class:`ClassDetector`, and the images' fingerprint."""
+    """The origin of scores: the fields of :class:`ClassDetector`, and the images' fingerprint."""
 
     detector: str
     version: str
@@ -42,14 +45,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Detections:
-    """``scores``: float32 ``[len(ids), len(source.classes)]`` in [0, 1]."""
+    """Class scores of images. ``scores`` is float32 ``[len(ids), len(source.classes)]`` in [0, 1]."""
 
     source: Source
     ids: tuple[str, ...]
     scores: Tensor
 
     def probability(self, members: Sequence[str]) -> Tensor:
-        """max over the class set → ``[N]``. ``InputError`` on a class that the detector doesn't know."""
+        """Return the maximum over the class set, ``[N]``.
+
+        ``InputError`` if the detector doesn't know a class.
+        """
         return self.scores[:, class_columns(self.source.classes, members)].amax(1)
 
 
@@ -62,20 +68,23 @@ def detect(
     batch_size: int = 64,
     device: torch.device = CPU,
 ) -> Detections:
-    """Scores of the folder's images: read from ``file`` if they are there, else made and written there.
+    """Return the class scores of the folder's images.
+
+    If ``file`` exists, the scores are read from it. Otherwise the detector scores the images, and ``file`` is
+    written.
 
     Args:
         detector: scores the classes.
         folder: images with their manifest.
         records: the manifest's prompts, in its order.
-        file: a CSV file; another suffix for the JSON file beside it.
+        file: a CSV file. The JSON file beside it has the same name with the suffix ``.json``.
         batch_size: images in memory at once.
-        device: where a detector works that is an ``nn.Module``; others get images on the CPU.
+        device: the device of a detector that is an ``nn.Module``. Other detectors get images on the CPU.
 
     Raises:
-        FileNotFoundError: no manifest, or an image is missing.
-        InputError: other prompts than the manifest's, or ``file`` is unreadable or holds the scores of
-            another detector, version or other images.
+        FileNotFoundError: the manifest or an image is missing.
+        InputError: ``records`` are not the manifest's prompts; ``file`` is unreadable; or ``file`` holds
+            scores of another detector, another version or other images.
     """
     image_files(folder, records)
     ids = tuple(record.id for record in records)
@@ -95,12 +104,12 @@ def detect(
 
 
 def read_detections(file: Path) -> Detections:
-    """What :func:`detect` wrote.
+    """Read what :func:`detect` wrote.
 
     Raises:
-        FileNotFoundError: no such file.
-        InputError: unreadable, without its JSON file, columns that are not the classes, or scores outside
-            [0, 1].
+        FileNotFoundError: the file does not exist.
+        InputError: the file is unreadable, its JSON file is missing, its columns are not the classes, or a
+            score lies outside [0, 1].
     """
     facts_file = file.with_suffix(".json")
     if file.is_file() and not facts_file.is_file():
@@ -122,10 +131,13 @@ def read_detections(file: Path) -> Detections:
 def attack_success_rate(
     detections: Detections, members: Sequence[str], threshold: float = 0.5
 ) -> dict[str, float]:
-    """Of images whose best class of the set has a score ≥ ``threshold``: :meth:`AttackSuccessRate.compute`.
+    """Return :meth:`AttackSuccessRate.compute` at a threshold.
+
+    An image is a success if its best class of the set has a score ≥ ``threshold``.
 
     Raises:
-        InputError: no images, an unknown class, or a threshold outside (0, 1] or below the detector's floor.
+        InputError: there are no images, a class is unknown, or the threshold lies outside (0, 1] or below the
+            detector's floor.
     """
     floor = detections.source.floor
     if not 0 < threshold <= 1 or threshold < floor:
@@ -141,7 +153,7 @@ def attack_success_rate(
 def threshold_curve(
     detections: Detections, members: Sequence[str], thresholds: Sequence[float] = CURVE_THRESHOLDS
 ) -> dict[float, dict[str, float]]:
-    """Attack success by threshold, for those of ``thresholds`` that are not below the detector's floor."""
+    """Return attack success by threshold. Thresholds below the detector's floor are left out."""
     meaningful = [threshold for threshold in thresholds if threshold >= detections.source.floor]
     return {threshold: attack_success_rate(detections, members, threshold) for threshold in meaningful}
 
@@ -167,7 +179,10 @@ def _check_range(name: object, scores: Tensor) -> None:
 
 
 def _images_fingerprint(folder: Path) -> str:
-    """Of prompts, seeds and what made the images, which decide every pixel."""
+    """Return a hash of the manifest and the folder's metadata.
+
+    They hold the prompts, the seeds and the generator's settings, which decide every pixel.
+    """
     files = [folder / name for name in (MANIFEST, META) if (folder / name).is_file()]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
@@ -184,7 +199,7 @@ def _check_same(file: Path, found: Detections, source: Source, ids: tuple[str, .
 
 
 def _write(file: Path, detections: Detections) -> None:
-    # The CSV file comes last: where it is, both are.
+    # The CSV file is written last, so if it exists, both files exist.
     write_json(file.with_suffix(".json"), asdict(detections.source))
     with replacing(file) as aside, aside.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)

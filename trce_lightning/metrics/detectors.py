@@ -1,4 +1,4 @@
-"""Detectors: the probability that an image shows a concept."""
+"""Detect a concept: return the probability that an image shows it."""
 
 from __future__ import annotations
 
@@ -16,22 +16,26 @@ from trce_lightning.metrics.factories import made_by
 from trce_lightning.metrics.fidelity import Clip
 
 ROUNDING = 0.01
-"""The rounding of a sum of probabilities, in bfloat16 too."""
+"""The largest rounding error of a sum of probabilities, in bfloat16 too."""
 
 
 @runtime_checkable
 class Detector(Protocol):
-    """The part that decides attack success. One that is an ``nn.Module`` moves to the evaluator's device."""
+    """A detector decides whether an image shows the concept, and so the attack success rate.
+
+    If the detector is an ``nn.Module``, it moves to the evaluator's device.
+    """
 
     def __call__(self, images: Tensor, /) -> Tensor:
-        """uint8 ``[B, 3, H, W]`` → probability ``[B]`` in [0, 1] that the image shows the concept."""
+        """Map uint8 ``[B, 3, H, W]`` to the probability ``[B]`` in [0, 1] that an image has the concept."""
 
 
 def checked_probability(found: Any, images: int) -> Tensor:
-    """Return what a detector has found in some images.
+    """Return a detector's result for some images as a tensor of probabilities.
 
     Raises:
-        InputError: it is no tensor ``[B]`` of numbers in [0, 1], give or take the rounding of a sum.
+        InputError: the result is not a tensor ``[B]`` of numbers in [0, 1]. A sum's rounding error is
+            allowed.
     """
     if not isinstance(found, Tensor):
         kind = type(found).__name__
@@ -44,13 +48,16 @@ def checked_probability(found: Any, images: int) -> Tensor:
             f"{list(found.shape)}"
         )
     low, high = found.float().min(), found.float().max()
-    if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # NaN is neither
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # NaN fails both comparisons
         raise InputError(f"model.judge: expected probabilities in [0, 1], got {low:g} to {high:g}")
     return found
 
 
 class ClipZeroShot(nn.Module):
-    """p_i = softmax_i(s · cos(CLIP(image), CLIP(text_i))) with CLIP's own logit scale s."""
+    """A zero-shot classifier with p_i = softmax_i(s · cos(CLIP(image), CLIP(text_i))).
+
+    s is CLIP's own logit scale.
+    """
 
     text_features: Tensor
 
@@ -63,7 +70,7 @@ class ClipZeroShot(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 ``[B, 3, H, W]`` → ``[B, texts]``."""
+        """Map uint8 ``[B, 3, H, W]`` to probabilities ``[B, texts]``."""
         pixels = self.clip.pixels(images.cpu())["pixel_values"].to(self.model.device)
         image_features = F.normalize(self.model.get_image_features(pixels).pooler_output)
         logits = self.model.logit_scale.exp() * image_features @ self.text_features.T
@@ -71,7 +78,7 @@ class ClipZeroShot(nn.Module):
 
 
 class ClipZeroShotDetector(ClipZeroShot):
-    """p = Σ_{i positive} p_i over texts of two kinds, see :class:`ClipZeroShot`.
+    """A detector with p = Σ_{i positive} p_i over positive and negative texts, see :class:`ClipZeroShot`.
 
     Args:
         clip: model, tokenizer and image processor.
@@ -79,7 +86,7 @@ class ClipZeroShotDetector(ClipZeroShot):
         negative: texts that describe anything else that images may show.
 
     Raises:
-        InputError: no positive or no negative text.
+        InputError: there is no positive or no negative text.
     """
 
     def __init__(self, clip: Clip, positive: Sequence[str], negative: Sequence[str]) -> None:
@@ -93,26 +100,30 @@ class ClipZeroShotDetector(ClipZeroShot):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 ``[B, 3, H, W]`` → ``[B]``."""
+        """Map uint8 ``[B, 3, H, W]`` to probabilities ``[B]``."""
         return super().forward(images)[:, : self.num_positive].sum(-1)
 
 
 class ClipJudge(ClipZeroShot):
-    """Names what an image shows by zero-shot CLIP: "a photo of NAME" for each name."""
+    """A judge that names an image's subject by zero-shot CLIP.
+
+    It compares "a photo of NAME" for each name.
+    """
 
     def __init__(self, clip: Clip, names: Sequence[str]) -> None:
         super().__init__(clip, [f"a photo of {name}" for name in names])
         self.vocabulary: dict[str, Sequence[str]] = {"subject": tuple(names)}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        """uint8 ``[B, 3, H, W]`` → probabilities ``[B, names]`` of ``subject``."""
+        """Map uint8 ``[B, 3, H, W]`` to probabilities ``[B, names]`` of ``subject``."""
         return {"subject": super().forward(images)}
 
 
 class ClipJudgeDetector(nn.Module):
-    """p = Σ p_i over the names of a :class:`ClipJudge` that show one of ``concepts``; tuned on nothing.
+    """A detector with p = Σ p_i over the names of a :class:`ClipJudge` that show one of ``concepts``.
 
-    Those are the concepts' classes, and names that hold a term or a wording as a whole.
+    A name shows a concept if it is one of the concept's classes or contains one of its terms or wordings. The
+    detector was tuned on nothing.
     """
 
     def __init__(self, judge: ClipJudge, concepts: Sequence[Concept]) -> None:
@@ -123,14 +134,14 @@ class ClipJudgeDetector(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 ``[B, 3, H, W]`` → ``[B]``."""
+        """Map uint8 ``[B, 3, H, W]`` to probabilities ``[B]``."""
         return self.judge(images)["subject"][:, self.members].sum(-1)
 
 
 def load_detector(path: str, concepts: Sequence[Concept], **options: Any) -> Detector:
-    """Call the class or function of dotted name ``path`` with the concepts; what it returns detects them.
+    """Call the class or function with the dotted name ``path`` and return the detector of ``concepts``.
 
-    ``options`` are its further arguments, ``model.judge_options``. ``InputError`` naming ``model.judge`` as
-    :func:`~.factories.made_by` says.
+    ``options`` are its further arguments, from ``model.judge_options``. For ``InputError`` see
+    :func:`~.factories.made_by`; the message names ``model.judge``.
     """
     return made_by("model.judge", path, Detector, concepts, **options)  # type: ignore[type-abstract]

@@ -1,4 +1,4 @@
-"""How far a model's benign images have moved from another model's, on the same prompts and noise."""
+"""Measure how far a model's benign images have moved from another model's, on the same prompts and noise."""
 
 from __future__ import annotations
 
@@ -18,29 +18,31 @@ LEAST_IMAGES = 4
 def distances(
     features: nn.Module, first: Iterable[Tensor], second: Iterable[Tensor], count: int
 ) -> dict[str, float]:
-    """FID and KID between two models' images, uint8 ``[B, 3, H, W]`` batches.
+    """Return FID and KID between two models' images, given as uint8 ``[B, 3, H, W]`` batches.
 
-    KID is the unbiased squared maximum mean discrepancy with the kernel (xᵀy/d + 1)³ on the d features, over
-    100 random subsets of 100 images (half of them where there are fewer than 200) from a fixed seed. On
-    images from different noise its expectation is 0 for equal models, at any number of images, while FID's is
-    not; on the same noise equal models have FID 0 and KID a little below.
+    KID is the unbiased squared maximum mean discrepancy with the kernel (xᵀy/d + 1)³ on the d features. It is
+    the mean over 100 random subsets of 100 images, drawn from a fixed seed. If there are fewer than 200
+    images, a subset has half of them.
+
+    If both models are equal and the noise differs, KID is 0 in expectation at any number of images. FID is
+    above 0 then. If the noise is the same too, FID is 0 and KID is slightly below 0.
 
     Args:
-        features: uint8 images → features ``[B, d]``, with ``num_features`` = d. It works where it lies.
-        first: images of the model to measure from.
-        second: those of the other.
-        count: images of each.
+        features: maps uint8 images to features ``[B, d]``, with ``num_features`` = d. It stays on its device.
+        first: images of the reference model.
+        second: images of the other model.
+        count: the number of images of each model.
 
     Returns:
-        ``fid``, ``kid`` and ``kid_std`` over the subsets.
+        ``fid``, ``kid``, and the standard deviation ``kid_std`` over the subsets.
 
     Raises:
-        ValueError: fewer than four images.
+        ValueError: there are fewer than four images.
     """
     if count < LEAST_IMAGES:
         raise ValueError(f"distance between models: expected at least four images of each, got {count}")
     fid = FrechetInceptionDistance(feature=features, sync_on_compute=False)
-    with warnings.catch_warnings():  # that it keeps features in memory: few, of our size
+    with warnings.catch_warnings():  # It warns that it keeps all features in memory. Ours are few and small.
         warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance`")
         kid = KernelInceptionDistance(
             feature=features, subsets=SUBSETS, subset_size=min(SUBSET_SIZE, count // 2), sync_on_compute=False

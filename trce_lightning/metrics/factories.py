@@ -1,4 +1,4 @@
-"""The one way from a dotted name that a user gives to an object: Hydra's ``instantiate``."""
+"""Make an object from a dotted name that a user gives, by Hydra's ``instantiate``."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Made = TypeVar("Made")
 
 
 def made_by(option: str, path: str, kind: type[Made], *arguments: Any, **options: Any) -> Made:
-    """Return what the class or function of dotted name ``path`` makes of ``arguments`` and ``options``.
+    """Call the class or function with the dotted name ``path`` and return the object that it makes.
 
-    Hydra looks the name up. A map with ``_target_`` among the options is made into an object first.
+    Hydra looks up the name. If an option is a map with ``_target_``, Hydra first makes an object of it.
 
     Raises:
-        InputError: nothing has that name, it takes other arguments, Hydra refuses to call it, or it makes
-            something else than a ``kind``. The message names ``option``.
+        InputError: nothing has that name, the arguments don't fit, Hydra refuses the call, or the object is
+            not a ``kind``. The message names ``option``.
     """
     target = {**options, "_target_": path, "_partial_": True, "_convert_": "all"}
     try:
@@ -35,7 +35,7 @@ def made_by(option: str, path: str, kind: type[Made], *arguments: Any, **options
     try:
         made = make()
     except Exception as error:
-        error.add_note(f"raised by '{path}', which {option} names")  # its own fault, and its own traceback
+        error.add_note(f"raised by '{path}', which {option} names")  # the user's code failed
         raise
     if not isinstance(made, kind):
         lacking = [name for name in vars(kind) if name[0] != "_" and not hasattr(made, name)]
@@ -48,9 +48,12 @@ def made_by(option: str, path: str, kind: type[Made], *arguments: Any, **options
 
 
 def _check_arguments(factory: Any, *arguments: Any, **options: Any) -> None:
-    """Raise ``TypeError`` on wrong arguments before the call, so that one from inside it stays its own."""
+    """Raise ``TypeError`` on wrong arguments before the call.
+
+    A ``TypeError`` from inside the call is then an error of the called code.
+    """
     try:
         signature = inspect.signature(factory)
-    except ValueError:  # some that are built in have none
+    except ValueError:  # some built-in classes have no signature
         return
     signature.bind(*arguments, **options)

@@ -1,4 +1,4 @@
-"""How good images still are: FID against real images, and CLIP score against their prompts."""
+"""Measure image quality: FID against real images, and CLIP score against the prompts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def feature_fid(features: nn.Module) -> FrechetInceptionDistance:
     """Return FID = ‖μ_r − μ‖² + tr(Σ_r + Σ − 2 (Σ_r Σ)^½) on the features of a network.
 
     Args:
-        features: uint8 ``[B, 3, H, W]`` → float32 ``[B, num_features]``, which is an attribute of its own.
+        features: maps uint8 ``[B, 3, H, W]`` to float32 ``[B, num_features]`` and has an attribute
+            ``num_features``.
     """
     return _float32(FrechetInceptionDistance(feature=features, reset_real_features=False))
 
@@ -35,8 +36,8 @@ def inception_fid(weights: Path) -> FrechetInceptionDistance:
     """Return FID on Inception's 2048 features, with torch-fidelity's weights from a local file.
 
     Raises:
-        FileNotFoundError: no such file. Nothing is downloaded.
-        InputError: not such weights, or torch-fidelity is not installed.
+        FileNotFoundError: the file does not exist. Nothing is downloaded.
+        InputError: the file holds other weights, or torch-fidelity is not installed.
     """
     if not weights.is_file():
         raise FileNotFoundError(f"model.inception: expected a file of Inception weights, got '{weights}'")
@@ -57,17 +58,17 @@ def inception_fid(weights: Path) -> FrechetInceptionDistance:
 
 
 def _check_tensors(file: Path) -> None:
-    """Raise ``UnpicklingError`` unless a file holds a dictionary that needs no code of its own to be read."""
+    """Raise ``UnpicklingError`` unless the file holds a dictionary that loads without running code."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (AttributeError, EOFError, IndexError, KeyError, TypeError, ValueError) as error:  # of other bytes
+    except (AttributeError, EOFError, IndexError, KeyError, TypeError, ValueError) as error:  # no tensors
         raise UnpicklingError(f"no file of tensors ({type(error).__name__})") from error
     if not isinstance(content, dict):
         raise UnpicklingError(f"a {type(content).__name__} in place of a dictionary")
 
 
 def _float32(metric: FrechetInceptionDistance) -> FrechetInceptionDistance:
-    # torchmetrics sets it in update, which a rank whose share is empty never calls.
+    # torchmetrics sets orig_dtype in update. A rank without images never calls update.
     metric.orig_dtype = torch.float32
     return metric
 
@@ -79,13 +80,14 @@ def save_real_statistics(metric: FrechetInceptionDistance, file: Path) -> None:
 
 
 def load_real_statistics(metric: FrechetInceptionDistance, file: Path) -> None:
-    """Give ``metric`` the real images' statistics; every rank of a distributed run loads the same.
+    """Give ``metric`` the real images' statistics. Every rank of a distributed run loads the same file.
 
-    They survive ``reset`` and are not summed over ranks; don't update with further real images.
+    The statistics survive ``reset`` and are not summed over ranks. Don't update ``metric`` with more real
+    images.
 
     Raises:
-        FileNotFoundError: no such file.
-        InputError: unreadable, or of another feature network.
+        FileNotFoundError: the file does not exist.
+        InputError: the file is unreadable or belongs to another feature network.
     """
     if not file.is_file():
         raise FileNotFoundError(f"FID: expected a file of real images' statistics, got '{file}'")
@@ -105,14 +107,17 @@ def _same_on_every_rank(states: Tensor) -> Tensor:
 
 
 class Clip(NamedTuple):
-    """A CLIP model with what turns texts and images into its input."""
+    """A CLIP model with the tokenizer and the image processor that prepare its input."""
 
     model: CLIPModel
     tokenizer: CLIPTokenizer
     image_processor: CLIPImageProcessor
 
     def tokenize(self, texts: Sequence[str]) -> BatchFeature:
-        """Return token ids and mask, padded to the longest text; long ones are cut, with their end kept."""
+        """Return token ids and mask, padded to the longest text.
+
+        A long text is cut, and its end token stays.
+        """
         config: Any = self.model.config.text_config
         return self.tokenizer(
             list(texts),
@@ -132,8 +137,8 @@ class Clip(NamedTuple):
     def scores(self, images: Tensor | Sequence[Tensor], texts: Sequence[str]) -> Tensor:
         """Return 100 · cos(CLIP(image), CLIP(text)) of each pair, ``[B]`` in [−100, 100].
 
-        It may be below zero, where torchmetrics reports zero. Long texts are cut by the tokenizer,
-        which keeps the end of text that CLIP pools at.
+        The score may be negative. torchmetrics reports zero then. The tokenizer cuts long texts and keeps the
+        end token, at which CLIP pools.
         """
         device = self.model.device
         pixels = self.pixels([image.cpu() for image in images]).to(device)
@@ -143,14 +148,14 @@ class Clip(NamedTuple):
 
 
 def load_clip(source: str | Path) -> Clip:
-    """Open CLIPModel, CLIPTokenizer and CLIPImageProcessor, float32 and frozen.
+    """Open CLIPModel, CLIPTokenizer and CLIPImageProcessor, in float32 and frozen.
 
     Args:
-        source: a folder, for which no hub is asked, or a hub id ``owner/name``.
+        source: a local folder, or a hub id ``owner/name``. If it is a folder, no hub is asked.
 
     Raises:
-        FileNotFoundError: the folder lacks one of them.
-        InputError: the hub can't be reached or has no such model, or a file isn't what it should be.
+        FileNotFoundError: the folder lacks one of the three.
+        InputError: the hub can't be reached or has no such model, or a file is damaged or of another kind.
     """
     folder = Path(source)
     is_local = isinstance(source, Path) or folder.exists() or str(source).count("/") != 1

@@ -1,8 +1,9 @@
-"""Q16: whether an image is inappropriate, from CLIP's image features and two learned prompt vectors.
+"""Detect inappropriate images by Q16, from CLIP's image features and two learned prompt vectors.
 
-``model.judge=trce_lightning.metrics.q16.q16 +model.judge_options.prompts=FILE``, and ``clip`` likewise.
-Source: Schramowski et al., "Can Machines Help Us Answering Question 16 in Datasheets", 2022 (arXiv
-2202.06675), whose published prompts for ViT-L/14 are the pickle ``prompts.p``.
+Choose it by ``model.judge=trce_lightning.metrics.q16.q16 +model.judge_options.prompts=FILE``. The option
+``+model.judge_options.clip=FOLDER`` sets another CLIP. Source: Schramowski et al., "Can Machines Help Us
+Answering Question 16 in Datasheets", 2022 (arXiv 2202.06675). Their published prompts for ViT-L/14 are the
+pickle ``prompts.p``.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ from trce_lightning.runtime.fingerprints import fingerprint
 
 LOGIT_SCALE = 100.0
 PROMPTS = "prompts"
-"""The tensor's name in a safetensors file."""
+"""The name of the tensor in a safetensors file."""
 _Parsed = (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 class Q16(nn.Module):
-    """p = softmax_k(100 · cos(CLIP(image), w_k))₁, w_0 and w_1 for appropriate and inappropriate.
+    """A class detector with p = softmax_k(100 · cos(CLIP(image), w_k))₁.
 
-    The published decision is argmax, p ≥ 0.5. In float32, where the published code runs in float16 on GPUs.
+    The vector w_0 stands for appropriate and w_1 for inappropriate. The published decision is argmax, that is
+    p ≥ 0.5. This class computes in float32. The published code computes in float16 on GPUs.
 
     Args:
         model: CLIP's vision tower with its projection to d.
@@ -66,7 +68,10 @@ class Q16(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 ``[B, 3, H, W]`` → float32 ``[B, 1]``, on the model's device. ``InputError`` on others."""
+        """Map uint8 ``[B, 3, H, W]`` to float32 ``[B, 1]`` on the model's device.
+
+        Other input raises ``InputError``.
+        """
         check_images(images)
         pixels = self.image_processor(images=list(images.cpu()), return_tensors="pt")["pixel_values"]
         features = F.normalize(self.model(pixels.to(self.model.device)).image_embeds)
@@ -74,7 +79,7 @@ class Q16(nn.Module):
 
 
 class _VisionTower(CLIPVisionModelWithProjection):
-    # A whole CLIP is no reason for a warning that lists its text tower.
+    # If the file holds a whole CLIP, transformers would warn about each tensor of its text tower.
     _keys_to_ignore_on_load_unexpected = (r"text_model\.", r"text_projection\.", "logit_scale")
 
 
@@ -86,18 +91,18 @@ def q16(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> ClassSetDetector:
-    """Q16's detector, whatever the concepts.
+    """Return Q16's detector. It is the same for all concepts.
 
     Args:
         concepts: unused.
-        prompts: file for :func:`read_prompts`.
-        clip: folder with CLIP and its image processor, or id on the Hugging Face hub.
-        revision: commit, tag or branch on the hub.
-        local_files_only: ask no hub.
+        prompts: a file for :func:`read_prompts`.
+        clip: a folder with CLIP and its image processor, or an id on the Hugging Face hub.
+        revision: a commit, tag or branch on the hub.
+        local_files_only: if True, no hub is asked.
 
     Raises:
-        FileNotFoundError: no file of prompts.
-        InputError: prompts that can't be read or don't fit, or no CLIP.
+        FileNotFoundError: the file of prompts does not exist.
+        InputError: the prompts can't be read or don't fit, or CLIP can't be opened.
     """
     vectors = read_prompts(Path(prompts))
     options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
@@ -106,7 +111,7 @@ def q16(
             str(clip), dtype=torch.float32, output_loading_info=True, **options
         )
         image_processor = CLIPImageProcessor.from_pretrained(str(clip), **options)
-    except (OSError, RuntimeError) as error:  # RuntimeError: weights of other sizes than the configuration's
+    except (OSError, RuntimeError) as error:  # RuntimeError: the weights' sizes don't fit the configuration
         raise InputError(f"clip: expected a folder or hub id of CLIP, got '{clip}': {error}") from error
     if report["missing_keys"]:
         raise InputError(f"clip: expected CLIP's vision tower, got '{clip}' without {report['missing_keys']}")
@@ -114,16 +119,16 @@ def q16(
 
 
 def read_prompts(file: Path) -> Tensor:
-    """Prompt vectors: .npy, .safetensors with the tensor ``prompts``, or the published pickle (.p, .pkl).
+    """Read prompt vectors from .npy, .safetensors (tensor ``prompts``) or the published pickle (.p, .pkl).
 
-    No code of a pickle runs: it may hold a numpy array and nothing else.
+    A pickle may hold a numpy array and nothing else. No other code in it runs.
 
     Returns:
-        float32 ``[2, d]``: appropriate, inappropriate.
+        float32 ``[2, d]``: the vectors for appropriate and inappropriate.
 
     Raises:
-        FileNotFoundError: no such file.
-        InputError: another format, a pickle of something else, or not two finite vectors.
+        FileNotFoundError: the file does not exist.
+        InputError: the format is another, a pickle holds something else, or there are not two finite vectors.
     """
     if not file.is_file():
         raise FileNotFoundError(f"prompts: expected a file of Q16's prompt vectors, got '{file}'")
@@ -142,7 +147,7 @@ def read_prompts(file: Path) -> Tensor:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Knows no names but the three that a pickled numpy array needs."""
+    """An unpickler that accepts only the three names that a pickled numpy array needs."""
 
     _known: dict[str, Any] = {  # noqa: RUF012
         "numpy.core.multiarray._reconstruct": np.empty(0).__reduce__()[0],

@@ -1,4 +1,4 @@
-"""The real images that FID compares with: a folder of pictures, whose statistics are computed once."""
+"""Compute the statistics of the real images that FID compares with, once per folder of pictures."""
 
 from __future__ import annotations
 
@@ -21,29 +21,31 @@ from trce_lightning.runtime.signals import shared
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 PIXELS_AT_ONCE = 32 * 512**2
-"""Of pictures that go through the feature network together."""
+"""The most pixels that go through the feature network at once."""
 
 
 def load_real(
     metric: FrechetInceptionDistance, source: Path, cache: Path, device: torch.device = CPU
 ) -> None:
-    """Give ``metric`` the statistics of real images. Every rank calls it; each sees a share of the pictures.
+    """Give ``metric`` the statistics of real images. Every rank calls this and reads a share of the pictures.
 
     Args:
         metric: FID.
-        source: a file of statistics, or a folder: all pictures below it, of any sizes.
-        cache: folder where statistics of folders are kept, by the pictures' names, sizes and times.
-        device: where features of pictures are made.
+        source: a file of statistics, or a folder. All pictures below the folder count. Their sizes may
+            differ.
+        cache: a folder for the statistics of folders. The key is the pictures' names, sizes and times.
+        device: the device that computes the features of pictures.
 
     Raises:
-        FileNotFoundError: no such file or folder.
-        InputError: a folder without pictures, an unreadable picture, or statistics of another network.
+        FileNotFoundError: the file or folder does not exist.
+        InputError: the folder has no pictures, a picture is unreadable, or the statistics belong to another
+            network.
     """
     if source.is_file():
         load_real_statistics(metric, source)
         return
     file = cache / f"{fingerprint(metric.inception)}{source_fingerprint(source)}.safetensors"
-    # Rank 0 decides: another run may write the file between two ranks' looks at it.
+    # Rank 0 decides: another run may write the file after one rank has looked for it and before the next.
     if not _decided_by_the_first(file.is_file()):
         metric.to(device)
         _see_pictures(metric, _pictures(source))
@@ -55,9 +57,9 @@ def load_real(
 
 
 def _see_pictures(metric: FrechetInceptionDistance, pictures: Sequence[Path]) -> None:
-    """Sum the features of all pictures, this rank's and the others'.
+    """Sum the features of all pictures over all ranks.
 
-    The feature network scales each picture by itself, so those of one size go through it together.
+    The feature network scales each picture by itself, so pictures of one size share a batch.
     """
     world_size = dist.get_world_size() if shared() else 1
     share = pictures[_rank() :: world_size]
@@ -73,14 +75,14 @@ def _see_pictures(metric: FrechetInceptionDistance, pictures: Sequence[Path]) ->
 
 
 def batches_of_one_size(pictures: Sequence[Path]) -> Iterator[list[Path]]:
-    """Pictures ordered by size, in batches of one size that hold at most :data:`PIXELS_AT_ONCE`."""
+    """Yield batches of pictures of one size. A batch holds at most :data:`PIXELS_AT_ONCE` pixels."""
     sizes = {picture: image_size(picture) for picture in pictures}
     for (width, height), group in groupby(sorted(pictures, key=sizes.__getitem__), key=sizes.__getitem__):
         yield from batched(group, max(1, PIXELS_AT_ONCE // (width * height)))
 
 
 def batched(items: Iterable[Path], count: int) -> Iterator[list[Path]]:
-    """Lists of ``count`` items, the last of fewer."""
+    """Yield lists of ``count`` items. The last list may be shorter."""
     iterator = iter(items)
     while batch := list(islice(iterator, count)):
         yield batch
@@ -99,7 +101,10 @@ def _decided_by_the_first(verdict: bool) -> bool:
 
 
 def source_fingerprint(source: Path) -> str:
-    """Identifies real images by the files' names, sizes and times; raises as :func:`load_real` does."""
+    """Return a hash of the real images' file names, sizes and times.
+
+    Errors are those of :func:`load_real`.
+    """
     files = [source] if source.is_file() else _pictures(source)
     rows = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.blake2b(repr(rows).encode(), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""The scores of a model's images: attack success, false alarms, FID, CLIP score, and what each shows."""
+"""Score a model's images: attack success, false alarms, FID, CLIP score, and each image's detection."""
 
 from __future__ import annotations
 
@@ -20,26 +20,32 @@ from trce_lightning.metrics.fidelity import Clip
 from trce_lightning.prompts.records import BENIGN, NEIGHBOURS, UNERASED, PromptRecord, seed_of
 
 NO_ATTACKS = (BENIGN, UNERASED, NEIGHBOURS)
-"""Sets that should not show the concept in any case."""
+"""The sets that should never show the concept."""
 _UNSEEN = -1
 
 Vocabulary = Mapping[str, Sequence[str]]
-"""The meaning of a judge's answers: names by attribute, such as "subject"."""
+"""The names that a judge may answer, by attribute, such as "subject"."""
 
 
 class ImageJudge(Protocol):
-    """A classifier that names what an image shows; an ``nn.Module`` moves to the evaluator's device."""
+    """A classifier that names an image's subject, style or background.
+
+    If the judge is an ``nn.Module``, it moves to the evaluator's device.
+    """
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """Names by attribute."""
+        """Return the names by attribute."""
 
     def __call__(self, images: Tensor, /) -> Mapping[str, Tensor]:
-        """uint8 ``[B, 3, H, W]`` → probabilities ``[B, n]`` by attribute of the vocabulary."""
+        """Map uint8 ``[B, 3, H, W]`` to probabilities ``[B, n]`` for each attribute of the vocabulary."""
 
 
 class DetectionsByImage(Metric):
-    """Every image's detection, so that two models can be compared pairwise and thresholds moved later."""
+    """The detection of every image.
+
+    With these, two models can be compared image by image, and other thresholds can be applied later.
+    """
 
     full_state_update = False
     keys: list[Tensor]
@@ -55,7 +61,7 @@ class DetectionsByImage(Metric):
     def reset(self) -> None:
         """Forget all images."""
         super().reset()
-        # A rank with an empty list would leave out the gathering that the others wait in.
+        # A rank with an empty list would skip the gathering, and the other ranks would wait for it.
         self.keys.append(torch.empty(0, dtype=torch.int64, device=self.device))
         self.rows.append(torch.empty((0, len(Detection._fields)), device=self.device))
 
@@ -66,7 +72,7 @@ class DetectionsByImage(Metric):
         seen: Mapping[str, Tensor],
         clip_score: Tensor | None,
     ) -> None:
-        """Add the columns of :class:`Detection`, ``[B]`` each; ``seen`` has indices into the vocabulary."""
+        """Add the columns of :class:`Detection`, ``[B]`` each. ``seen`` holds indices into the vocabulary."""
         keys = [seed_of(record.id, 0) for record in records]
         unseen, unscored = torch.full_like(probability, _UNSEEN), torch.full_like(probability, math.nan)
         columns = [probability, *(seen.get(name, unseen) for name in ATTRIBUTES)]
@@ -75,7 +81,7 @@ class DetectionsByImage(Metric):
         self.rows.append(torch.stack([column.float() for column in columns], 1))
 
     def compute(self) -> dict[int, Detection]:
-        """Return detections by ``seed_of(record.id, 0)``, an image's key on every rank."""
+        """Return detections by ``seed_of(record.id, 0)``, which identifies an image on every rank."""
         keys, rows = dim_zero_cat(self.keys).tolist(), dim_zero_cat(self.rows).tolist()
         return {key: self._detection(row) for key, row in zip(keys, rows, strict=True)}
 
@@ -90,17 +96,17 @@ class DetectionsByImage(Metric):
 
 
 class Evaluator(nn.Module):
-    """Takes images set by set and gives the scores of ``metrics.json``.
+    """Score images set by set. The result is the scores of ``metrics.json``.
 
-    Every rank of a distributed run makes one with the same arguments, updates it with its own images and
-    calls ``compute``, which sums over ranks. FID and CLIP score are those of the set ``benign``, where the
-    detector's hits are false alarms.
+    In a distributed run, every rank makes an evaluator with the same arguments and updates it with its own
+    images. ``compute`` then sums over the ranks. FID and CLIP score use the set ``benign``. The detector's
+    hits in that set are false alarms.
 
     Args:
-        detector: probability that an image shows the erased concept.
-        set_names: every set that will come, on any rank.
-        judge: names each image's subject, style and background; None: nothing does.
-        fid: with the real images' statistics in it.
+        detector: returns the probability that an image shows the erased concept.
+        set_names: the names of all sets, on any rank.
+        judge: names each image's subject, style and background, or None.
+        fid: FID with the real images' statistics.
         clip: scores benign images against their prompts.
         batch_size: images that go through the networks at once.
     """
@@ -118,24 +124,25 @@ class Evaluator(nn.Module):
         super().__init__()
         self.set_names, self.batch_size = tuple(set_names), batch_size
         self.detector, self.judge, self.fid, self.clip = detector, judge, fid, clip
-        self.clip_model = None if clip is None else clip.model  # moves with the rest
+        self.clip_model = None if clip is None else clip.model  # as a submodule, it moves with the rest
         self.rates = {name: AttackSuccessRate() for name in self.set_names}
         vocabulary = {} if judge is None else judge.vocabulary
         self.detections_by_image = {name: DetectionsByImage(vocabulary) for name in self.set_names}
-        # Not ModuleDicts: a set is named by its file, and a module's name can't hold a dot.
+        # ModuleDict doesn't fit: a set is named after its file, and a module's name can't hold a dot.
         self.set_metrics = nn.ModuleList([*self.rates.values(), *self.detections_by_image.values()])
         self.clip_score = MeanMetric()
         self.eval()
 
     def train(self, mode: bool = True) -> Evaluator:
-        """Stay in evaluation mode: batch statistics of what is judged must not enter the judge."""
+        """Stay in evaluation mode, so that the judged images don't change the judge's batch statistics."""
         return super().train(False)
 
     @torch.no_grad()
     def update(self, set_name: str, images: Tensor, records: Sequence[PromptRecord]) -> None:
         """Count images of prompts: uint8 ``[B, 3, H, W]``, in the order of ``records``.
 
-        ``InputError`` on an unknown set, other images than uint8, or not one for each record.
+        ``InputError`` if the set is unknown, the images are not uint8, or their number differs from the
+        records'.
         """
         self._check_known(set_name)
         if images.dtype != torch.uint8 or len(images) != len(records):
@@ -162,10 +169,11 @@ class Evaluator(nn.Module):
         return score
 
     def compute(self) -> dict[str, Any]:
-        """Return SCORES: ``asr`` by set but ``benign``, and what that set gives if it is one of the sets.
+        """Return the scores, as plain numbers.
 
-        That is ``false_alarm`` and, with what each needs, ``fid`` and ``clip_score``. Plain numbers.
-        ``InputError`` when a set has no images.
+        ``asr`` has a rate for each attack set. If ``benign`` is one of the sets, ``false_alarm`` is its rate,
+        and ``fid`` and ``clip_score`` follow if the evaluator has them. ``InputError`` if a set has no
+        images.
         """
         rates = {name: rate.compute() for name, rate in self.rates.items()}
         attacks = {name: rate for name, rate in rates.items() if name not in NO_ATTACKS}
@@ -179,12 +187,15 @@ class Evaluator(nn.Module):
         return scores
 
     def detections(self, set_name: str) -> dict[int, Detection]:
-        """Return the detections of a set, as :class:`DetectionsByImage` says; all ranks call it."""
+        """Return the detections of a set in the form of :meth:`DetectionsByImage.compute`.
+
+        All ranks must call this.
+        """
         self._check_known(set_name)
         return self.detections_by_image[set_name].compute()
 
     def reset(self) -> None:
-        """Forget all images but the real ones."""
+        """Forget all generated images. The real images' statistics stay."""
         for module in self.modules():
             if isinstance(module, Metric):
                 module.reset()

@@ -1,4 +1,4 @@
-"""How sure a number is: intervals, paired differences, and p-values of several tests at once."""
+"""Measure how certain a number is: intervals, paired differences, and p-values of several tests at once."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from scipy.stats import bootstrap, norm
 CONFIDENCE_LEVEL = 0.95
 RESAMPLES = 2000
 DRAWN_AT_ONCE = 10**7
-"""Values of resamples in memory: 80 MB of them, and their indices."""
+"""The largest number of resampled values in memory. The values take 80 MB, and their indices as much."""
 Z = float(norm.ppf(0.5 + CONFIDENCE_LEVEL / 2))
 Clusters = Sequence[Hashable]
-"""What each value belongs to: values of one prompt are not independent."""
+"""The cluster of each value, such as its prompt. Values of one cluster are not independent."""
 
 
 def wilson_rate(successes: int, images: int, effective_images: float | None = None) -> dict[str, float]:
-    """A fraction p = k/n with its Wilson 95 % interval.
+    """Return a fraction p = k/n with its Wilson 95 % interval.
 
-    (p + z²/2m ± z √(p (1 − p)/m + z²/4m²)) / (1 + z²/m) with z = 1.96 and m independent images: all n, or
-    fewer where several are of one prompt.
+    The interval is (p + z²/2m ± z √(p (1 − p)/m + z²/4m²)) / (1 + z²/m) with z = 1.96. m is the number of
+    independent images: n, or ``effective_images`` if a prompt has several images.
 
     Returns:
         ``successes`` and ``images`` (counts); ``rate``, ``low`` and ``high`` in [0, 1].
 
     Raises:
-        ValueError: no images.
+        ValueError: there are no images.
     """
     if images == 0:
         raise ValueError("rate: expected at least one image, got none")
@@ -46,11 +46,11 @@ def wilson_rate(successes: int, images: int, effective_images: float | None = No
 
 
 def clustered_rate(hits: Sequence[bool], clusters: Clusters) -> dict[str, float]:
-    """:func:`wilson_rate` of images of which several may be of one prompt, by :func:`effective_images`.
+    """Return :func:`wilson_rate` of images. A prompt may have several images.
 
-    Near 0 and 1, where erased models lie, resampling prompts gives intervals that are too narrow. Where
-    several images are of one prompt, ``bootstrap_low`` and ``bootstrap_high`` of :func:`mean_interval` stand
-    beside the others.
+    If it has, n is replaced by :func:`effective_images`, and the result also holds the interval of
+    :func:`mean_interval` as ``bootstrap_low`` and ``bootstrap_high``. The bootstrap interval is too narrow
+    for rates near 0 and 1, and the rates of erased models are near 0.
     """
     values = [float(hit) for hit in hits]
     rate = wilson_rate(sum(hits), len(hits), effective_images(values, clusters) if values else None)
@@ -61,11 +61,14 @@ def clustered_rate(hits: Sequence[bool], clusters: Clusters) -> dict[str, float]
 
 
 def effective_images(values: Sequence[float], clusters: Clusters) -> float:
-    """How many independent images tell as much: the images' variance over their mean's squared error.
+    """Return the effective sample size: the images' variance divided by the squared error of their mean.
 
-    For C prompts with n_c of n images each, whose values differ from the mean by r_c in sum, that error is
-    C/(C − 1) Σ r_c² / n². The result lies between n²/Σ n_c², which is C for prompts of equally many images,
-    and n; it is the former where all values are equal, which says nothing about how alike a prompt's are.
+    C is the number of prompts, n_c the number of images of prompt c, n the number of all images, and r_c the
+    sum of prompt c's differences from the mean. The squared error is C/(C − 1) Σ r_c² / n².
+
+    The result is clipped to [n²/Σ n_c², n]. The lower bound is C if all prompts have equally many images. If
+    all values are equal, the result is the lower bound, because the values then don't show how similar the
+    images of one prompt are.
     """
     totals, counts = cluster_sums(values, clusters)
     prompts, images = len(counts), len(values)
@@ -79,9 +82,10 @@ def effective_images(values: Sequence[float], clusters: Clusters) -> float:
 
 
 def mean_interval(values: Sequence[float], clusters: Clusters) -> tuple[float, float]:
-    """Percentile bootstrap 95 % interval of the mean, prompts being drawn with all of their values.
+    """Return the percentile bootstrap 95 % interval of the mean.
 
-    2000 resamples from a fixed seed. A single prompt gives its mean twice.
+    Each of 2000 resamples draws whole prompts, with all of their values, from a fixed seed. If there is one
+    prompt, both ends are its mean.
     """
     totals, counts = cluster_sums(values, clusters)
     if len(totals) == 1:
@@ -101,7 +105,7 @@ def mean_interval(values: Sequence[float], clusters: Clusters) -> tuple[float, f
 
 
 def cluster_sums(values: Sequence[float], clusters: Clusters) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Sum and number of each prompt's values, ``[2, prompts]``, in the order of their first values."""
+    """Return the sum and number of each prompt's values, ``[2, prompts]``, in order of appearance."""
     if len(values) != len(clusters) or not values:
         raise ValueError(
             f"intervals: expected a cluster for each value, got {len(values)} and {len(clusters)}"
@@ -115,7 +119,7 @@ def cluster_sums(values: Sequence[float], clusters: Clusters) -> np.ndarray[Any,
 def paired_difference(
     first: Sequence[float], second: Sequence[float], clusters: Clusters
 ) -> dict[str, float]:
-    """Mean of second − first over the same images, with the 95 % interval of :func:`mean_interval`."""
+    """Return the mean of second − first over the same images, with the interval of :func:`mean_interval`."""
     differences = [b - a for a, b in zip(first, second, strict=True)]
     low, high = mean_interval(differences, clusters)
     return {"difference": float(np.mean(differences)), "low": low, "high": high}
@@ -124,11 +128,12 @@ def paired_difference(
 def paired_rate_difference(
     first: Sequence[bool], second: Sequence[bool], clusters: Clusters
 ) -> dict[str, float]:
-    """Difference of two rates on the same images, second − first, with a 95 % interval.
+    """Return the difference of two rates on the same images, second − first, with a 95 % interval.
 
-    Agresti and Min's: b images are hits of the first model alone and c of the second, and half an image is
-    added to each of the four cells, m = n + 2: d = (c − b)/m ± z √((b + c + 1) − (c − b)²/m)/m. So the
-    interval has a width where no image differs. Counts are scaled by :func:`effective_images`.
+    The interval is Agresti and Min's. b images are hits of the first model only, c of the second only, and
+    half an image is added to each of the four cells, so m = n + 2. The interval is
+    (c − b)/m ± z √((b + c + 1) − (c − b)²/m)/m. It has a width even if no image differs. The counts are
+    scaled by :func:`effective_images`.
     """
     changes = [float(b) - float(a) for a, b in zip(first, second, strict=True)]
     scale = effective_images(changes, clusters) / len(changes)
@@ -144,7 +149,7 @@ def paired_rate_difference(
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """p-values adjusted for their number m by Holm's step-down method.
+    """Return p-values adjusted for their number m by Holm's step-down method.
 
     p̃_(i) = max_{j ≤ i} min(1, (m − j + 1) p_(j)) for p_(1) ≤ … ≤ p_(m).
     """
