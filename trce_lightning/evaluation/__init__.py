@@ -1,1 +1,1 @@
-"""Scoring a model: scores with what is behind them, comparisons, and conditions of use."""
+"""Score a model: scores with the detections behind them, comparisons, and conditions of use."""

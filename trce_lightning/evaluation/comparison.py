@@ -1,4 +1,4 @@
-"""Two models on the same prompts and noise: how much they differ, image by image, and how sure that is."""
+"""Compare two models on the same prompts and noise, image by image, with intervals and tests."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Comparison = dict[str, Any]
 
 
 def compare(first: Scored, second: Scored, sets: Sequence[PromptSet]) -> Comparison:
-    """What changes from the first model to the second.
+    """Return what changes from the first model to the second.
 
-    Returns:
-        ``detected`` by set: ``difference`` of the shares of images that show the concept (second − first)
-        with its 95 % interval ``low``, ``high``; ``p_value`` of the exact McNemar test; ``p_value_holm``,
-        adjusted for the number of sets. McNemar's test takes images as independent: with several images a
-        prompt look at the interval, which does not.
-        ``clip_score``: the difference alone, where both models have CLIP scores of every image of a set.
+    ``detected`` has a row for each set. ``difference`` is the difference of the shares of images that show
+    the concept (second − first). ``low`` and ``high`` are its 95 % interval. ``p_value`` is that of the exact
+    McNemar test, and ``p_value_holm`` is adjusted for the number of sets. McNemar's test assumes independent
+    images. If a prompt has several images, use the interval, which is clustered by prompt.
+
+    ``clip_score`` has the difference for each set in which both models have CLIP scores of all images.
     """
     detected = {prompts.name: _detected(first, second, prompts) for prompts in sets}
     adjusted = holm({name: row["p_value"] for name, row in detected.items()})
@@ -39,12 +39,12 @@ def compare(first: Scored, second: Scored, sets: Sequence[PromptSet]) -> Compari
 
 
 def p_values(comparison: Comparison) -> dict[str, float]:
-    """Those of the exact McNemar tests, by set."""
+    """Return the p-values of the exact McNemar tests, by set."""
     return {name: row["p_value"] for name, row in comparison["detected"].items()}
 
 
 def one_line(comparison: Comparison) -> str:
-    """For a log: "direct -97.9 points [-99.0, -96.5], p (Holm) = 1e-150; …"."""
+    """Return a line for a log: "direct -97.9 points [-99.0, -96.5], p (Holm) = 1e-150; …"."""
     return "; ".join(
         f"{name} {100 * row['difference']:+.1f} points [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}], "
         f"p (Holm) = {row['p_value_holm']:.2g}"
@@ -58,10 +58,11 @@ def measure_distances(
     columns: Mapping[str, Column],
     device: torch.device = CPU,
 ) -> None:
-    """Add to the scores how far each model's benign images have moved from the first model's.
+    """Add to each model's scores how far its benign images have moved from the first model's.
 
-    The first gets :func:`same_model_floor`, the others :func:`distances_to_original`. Nothing is added
-    without ``features``, FID's feature network, which works on ``device``, or without benign prompts.
+    The first model gets :func:`same_model_floor`, and the others get :func:`distances_to_original`.
+    ``features`` is FID's feature network, which moves to ``device``. Without ``features`` or without benign
+    prompts, nothing is added.
     """
     benign = next((prompts for prompts in sets if prompts.name == BENIGN), None)
     if features is None or benign is None:
@@ -78,16 +79,16 @@ def measure_distances(
 def distances_to_original(
     features: nn.Module, prompts: PromptSet, original: Path, folder: Path
 ) -> dict[str, float]:
-    """How far images have moved: ``fid_to_original``, ``kid_to_original``, ``kid_to_original_std``.
+    """Return ``fid_to_original``, ``kid_to_original`` and ``kid_to_original_std``.
 
-    Of each prompt's first image, as :func:`~.metrics.distance.distances` says: where nothing changed FID is 0
-    and KID a little below. Empty with fewer images than that needs.
+    They compare the first image of each prompt, see :func:`~.metrics.distance.distances`. If nothing has
+    changed, FID is 0 and KID is slightly below 0. If there are too few images, the result is empty.
 
     Args:
         features: FID's feature network.
-        prompts: whose images lie in both folders.
-        original: the original model's images of the set.
-        folder: the other model's.
+        prompts: the prompt set, whose images lie in both folders.
+        original: the folder of the original model's images.
+        folder: the folder of the other model's images.
     """
     records = [record for record in prompts.records if record.sample_of is None]
     if len(records) < LEAST_IMAGES:
@@ -101,9 +102,10 @@ def distances_to_original(
 
 
 def same_model_floor(features: nn.Module, prompts: PromptSet, folder: Path) -> dict[str, float]:
-    """Distances between a model's first and second images of each prompt: what other noise alone does.
+    """Return the distances between a model's first and second images of each prompt.
 
-    ``fid_floor``, ``kid_floor``; empty with one image a prompt, or few.
+    They show what other noise alone changes. The keys are ``fid_floor`` and ``kid_floor``. If each prompt has
+    one image, or if there are too few images, the result is empty.
     """
     first = [record for record in prompts.records if record.sample_of is None]
     second = {record.prompt_id: record for record in reversed(prompts.records) if record.sample_of}

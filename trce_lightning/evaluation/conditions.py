@@ -1,4 +1,4 @@
-"""Conditions of use: each changes one thing in how a model draws, on the noise that it has otherwise."""
+"""Define conditions of use. Each changes one thing in how a model generates images, on the same noise."""
 
 from __future__ import annotations
 
@@ -22,30 +22,34 @@ from trce_lightning.sampling import is_guided
 
 log = logging.getLogger(__name__)
 USUAL = "usual"
-"""The condition without a change."""
+"""The name of the condition without a change."""
 Fits = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One use of a model: its prompts, and how it draws them."""
+    """A way to use a model: prompts, and how the model generates their images."""
 
     name: str
     sets: tuple[PromptSet, ...]
     sampling: Sampling
     is_drawn: bool = False
-    """True if its images are among those that the scorer has made."""
+    """True if the scorer's images already include those of this condition."""
 
     @property
     def folder(self) -> str:
-        """The name in letters that a folder's may have, with a checksum where it isn't the name itself."""
+        """Return the name of the condition's folder.
+
+        If the condition's name has letters that a folder's name can't have, they are replaced and a checksum
+        is added.
+        """
         plain = re.sub(r"[^\w.=-]+", "_", self.name)
         if plain == self.name:
             return plain
         return f"{plain[:40]}-{hashlib.blake2b(self.name.encode(), digest_size=4).hexdigest()}"
 
     def scorer(self, scorer: Scorer) -> Scorer:
-        """Return a scorer of this use of the model; images that are there are only judged."""
+        """Return a scorer of this condition. If ``is_drawn``, it judges the images that exist."""
         return replace(
             scorer,
             sets=self.sets,
@@ -57,7 +61,7 @@ class Condition:
 
 
 def asked(options: RobustnessConfig) -> bool:
-    """Return whether there is a condition beside the usual one."""
+    """Return True if the options ask for a condition besides the usual one."""
     lists = (options.samplers, options.guidance_scales, options.steps, options.negative_prompts)
     return any((*lists, options.strengths, options.lora, options.long_prompts, options.misspellings))
 
@@ -65,11 +69,10 @@ def asked(options: RobustnessConfig) -> bool:
 def conditions(
     options: RobustnessConfig, scorer: Scorer, concepts: Sequence[Concept], pictures: Path
 ) -> list[Condition]:
-    """Return the usual condition, then those of the options, on the first prompts of the scorer's own sets.
+    """Return the usual condition and those of the options, on the first prompts of the scorer's sets.
 
-    All take ``num_inference_steps`` of the options.
-
-    ``InputError`` when the concept has none of the sets asked for, or one can't be for this model.
+    All take ``num_inference_steps`` of the options, unless they vary the steps. ``InputError`` if the concept
+    has none of the sets, or if the model can't be used under a condition.
     """
     sets = tuple(
         prompts.first(options.images_per_set) for prompts in scorer.sets if prompts.name in options.sets

@@ -1,7 +1,7 @@
-"""Knowledge of the pictures that a model generates: prompts that ask for them, and who judges them.
+"""Define a model's domain: which pictures it generates, prompts that ask for them, and who judges them.
 
-:class:`Domain` is the seam for a model that draws one kind of picture, such as faces: a configuration names
-a class of it in ``model.domain``. :class:`OpenDomain` is the default, for a model that draws anything.
+To use a model of one kind of picture, such as faces, write a :class:`Domain` and name it in ``model.domain``.
+:class:`OpenDomain` is the default, for a model that generates any picture.
 """
 
 from __future__ import annotations
@@ -31,60 +31,63 @@ from trce_lightning.prompts.records import PromptSet
 
 @runtime_checkable
 class Domain(Protocol):
-    """All that a run asks about the pictures of its model.
+    """The interface to what a run asks about the pictures of its model.
 
-    The class that ``model.domain`` names is called with the model's options and the concepts. It may derive
-    from :class:`OpenDomain` and change what differs. Nothing is loaded before it is asked for.
+    ``model.domain`` names a class. It is called with the model's options and the concepts. It may derive from
+    :class:`OpenDomain` and change what differs. Each part is loaded when it is first asked for.
     """
 
     @property
     def source(self) -> Path | None:
-        """The folder of the model where neither ``model.path`` nor ``model.hub_id`` names one."""
+        """Return the folder of the model if neither ``model.path`` nor ``model.hub_id`` names one."""
 
     def check(self, denoiser: ModelMixin) -> None:
-        """Raise ``InputError`` if the model draws other pictures than these."""
+        """Raise ``InputError`` if the model generates other pictures than this domain's."""
 
     def prompt_sets(self, size: int, split: Split, names: Sequence[str]) -> list[PromptSet]:
-        """Return the concepts' own prompt sets of these names, those without prompts left out."""
+        """Return the concepts' own prompt sets of these names. A set without prompts is left out."""
 
     def keep_prompts(self, limit: int, seed: int) -> list[str]:
-        """Return up to ``limit`` prompts that stage 1 keeps where no caption file is given."""
+        """Return up to ``limit`` prompts to keep in stage 1. They are used if no caption file is given."""
 
     def concept_names(self) -> list[str]:
-        """Return further words by which prompts name the concepts, beside the concepts' own."""
+        """Return more words by which prompts name the concepts, besides the concepts' own."""
 
     def labels(self) -> Sequence[str] | None:
-        """Return what a prompt's label may be, or None if nothing names what an image shows."""
+        """Return all labels that a prompt may have, or None if no judge names what an image shows."""
 
     def label_groups(self) -> Mapping[str, frozenset[str]]:
-        """Return groups of labels whose accuracy is reported separately, by name."""
+        """Return groups of labels by name. Their accuracy is reported separately."""
 
     def detector(self) -> Detector | None:
-        """Return the detector of the concepts where ``model.judge`` names none of the user's, if any."""
+        """Return the detector of the concepts, if there is one.
+
+        It is used if ``model.judge`` names no other.
+        """
 
     def second_detector(self) -> Detector | None:
-        """Return a detector that nothing was tuned on, if any: ``zero_shot_clip`` of ``metrics.json``."""
+        """Return a detector that nothing was tuned on, if any, for ``zero_shot_clip`` of ``metrics.json``."""
 
     def judge(self) -> ImageJudge | None:
-        """Return what names what an image shows, if anything does."""
+        """Return the judge that names what an image shows, if there is one."""
 
     def clip(self) -> Clip | None:
-        """Return the CLIP of the CLIP score, if any."""
+        """Return the CLIP of the CLIP score, if there is one."""
 
     def features(self) -> nn.Module | None:
-        """Return FID's feature network, if any."""
+        """Return FID's feature network, if there is one."""
 
     def fid(self, cache: Path, device: torch.device) -> FrechetInceptionDistance | None:
-        """Return FID with the statistics of the real images in it, if there are any.
+        """Return FID with the statistics of the real images, if there are real images.
 
-        Statistics of a folder of images are computed on ``device`` once and kept in ``cache``.
+        If the real images are a folder, the statistics are computed on ``device`` once and kept in ``cache``.
         """
 
 
 class OpenDomain:
-    """The domain of a model that draws anything.
+    """The domain of a model that generates any picture.
 
-    The options ``judge``, ``clip``, ``inception`` and ``real_images`` of the model say what judges it.
+    The model's options ``judge``, ``clip``, ``inception`` and ``real_images`` choose what judges it.
     """
 
     source: Path | None = None
@@ -96,7 +99,7 @@ class OpenDomain:
         """Accept every denoiser."""
 
     def prompt_sets(self, size: int, split: Split, names: Sequence[str]) -> list[PromptSet]:
-        """Return prompts of terms, related phrases, neighbours, and class names of ImageNet and COCO."""
+        """Return prompts of the concepts' terms and neighbours, and of class names of ImageNet and COCO."""
         return concept_prompt_sets(self.concepts, open_streams, size=size, split=split, names=names)
 
     def keep_prompts(self, limit: int, seed: int) -> list[str]:
@@ -104,11 +107,11 @@ class OpenDomain:
         return keep_prompts(self.concepts, limit=limit)
 
     def concept_names(self) -> list[str]:
-        """Return no further words: these prompts use the concepts' own."""
+        """Return no more words, because these prompts use the concepts' own."""
         return []
 
     def labels(self) -> Sequence[str] | None:
-        """Return what zero-shot CLIP may answer: class names, the concepts' neighbours and their terms."""
+        """Return the answers of zero-shot CLIP: class names, the concepts' neighbours and terms."""
         if self.model.clip is None:
             return None
         names = [name for concept in self.concepts for name in (*concept.neighbours, *concept.terms)]
@@ -119,7 +122,7 @@ class OpenDomain:
         return {}
 
     def detector(self) -> Detector | None:
-        """Return zero-shot CLIP for ``model.judge=clip``, else None."""
+        """Return zero-shot CLIP if ``model.judge=clip``, otherwise None."""
         judge = self.judge() if self.model.judge == "clip" else None
         return None if judge is None else ClipJudgeDetector(judge, self.concepts)
 
@@ -128,7 +131,7 @@ class OpenDomain:
         return None
 
     def judge(self) -> ClipJudge | None:
-        """Return zero-shot CLIP where ``model.clip`` names one."""
+        """Return zero-shot CLIP if ``model.clip`` names a CLIP."""
         return self._judge
 
     @cached_property
@@ -137,12 +140,12 @@ class OpenDomain:
         return None if names is None or source is None else ClipJudge(load_clip(source), names)
 
     def clip(self) -> Clip | None:
-        """Return what ``model.clip`` names."""
+        """Return the CLIP that ``model.clip`` names."""
         judge = self.judge()
         return None if judge is None else judge.clip
 
     def features(self) -> nn.Module | None:
-        """Return Inception where ``model.inception`` names its weights."""
+        """Return Inception if ``model.inception`` names its weights."""
         path = self.model.inception
         return None if path is None else inception_fid(Path(path)).inception
 
@@ -161,9 +164,9 @@ class OpenDomain:
 
 
 def domain_of(model: ModelConfig, concepts: Sequence[Concept]) -> Domain:
-    """Return what ``model.domain`` names, :class:`OpenDomain` where it names nothing.
+    """Return the domain that ``model.domain`` names, or :class:`OpenDomain` if it names none.
 
-    ``InputError`` as :func:`~trce_lightning.metrics.factories.made_by` says.
+    For ``InputError`` see :func:`~trce_lightning.metrics.factories.made_by`.
     """
     if model.domain is None:
         return OpenDomain(model, concepts)

@@ -1,4 +1,4 @@
-"""Scoring a model on prompt sets: one pass makes the images, another judges them."""
+"""Score a model on prompt sets: generate the images, then judge them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from trce_lightning.runtime.ranks import Rank, on_each_rank
 
 @dataclass
 class Sampling:
-    """How images are made for scoring."""
+    """The settings with which images are generated for scoring."""
 
     guidance_scale: float
     num_steps: int
@@ -46,26 +46,27 @@ class Sampling:
         return f"{steps}{f' ({spacing})' if spacing else ''}, guidance scale {self.guidance_scale:g}"
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of the generation loop."""
+        """Return keyword arguments of the generation loop."""
         options = {
             "guidance_scale": self.guidance_scale,
             "num_steps": self.num_steps,
             "batch_size": self.batch_size,
             "autocast_dtype": self.autocast_dtype,
         }
-        # Fingerprints of scores are made of these: those of the usual way stay what they were.
+        # These options enter the fingerprint of scores. Without a variation, the fingerprint stays as it was.
         return options if self.variation == Variation() else options | {"variation": self.variation}
 
     def of_set(self, name: str) -> Sampling:
-        """Return the same with the pictures of one prompt set."""
+        """Return the same settings for one prompt set, whose pictures the variation may start from."""
         return replace(self, variation=self.variation.of_set(name))
 
 
 @dataclass
 class Scorer:
-    """Prompt sets with what makes and judges their images. The model may change between calls, noise doesn't.
+    """A scorer generates the images of prompt sets and judges them.
 
-    Every rank calls it; each makes its share of the images, the scores are of all.
+    The model may change between calls, and the noise stays the same. Every rank calls the scorer and
+    generates its share of the images. The scores are those of all images.
     """
 
     adapter: Adapter
@@ -73,11 +74,11 @@ class Scorer:
     sampling: Sampling
     make_evaluator: Callable[[Sequence[str]], Evaluator]
     label_groups: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """Labels whose accuracy is told apart, by the group's name."""
+    """The labels whose accuracy is reported separately, by the group's name."""
     concept_names: Sequence[str] = ()
-    """Words by which the prompts may name the concepts, beside the concepts' own."""
+    """Words by which the prompts may name the concepts, besides the concepts' own."""
     draws: bool = True
-    """True if it makes images; else those in the folder are judged."""
+    """True if the scorer generates images. Otherwise it judges those in the folder."""
     detections: Detections = field(default_factory=dict)
     """The detections of the last call."""
     network_evaluations: int = 0
@@ -85,7 +86,7 @@ class Scorer:
 
     @property
     def planned_evaluations(self) -> int:
-        """Network evaluations of one call, over all ranks."""
+        """Return the number of network evaluations of one call, over all ranks."""
         if not self.draws:
             return 0
         num_steps = network_steps(self.adapter, self.sampling.num_steps, self.sampling.variation)
@@ -97,7 +98,7 @@ class Scorer:
         return next(prompts.records for prompts in self.sets if prompts.name == name)
 
     def fingerprint(self) -> str:
-        """Return what identifies the images of a call: generator, prompts, noise and sampling."""
+        """Return a hash of what decides a call's images: generator, prompts, noise and sampling."""
         parts = [self.adapter.fingerprint(), repr(self.sampling.options()), *map(repr, self.sets)]
         records = [record for prompts in self.sets for record in prompts.records]
         parts += guidance_meta(records, self.sampling.guidance_scale).values()
@@ -106,10 +107,10 @@ class Scorer:
     def __call__(
         self, title: str, rank: int = 0, world_size: int = 1, folder: Path | None = None
     ) -> tuple[Scores, dict[str, Tensor]]:
-        """Return scores over all ranks, and without ``folder`` this rank's images by set.
+        """Return scores over all ranks. Without ``folder``, also return this rank's images by set.
 
-        With ``folder`` images are files in it, of which few are in memory at once; those that are there are
-        not made again.
+        With ``folder``, images are files in it, and few are in memory at once. An image that exists is not
+        generated again.
         """
         counted = self.adapter.network_evaluations
         evaluator = self.make_evaluator([prompts.name for prompts in self.sets]).to(self.adapter.device)
@@ -141,9 +142,9 @@ class Scorer:
 
 
 def score_on_all_ranks(trainer: pl.Trainer, scorer: Scorer, folder: Path, title: str) -> Scores:
-    """Return scores of all ranks' images, the same on every rank; images are files in ``folder``.
+    """Return the scores of all ranks' images, the same on every rank. Images are files in ``folder``.
 
-    ``title`` stands in the progress bar.
+    ``title`` is shown in the progress bar.
     """
 
     def score(rank: Rank) -> Scores:
