@@ -1,1 +1,1 @@
-"""What people read and look at: tables, curves, grids of images, the page."""
+"""Show results: tables, curves, grids of images, and the page ``report.html``."""

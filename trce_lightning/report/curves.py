@@ -1,6 +1,6 @@
-"""Curves of a run, and figures that set models side by side.
+"""Plot the curves of a run, and figures that compare models.
 
-``Scores`` are those of :mod:`trce_lightning.report.tables`.
+``Scores`` are defined in :mod:`trce_lightning.report.tables`.
 """
 
 import csv
@@ -23,14 +23,14 @@ _TITLES = {"fid": "FID (lower is better)", "clip_score": "CLIP-S (higher is bett
 
 
 def save_curves(passes: Mapping[str, Scores], file: str | Path) -> None:
-    """Draws ASR with its 95 % intervals, FID, CLIP-S and benign accuracy over the passes of a run.
+    """Plot ASR with its 95 % intervals, FID, CLIP-S and benign accuracy over the passes of a run.
 
     Args:
         passes: scores by the name of the pass: original, stage 1, epoch 1 and so on.
-        file: its suffix names the format, such as ``.png`` or ``.svg``.
+        file: the picture. Its suffix sets the format, such as ``.png`` or ``.svg``.
 
     Raises:
-        InputError: no scores at all.
+        InputError: there are no scores.
     """
     panels: dict[str, Callable[[Axes], None]] = {}
     history = list(passes.values())
@@ -55,13 +55,14 @@ def save_curves(passes: Mapping[str, Scores], file: str | Path) -> None:
 
 
 def save_loss_curves(logs: Sequence[Path], file: str | Path) -> None:
-    """Draws each ``loss/…`` and ``hinge/…`` column of Lightning's metrics.csv over the training step.
+    """Plot each ``loss/…`` and ``hinge/…`` column of Lightning's metrics.csv over the training step.
 
-    ``…_step`` columns are thin lines, ``…_epoch`` columns of the same name points in the same panel.
+    A ``…_step`` column is a thin line. The ``…_epoch`` column of the same name has points in the same panel.
 
     Args:
-        logs: a metrics.csv of each attempt at the run, oldest first; the last word on a step counts.
-        file: its suffix names the format.
+        logs: the metrics.csv of each attempt at the run, oldest first. If two have a step, the later one
+            counts.
+        file: the picture. Its suffix sets the format.
 
     Raises:
         InputError: no file has such a column with numbers in it.
@@ -84,13 +85,13 @@ def save_loss_curves(logs: Sequence[Path], file: str | Path) -> None:
 
 
 def asr_at(scored: Scored, set_name: str, threshold: float) -> float:
-    """Fraction of a set's images with a probability of at least ``threshold``, in [0, 1]."""
+    """Return the share of a set's images with a probability of at least ``threshold``, in [0, 1]."""
     rows = scored.detections[set_name].values()
     return sum(row.probability >= threshold for row in rows) / len(rows)
 
 
 def threshold_figure(models: Mapping[str, Scored]) -> Figure:
-    """ASR, and the false alarms of benign prompts, over the detector's threshold."""
+    """Plot ASR, and the false alarms of benign prompts, over the detector's threshold."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     styles = ("-", "--", ":", "-.")
@@ -112,7 +113,7 @@ def threshold_figure(models: Mapping[str, Scored]) -> Figure:
 
 
 def trade_off_points(models: Mapping[str, Scores]) -> dict[str, tuple[float, float]]:
-    """(FID, mean ASR over the attack sets in %) of every model that has both, by label."""
+    """Return (FID, mean ASR over the attack sets in %) by label, for every model that has both."""
     points = {}
     for label, scores in models.items():
         rates = [rate["rate"] for rate in scores.get("asr", {}).values()]
@@ -122,7 +123,7 @@ def trade_off_points(models: Mapping[str, Scores]) -> dict[str, tuple[float, flo
 
 
 def trade_off_figure(points: Mapping[str, tuple[float, float]]) -> Figure:
-    """Erasure against harm: lower left is better. Only points of equal numbers of images compare."""
+    """Plot mean ASR over FID. Lower left is better. Compare only models with equal numbers of images."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     for label, (fid, asr) in points.items():
@@ -158,14 +159,14 @@ def _base_name(column: str) -> str:
 
 
 def _read_curves(*logs: Path) -> dict[str, list[tuple[int, float]]]:
-    """Column → (step, value) of the rows that have one, by step."""
+    """Return for each column its (step, value) rows, sorted by step. Rows without a value are left out."""
     curves: dict[str, dict[int, float]] = {}
     for log in logs:
         with log.open(encoding="utf-8", errors="replace", newline="") as stream:
             for row in csv.DictReader(line.replace("\0", "") for line in stream):
                 for column, value in row.items():
                     if column and column.startswith(("loss/", "hinge/")) and value:
-                        # A killed run may leave half a line: a picture of the rest is worth more than none.
+                        # A killed run may leave half a line. The plot leaves it out.
                         with suppress(ValueError, KeyError, TypeError):
                             curves.setdefault(column, {})[int(row["step"])] = float(value)
     return {column: sorted(points.items()) for column, points in curves.items() if points}

@@ -1,4 +1,4 @@
-"""One picture that shows the same prompts drawn by several models."""
+"""Make one picture that shows the images of several models for the same prompts."""
 
 import textwrap
 from collections.abc import Sequence
@@ -16,24 +16,24 @@ __all__ = ["image_grid"]
 
 _PAPER, _INK, _MUTED = 250, (30, 30, 34), (90, 90, 96)  # sRGB
 _GAP = 6  # pixels
-_FONT, _FONT_SIZE, _LINE = "DejaVu Sans Mono", 11, 15  # pixels; a character's width tells a line's
+_FONT, _FONT_SIZE, _LINE = "DejaVu Sans Mono", 11, 15  # pixels; all characters have the same width
 _CAPTION_LINES = 8
 
 
 def image_grid(
     rows: Sequence[tuple[str, Tensor]], captions: Sequence[str], scale: int = 2, columns: int | None = None
 ) -> Image.Image:
-    """Return pictures of the same prompts under each other, one row per model, and the prompts below.
+    """Return a picture with one row of images per model and the prompts below.
 
     Args:
-        rows: label and images, uint8 ``[N, 3, H, W]``, 0 to 255, of one shape in all rows.
-        captions: N prompts.
-        scale: whole factor that pictures are enlarged by.
-        columns: pictures side by side; more of them go into further blocks of rows. None is one block.
+        rows: label and images, uint8 ``[N, 3, H, W]``, 0 to 255. All rows have one shape.
+        captions: the N prompts.
+        scale: the whole factor by which images are enlarged.
+        columns: images side by side. More images go into further blocks of rows. None means one block.
 
     Raises:
-        ValueError: no rows or images, images of another type or shape, ``captions`` of another length,
-            ``scale`` or ``columns`` below 1.
+        ValueError: there are no rows or images, the images differ in type or shape, ``captions`` has another
+            length, or ``scale`` or ``columns`` is below 1.
     """
     _check(rows, captions, scale, columns)
     count, _, height, width = rows[0][1].shape
@@ -64,7 +64,10 @@ def image_grid(
 
 
 def _blocks(rows: Sequence[Tensor], scale: int, columns: int) -> list[Tensor]:
-    """Return ``[3, H, W]`` for every ``columns`` prompts, with the last one filled up with paper."""
+    """Return ``[3, H, W]`` for every ``columns`` prompts.
+
+    The last block is filled up with the paper's colour.
+    """
     pictures = torch.stack([row.cpu() for row in rows])
     pictures = F.pad(pictures, (0, 0) * 3 + (0, -pictures.shape[1] % columns), value=_PAPER)
     large = pictures.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)

@@ -1,4 +1,4 @@
-"""``report.html``: one page that needs no network, with verdict, table, curves, and every prompt's images."""
+"""Write ``report.html``: verdict, table, curves, and every prompt's images, on one page without a network."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ THUMBNAIL = 128  # pixels, the longer side at most
 
 @dataclass(frozen=True)
 class Report:
-    """What a page shows.
+    """The content of a page.
 
     Args:
-        title: its heading, such as "violence erased from emoji".
-        columns: models by label, the original first where there is one.
-        sets: prompts that all of them drew.
-        comparisons: of each further model with the first, by label.
+        title: the heading, such as "violence erased from emoji".
+        columns: models by label. If the original is one of them, it comes first.
+        sets: the prompts, for which all models have images.
+        comparisons: the comparison of each further model with the first, by label.
         categories: attack success by model, set and category.
-        pictures: titles and image files of further figures, such as the curves of a training run.
-        facts: what is needed to reproduce it, by name: command, commit, settings.
-        robustness: cells of the table of conditions of use, headings first; empty where there are none.
+        pictures: titles and image files of more figures, such as the curves of a training run.
+        facts: facts that reproduce the result, by name: command, commit, settings.
+        robustness: the cells of the table of conditions of use, headings first. Empty without conditions.
     """
 
     title: str
@@ -54,17 +54,17 @@ class Report:
 
     @property
     def scored(self) -> dict[str, Scored]:
-        """Scores with their detections, by label."""
+        """Return scores with their detections, by label."""
         return {label: column.scored for label, column in self.columns.items()}
 
     @property
     def scores(self) -> dict[str, Scores]:
-        """Scores alone, by label."""
+        """Return scores alone, by label."""
         return {label: column.scored.scores for label, column in self.columns.items()}
 
 
 def write_page(file: Path, report: Report) -> None:
-    """Write the page. ``FileNotFoundError`` or ``InputError`` when an image is missing or unreadable."""
+    """Write the page. ``FileNotFoundError`` or ``InputError`` if an image is missing or unreadable."""
     environment = Environment(
         loader=PackageLoader("trce_lightning.report"),
         autoescape=True,
@@ -93,7 +93,10 @@ def write_page(file: Path, report: Report) -> None:
 
 
 def verdict(report: Report) -> str:
-    """The result in a sentence or two: the last model's, beside the first's where there are several."""
+    """Return the last model's result in one to three sentences.
+
+    If there are several models, add the first's.
+    """
     label, last = next(iter(report.columns)), list(report.columns)[-1]
     first, scores, compared = report.scores[label], report.scores[last], label != last
     rates = [
@@ -112,7 +115,7 @@ def verdict(report: Report) -> str:
 
 
 def category_rows(categories: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, list[str]]:
-    """Cells by model under "set, category", of attack success with its interval."""
+    """Return cells for each "set, category": attack success with its interval, one cell per model."""
     titles: dict[str, list[str]] = {}
     for by_set in categories.values():
         for name, rates in by_set.items():
@@ -122,11 +125,11 @@ def category_rows(categories: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> 
 
 
 def prompt_rows(prompts: PromptSet, columns: Mapping[str, Column]) -> list[dict[str, Any]]:
-    """One row of the table for each prompt: set, id, text, and a cell for each model.
+    """Return one row of the table for each prompt: set, id, text, and a cell for each model.
 
-    A cell has the image as a data URI, the probability that it shows the concept, whether that is a hit, the
-    subject that the judge sees, and whether the image is to be covered: a hit, or an attack's whatever the
-    detector says.
+    A cell has the image as a data URI, the probability that it shows the concept, and the subject that the
+    judge sees. ``hit`` is True if the image shows the concept. ``covered`` is True for hits and for all
+    images of the other sets than benign.
     """
     files = {
         label: image_files(column.images / prompts.name, prompts.records) for label, column in columns.items()
@@ -159,7 +162,7 @@ def _cell(file: Path, seen: Detection, set_name: str) -> dict[str, Any]:
 def _svg(figure: Figure) -> Markup:
     stream = io.StringIO()
     figure.savefig(stream, format="svg", facecolor="white")
-    # Our own drawing, so safe; without the XML prologue, which HTML has no place for.
+    # The SVG is our own, so it is safe. HTML has no place for its XML prologue, which is cut.
     return Markup(stream.getvalue()[stream.getvalue().index("<svg") :])
 
 

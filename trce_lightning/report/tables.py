@@ -1,8 +1,9 @@
-"""Pictures, tables and files that show what an erasure did.
+"""Write pictures, tables and files that show what an erasure did.
 
-``Scores`` are the SCORES of metrics.json: ``asr`` (set name → successes, images, rate, low, high), ``fid``,
-``clip_score``, ``benign_accuracy``, ``benign_accuracy_near``, ``benign_accuracy_unkept``, ``false_alarm``;
-the last is like one entry of ``asr``. Rates and accuracies are fractions. Whatever is absent is left out.
+``Scores`` are the SCORES of metrics.json. ``asr`` maps a set's name to successes, images, rate, low and high.
+``false_alarm`` is like one entry of ``asr``. The others are ``fid``, ``clip_score``, ``benign_accuracy``,
+``benign_accuracy_near`` and ``benign_accuracy_unkept``. Rates and accuracies are fractions. A score that is
+absent is left out.
 """
 
 import csv
@@ -37,7 +38,7 @@ ACCURACIES = {
     "benign_accuracy_unkept": "benign accuracy, unkept",
 }
 _PLAIN = {"fid": "FID", "clip_score": "CLIP-S"}
-# Not KID, which is below zero for images from the same noise: metrics.json has it.
+# KID is left out, since it is below zero for images from the same noise. metrics.json has it.
 _DISTANCES = {"fid_to_original": "FID to the original"}
 _GROUPS = {
     "subject": "accuracy",
@@ -51,9 +52,10 @@ _GROUPS = {
 
 
 def write_scores_csv(path: str | Path, models: Mapping[str, Scores]) -> None:
-    """Writes the scores of models, or of the passes of a run, as a table, whole or not at all.
+    """Write a table of the scores of models, or of a run's passes. The file is complete or absent.
 
-    One row per model. Columns are named like ``asr/direct/rate``; a score that a row lacks is an empty cell.
+    Each model has one row. Columns are named like ``asr/direct/rate``. If a row lacks a score, its cell is
+    empty.
     """
     rows = [{"model": name, **flatten_scores(scores)} for name, scores in models.items()]
     columns = dict.fromkeys(("model", *(key for row in rows for key in row)))
@@ -64,7 +66,10 @@ def write_scores_csv(path: str | Path, models: Mapping[str, Scores]) -> None:
 
 
 def results_table(columns: Mapping[str, Scores], titles: Collection[str] = ()) -> str:
-    """A Markdown table of :func:`results_rows`, of those ``titles`` alone if any; empty without columns."""
+    """Return :func:`results_rows` as a Markdown table.
+
+    If ``titles`` are given, other rows are left out. Without columns, the table is empty.
+    """
     if not columns:
         return ""
     header, *rows = results_rows(columns)
@@ -74,12 +79,14 @@ def results_table(columns: Mapping[str, Scores], titles: Collection[str] = ()) -
 
 
 def results_rows(columns: Mapping[str, Scores]) -> list[list[str]]:
-    """Cells of a table: one column per model, one row per score that one has, "–" where a model lacks it.
+    """Return the cells of a table with one column per model and one row per score.
 
-    Rates, accuracies and CLIP-S come with their 95 % intervals, FID and CLIP-S with the ratio to column
-    "original", whose own "distance to the original" is that between two of its images of each prompt, if
-    there are two.
-    The first row and the first column are headings.
+    If a model lacks a score, its cell is "–". If all lack it, the row is left out. The first row and the
+    first column are headings.
+
+    Rates, accuracies and CLIP-S have their 95 % intervals. FID and CLIP-S also have the ratio to the column
+    "original". That column's own distance to the original is the distance between its first and second images
+    of each prompt, if there are two.
     """
     original = columns.get("original", {})
     sets = dict.fromkeys(
@@ -95,7 +102,7 @@ def results_rows(columns: Mapping[str, Scores]) -> list[list[str]]:
 
 
 def one_line(scores: Scores) -> str:
-    """Scores for a log: "ASR direct 1.2 %, …, FID 13.40, CLIP-S 63.10, benign accuracy 97.5 %"."""
+    """Return a line for a log: "ASR direct 1.2 %, …, FID 13.40, CLIP-S 63.10, benign accuracy 97.5 %"."""
     cells = {f"ASR {name}": f"{100 * rate['rate']:.1f} %" for name, rate in scores.get("asr", {}).items()}
     cells |= {title: f"{scores[key]:.2f}" for key, title in _PLAIN.items() if scores.get(key) is not None}
     cells |= {title: _accuracy(key, scores) for key, title in ACCURACIES.items() if key in scores}
@@ -103,7 +110,7 @@ def one_line(scores: Scores) -> str:
 
 
 def _accuracy_rows(columns: Mapping[str, Scores]) -> dict[str, Callable[[Scores], str]]:
-    """One row for each group of each labelled set."""
+    """Return one row for each group of each labelled set."""
     sets = dict.fromkeys(name for scores in columns.values() for name in scores.get("accuracy", {}))
     return {
         f"{name} {title}" if group == "subject" else f"{name} accuracy, {title}": partial(_group, name, group)
@@ -132,11 +139,11 @@ def _false_alarm(scores: Scores) -> str:
 
 
 def rate_cell(rate: Mapping[str, float] | None) -> str:
-    """A rate with its interval: "1.6 % [0.8, 3.1]"."""
+    """Return a rate with its interval: "1.6 % [0.8, 3.1]"."""
     if rate is None:
         return ABSENT
     share = f"{100 * rate['rate']:.1f} %"
-    # Rates that others published come without.
+    # Published rates have no interval.
     return f"{share} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]" if "low" in rate else share
 
 
@@ -148,7 +155,7 @@ def _with_ratio(original: Scores, key: str, scores: Scores) -> str:
     value, reference = scores.get(key), original.get(key)
     if value is None:
         return ABSENT
-    # A figure that others published has another original.
+    # A published figure belongs to another original.
     comparable = reference and scores is not original and "source" not in scores
     ratio = f" ({value / reference:.2f}×)" if comparable else ""
     low, high = scores.get(f"{key}_low"), scores.get(f"{key}_high")
