@@ -1,4 +1,4 @@
-"""One generation pass after each epoch, scored by torchmetrics."""
+"""Generate and score images after each epoch."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ log = logging.getLogger(__name__)
 
 
 class EpochEvaluation(pl.Callback):
-    """FID, CLIP-S, ASR and benign accuracy of the erased model, after stage 1 and after each epoch.
+    """Score the erased model after stage 1 and after each epoch: FID, CLIP-S, ASR and benign accuracy.
 
-    ``after_textual`` holds the SCORES of stage 1 alone and ``epochs`` those of each epoch; ``images`` this
-    rank's images of the last pass, by prompt set, for callbacks after this one. Scores reach every logger as
-    ``asr/direct/rate``, ``fid`` and so on.
+    ``after_textual`` holds the SCORES of stage 1 alone, and ``epochs`` holds those of each epoch. ``images``
+    holds this rank's images of the last pass by prompt set, for the callbacks that follow. Scores reach every
+    logger as ``asr/direct/rate``, ``fid`` and so on.
     """
 
     def __init__(self, scorer: Scorer) -> None:
@@ -32,7 +32,10 @@ class EpochEvaluation(pl.Callback):
         self.images: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Score stage 1 alone, if there is one, and an epoch that an interrupted run has trained unscored."""
+        """Score stage 1 alone, if there is one.
+
+        If an interrupted run has trained an epoch without scoring it, score that epoch too.
+        """
         if self.after_textual is None and pl_module.edit is not None:
             self.after_textual = self._evaluate(trainer, pl_module, "after stage 1")
         if len(self.epochs) < trainer.current_epoch:
@@ -50,11 +53,11 @@ class EpochEvaluation(pl.Callback):
         return scores
 
     def state_dict(self) -> dict[str, Any]:
-        """Scores so far travel with the checkpoint."""
+        """Return the scores so far, for the checkpoint."""
         return {"after_textual": self.after_textual, "epochs": self.epochs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them. ``InputError`` on a checkpoint of an earlier version."""
+        """Restore the scores. ``InputError`` if the checkpoint is from an earlier version."""
         if "after_textual" not in state_dict:
             raise InputError("checkpoint: expected one of this version, got an earlier one; use fresh=true")
         self.after_textual, self.epochs = state_dict["after_textual"], state_dict["epochs"]

@@ -1,4 +1,4 @@
-"""A picture of the same prompts and noise through the original and the erased model, after each pass."""
+"""Show images of the original and the erased model for the same prompts and noise, after each pass."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from trce_lightning.runtime.storage import replacing
 
 
 class ImageGrid(pl.Callback):
-    """Writes ``grid.png`` from the images that ``EpochEvaluation`` has just made, and shows it to W&B.
+    """Write ``grid.png`` from the images that ``EpochEvaluation`` has just generated, and send it to W&B.
 
-    Comes after the evaluation in the trainer's list. ``original`` is the folder of the original's images.
+    This callback comes after the evaluation in the trainer's list. ``original`` is the folder of the original
+    model's images.
     """
 
     def __init__(self, evaluation: EpochEvaluation, original: Path, file: Path, columns: int = 8) -> None:
         self.evaluation, self.original, self.file, self.columns = evaluation, original, file, columns
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw this rank's first images; with several ranks their prompts are every n-th."""
+        """Write a grid of this rank's first images. With n ranks, their prompts are every n-th."""
         if not trainer.is_global_zero:
             return
         scorer, images = self.evaluation.scorer, self.evaluation.images
@@ -40,7 +41,10 @@ class ImageGrid(pl.Callback):
 
 
 def grid_of(sets: Sequence[PromptSet], folders: Mapping[str, Path], file: Path, columns: int = 8) -> None:
-    """Draw the first prompts of every set from folders of images by label, such as original above erased."""
+    """Write a grid of every set's first prompts from folders of images.
+
+    ``folders`` are by label, such as the original above the erased model.
+    """
     shares = {prompts.name: prompts.records[:columns] for prompts in sets}
     images = {
         label: {name: load_images(folder / name, share) for name, share in shares.items()}
@@ -52,7 +56,7 @@ def grid_of(sets: Sequence[PromptSet], folders: Mapping[str, Path], file: Path, 
 def draw(
     shares: Mapping[str, Sequence[PromptRecord]], images: Mapping[str, Mapping[str, Tensor]], file: Path
 ) -> None:
-    """Rows by label, columns by prompt, one block a set."""
+    """Write a grid with labels as rows, prompts as columns and one block per set."""
     prompts = [record.prompt for share in shares.values() for record in share]
     rows = [
         (label, torch.cat([by_set[name][: len(share)] for name, share in shares.items()]))

@@ -1,4 +1,4 @@
-"""Keeping what a fit has done: checkpoints between epochs' ends, and when the process is told to stop."""
+"""Save a fit's progress: checkpoints during an epoch, after it, and on SIGTERM."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ LAST = "last"
 
 
 class SaveBeforeScoring(pl.Callback):
-    """Keeps an epoch's training before its images are drawn, which may take longer than a notice of SIGTERM.
+    """Save an epoch's training before its images are generated.
 
-    Comes before the evaluation in the trainer's list; a run that continues scores that epoch first.
+    Generating them may take longer than the time between SIGTERM and the kill. A run that continues scores
+    that epoch first. This callback comes before the evaluation in the trainer's list.
     """
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / f"{LAST}.ckpt"
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """As `ModelCheckpoint` does after the other callbacks."""
+        """Save ``last.ckpt``. `ModelCheckpoint` saves it again after the other callbacks."""
         trainer.save_checkpoint(self.file)
 
 
 def progress_checkpoints(folder: Path, minutes: float) -> list[ModelCheckpoint]:
-    """What keeps ``folder/last.ckpt`` up to date: after each epoch, every ``minutes``, and on SIGTERM."""
+    """Return callbacks that save ``folder/last.ckpt`` after each epoch, every ``minutes``, and on SIGTERM."""
     options: dict[str, Any] = {"dirpath": folder, "filename": LAST, "enable_version_counter": False}
     return [
         ProgressCheckpoint(train_time_interval=timedelta(minutes=minutes), **options),
@@ -39,16 +40,16 @@ def progress_checkpoints(folder: Path, minutes: float) -> list[ModelCheckpoint]:
 
 
 class ProgressCheckpoint(ModelCheckpoint):
-    """Saves after a step of the optimizer when its time has come, and when SIGTERM ends the fit.
+    """Save after an optimizer step if the interval has passed, and if SIGTERM ends the fit.
 
-    Between the steps of an accumulated gradient nothing is saved, since that gradient would be lost, nor
-    after the last batch of an epoch, whose end is saved anyway.
+    Between the steps of an accumulated gradient nothing is saved, because the gradient would be lost. After
+    the last batch of an epoch nothing is saved either, because the end of the epoch is saved.
     """
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time."""
+        """Save if the interval has passed."""
         done = batch_idx + 1
         if done % trainer.accumulate_grad_batches == 0 and done < trainer.num_training_batches:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -56,7 +57,11 @@ class ProgressCheckpoint(ModelCheckpoint):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Save what SIGTERM ends: between two batches, the same on all ranks; others come anywhere."""
+        """Save if SIGTERM ends the fit.
+
+        SIGTERM ends it between two batches, at the same one on all ranks. Other exceptions may come anywhere,
+        so they save nothing.
+        """
         progress = trainer.fit_loop.epoch_loop.batch_progress
         whole = progress.current.ready % trainer.accumulate_grad_batches == 0
         if isinstance(exception, SIGTERMException) and whole and not progress.is_last_batch:

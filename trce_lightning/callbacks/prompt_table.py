@@ -1,4 +1,4 @@
-"""Every prompt of a pass with its image and what was seen in it, as a table on W&B."""
+"""Show every prompt of a pass with its image and its detection, as a table on W&B."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ COLUMNS = ["set", "id", "prompt", "image", "probability", "subject"]
 
 
 class PromptTable(pl.Callback):
-    """Logs the table ``prompts`` to W&B after each epoch; does nothing with other loggers.
+    """Log the table ``prompts`` to W&B after each epoch. Other loggers get nothing.
 
-    Comes after the evaluation in the trainer's list. With several ranks it holds the first one's images.
+    This callback comes after the evaluation in the trainer's list. With several ranks, the table has the
+    first rank's images.
     """
 
     def __init__(self, evaluation: EpochEvaluation) -> None:
         self.evaluation = evaluation
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """One row for each image; ``subject`` is empty where no judge names it."""
+        """Log one row for each image. If no judge names the subject, ``subject`` is empty."""
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
         if not loggers or not trainer.is_global_zero:
             return

@@ -1,4 +1,4 @@
-"""Processes that should hold the same weights are checked to do so."""
+"""Check that all processes hold the same weights."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from trce_lightning.runtime.fingerprints import tensors_fingerprint
 
 
 class RanksAgree(pl.Callback):
-    """After each epoch compares the changed tensors of all ranks bit by bit, by their hash.
+    """Compare the hashes of all ranks' changed tensors after each epoch.
 
-    Comes before callbacks that score or save. ``RuntimeError`` naming the ranks that differ from the first.
+    If they differ, ``RuntimeError`` names the ranks that differ from the first. This callback comes before
+    callbacks that score or save.
     """
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Alone there is nothing to compare."""
+        """Compare the ranks' hashes. A single process has nothing to compare."""
         if trainer.world_size == 1:
             return
         digests = [""] * trainer.world_size
