@@ -1,1 +1,1 @@
-"""What each command does, from a checked configuration to a folder of results."""
+"""Run each command: turn a checked configuration into a folder of results."""

@@ -1,4 +1,4 @@
-"""The first lines of a run: what it will do, and what lies ahead."""
+"""Log the first lines of a run: the model, the device, and the cost of each part."""
 
 from __future__ import annotations
 
@@ -21,17 +21,23 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 TRAINING = "training"
 TRAINING_COST = 2.1
-"""Operations of a forward and a backward pass for one of the forward pass: 1.71 to 0.803 TFLOP at 512 px."""
+"""The cost of a forward and backward pass in forward passes: 1.71 / 0.803 TFLOP at 512 px."""
 
 
 MOST_LATENTS = 16
-"""Of the evaluations that are timed."""
+"""The largest number of latents in a timed evaluation."""
 QUICK, LONG = 0.1, 0.5
-"""Seconds: an evaluation up to the first is timed with more latents, one above the second isn't repeated."""
+"""Limits in seconds.
+
+Above ``QUICK``, no larger batch is timed. Above ``LONG``, a CPU's evaluation isn't repeated.
+"""
 
 
 def training(run: TrainingRun) -> None:
-    """Log model, device, precision; then network evaluations, time, disk and memory of what lies ahead."""
+    """Log model, device and precision.
+
+    Then log the run's network evaluations, time, disk space and memory.
+    """
     config, adapter = run.config, run.adapter
     device = run.trainer.strategy.root_device
     parameters = sum(parameter.numel() for parameter in adapter.denoiser.parameters())
@@ -75,10 +81,11 @@ def training(run: TrainingRun) -> None:
 
 
 def seconds_per_evaluation(run: TrainingRun) -> float | None:
-    """Estimate it on pure noise, in the precision of the run. None where memory isn't enough for one latent.
+    """Estimate the seconds per latent of one network evaluation, on pure noise in the run's precision.
 
-    One latent is timed first, and twice as many as long as that takes no time to speak of and memory lasts:
-    a fast device is slow by the latent when it gets few.
+    One latent is timed first. While an evaluation takes at most ``QUICK`` and memory suffices, twice as many
+    latents are timed, because a fast device needs a large batch to be fast. If memory doesn't suffice for one
+    latent, the result is None.
     """
     adapter, device = run.adapter, run.trainer.strategy.root_device
     counted, seconds, count = adapter.network_evaluations, None, 1
@@ -100,24 +107,25 @@ def seconds_per_evaluation(run: TrainingRun) -> float | None:
 
 
 def _seconds(run: TrainingRun, z_t: Tensor, empty: Text) -> float:
-    """Return how long one evaluation of all of ``z_t`` takes."""
+    """Return the seconds of one evaluation of all of ``z_t``."""
     adapter, text = run.adapter, empty.expand(len(z_t))
     timestep = adapter.schedule(10).timesteps[0]
 
     def evaluate() -> float:
         start = time.monotonic()
-        # The mean waits for the device.
+        # Taking the mean to the CPU waits for the device.
         float(adapter.predict(z_t, timestep, text).mean())
         return time.monotonic() - start
 
     with torch.no_grad(), run.trainer.precision_plugin.forward_context():
         first = evaluate()
-        # What comes once, such as loading kernels, isn't timed; on a slow CPU it is little beside the rest.
+        # The first call also loads kernels, so the second one counts. On a slow CPU, loading takes a small
+        # share.
         return first if z_t.device.type == "cpu" and first > LONG else evaluate()
 
 
 def expected_seconds(parts: Mapping[str, int], seconds: float) -> dict[str, float]:
-    """How long each part of :func:`ahead` takes at ``seconds`` a forward pass."""
+    """Return the seconds of each part of :func:`ahead`, if a forward pass takes ``seconds``."""
     return {
         part: evaluations * seconds * (TRAINING_COST if part == TRAINING else 1)
         for part, evaluations in parts.items()
@@ -131,9 +139,10 @@ def _time(seconds: float) -> str:
 
 
 def ahead(run: TrainingRun) -> dict[str, int]:
-    """Network evaluations of each part, those that are cached aside; equal to what is counted when it runs.
+    """Return the number of network evaluations of each part. It equals what the run counts later.
 
-    Training is counted in forward passes; one takes :data:`TRAINING_COST` times as long.
+    Cached evaluations are left out. Training is counted in forward passes. With the backward pass, one takes
+    :data:`TRAINING_COST` times as long.
     """
     parts = {}
     if run.plan is not None:
@@ -150,7 +159,7 @@ def ahead(run: TrainingRun) -> dict[str, int]:
 
 
 def missing_evaluations(run: TrainingRun) -> int:
-    """Of trajectories that are not cached."""
+    """Return the number of network evaluations of the trajectories that are not cached."""
     assert run.plan is not None
     missing = missing_shards(run.plan, run.trajectory_folder, run.config.trajectory.shard_size, run.generator)
     return sum(run.plan.evaluations_of(rows) for _, rows in missing)

@@ -1,4 +1,4 @@
-"""``demo.py``: a page on this machine that draws a prompt with a model before and after erasure."""
+"""Run ``demo.py``: serve a local page that generates images of a prompt before and after erasure."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ EXAMPLES = {
     "implicit": "Prompts that hint at it",
     "benign": "Prompts of something else",
 }
-"""Prompt sets that examples come from, and what the page calls them."""
+"""The prompt sets that examples come from, with their titles on the page."""
 EXAMPLES_PER_SET = 3
 MODELS = ("Original", "Erased")
 _ANOTHER_SEED = "() => Math.floor(Math.random() * 2 ** 31)"
@@ -46,7 +46,7 @@ _ANOTHER_SEED = "() => Math.floor(Math.random() * 2 ** 31)"
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture, uint8 ``[3, H, W]``, and what the judge says of it; None where nothing judges."""
+    """An image, uint8 ``[3, H, W]``, with the judge's result. Without a judge, the result is None."""
 
     image: Tensor
     probability: float | None
@@ -54,15 +54,15 @@ class Drawing:
 
     @property
     def covered(self) -> bool:
-        """True if it is judged to show the concept, or not judged at all."""
+        """True if the judge sees the concept, or if there is no judge."""
         return self.probability is None or bool(shows_concept(torch.tensor([self.probability])))
 
 
 class Demo:
-    """Both models of a configuration, and what judges their pictures."""
+    """The original and the erased model of a configuration, and the judge of their images."""
 
     def __init__(self, config: DemoConfig) -> None:
-        """Open both models on the configured device. ``InputError`` for more than one device."""
+        """Open both models on the configured device. ``InputError`` if more than one device is configured."""
         trainer = make_trainer(config.trainer, Path())
         if trainer.world_size != 1:
             raise InputError(f"trainer.devices: expected one device, got {trainer.world_size}")
@@ -82,7 +82,7 @@ class Demo:
         return part.to(self.device) if isinstance(part, torch.nn.Module) else part
 
     def draw(self, prompt: str, seed: int, guidance_scale: float, num_steps: int) -> dict[str, Drawing]:
-        """Return the prompt's picture by each of ``MODELS``, from the same noise."""
+        """Return the prompt's image by each of ``MODELS``, from the same noise."""
         record = PromptRecord("demo", prompt, seed=seed, guidance_scale=guidance_scale)
         warn_of_cut(self.adapters["Erased"], [prompt], "the page")
         options = self.sessions["Erased"].sampling().options() | {"num_steps": num_steps}
@@ -117,9 +117,9 @@ def demonstrate(config: DemoConfig) -> None:
 
 
 def serve(page: gr.Blocks, port: int) -> None:
-    """Serve on the loopback interface alone, in threads. ``OSError`` when the port is taken."""
+    """Serve on the loopback interface only, in threads. ``OSError`` if the port is taken."""
     check_proxies()
-    spare_this_machine()  # Gradio asks for its own page before it goes on
+    spare_this_machine()  # Gradio requests its own page at the start
     import gradio as gr
 
     page.launch(
@@ -136,8 +136,8 @@ def serve(page: gr.Blocks, port: int) -> None:
 
 
 def build_page(demo: Demo) -> gr.Blocks:
-    """Build the page: prompt, controls and examples, and both pictures with their verdicts."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at import too
+    """Build the page: prompt, controls, examples, and both images with their verdicts."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Gradio also reads it at import
     import gradio as gr
 
     model = demo.config.model
@@ -159,7 +159,7 @@ def build_page(demo: Demo) -> gr.Blocks:
         for name, prompts in demo.examples().items():
             gr.Examples(prompts, prompt, label=EXAMPLES.get(name, name))
         inputs: list[Any] = [prompt, seed, guidance, steps]
-        draw, one_at_a_time = _drawer(demo), "draw"  # the models are shared
+        draw, one_at_a_time = _drawer(demo), "draw"  # both buttons share the models
         gr.on([button.click, prompt.submit], draw, inputs, pictures, concurrency_id=one_at_a_time)
         another.click(None, None, seed, js=_ANOTHER_SEED).then(
             draw, inputs, pictures, concurrency_id=one_at_a_time
@@ -168,23 +168,23 @@ def build_page(demo: Demo) -> gr.Blocks:
 
 
 def _drawer(demo: Demo) -> Any:
-    """Return what the button calls, with generation's progress bars shown over the pictures."""
+    """Return the function that the button calls. Generation's progress bars are shown over the images."""
     import gradio as gr
 
-    tracked = gr.Progress(track_tqdm=True)  # Gradio looks for it among the defaults
+    tracked = gr.Progress(track_tqdm=True)  # Gradio finds it among the defaults
 
     def draw(prompt: str, seed: int, guidance: float, steps: int, progress: Any = tracked) -> list[str]:
         try:
             drawings = demo.draw(prompt, seed, guidance, steps)
         except InputError as error:
-            raise gr.Error(str(error)) from error  # of others the page says no more than "Error"
+            raise gr.Error(str(error)) from error  # for other errors the page shows only "Error"
         return [picture(demo, name, prompt, drawing) for name, drawing in drawings.items()]
 
     return draw
 
 
 def picture(demo: Demo, name: str, prompt: str, drawing: Drawing | None) -> str:
-    """Return HTML of one model's picture and verdict, of an empty frame before the first picture."""
+    """Return the HTML of one model's image and verdict. Without ``drawing``, the frame is empty."""
     loader = PackageLoader("trce_lightning.report")
     template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template(
         "picture.html.j2"

@@ -1,4 +1,4 @@
-"""``eval.py``: score one pipeline, or several on the same prompts and noise."""
+"""Run ``eval.py``: score one pipeline, or several on the same prompts and noise."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ log = logging.getLogger(__name__)
 
 
 class Evaluation:
-    """One run of ``eval.py``: ``model`` first, then each of ``models``, one in memory at a time."""
+    """One run of ``eval.py``.
+
+    It scores ``model`` and then each of ``models``, with one in memory at a time.
+    """
 
     def __init__(self, config: EvalConfig) -> None:
         self.config = config
@@ -57,7 +60,7 @@ class Evaluation:
         self.evaluations: dict[str, int] = {}
 
     def run(self) -> None:
-        """Score every model and write what was found; one process writes."""
+        """Score every model and write the results. One process writes."""
         for label, path in self.sources.items():
             model = dataclasses.replace(self.config.model, path=path)
             session = Session(dataclasses.replace(self.config, model=model), concepts_of(self.config))
@@ -68,17 +71,17 @@ class Evaluation:
                 self.score(label, scorer)
             self.sets, self.features = scorer.sets, session.features()
             del session, scorer
-            gc.collect()  # Trainer and module refer to each other, and so hold the model
+            gc.collect()  # Trainer and module refer to each other, so only the collector frees the model
         if asked(self.config.robustness):
             self.robustness.run()
         if self.is_global_zero:
-            # Last, since the other processes wait for no one: they have nothing left to do.
+            # This comes last: the other processes have finished, so none waits for this one.
             measure_distances(self.features, self.sets, self.columns, self.device)
             self.detect()
             self.write()
 
     def begin(self, scorer: Scorer) -> None:
-        """Choose the folder; log the prompts and the network evaluations that are ahead."""
+        """Choose the folder. Log the prompts and the number of network evaluations."""
         self.folder = Path(self.config.output or self.default_folder(scorer))
         self.claim()
         self.prompt_sets, self.sampling = log_sets(scorer.sets), scorer.sampling
@@ -95,7 +98,7 @@ class Evaluation:
             self.robustness.announce(scorer)
 
     def claim(self) -> None:
-        """Lock the folder while this evaluation lives; the first of its processes does."""
+        """Lock the folder until this evaluation ends. The first of its processes does this."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if process_rank() > 0:
             return
@@ -107,11 +110,11 @@ class Evaluation:
         clean_up(self.folder)
 
     def images(self, label: str) -> Path:
-        """Where a model's images lie, by prompt set."""
+        """Return the folder of a model's images, which has a folder for each prompt set."""
         return self.folder / "images" / (label if len(self.sources) > 1 else "")
 
     def score(self, label: str, scorer: Scorer) -> None:
-        """Scores of one model; its images are files, and those that are there are not made again."""
+        """Score one model. Its images are files, and an image that exists is not generated again."""
         images = self.images(label)
         trainer = make_trainer(self.config.trainer, self.folder)
         start = time.monotonic()
@@ -124,16 +127,17 @@ class Evaluation:
         self.is_global_zero = trainer.is_global_zero
 
     def detect(self) -> None:
-        """Class scores of each further detector for every image, as ``detections/LABEL/SET-DETECTOR.csv``."""
+        """Write each detector's class scores of all images to ``detections/LABEL/SET-DETECTOR.csv``."""
         for detector, label, prompts in product(self.detectors, self.columns, self.sets):
             file = self.folder / "detections" / label / f"{prompts.name}-{detector.name}.csv"
             images = self.columns[label].images / prompts.name
             detect(detector, images, prompts.records, file, device=self.device)
 
     def default_folder(self, scorer: Scorer) -> Path:
-        """The same for the same command: a run that was killed goes on.
+        """Return a folder that is the same for the same command, so that a killed run can continue.
 
-        Models are told apart by their paths, but for the first; its folders refuse images of others.
+        The first model enters the name by its fingerprint, the others by their paths. If a path's weights
+        have changed, the folder's images are refused.
         """
         name = scorer.fingerprint()
         if self.config.models:
@@ -142,7 +146,7 @@ class Evaluation:
         return Path(self.config.runs) / "eval" / name
 
     def write(self) -> None:
-        """Scores with their detections, table, grid and page; ``metrics.json`` last."""
+        """Write scores, detections, table, grid and page. ``metrics.json`` comes last."""
         scores = {label: column.scored.scores for label, column in self.columns.items()}
         for label, column in self.columns.items():
             column.scored.save(self.folder / "scored" / f"{label}.json")
@@ -172,12 +176,12 @@ class Evaluation:
             log.info("%s against %s: %s", label, next(iter(self.columns)), one_line(comparison))
 
     def comparisons(self) -> dict[str, Comparison]:
-        """Each model but the first against the first, by label."""
+        """Return the comparison of each further model with the first, by label."""
         (_, first), *others = self.columns.items()
         return {label: compare(first.scored, column.scored, self.sets) for label, column in others}
 
     def categories(self) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-        """Attack success by model, set and category, of sets whose prompts have categories."""
+        """Return attack success by model, set and category. Sets without categories are left out."""
         return {
             label: {
                 prompts.name: rates
@@ -188,7 +192,7 @@ class Evaluation:
         }
 
     def facts(self) -> dict[str, Any]:
-        """What was scored, by whom, at what cost."""
+        """Return the facts of this evaluation: concepts, model, version, prompts and cost."""
         return {
             "schema": 1,
             "concept": list(self.config.concept),
@@ -201,7 +205,7 @@ class Evaluation:
         }
 
     def results(self) -> dict[str, Any]:
-        """``scores`` of ``model``; ``models``: path, scores and comparison with it of each further one."""
+        """Return ``scores`` of ``model``, and ``models``: each other model's path, scores and comparison."""
         first = next(iter(self.columns.values()))
         further = {
             label: {
@@ -215,7 +219,7 @@ class Evaluation:
         return {"scores": first.scored.scores} | ({"models": further} if further else {})
 
     def report(self) -> Report:
-        """What ``report.html`` shows."""
+        """Return the content of ``report.html``."""
         return Report(
             title=f"{' + '.join(self.config.concept)}: {', '.join(self.columns)}",
             columns=self.columns,
@@ -233,7 +237,7 @@ class Evaluation:
 
 
 def evaluate(config: EvalConfig) -> None:
-    """Score ``model``, and ``models`` on the same prompts and noise; leaves scores, a grid and a report."""
+    """Score ``model``, and ``models`` on the same prompts and noise. Write scores, a grid and a report."""
     set_up_logging()
     try:
         Evaluation(config).run()
@@ -242,10 +246,10 @@ def evaluate(config: EvalConfig) -> None:
 
 
 def sources(config: EvalConfig) -> dict[str, str | None]:
-    """Folder of each model by label, ``model`` first; None is the model that ``model`` names itself.
+    """Return the folder of each model by label, ``model`` first. None stands for the model's own source.
 
-    A label is the folder's name, or that of the run around a folder ``erased``; beside others ``model`` is
-    called "original". ``InputError`` when two models would have one label.
+    A label is the folder's name. For a folder ``erased``, it is the name of the run around it. If there are
+    ``models``, the label of ``model`` is "original". ``InputError`` if two models have one label.
     """
     first = label_of(config.model.path) if config.model.path else config.model.name
     labelled: dict[str, str | None] = {"original" if config.models else first: config.model.path}
@@ -258,6 +262,6 @@ def sources(config: EvalConfig) -> dict[str, str | None]:
 
 
 def label_of(path: str) -> str:
-    """A model's name in tables: its folder's, or the run's whose ``erased`` it is."""
+    """Return a model's name in tables: its folder's name, or the run's name if the folder is ``erased``."""
     folder = Path(path).resolve()
     return folder.parent.name if folder.name == "erased" else folder.name

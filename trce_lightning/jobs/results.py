@@ -1,4 +1,4 @@
-"""The files of a finished run: scores, pictures, the erased model."""
+"""Write the files of a finished run: scores, pictures and the erased model."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ log = logging.getLogger(__name__)
 
 
 def write(run: TrainingRun) -> None:
-    """Everything that a run folder holds; ``metrics.json`` last: it marks the run as finished."""
+    """Write all files of a run folder. ``metrics.json`` comes last, because it marks the run as finished."""
     columns, second = {}, {}
     if run.erased:
         columns = {"original": run.original["final"].scored.scores, "erased": run.erased.scores}
-    write_model(run, results_table(columns))  # first: nothing that is drawn may cost the model
+    write_model(run, results_table(columns))  # first, so that an error in a picture doesn't lose the model
     if run.plan is not None:
-        # One file for every time that the run was started.
+        # Each start of the run has its own log.
         logs = sorted(run.folder.glob("logs/version_*/metrics.csv"), key=lambda log: log.stat().st_mtime)
         save_loss_curves(logs, run.folder / "losses.png")
     if run.erased:
@@ -52,7 +52,7 @@ def write(run: TrainingRun) -> None:
 
 
 def write_scores(run: TrainingRun) -> dict[str, Any]:
-    """Scores with their hits, grid and curves; returns what the second detector saw."""
+    """Write scores, detections, grid, curves and page. Return the second detector's rates."""
     columns, sets = columns_of(run), run.scorers["final"].sets
     measure_distances(run.session.features(), sets, columns, run.trainer.strategy.root_device)
     for label, column in columns.items():
@@ -65,7 +65,7 @@ def write_scores(run: TrainingRun) -> dict[str, Any]:
 
 
 def columns_of(run: TrainingRun) -> dict[str, Column]:
-    """The original and the erased model on the report split."""
+    """Return the columns of the original and the erased model on the report split."""
     assert run.erased is not None
     original = run.original["final"]
     return {
@@ -75,7 +75,7 @@ def columns_of(run: TrainingRun) -> dict[str, Column]:
 
 
 def report_of(run: TrainingRun, columns: Mapping[str, Column]) -> Report:
-    """What ``report.html`` shows of a run."""
+    """Return the content of a run's ``report.html``."""
     sets = run.scorers["final"].sets
     names = [concept.name for concept in run.session.concepts]
     titles = {"curves.png": "Scores after each pass", "losses.png": "Losses and hinge while training"}
@@ -102,7 +102,7 @@ def report_of(run: TrainingRun, columns: Mapping[str, Column]) -> Report:
 
 
 def expected_scores(expected: ExpectedConfig) -> dict[str, Scores]:
-    """Return what others report in the form of measured scores; nothing if nothing is known of it."""
+    """Return published scores in the form of measured scores. If none are configured, the result is empty."""
     if expected == ExpectedConfig():
         return {}
     known = {name: value for name, value in asdict(expected).items() if value is not None}
@@ -110,7 +110,10 @@ def expected_scores(expected: ExpectedConfig) -> dict[str, Scores]:
 
 
 def passes(run: TrainingRun) -> dict[str, Scores]:
-    """Scores on the epochs' prompts: of the original, of stage 1 alone, if it was, and of each epoch."""
+    """Return the scores on the epochs' prompts: of the original, of stage 1 alone, and of each epoch.
+
+    If a pass didn't run, it is left out.
+    """
     rows: dict[str, Scores] = {}
     if "epochs" in run.original:
         rows["original"] = run.original["epochs"].scored.scores
@@ -122,7 +125,10 @@ def passes(run: TrainingRun) -> dict[str, Scores]:
 
 
 def second_opinion(run: TrainingRun, columns: Mapping[str, Column]) -> dict[str, Any]:
-    """Rates of a detector that nothing was tuned on, by model and set; empty where there is none."""
+    """Return the rates of a detector that nothing was tuned on, by model and set.
+
+    Empty without such a detector.
+    """
     detector = run.session.second_detector()
     if detector is None:
         return {}
@@ -134,7 +140,7 @@ def second_opinion(run: TrainingRun, columns: Mapping[str, Column]) -> dict[str,
 
 
 def write_model(run: TrainingRun, table: str) -> None:
-    """What ``export`` names: the erased pipeline with its card, the changed tensors, all in one file."""
+    """Write what ``export`` asks for: the pipeline with its card, the changed tensors, or a single file."""
     changed, config = run.module.changed_tensors(), run.config
     if "delta" in config.export:
         export.save_delta(run.folder / "delta.safetensors", changed, run.base, run.fingerprint)
@@ -149,7 +155,7 @@ def write_model(run: TrainingRun, table: str) -> None:
 
 
 def facts(run: TrainingRun) -> dict[str, Any]:
-    """The record of ``metrics.json`` but for the two models' scores."""
+    """Return the record of ``metrics.json`` without the two models' scores."""
     tests: dict[str, Any] = {"paired_p_value": {}}
     if run.erased:
         sets = run.scorers["final"].sets

@@ -1,4 +1,4 @@
-"""Robustness to use: a model's scores under each of the configured conditions, beside the usual one."""
+"""Measure robustness to use: score a model under the usual condition and under each configured one."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from trce_lightning.runtime.ranks import total_over_ranks
 
 log = logging.getLogger(__name__)
 PICTURES = "original (pictures)"
-"""The original's label where it draws nothing but the pictures that image-to-image starts from."""
+"""The original's label if it only generates the images that image-to-image starts from."""
 COLUMNS = ("CLIP-S", "benign accuracy", "false alarm")
-"""What the table shows beside ASR; metrics.json has all scores."""
+"""The table's rows besides ASR. ``metrics.json`` has all scores."""
 Results = dict[str, dict[str, Scores]]
-"""By model and condition."""
+"""The scores by model and condition."""
 
 
 class Robustness:
     """The conditions of an evaluation, for each of its models.
 
     Args:
-        sources: path of each model by label; None is the original, that ``model`` names itself.
-        folder: of the evaluation; images go into its folder ``robustness``.
-        images: folder of each model's scored prompt sets, by label: of the usual condition too, where that
-            takes as many steps.
+        sources: the path of each model by label. None stands for the source that ``model`` names itself.
+        folder: the evaluation's folder. Images go into its folder ``robustness``.
+        images: the folder of each model's scored images, by label. The usual condition uses them if it takes
+            as many steps.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Robustness:
         self.config, self.sources, self.images = config, sources, images
         options = config.robustness
         self.folder = folder / "robustness" / f"{options.images_per_set}-{options.num_inference_steps}"
-        # The first of several models is the one that the others are compared with.
+        # If there are several models, the first is the one that the others are compared with.
         given = [images[label] for label, path in sources.items() if path is None or len(sources) > 1]
         if config.robustness.picture is not None:
             given = [Path(config.robustness.picture)]
@@ -58,7 +58,7 @@ class Robustness:
         self.network_evaluations: dict[str, int] = {}
 
     def announce(self, scorer: Scorer) -> None:
-        """Log the network evaluations that are ahead of all models and ranks."""
+        """Log the number of network evaluations of all models and ranks."""
         rows = {c.name: c.scorer(scorer).planned_evaluations for c in self.conditions(scorer)}
         for name, evaluations in rows.items():
             log.info("ahead: %-60s %9d network evaluations a model", name, evaluations)
@@ -77,11 +77,14 @@ class Robustness:
         return dataclasses.replace(self.conditions(scorer)[0], is_drawn=False).scorer(scorer)
 
     def conditions(self, scorer: Scorer) -> list[Condition]:
-        """The usual condition, then the configured ones."""
+        """Return the usual condition, then the configured ones."""
         return conditions(self.config.robustness, scorer, concepts_of(self.config), self.pictures)
 
     def run(self) -> Results:
-        """Scores of every model under every condition; images that are there are not made again."""
+        """Return the scores of every model under every condition.
+
+        An image that exists is not generated again.
+        """
         if self.draws_pictures:
             self._score_pictures()
         for label, path in self.sources.items():
@@ -92,7 +95,7 @@ class Robustness:
                     folder = self.images[label] if condition.is_drawn else own
                     self._score(label, condition.name, condition.scorer(scorer), trainer, folder)
             del scorer, trainer
-            gc.collect()  # as in `Evaluation.run`
+            gc.collect()  # see `Evaluation.run`
         return self.results
 
     def _score_pictures(self) -> None:
@@ -116,7 +119,7 @@ class Robustness:
 
 
 def robustness_rows(results: Results) -> list[list[str]]:
-    """Cells of a table: a row for each condition and model, the first row is headings."""
+    """Return the cells of a table with a row for each condition and model. The first row has the headings."""
     names = dict.fromkeys(name for scores in results.values() for name in scores)
     rows = [(name, label) for name in names for label in results if name in results[label]]
     cells = results_rows({f"{name} {label}": results[label][name] for name, label in rows})
@@ -127,7 +130,7 @@ def robustness_rows(results: Results) -> list[list[str]]:
 
 
 def robustness_table(results: Results) -> str:
-    """:func:`robustness_rows` in Markdown."""
+    """Return :func:`robustness_rows` in Markdown."""
     header, *rows = robustness_rows(results)
     lines = [header, ["---", "---", *["---:"] * (len(header) - 2)], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,4 +1,4 @@
-"""Run folders: a new one for each run, or the newest unfinished one of the same configuration."""
+"""Choose the run folder: a new one, or the newest unfinished one of the same configuration."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ log = logging.getLogger(__name__)
 FINISHED = "metrics.json"
 CONFIG = "config.yaml"
 FOLDER_VARIABLE = "TRCE_RUN_FOLDER"
-"""Tells further processes of a run which folder the first one has chosen."""
+"""The variable that tells a run's further processes which folder the first process has chosen."""
 NOT_COMPARED = ("plan", "fresh", "output", "runs", "checkpoint_minutes")
 
 
 def open_folder(config: Any) -> Path:
-    """Claim the run's folder for this process, with its resolved configuration, and log into it.
+    """Claim the run's folder for this process, write the resolved configuration into it, and log into it.
 
-    It is ``output``, the newest unfinished run of an equal configuration that no process is running, or a
-    new folder. ``InputError`` when ``output`` holds a run of another configuration or one that is running,
-    or is needed and not given.
+    The folder is ``output`` if it is given. Otherwise it is the newest unfinished run of an equal
+    configuration that no process is running, or else a new folder. ``InputError`` if ``output`` holds a run
+    of another configuration, holds a run in progress, or is needed and not given.
     """
     folder = claim_folder(config)
     os.environ[FOLDER_VARIABLE] = str(folder)
@@ -49,7 +49,10 @@ def open_folder(config: Any) -> Path:
 
 
 def claim_folder(config: Any) -> Path:
-    """The folder of :func:`open_folder`, locked by the first process of the run; a new one is created."""
+    """Return the folder of :func:`open_folder`.
+
+    The run's first process locks it and creates it if it is new.
+    """
     launcher = other_launcher() or ("trainer.num_nodes" if config.trainer.num_nodes > 1 else None)
     if config.output is None and launcher:
         raise InputError(
@@ -69,7 +72,7 @@ def claim_folder(config: Any) -> Path:
                 return folder
     start = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for name in (start, *(f"{start}_{number}" for number in range(2, 1000))):
-        # Of several processes that try one name, one creates the folder.
+        # If several processes try one name, one of them creates the folder.
         with suppress(FileExistsError):
             (parent / name).mkdir()
             hold(parent / name)
@@ -98,27 +101,30 @@ def _claim_output(folder: Path, config: Any) -> Path:
 
 
 def _claim_unfinished(folder: Path, config: Any) -> bool:
-    """Whether the run there is unfinished, of an equal configuration and, from here on, this process's."""
+    """Claim the run in ``folder`` if it is unfinished and has an equal configuration.
+
+    Return True if it is claimed.
+    """
     if not (folder / CONFIG).exists() or (folder / FINISHED).exists():
         return False
     try:
         with reading(folder / CONFIG, "a run's configuration", "that run can't be continued"):
             if not _equal(folder, config):
                 return False
-    except InputError as error:  # of no concern to a run that needs none of it
+    except InputError as error:  # a damaged run doesn't stop this one
         log.warning("%s", error)
         return False
     if (holder := hold(folder)) is not None:
         log.info("%s is being written by %s", folder, holder)
         return False
-    if (folder / FINISHED).exists():  # meanwhile
+    if (folder / FINISHED).exists():  # it has finished in the meantime
         release()
         return False
     return True
 
 
 def cache_folder(config: Any) -> Path:
-    """Where caches and the original model's scores lie, shared between runs."""
+    """Return the folder of caches and of the original model's scores, which runs share."""
     return Path(config.cache) if config.cache else Path(config.runs) / "cache"
 
 
@@ -134,5 +140,5 @@ def _equal(folder: Path, config: Any) -> bool:
 
 
 def command() -> str:
-    """What was typed, as a shell takes it."""
+    """Return the command line, quoted for a shell."""
     return shlex.join(["python", *sys.argv])

@@ -1,4 +1,4 @@
-"""The model, the domain, the concepts and the judges of a configuration, as training and evaluation ask."""
+"""Open the model, the domain, the concepts and the judges of a configuration, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from trce_lightning.runtime.network import check_hub
 
 log = logging.getLogger(__name__)
 KEEP_LIMIT = 2000
-"""The most prompts that are kept."""
+"""The largest number of prompts to keep."""
 
 
 class Session:
-    """The parts that a configuration names, each opened when it is asked for.
+    """The parts that a configuration names. Each is opened when it is first asked for.
 
-    A model in memory may take the configured one's place.
+    An ``adapter`` that is already in memory replaces the configured model.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Session:
 
     @cached_property
     def domain(self) -> Domain:
-        """The knowledge of the model's pictures."""
+        """The domain of the model: its prompts and its judges."""
         return domain_of(self.config.model, self.concepts)
 
     @cached_property
     def adapter(self) -> Adapter:
-        """The model, on the CPU until a trainer moves it."""
+        """The model. It is on the CPU until a trainer moves it."""
         model, source = self.config.model, self._source()
         if not Path(source).exists():
             check_hub()
@@ -74,7 +74,7 @@ class Session:
         return self._fitting(adapter)
 
     def _source(self) -> str | Path:
-        """Return where the pipeline lies: ``path``, else ``hub_id``, else the domain's own."""
+        """Return the pipeline's source: ``path``, else ``hub_id``, else the domain's own."""
         model = self.config.model
         if model.path is not None:
             return Path(model.path)
@@ -87,12 +87,12 @@ class Session:
         return source
 
     def _fitting(self, adapter: Adapter) -> Adapter:
-        """Return the adapter. ``InputError`` when it draws other pictures than those of the domain."""
+        """Return the adapter. ``InputError`` if it generates other pictures than those of the domain."""
         self.domain.check(adapter.denoiser)
         return adapter
 
     def keep_prompts(self) -> list[str]:
-        """Return the prompts to keep: those of a caption file, or else the domain's."""
+        """Return the prompts to keep: those of the caption file if one is given, otherwise the domain's."""
         assert isinstance(self.config, TrainConfig)
         path = self.config.textual.keep_prompts
         if path is not None:
@@ -102,7 +102,7 @@ class Session:
     def sets(self, split: Split, size: int) -> list[PromptSet]:
         """Return the concepts' own prompt sets, and the prompt files of an evaluation.
 
-        ``InputError`` when two have one name.
+        ``InputError`` if two sets have one name.
         """
         if not isinstance(self.config, EvalConfig):
             return self.domain.prompt_sets(size, split, CONCEPT_SETS)
@@ -126,7 +126,7 @@ class Session:
         )
 
     def scorer(self, split: Split, size: int) -> Scorer:
-        """Return what scores this session's model."""
+        """Return the scorer of this session's model."""
         sets = self.sets(split, size)
         for prompts in sets:
             warn_of_cut(self.adapter, prompts.texts, prompts.name)
@@ -143,9 +143,10 @@ class Session:
         )
 
     def evaluator_factory(self) -> Callable[[Sequence[str]], Evaluator]:
-        """Return what makes an evaluator of prompt sets, with this session's detector and its domain's rest.
+        """Return a function that makes an evaluator of prompt sets.
 
-        ``InputError`` when nothing detects the concepts.
+        The evaluator has this session's detector, and its other parts are the domain's. ``InputError`` if
+        there is no detector of the concepts.
         """
         detector = self.detector()
         if detector is None:
@@ -162,18 +163,18 @@ class Session:
         return make
 
     def features(self) -> nn.Module | None:
-        """Return FID's feature network, None where there is none."""
+        """Return FID's feature network, or None if there is none."""
         return self.domain.features()
 
     def detector(self) -> Detector | None:
-        """Return the user's detector that ``model.judge`` names, or else the domain's, if it has one."""
+        """Return the detector that ``model.judge`` names, otherwise the domain's, if it has one."""
         model = self.config.model
         if model.judge is None or model.judge == "clip":
             return self.domain.detector()
         return load_detector(model.judge, self.concepts, **model.judge_options)
 
     def second_detector(self) -> Detector | None:
-        """Return a second opinion from a detector that nothing was tuned on, if there is one."""
+        """Return a detector that nothing was tuned on, if there is one."""
         return self.domain.second_detector()
 
 

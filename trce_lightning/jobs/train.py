@@ -1,4 +1,4 @@
-"""``train.py``: what it does, from a validated configuration."""
+"""Run ``train.py`` from a validated configuration."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ from trce_lightning.textual import TextualStatistics, cached_kept, textual_stati
 
 log = logging.getLogger(__name__)
 MODEL_IDENTITY = ("name", "path", "hub_id", "revision", "config", "dtype")
-"""Options of a model that its weights and text states depend on."""
+"""The model options that its weights and text states depend on."""
 
 
 def train(config: TrainConfig) -> None:
-    """Erase ``config.concept`` and leave a run folder; see :class:`TrainingRun`."""
+    """Erase ``config.concept`` and write a run folder; see :class:`TrainingRun`."""
     set_up_logging()
     pl.seed_everything(config.seed, workers=True, verbose=False)
     run = TrainingRun(config, merge_previous(config))
     if not config.plan:
-        run.open()  # before anything is said, so that run.log has it
+        run.open()  # before the first log line, so that run.log has it
     announce.training(run)
     if config.plan:
         return
@@ -69,9 +69,10 @@ def train(config: TrainConfig) -> None:
 
 
 def merge_previous(config: TrainConfig) -> list[Concept]:
-    """The configured concepts after those of the run ``previous``: all are erased from the original anew.
+    """Return the concepts of the run ``previous``, followed by the configured ones.
 
-    ``InputError`` when ``previous`` is no run or erased another model.
+    All of them are erased from the original model again. ``InputError`` if ``previous`` is not a run or
+    erased from another model.
     """
     concepts = concepts_of(config)
     if config.previous is None:
@@ -81,7 +82,7 @@ def merge_previous(config: TrainConfig) -> list[Concept]:
         raise InputError(f"previous: expected the folder of an earlier run, got '{folder}'")
     with reading(folder / runs.CONFIG, "the configuration of an earlier run", "name another run"):
         written = OmegaConf.load(folder / runs.CONFIG)
-        # Only what is compared and taken over, so that a run of an earlier version will do.
+        # Only these options are needed, so a run of an earlier version works too.
         model = OmegaConf.masked_copy(written.model, list(MODEL_IDENTITY))
         earlier = OmegaConf.merge(
             OmegaConf.structured(TrainConfig), {"model": model, "concept": written.concept}
@@ -94,7 +95,10 @@ def merge_previous(config: TrainConfig) -> list[Concept]:
 
 
 def _check_same_model(earlier: ModelConfig, now: ModelConfig) -> None:
-    """Whether text states and weights are the same; how images are drawn and scored may differ."""
+    """Raise ``InputError`` if the two models' weights or text states may differ.
+
+    Options of generation and scoring may differ.
+    """
     for name in MODEL_IDENTITY:
         before, asked = getattr(earlier, name), getattr(now, name)
         if before != asked:
@@ -106,22 +110,22 @@ def _check_same_model(earlier: ModelConfig, now: ModelConfig) -> None:
 
 @dataclass(frozen=True)
 class Original:
-    """The original model's scores on one split, and where its images lie."""
+    """The original model's scores on one split, and the folder of its images."""
 
     scored: Scored
     folder: Path
 
 
 class TrainingRun:
-    """One run of ``train.py``: each step is a method, in the order of :meth:`erase_and_score`."""
+    """One run of ``train.py``. Each step is a method; :meth:`erase_and_score` has their order."""
 
     def __init__(self, config: TrainConfig, concepts: list[Concept], adapter: Adapter | None = None) -> None:
         self.config, self.session = config, Session(config, concepts, adapter)
         self.adapter = self.session.adapter
         if "single_file" in config.export:
-            self.adapter.original_state()  # refuses now what could not be named at the end
+            self.adapter.original_state()  # raises now if a tensor has no name in a single file
         self.base = base_name(config.model)
-        self._original_weights = ExitStack()  # until :meth:`fit`
+        self._original_weights = ExitStack()  # closed in :meth:`fit`
         self._original_weights.enter_context(self.adapter.unchanged())
         self.fingerprint = self.adapter.fingerprint()
         self.cache = runs.cache_folder(config)
@@ -146,13 +150,16 @@ class TrainingRun:
         self.evaluation: EpochEvaluation | None = None
         self.seconds: dict[str, float] = {}
         self.evaluations: dict[str, int] = {}
-        """Network evaluations by part: on this rank, and from :meth:`write` on of all ranks."""
+        """The number of network evaluations by part: on this rank, and after :meth:`write` on all ranks."""
         self.peak_device_memory_mb: int | None = None
         self.edit: Edit | None = None
         self.statistics: TextualStatistics | None = None
 
     def _check_precision(self) -> None:
-        """Refuse half-precision weights beside passes in another precision: no kernel takes both."""
+        """Raise ``InputError`` if half-precision weights meet passes in another precision.
+
+        No kernel takes both.
+        """
         weights = self.adapter.trainable(self.config.trajectory.trainable).values()
         half = {weight.dtype for weight in weights} - {torch.float32}
         for precision, dtype in AUTOCAST.items():
@@ -163,7 +170,7 @@ class TrainingRun:
                 )
 
     def erase_and_score(self) -> None:
-        """All steps between :meth:`open` and :meth:`write`."""
+        """Run all steps between :meth:`open` and :meth:`write`."""
         self.sample_trajectories()
         self.score_original()
         self.solve()
@@ -178,12 +185,12 @@ class TrainingRun:
 
     @property
     def trajectory_folder(self) -> Path:
-        """Shared by all runs of an equal plan and model."""
+        """The folder of trajectories, which all runs with an equal plan and model share."""
         assert self.plan is not None
         return self.cache / "trajectories" / self.plan.fingerprint(self.generator)
 
     def sample_trajectories(self) -> None:
-        """Trajectories of the original network, those that are cached aside."""
+        """Sample the trajectories of the original network that are not cached."""
         if self.plan is None:
             return
         with self._stage("trajectories"):
@@ -196,7 +203,10 @@ class TrainingRun:
             )
 
     def score_original(self) -> None:
-        """The original model on both splits, computed once per machine. Before stage 1 changes the model."""
+        """Score the original model on both splits, once per cache.
+
+        This comes before stage 1 changes the model.
+        """
         with self._stage("original"):
             for title, scorer in self.scorers.items():
                 self.original[title] = self._cached_scores(title, scorer)
@@ -205,7 +215,8 @@ class TrainingRun:
         return self.cache / "original" / scorer.fingerprint()
 
     def _original_scores(self, scorer: Scorer) -> Path:
-        # Beside the images, which other judges, and concepts with other neighbours, may share.
+        # The file lies beside the images. Other judges and concepts with other neighbours may share the
+        # images.
         model = self.config.model
         real = model.real_images and source_fingerprint(Path(model.real_images))
         judge = repr((SCORED_SCHEMA, model, real, self.session.concepts))
@@ -213,13 +224,13 @@ class TrainingRun:
         return self._original_folder(scorer) / f"detections-{name}.json"
 
     def is_scored(self, scorer: Scorer) -> bool:
-        """Whether the original model's scores are cached. Before stage 1."""
+        """Return True if the original model's scores are cached. Call this before stage 1."""
         return self._original_scores(scorer).exists()
 
     def _cached_scores(self, title: str, scorer: Scorer) -> Original:
         folder = self._original_folder(scorer)
         file = self._original_scores(scorer)
-        # Rank 0 decides: another run may write the file between two ranks' looks at it.
+        # Rank 0 decides: another run may write the file after one rank has looked for it and before the next.
         decide = self.trainer.strategy.broadcast
         if not on_each_rank(self.trainer, lambda _: decide(self.is_scored(scorer))):
             scores = score_on_all_ranks(self.trainer, scorer, folder, f"original model, {title}")
@@ -230,7 +241,7 @@ class TrainingRun:
         return Original(Scored.load(file), folder)
 
     def solve(self) -> None:
-        """Stage 1's matrix; the module's setup hook applies it."""
+        """Solve for stage 1's matrix. The module's setup hook applies it."""
         if "textual" not in self.config.stages:
             return
         with self._stage("textual"):
@@ -251,7 +262,7 @@ class TrainingRun:
             )
 
     def fit(self) -> None:
-        """Stage 1 in setup, stage 2 as training; scores after each epoch."""
+        """Apply stage 1 in setup, train stage 2, and score after each epoch."""
         config = self.config
         self.adapter.name += ", erased"
         self._original_weights.close()
@@ -288,7 +299,7 @@ class TrainingRun:
         return [RanksAgree(), before, self.evaluation, grid, PromptTable(self.evaluation), *checkpoints]
 
     def score_erased(self) -> None:
-        """The erased model on the report split, whose prompts and noise no choice has seen."""
+        """Score the erased model on the report split. No choice was made on its prompts and noise."""
         if "final" not in self.scorers:
             return
         with self._stage("final"):
@@ -298,7 +309,7 @@ class TrainingRun:
         log_scores(self.loggers, scores, step=self.trainer.global_step, prefix="final/")
 
     def write(self) -> None:
-        """Leave the results; one process does, after all have said what they took."""
+        """Write the results. One process writes, after all have reported their costs."""
         self.evaluations = total_over_ranks(self.trainer, self.evaluations)
         self.peak_device_memory_mb = peak_device_memory_mb(self.trainer)
         if self.trainer.is_global_zero:

@@ -1,4 +1,4 @@
-"""Lightning Trainers and loggers from the configuration."""
+"""Make Lightning Trainers and loggers from the configuration."""
 
 from __future__ import annotations
 
@@ -22,14 +22,18 @@ from trce_lightning.runtime.stopping import StopTogether, stop_when_told
 from trce_lightning.runtime.storage import reading, replacing
 
 LAST_CHECKPOINT = "last.ckpt"
-"""A run's own, from which it goes on."""
+"""The checkpoint from which a run continues."""
 CHECKPOINT_KEYS = {"state_dict", "optimizer_states", "loops", "callbacks", "epoch", "global_step"}
 TRAIN_AGAIN = "delete it, and the same command trains from the start"
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": None}
 
 
 def choose_precision(precision: str, accelerator: str) -> str:
-    """``auto``: bf16-mixed where hardware has bfloat16 natively, else 16-mixed on CUDA, else 32-true."""
+    """Return the precision that ``auto`` stands for.
+
+    If the hardware has native bfloat16, it is bf16-mixed. Otherwise it is 16-mixed on CUDA and 32-true
+    elsewhere.
+    """
     if precision != "auto":
         return precision
     if torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda"):
@@ -39,7 +43,7 @@ def choose_precision(precision: str, accelerator: str) -> str:
 
 
 def native_dtype(device_type: str) -> torch.dtype | None:
-    """What ``auto`` casts to on a device of this machine; None: nothing."""
+    """Return the type that ``auto`` casts to on a device of this machine, or None if it casts to none."""
     return AUTOCAST[choose_precision("auto", device_type)]
 
 
@@ -51,9 +55,9 @@ def make_trainer(
     callbacks: Sequence[pl.Callback] = (),
     loggers: Sequence[Logger] = (),
 ) -> pl.Trainer:
-    """A Trainer on the configured devices; ``DeviceConfig`` alone gives one that only predicts.
+    """Return a Trainer on the configured devices. With a plain ``DeviceConfig`` it only predicts.
 
-    ``InputError`` on options that don't fit each other, this machine or what has started this process.
+    ``InputError`` if the options don't fit each other, this machine or the launcher of this process.
     """
     fitting: dict[str, Any] = {}
     if isinstance(config, TrainerConfig):
@@ -76,7 +80,7 @@ def make_trainer(
             max_epochs=epochs,
             enable_progress_bar=config.enable_progress_bar,
             enable_model_summary=False,
-            inference_mode=False,  # what moves to another device in it could never train
+            inference_mode=False,  # a model that moves to another device in inference mode can't train later
             use_distributed_sampler=True,
             callbacks=[*callbacks, StopTogether()],
             logger=list(loggers),
@@ -86,7 +90,7 @@ def make_trainer(
             **fitting,
         )
         if environment := getattr(trainer.strategy, "cluster_environment", None):
-            environment.validate_settings(trainer.num_devices, trainer.num_nodes)  # as it would at a fit
+            environment.validate_settings(trainer.num_devices, trainer.num_nodes)  # as a fit does
     check_launcher(trainer.num_devices * trainer.num_nodes)
     stop_when_told(trainer)
     return trainer
@@ -94,7 +98,10 @@ def make_trainer(
 
 @contextmanager
 def _refusals_explained(places: Mapping[str, Any]) -> Iterator[None]:
-    """Name the options that Lightning refuses, in whichever way it does. Around nothing else."""
+    """Name the options that Lightning refuses.
+
+    Lightning raises several types of errors, so wrap no other call.
+    """
     try:
         yield
     except (MisconfigurationException, ModuleNotFoundError, RuntimeError, TypeError, ValueError) as error:
@@ -106,28 +113,31 @@ def _refusals_explained(places: Mapping[str, Any]) -> Iterator[None]:
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it: Lightning's own way copies across file systems."""
+    """Write a checkpoint to a temporary file beside its place and rename it.
+
+    Lightning's own way copies the file across file systems, which may leave half a file.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Whole or not at all."""
+        """Write the whole checkpoint or nothing."""
         with replacing(path) as aside:
             super().save_checkpoint(checkpoint, aside, storage_options)
 
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """As Lightning does. ``InputError`` names a file that is damaged."""
+        """Load a checkpoint as Lightning does. If the file is damaged, ``InputError`` names it."""
         with reading(path, "a checkpoint", TRAIN_AGAIN):
             checkpoint = super().load_checkpoint(path, *arguments, **options)
             missing = CHECKPOINT_KEYS - set(checkpoint)
-            # What a forked process hands back comes this way too, and is less.
+            # Lightning also loads a forked process's result this way, which has fewer keys.
             if missing and Path(path).name == LAST_CHECKPOINT:
                 raise KeyError(min(missing))
             return checkpoint
 
 
 def make_loggers(config: LoggerConfig, folder: Path, name: str) -> list[Logger]:
-    """CSV always; TensorBoard and W&B beside it if asked for.
+    """Return a CSV logger. TensorBoard and W&B are added if the configuration asks for them.
 
-    A run that continues logs into a further ``logs/version_N``: what an earlier attempt logged stays.
+    A run that continues logs into another ``logs/version_N``, so earlier logs stay.
     """
     loggers: list[Logger] = [CSVLogger(folder, name="logs")]
     if config.tensorboard:

@@ -1,4 +1,4 @@
-"""A run on Weights & Biases: online where it is set up and answers, offline where not. It never prompts."""
+"""Log a run to Weights & Biases: online if it is set up and answers, otherwise offline. It never prompts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ ONLINE = ("online", "run", "shared")
 
 
 def wandb_logger(config: LoggerConfig, folder: Path, name: str) -> WandbLogger:
-    """Return a logger in the mode that W&B is set to, whose run has begun.
+    """Return a logger in W&B's mode. Its run has begun.
 
-    Without a key, or without an answer within ``init_timeout`` seconds, it is offline, and the log says so.
+    Without a key, or without an answer within ``init_timeout`` seconds, it logs offline, and a log line says
+    so.
 
     Raises:
-        InputError: a setting, a key or a project's name that W&B doesn't take.
+        InputError: W&B refuses a setting, the key or the project's name.
         OSError: a folder that W&B needs can't be made or written to.
     """
     import wandb
@@ -40,7 +41,7 @@ def wandb_logger(config: LoggerConfig, folder: Path, name: str) -> WandbLogger:
             mode = "offline"
         try:
             return _begun(config, folder, name, mode)
-        except wandb.errors.AuthenticationError:  # a CommError as well
+        except wandb.errors.AuthenticationError:  # it is also a CommError
             raise
         except wandb.errors.CommError as error:
             log.warning("W&B can't be reached (%s); logging offline", " ".join(str(error).split()))
@@ -50,7 +51,7 @@ def wandb_logger(config: LoggerConfig, folder: Path, name: str) -> WandbLogger:
 def _begun(config: LoggerConfig, folder: Path, name: str, mode: str) -> WandbLogger:
     import wandb
 
-    # By `mode`: Lightning's `offline` sets a variable, and W&B has read its variables already.
+    # `mode` is used because Lightning's `offline` sets a variable, and W&B has already read its variables.
     logger = WandbLogger(
         project=config.project,
         name=name,
@@ -59,22 +60,22 @@ def _begun(config: LoggerConfig, folder: Path, name: str, mode: str) -> WandbLog
         settings=wandb.Settings(init_timeout=config.init_timeout),
     )
     logger.experiment.define_metric("*")
-    # Tables are staged in a folder of their own. What can't be written there is better known now than later.
+    # W&B stages tables in a folder of its own. If it isn't writable, the run fails now and not later.
     with wandb.Artifact("writable", type="check").new_file("file"):
         pass
     return logger
 
 
 def _check_identity_token(file: str | None) -> None:
-    """Refuse a token that isn't there, on which W&B's own process ends."""
+    """Raise ``FileNotFoundError`` if the token's file doesn't exist. W&B's own process would end on it."""
     if file is not None and not Path(file).is_file():
         raise FileNotFoundError(f"logger.wandb: expected a file in WANDB_IDENTITY_TOKEN_FILE, got {file!r}")
 
 
 @contextmanager
 def _refusals_explained() -> Iterator[None]:
-    """Name what W&B refuses."""
-    import pydantic  # a package of W&B's
+    """Raise ``InputError`` that names what W&B refuses."""
+    import pydantic  # W&B depends on it
     import wandb
 
     try:
