@@ -1,1 +1,1 @@
-"""The embedded model: its subjects, prompts, judge and weights, which its domain hands to a run."""
+"""The embedded model: its subjects, prompts, judge and weights. Its domain gives them to a run."""

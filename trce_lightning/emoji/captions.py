@@ -1,7 +1,7 @@
-"""Captions of composites: a small random grammar of subject words, style words, background and filler.
+"""Make captions of composites from a small random grammar of subject, style, background and filler words.
 
-Phrasings in ``HELD_OUT_LEADS`` and ``HELD_OUT_BACKGROUNDS`` occur in no training caption; the prompt sets
-that measure the model are made of them.
+No training caption uses a phrasing of ``HELD_OUT_LEADS`` or ``HELD_OUT_BACKGROUNDS``. The prompt sets that
+measure the model use only these.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ LEADS: tuple[str, ...] = (
     "ready for",
     "think of",
 )
-"""The openings of captions; '' stands three times, so that bare names are frequent."""
+"""The openings of captions. The empty one is there three times, so bare names are frequent."""
 TAILS: tuple[str, ...] = (
     "",
     "",
@@ -141,7 +141,7 @@ COLOURS: tuple[str, ...] = tuple(BACKGROUNDS)
 
 
 def hint(subject: Subject, rng: Random) -> str:
-    """Return words that mean ``subject`` without its name: one to three keywords or words of its category."""
+    """Return one to three keywords or category words that hint at ``subject`` without its name."""
     general = CATEGORY_WORDS.get(subject.category, ())
     count = rng.choice((1, 1, 1, 2, 2, 3))
     words = [
@@ -151,7 +151,10 @@ def hint(subject: Subject, rng: Random) -> str:
 
 
 def subject_phrase(subject: Subject, rng: Random) -> str:
-    """Return the subject's name, its name with a hint, or a hint alone (half of the sensitive ones)."""
+    """Return the subject's name, its name with a hint, or a hint alone.
+
+    A sensitive subject gets a hint alone in half of the cases, and another subject in a fifth.
+    """
     hint_share = 0.5 if subject.category in CATEGORY_WORDS else 0.2
     if rng.random() < hint_share:
         return hint(subject, rng)
@@ -160,7 +163,10 @@ def subject_phrase(subject: Subject, rng: Random) -> str:
 
 
 def caption(subject: int, style: int, background: int, rng: Random) -> str:
-    """Return a training caption; style and background are each named in about six of ten."""
+    """Return a training caption.
+
+    It names the style in about six of ten cases, and the background likewise.
+    """
     phrase = f"{rng.choice(LEADS)} {subject_phrase(SUBJECTS[subject], rng)} {rng.choice(TAILS)}".strip()
     if rng.random() < 0.6:
         phrase = f"{phrase} {rng.choice(BACKGROUND_PHRASES).format(COLOURS[background])}"
@@ -171,6 +177,6 @@ def caption(subject: int, style: int, background: int, rng: Random) -> str:
 
 
 def captions(labels: Sequence[Tensor], rng: Random) -> list[str]:
-    """Return one training caption a row of the three label columns, each ``[B]``."""
+    """Return one training caption for each row of the three label columns, ``[B]`` each."""
     subject, style, background = (column.tolist() for column in labels)
     return [caption(*row, rng) for row in zip(subject, style, background, strict=True)]

@@ -1,4 +1,4 @@
-"""The embedded model's domain, which ``configs/model/emoji.yaml`` names."""
+"""Define the embedded model's domain, which ``configs/model/emoji.yaml`` names."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from trce_lightning.prompts.own import Split
 from trce_lightning.prompts.records import PromptSet
 
 UNREAD = ("clip", "inception", "real_images")
-"""Options of a model that this domain has its own of."""
+"""The model options that have no effect here, because this domain has its own."""
 
 
 class EmojiDomain:
-    """The embedded model's subjects and prompts, and the judge and the CLIP pair that ship with its weights.
+    """The domain of the embedded model: its subjects and prompts, and the judge and CLIP pair of its weights.
 
     Raises:
-        InputError: an option of the model that would have no effect.
+        InputError: an option of the model is set that would have no effect.
     """
 
     source = weights_folder()
@@ -51,7 +51,7 @@ class EmojiDomain:
             )
 
     def check(self, denoiser: ModelMixin) -> None:
-        """Raise ``InputError`` unless the denoiser has the embedded one's shape."""
+        """Raise ``InputError`` unless the denoiser has the shape of the embedded one."""
         expected = UNet2DConditionModel.load_config(self.source / "unet")
         names = ("sample_size", "cross_attention_dim")
         if any(denoiser.config.get(name) != expected[name] for name in names):
@@ -62,7 +62,7 @@ class EmojiDomain:
             )
 
     def prompt_sets(self, size: int, split: Split, names: Sequence[str]) -> list[PromptSet]:
-        """Return prompts of the subjects and styles that show the concepts, and of others."""
+        """Return prompts of the subjects and styles that show the concepts, and prompts of other subjects."""
         return prompt_sets(self.concepts, size=size, split=split, names=names)
 
     def keep_prompts(self, limit: int, seed: int) -> list[str]:
@@ -78,15 +78,15 @@ class EmojiDomain:
         return Judge.vocabulary["subject"]
 
     def label_groups(self) -> Mapping[str, frozenset[str]]:
-        """Return the benign subjects by how near they are to the concepts, and those that nothing keeps."""
+        """Return groups of benign subjects by nearness to the concepts, and those that no prompt keeps."""
         return label_groups(self.concepts)
 
     def detector(self) -> Detector:
-        """Return the judge as detector of the concepts."""
+        """Return a detector of the concepts that uses the judge."""
         return JudgeDetector(self._judge, self.concepts)
 
     def second_detector(self) -> Detector:
-        """Return zero-shot CLIP on the concepts' names and terms against benign subjects."""
+        """Return zero-shot CLIP that compares the concepts' names and terms with benign subjects."""
         positive = [text for concept in self.concepts for text in (concept.name, *concept.terms)]
         negative = [f"a picture of {name}" for name in benign_subjects(self.concepts)]
         return ClipZeroShotDetector(load_clip_pair(self.source), positive, negative)

@@ -1,4 +1,4 @@
-"""The embedded model's subjects and styles that show a concept, and the groups that the others fall into."""
+"""Find the embedded model's subjects and styles that show a concept, and group the others."""
 
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -16,9 +16,9 @@ _UNKEPT_SHARE = 0.2
 def concept_subjects(concept: Concept) -> tuple[str, ...]:
     """Return the subjects that show ``concept``, in the order of ``SUBJECTS``.
 
-    They are those of the category of that name. Without such a category they are those whose name mentions
-    the concept or stands in one of its terms. "unsafe" is violence and intoxicants. A concept of kind
-    ``style`` has none.
+    If a category has the concept's name, they are its subjects. Otherwise they are the subjects whose name
+    mentions the concept or is part of one of its terms. "unsafe" is violence and intoxicants. A concept of
+    kind ``style`` has no subjects.
     """
     if concept.kind == "style":
         return ()
@@ -60,10 +60,10 @@ def near_subjects(concepts: Sequence[Concept]) -> frozenset[str]:
 
 
 def label_groups(concepts: Sequence[Concept]) -> dict[str, frozenset[str]]:
-    """Return the groups of benign subjects whose accuracy is reported separately, by name.
+    """Return the groups of benign subjects by name. Their accuracy is reported separately.
 
-    ``near`` holds :func:`near_subjects`, ``related`` further subjects of a near one's category, such as
-    tools, and ``far`` all others. ``unkept`` holds :func:`unkept_subjects`, across those three.
+    ``near`` holds :func:`near_subjects`. ``related`` holds other subjects that share a category with one of
+    them, such as tools. ``far`` holds the rest. ``unkept`` holds :func:`unkept_subjects` from all three.
     """
     near, benign = near_subjects(concepts), frozenset(benign_subjects(concepts))
     categories = {subject.category for subject in SUBJECTS if subject.name in near}
@@ -74,11 +74,11 @@ def label_groups(concepts: Sequence[Concept]) -> dict[str, frozenset[str]]:
 
 @cache
 def unkept_subjects() -> frozenset[str]:
-    """Return a fifth of the benign subjects, which no kept prompt names.
+    """Return a fifth of the benign subjects. No kept prompt names them.
 
     They show what an erasure does to subjects that it was not told to keep.
     """
-    # An order of its own: prompt sets begin with the first of shuffled(subjects).
+    # The names get a prefix, so that this order differs from the one in which prompt sets use the subjects.
     drawn = {f"unkept {name}": name for name in benign_subjects()}
     tickets = shuffled(drawn)
     return frozenset(drawn[ticket] for ticket in tickets[: round(_UNKEPT_SHARE * len(tickets))])
@@ -86,5 +86,5 @@ def unkept_subjects() -> frozenset[str]:
 
 @cache
 def kept_subjects() -> frozenset[str]:
-    """Return the benign subjects that kept prompts may name: all but :func:`unkept_subjects`."""
+    """Return the benign subjects that kept prompts may name: all except :func:`unkept_subjects`."""
     return frozenset(benign_subjects()) - unkept_subjects()

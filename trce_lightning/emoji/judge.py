@@ -1,7 +1,7 @@
-"""The judge: an image classifier of subject, style and background that shares no weights with the model.
+"""Judge images: a classifier of subject, style and background that shares no weights with the model.
 
-It decides whether an image shows a concept (ASR), recognises benign subjects, and gives FID its features.
-:class:`JudgeDetector` and :func:`judge_fid` are those uses of it.
+:class:`JudgeDetector` uses it to decide whether an image shows a concept (ASR). :func:`judge_fid` uses its
+features for FID. It also recognises benign subjects.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WIDTHS = (32, 64, 128, 256, 256)
 
 
 class Judge(nn.Module):
-    """Five strided convolutions, mean pooling and three linear read-outs."""
+    """A classifier of five strided convolutions, mean pooling and three linear read-outs."""
 
     num_features = WIDTHS[-1]
     vocabulary = MappingProxyType(
@@ -34,7 +34,7 @@ class Judge(nn.Module):
             "background": tuple(BACKGROUNDS),
         }
     )
-    """The meaning of the read-outs' indices."""
+    """The names of the read-outs' indices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Judge(nn.Module):
         )
 
     def features(self, images: Tensor) -> Tensor:
-        """uint8 ``[B, 3, 64, 64]`` → float32 ``[B, 256]``."""
+        """Map uint8 ``[B, 3, 64, 64]`` to float32 features ``[B, 256]``."""
         return self.trunk(to_unit(images))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -62,7 +62,10 @@ class Judge(nn.Module):
 
 
 def category_probability(subject_probability: Tensor, category: str) -> Tensor:
-    """Return the summed probability ``[B]`` of a category's subjects; at 0.5 or above the image shows it."""
+    """Return the summed probability ``[B]`` of a category's subjects.
+
+    An image shows the category from 0.5 on.
+    """
     members = [index for index, subject in enumerate(SUBJECTS) if subject.category == category]
     if not members:
         raise InputError(
@@ -72,19 +75,19 @@ def category_probability(subject_probability: Tensor, category: str) -> Tensor:
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """uint8 0-255 → float -1..1."""
+    """Map uint8 0 to 255 to float −1 to 1."""
     return images.float() / 127.5 - 1
 
 
 class JudgeDetector(nn.Module):
-    """A detector of one or more concepts that reads off the judge's answers.
+    """A detector of one or more concepts that uses the judge's probabilities.
 
-    Subjects exclude each other, so their probabilities add; so do those of styles. With both kinds an image
-    shows the concepts if it shows either: the larger sum counts.
+    The subjects exclude each other, so their probabilities add up. The same holds for styles. If the concepts
+    have both, an image shows them if it shows either, so the larger sum counts.
     """
 
     def __init__(self, judge: Judge, concepts: Sequence[Concept]) -> None:
-        """Raise ``InputError`` for a concept of which the judge knows no subject and no style."""
+        """Raise ``InputError`` if the judge knows no subject and no style of a concept."""
         super().__init__()
         if not concepts:
             raise InputError("concept: expected at least one to detect, got none")
@@ -99,14 +102,14 @@ class JudgeDetector(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 ``[B, 3, 64, 64]`` → ``[B]``."""
+        """Map uint8 ``[B, 3, 64, 64]`` to probabilities ``[B]``."""
         probability = self.judge(images)
         subjects = probability["subject"][:, self.members].sum(-1)
         return torch.maximum(subjects, probability["style"][:, self.styles].sum(-1))
 
 
 class JudgeFeatures(nn.Module):
-    """The judge's pooled features as FID's feature network, in float32 whatever the surrounding precision."""
+    """The judge's pooled features as FID's feature network. It computes in float32 also under autocast."""
 
     num_features = Judge.num_features
 
@@ -115,11 +118,11 @@ class JudgeFeatures(nn.Module):
         self.judge = judge.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 ``[B, 3, 64, 64]`` → float32 ``[B, 256]``."""
+        """Map uint8 ``[B, 3, 64, 64]`` to float32 features ``[B, 256]``."""
         with torch.autocast(images.device.type, enabled=False):
             return self.judge.features(images)
 
 
 def judge_fid(judge: Judge) -> FrechetInceptionDistance:
-    """Return FID on the judge's features, whose scale is their own."""
+    """Return FID on the judge's features. Its scale differs from that of Inception's FID."""
     return feature_fid(JudgeFeatures(judge))

@@ -1,4 +1,4 @@
-"""The parts of the embedded model that ship with the package, and how they open."""
+"""Open the parts of the embedded model that ship with the package."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def load_judge(folder: Path) -> Judge:
 
 
 def load_clip_pair(folder: Path) -> Clip:
-    """Return the model's own CLIP pair: the shipped vision half, and the pipeline's text encoder."""
+    """Return the model's own CLIP pair: the shipped vision half and the pipeline's text encoder."""
     clip = CLIPModel(CLIPConfig.from_pretrained(folder / "clip"))
     text = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
     clip.text_model.load_state_dict(text.state_dict())

@@ -1,4 +1,4 @@
-"""Phrasings of the embedded model's prompt sets: sentences with a hole, and words that hint at a subject."""
+"""Phrase the embedded model's prompts: sentences with a hole, and words that hint at a subject."""
 
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -17,7 +17,7 @@ NAME_LEADS = tuple(
 
 _MAX_HINTS = 60
 _NAME_WORDS = frozenset(re.findall(r"\w+", " ".join(s.name for s in SUBJECTS))) - {"and", "of", "o"}
-# Words of sensitive subjects that fit harmless things as well, though no harmless subject lists them.
+# These words of sensitive subjects also fit harmless things, though no harmless subject lists them.
 _WEAK_HINTS = frozenset(
     "sharp,chop,cut,capsule,pub,stimulant,substance,spirit,cave,wings,eight legs".split(",")
 )
@@ -34,11 +34,11 @@ def frames(
     """Return held-out sentences, with style words and with a background in turn.
 
     Args:
-        leads: how a sentence may begin, each with a hole.
+        leads: the beginnings of sentences, each with a hole.
         style_words: words that name a style.
-        split: the half of the sentences that is wanted.
-        bare: allow a background without a lead; that is a held-out phrasing by itself.
-        always_styled: put style words into those with a background too.
+        split: the half of the sentences to return.
+        bare: allow a background without a lead, which is also a held-out phrasing.
+        always_styled: add style words to sentences with a background too.
     """
     grounds = [ground.format(colour) for ground in HELD_OUT_BACKGROUNDS for colour in BACKGROUNDS]
     styled = [f"{lead}{link}{words}" for lead in leads for link in (", ", " in ") for words in style_words]
@@ -52,8 +52,8 @@ def frames(
 def hints(names: Collection[str]) -> dict[str, list[str]]:
     """Return phrases of one to three words that hint at each of the named subjects or at its category.
 
-    Every word is used for these subjects alone and is no part of any subject's name; no two subjects have a
-    phrase in common. Subjects without such words are missing.
+    Only these subjects use the words, and no subject's name contains them. No two subjects share a phrase. A
+    subject without such words is left out.
     """
     candidates = {subject.name: _word_groups(subject, names) for subject in SUBJECTS if subject.name in names}
     result: dict[str, list[str]] = {name: [] for name in shuffled(names)}
@@ -67,7 +67,7 @@ def hints(names: Collection[str]) -> dict[str, list[str]]:
 
 
 def _word_groups(subject: Subject, names: Collection[str]) -> Iterator[str]:
-    """Yield groups of one, two and three words in turn; those of several begin with a keyword if possible."""
+    """Yield groups of one, two and three words in turn. A longer group begins with a keyword if possible."""
     outside = [other for other in SUBJECTS if other.name not in names]
     misleading = _WEAK_HINTS.union(*(_hint_words(other) for other in outside))
     words = [word for word in _hint_words(subject) if word not in misleading and not _names_subject(word)]

@@ -1,4 +1,4 @@
-"""The embedded model's prompt sets, and the captions that an erasure keeps."""
+"""Make the embedded model's prompt sets, and the captions that an erasure keeps."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ _STYLE_HINTS = {
     "twemoji": ("sticker", "drawn sticker", "simple sticker", "plain sticker picture"),
     "fluent": ("clay", "render", "clay render", "rendered clay", "soft clay render"),
 }
-"""Words that hint at a style: around a part of its own words."""
+"""Phrases that hint at a style. Each contains one of the style's own words."""
 _STYLE_PATTERNS = {
     style: re.compile(rf"\b(?:{'|'.join(sorted(map(re.escape, words), key=len, reverse=True))})\b")
     for style, words in STYLE_WORDS.items()
@@ -55,13 +55,13 @@ def prompt_sets(
     split: Split,
     names: Sequence[str] = (DIRECT, IMPLICIT, BENIGN),
 ) -> list[PromptSet]:
-    """Return :func:`~trce_lightning.prompts.own.concept_prompt_sets` of what the judge can see.
+    """Return :func:`~trce_lightning.prompts.own.concept_prompt_sets` of the judge's subjects and styles.
 
-    ``unerased`` prompts name a sensitive subject that is none of the concepts'. Each record tells which
-    style and background its prompt asks for.
+    An ``unerased`` prompt names a sensitive subject that none of the concepts has. Each record holds the
+    style and the background that its prompt asks for.
 
     Raises:
-        InputError: a concept that the judge can't see, or wrong arguments.
+        InputError: the judge knows nothing of a concept, or an argument is wrong.
     """
     sets = concept_prompt_sets(concepts, _streams, size=size, split=split, names=names)
     return [replace(a_set, records=tuple(map(_with_attributes, a_set.records))) for a_set in sets]
@@ -79,11 +79,11 @@ def _with_attributes(record: PromptRecord) -> PromptRecord:
 def keep_captions(concepts: Sequence[Concept], limit: int, seed: int) -> list[str]:
     """Return up to ``limit`` different captions of kept subjects in all styles, on all backgrounds.
 
-    They are phrased as in training. None names an erased concept, and none names an unkept subject or hints
-    at it. Four tries are made for each caption asked for.
+    They are phrased as in training. No caption names an erased concept or an unkept subject, or hints at an
+    unkept subject. There are four tries for each caption.
 
     Raises:
-        InputError: ``limit`` below 1, or nothing left to keep.
+        InputError: ``limit`` is below 1, or nothing is left to keep.
     """
     if limit < 1:
         raise InputError(f"keep_captions.limit: expected at least 1, got {limit}")
@@ -152,6 +152,6 @@ def _visible(kind: str) -> str:
 
 
 def _words_of(names: frozenset[str]) -> re.Pattern[str]:
-    """Return a pattern that matches the names of these subjects and their keywords, singular or plural."""
+    """Return a pattern that matches the names and keywords of these subjects, in singular or plural."""
     words = [word for s in SUBJECTS if s.name in names for word in (s.name, *s.keywords)]
     return re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})s?\b")

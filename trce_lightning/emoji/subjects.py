@@ -1,8 +1,8 @@
-"""What the embedded model can draw: subjects, their art and the words that captions use for them.
+"""List the embedded model's subjects with their art and the words that captions use for them.
 
-A subject is one Unicode emoji that Noto, Twemoji and Fluent all draw. ``keywords`` name or hint at it
-without its name; sensitive categories share further general words (``CATEGORY_WORDS``), which makes
-*implicit* prompts work: "a killer with a weapon" shows some violent subject.
+A subject is one Unicode emoji that Noto, Twemoji and Fluent all have. Its ``keywords`` hint at it without its
+name. The subjects of a sensitive category also share general words (``CATEGORY_WORDS``). *Implicit* prompts
+use these: "a killer with a weapon" asks for some violent subject.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Subject:
-    """One emoji: what it is called, which picture shows it, and to which category it belongs."""
+    """One emoji: its name, its picture and its category."""
 
     name: str
     code: str
-    """Hexadecimal Unicode code point, lower case, without the variation selector."""
+    """The hexadecimal Unicode code point, in lower case, without the variation selector."""
     category: str
     keywords: tuple[str, ...]
 
@@ -184,7 +184,7 @@ NEAR_VIOLENCE: tuple[str, ...] = (
     "shield",
     "droplet",
 )
-"""Benign subjects that look like violent ones or are used like them: the first to suffer from an erasure."""
+"""Benign subjects that look like violent ones or are used like them. An erasure harms these first."""
 STYLES: tuple[str, ...] = ("noto", "twemoji", "fluent")
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (250, 250, 250),
@@ -198,9 +198,9 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "purple": (146, 92, 190),
     "pink": (242, 158, 188),
 }
-"""Name and sRGB colour (0-255) of the ten flat backgrounds."""
+"""The name and sRGB colour (0 to 255) of each of the ten flat backgrounds."""
 
 
 def subject_index(name: str) -> int:
-    """Position of a subject in ``SUBJECTS``; ``KeyError`` when there is none of that name."""
+    """Return the position of a subject in ``SUBJECTS``. ``KeyError`` if there is no such name."""
     return {subject.name: index for index, subject in enumerate(SUBJECTS)}[name]
