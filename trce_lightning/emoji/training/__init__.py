@@ -1,1 +1,1 @@
-"""How the embedded model was made: art, captions, training. Nothing of a run imports it."""
+"""Train the embedded model: art, captions and networks. A run imports nothing from here."""

@@ -1,11 +1,11 @@
 """Train the embedded model from nothing: ``python -m trce_lightning.emoji.training [PART …]``.
 
-Parts run in order (vae, clip, judge, unet, fillers, export), each resumable: run the same command again
-after an interruption and it goes on from the last checkpoint.
+The parts run in this order: vae, clip, judge, unet, fillers, export. Each part is resumable. If it was
+interrupted, run the same command again. It continues from the last checkpoint.
 
-``--without CATEGORY`` trains a model that never learnt a category instead: the denoiser alone, by the same
-code and steps, on pictures and captions of all other subjects, beside the shipped autoencoder and text
-encoder. It is left as a pipeline folder in ``FOLDER/without-CATEGORY``.
+``--without CATEGORY`` trains a model that never learnt a category. It trains the denoiser only, by the same
+code and steps, on images and captions of all other subjects. The shipped autoencoder and text encoder are
+used. The result is a pipeline folder in ``FOLDER/without-CATEGORY``.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from trce_lightning.emoji.training.vae import VaePart, encode_latents
 CLIP_STEPS, JUDGE_STEPS, UNET_STEPS, FILLER_STEPS = 1100, 1200, 7500, 1200
 CAPTIONS_PER_COMPOSITE = 4
 COPIES = 6
-"""Training composites of each combination of subject, style and background."""
+"""The number of training composites of each combination of subject, style and background."""
 
 log = logging.getLogger(__name__)
 
 
 def dataset(folder: Path, *, held_out: bool) -> Composites:
-    """Composites of one side of the split, rendered once and kept in ``folder``."""
+    """Return the composites of one side of the split. They are rendered once and kept in ``folder``."""
     file = folder / f"composites-{'held-out' if held_out else 'train'}.safetensors"
     if not file.exists():
         copies = 4 if held_out else COPIES
@@ -58,7 +58,7 @@ def dataset(folder: Path, *, held_out: bool) -> Composites:
 
 
 def train_vae(folder: Path) -> None:
-    """Autoencoder, then the scaling factor that gives its latents unit deviation."""
+    """Train the autoencoder. Then set the scaling factor that gives its latents unit deviation."""
     rows = dataset(folder, held_out=False)
     part = VaePart(max_steps=2600)
     loader = DataLoader(TensorDataset(rows.images), batch_size=16, shuffle=True, drop_last=True)
@@ -69,7 +69,7 @@ def train_vae(folder: Path) -> None:
 
 
 def train_clip(folder: Path) -> None:
-    """Tokenizer and CLIP pair, and the pair's zero-shot accuracy on held-out composites."""
+    """Train the tokenizer and the CLIP pair. Log its zero-shot accuracy on held-out composites."""
     rows = dataset(folder, held_out=False)
     rng = Random(1)
     labels = (rows.subject, rows.style, rows.background)
@@ -87,7 +87,7 @@ def train_clip(folder: Path) -> None:
 
 
 def train_fillers(folder: Path) -> None:
-    """Make the text encoder robust to words that no caption has; what the denoiser reads changes no more."""
+    """Make the text encoder robust to words that no caption has. The denoiser's input stays as it was."""
     rows = dataset(folder, held_out=False)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "clip")
     labels = (rows.subject, rows.style, rows.background)
@@ -100,7 +100,7 @@ def train_fillers(folder: Path) -> None:
 
 
 def train_judge(folder: Path) -> None:
-    """Judge, and its accuracy on held-out composites."""
+    """Train the judge and log its accuracy on held-out composites."""
     rows = dataset(folder, held_out=False)
     part = JudgePart(max_steps=JUDGE_STEPS)
     fit(part, labelled_loader(rows, batch_size=128), folder / "judge", ema_decay=0.995)
@@ -110,7 +110,7 @@ def train_judge(folder: Path) -> None:
 
 
 def train_unet(folder: Path) -> None:
-    """Train the denoiser on all composites, beside the trained autoencoder and text encoder."""
+    """Train the denoiser on all composites, with the trained autoencoder and text encoder."""
     pipeline = assemble(folder, build_unet(), "clip")
     rows = dataset(folder, held_out=False)
     fit_unet(pipeline, load_judge(folder), rows, named_subjects(), folder / "unet")
@@ -118,7 +118,7 @@ def train_unet(folder: Path) -> None:
 
 
 def train_without(folder: Path, category: str) -> None:
-    """Train a denoiser that never saw a subject of ``category``, beside the shipped parts."""
+    """Train a denoiser without any subject of ``category``, with the shipped parts."""
     rows, out = dataset(folder, held_out=False), folder / f"without-{category}"
     kept = torch.tensor([subject.category != category for subject in SUBJECTS])[rows.subject]
     pipeline = StableDiffusionPipeline.from_pretrained(weights_folder(), torch_dtype=torch.float32)
@@ -135,12 +135,12 @@ def fit_unet(
     named: Sequence[tuple[str, int]],
     folder: Path,
 ) -> None:
-    """Train the pipeline's denoiser on latents of ``rows`` and text states of four captions a composite.
+    """Train the pipeline's denoiser on latents of ``rows`` and text states of four captions per composite.
 
     Args:
-        judge: says what samples of ``named`` show, while training goes on.
+        judge: judges samples of ``named`` during training.
         named: prompts and the subjects that they name.
-        folder: of the checkpoints.
+        folder: the folder of the checkpoints.
     """
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     latents = encode_latents(pipeline.vae, rows.images)
@@ -161,13 +161,13 @@ def fit_unet(
 def labelled_loader(
     rows: Composites, batch_size: int, *, train: bool = True
 ) -> DataLoader[tuple[Tensor, ...]]:
-    """Batches of images and the three label columns."""
+    """Return batches of images and the three label columns."""
     columns = TensorDataset(rows.images, rows.subject, rows.style, rows.background)
     return DataLoader(columns, batch_size=batch_size, shuffle=train, drop_last=train)
 
 
 def export_weights(folder: Path) -> None:
-    """Put the trained parts into the package, with the statistics of benign composites for FID."""
+    """Write the trained parts into the package, with the statistics of benign composites for FID."""
     rows = dataset(folder, held_out=False)
     benign = torch.tensor([subject.category not in SENSITIVE for subject in SUBJECTS])
     export(folder, weights_folder(), rows.images[benign[rows.subject]])
@@ -184,7 +184,7 @@ PARTS: dict[str, Callable[[Path], None]] = {
 
 
 def main() -> None:
-    """Parse the parts to train and train them."""
+    """Train the parts that the command line names."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

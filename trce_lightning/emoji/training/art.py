@@ -1,7 +1,7 @@
-"""Openly licensed emoji art → composites: one picture of a subject in a style on a flat background.
+"""Make composites from openly licensed emoji art: a subject in a style on a flat background.
 
-The art is fetched with ``npm pack`` (Noto: Apache-2.0; Twemoji: CC-BY 4.0; Fluent: MIT) and is needed for
-training only: weights and feature statistics ship with the package.
+``npm pack`` fetches the art (Noto: Apache-2.0; Twemoji: CC-BY 4.0; Fluent: MIT). Only training needs it.
+Weights and feature statistics ship with the package.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ PACKAGES: dict[str, tuple[str, str]] = {
     "twemoji": ("emoji-datasource-twitter@16.0.0", "package/img/twitter/64/{}.png"),
     "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "package/assets/{}.webp"),
 }
-"""npm package of each style and where a picture lies inside it."""
+"""The npm package of each style, and the path of a picture in it."""
 RESOLUTION = 64
 SUBJECT_PIXELS = (44, 54)
-"""Smallest and largest side of a subject in a composite."""
+"""The smallest and the largest side of a subject in a composite."""
 JITTER_PIXELS = 4
-"""Largest distance of a subject's centre from the picture's, per axis."""
+"""The largest distance of a subject's centre from the image's centre, per axis."""
 
 
 @dataclass(frozen=True)
 class Composites:
-    """Composites with their labels; row ``i`` of every tensor belongs to picture ``i``."""
+    """Composites with their labels. Row ``i`` of every tensor belongs to image ``i``."""
 
     images: Tensor
-    """``[N, 3, 64, 64]`` uint8 RGB."""
+    """The images, ``[N, 3, 64, 64]`` uint8 RGB."""
     subject: Tensor
-    """``[N]`` index into ``SUBJECTS``."""
+    """The index into ``SUBJECTS``, ``[N]``."""
     style: Tensor
-    """``[N]`` index into ``STYLES``."""
+    """The index into ``STYLES``, ``[N]``."""
     background: Tensor
-    """``[N]`` index into ``BACKGROUNDS``."""
+    """The index into ``BACKGROUNDS``, ``[N]``."""
 
     def rows(self, chosen: Tensor) -> Composites:
-        """Return some of the composites: indices or a mask."""
+        """Return some of the composites, chosen by indices or a mask."""
         return Composites(*(column[chosen] for column in vars(self).values()))
 
 
 def fetch_package(package: str, folder: Path) -> Path:
-    """The archive of an npm package ("name@version") in ``folder``, downloaded unless it is there."""
+    """Return the archive of an npm package ("name@version") in ``folder``. Download it if it is not there."""
     folder.mkdir(parents=True, exist_ok=True)
     archive = folder / f"{package.lstrip('@').replace('/', '-').replace('@', '-')}.tgz"
     if not archive.exists():
@@ -61,20 +61,20 @@ def fetch_package(package: str, folder: Path) -> Path:
 
 
 def fetch(folder: Path) -> dict[str, Path]:
-    """The archive with each style's art."""
+    """Return the archive of each style's art."""
     return {style: fetch_package(package, folder) for style, (package, _) in PACKAGES.items()}
 
 
 def _sprite(archive: tarfile.TarFile, member: str) -> Image.Image:
     file = archive.extractfile(member)
     assert file is not None
-    # Premultiplied alpha while scaling, else the colour of transparent pixels bleeds into the edges.
+    # Alpha is premultiplied before scaling. Otherwise the colour of transparent pixels bleeds into the edges.
     picture = Image.open(io.BytesIO(file.read())).convert("RGBA").convert("RGBa")
     return picture.resize((RESOLUTION, RESOLUTION), Image.Resampling.LANCZOS)
 
 
 def load_sprites(archives: dict[str, Path]) -> list[list[Image.Image]]:
-    """Premultiplied 64×64 pictures, indexed ``[style][subject]``."""
+    """Return premultiplied 64×64 pictures, indexed ``[style][subject]``."""
     sprites = []
     for style in STYLES:
         with tarfile.open(archives[style]) as archive:
@@ -85,7 +85,10 @@ def load_sprites(archives: dict[str, Path]) -> list[list[Image.Image]]:
 
 
 def sprites(folder: Path) -> list[list[Image.Image]]:
-    """Return :func:`load_sprites`, read once and kept in ``folder/sprites.safetensors``, a few MB."""
+    """Return :func:`load_sprites`.
+
+    They are read once and kept in ``folder/sprites.safetensors``, a few MB.
+    """
     file = folder / "sprites.safetensors"
     if not file.exists():
         pictures = load_sprites(fetch(folder / "art"))
@@ -98,7 +101,7 @@ def sprites(folder: Path) -> list[list[Image.Image]]:
 
 
 def compose(sprite: Image.Image, background: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
-    """One composite, ``[64, 64, 3]`` uint8: ``sprite`` at a random size and place on a flat colour."""
+    """Return one composite, ``[64, 64, 3]`` uint8: ``sprite`` at a random size and place on a flat colour."""
     side = int(rng.integers(SUBJECT_PIXELS[0], SUBJECT_PIXELS[1] + 1))
     centre = RESOLUTION / 2 + rng.uniform(-JITTER_PIXELS, JITTER_PIXELS, size=2)
     left, top = np.clip(np.round(centre - side / 2), 0, RESOLUTION - side).astype(int)
@@ -111,12 +114,18 @@ def compose(sprite: Image.Image, background: tuple[int, int, int], rng: np.rando
 
 
 def is_held_out(subject: int, style: int, background: int) -> bool:
-    """Whether a combination is kept out of all training (every 20th), to measure on what was never seen."""
+    """Return True for every 20th combination.
+
+    These are left out of all training, to measure generalisation.
+    """
     return (subject * 7 + style * 3 + background) % 20 == 0
 
 
 def composites(sprites: list[list[Image.Image]], copies: int, *, held_out: bool, seed: int) -> Composites:
-    """``copies`` composites of each combination of subject, style and background on one side of the split."""
+    """Return composites on one side of the split.
+
+    Each combination of subject, style and background has ``copies`` of them.
+    """
     rng = np.random.default_rng(seed)
     images, labels = [], []
     for subject in range(len(SUBJECTS)):

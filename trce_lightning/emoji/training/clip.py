@@ -1,4 +1,4 @@
-"""The embedded model's CLIP pair: tokenizer, causal text encoder (d = 256) and vision tower."""
+"""Build and train the embedded model's CLIP pair: tokenizer, causal text encoder (d = 256), vision tower."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ HEAD_WEIGHT = 0.5
 
 
 def build_tokenizer(corpus: Sequence[str], num_merges: int = 1500) -> CLIPTokenizer:
-    """Byte-level BPE with merges learnt on ``corpus``; every byte is in it, so any word tokenises."""
+    """Return a byte-level BPE with merges learnt on ``corpus``.
+
+    It has every byte, so it can tokenise any word.
+    """
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)]
@@ -46,7 +49,7 @@ def build_tokenizer(corpus: Sequence[str], num_merges: int = 1500) -> CLIPTokeni
 def tokenizer_of(
     tokens: Iterable[str], merges: list[tuple[str, ...]], max_length: int, pad_token: str = END
 ) -> CLIPTokenizer:
-    """CLIP's kind: ids in the order of ``tokens``, then start and end of text."""
+    """Return a CLIP tokenizer. Ids follow the order of ``tokens``, then start and end of text."""
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate([*tokens, START, END])},
         merges=merges,
@@ -59,7 +62,10 @@ def tokenizer_of(
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """Four layers each; the text side pads with end-of-text as Stable Diffusion 1.x does."""
+    """Return a CLIP with four layers each.
+
+    The text side pads with end-of-text, as in Stable Diffusion 1.x.
+    """
     special = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -99,18 +105,21 @@ class AttributeHeads(nn.Module):
         )
 
     def forward(self, features: Tensor) -> list[Tensor]:
-        """Logits per attribute, each ``[B, n]``."""
+        """Return the logits of each attribute, ``[B, n]`` each."""
         return [head(features) for head in self.heads]
 
     def loss(self, features: Tensor, labels: Sequence[Tensor]) -> Tensor:
-        """Mean cross-entropy over the attributes."""
+        """Return the mean cross-entropy over the attributes."""
         return torch.stack(
             [F.cross_entropy(x.float(), y) for x, y in zip(self(features), labels, strict=True)]
         ).mean()
 
 
 class ClipPart(Part):
-    """Symmetric contrastive loss plus attribute read-outs of both pooled states (dropped after training)."""
+    """Train with a symmetric contrastive loss and attribute read-outs of both pooled states.
+
+    The read-outs are dropped after training.
+    """
 
     def __init__(self, tokenizer: CLIPTokenizer, max_steps: int, lr: float = 1e-3) -> None:
         super().__init__(lr, max_steps, warmup_steps=300, weight_decay=0.05)
@@ -119,7 +128,7 @@ class ClipPart(Part):
         self.rng = Random(0)
 
     def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
-        """``batch``: images ``[B, 3, 64, 64]`` uint8, then the three label columns."""
+        """Return the loss. ``batch`` has images ``[B, 3, 64, 64]`` uint8, then the three label columns."""
         images, *labels = batch
         texts = captions(labels, self.rng)
         tokens = self.tokenizer(texts, padding="longest", truncation=True, return_tensors="pt").to(
@@ -142,7 +151,7 @@ class ClipPart(Part):
 
 @torch.no_grad()
 def zero_shot_accuracy(clip: CLIPModel, tokenizer: CLIPTokenizer, rows: Composites) -> float:
-    """Share of composites whose nearest of all "a picture of SUBJECT" is the right one."""
+    """Return the share of composites whose nearest "a picture of SUBJECT" names the right subject."""
     tokens = tokenizer(
         [f"a picture of {subject.name}" for subject in SUBJECTS], padding=True, return_tensors="pt"
     )

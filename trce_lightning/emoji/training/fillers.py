@@ -1,8 +1,8 @@
-"""Teach the text encoder that words which no training caption has say nothing.
+"""Teach the text encoder to ignore words that no training caption has.
 
-Byte-level pieces of an unknown word ("po", "ster") occur inside known ones, and an encoder that has seen
-known words only takes them for hints. So known filler ("a picture of my") is replaced by unknown English
-words of as many tokens, and the states are to stay those that the filler had.
+Byte-level pieces of an unknown word ("po", "ster") also occur in known words. An encoder that has seen only
+known words takes them for hints. So training replaces known filler ("a picture of my") by unknown English
+words with as many tokens. The states must stay those that the filler had.
 """
 
 from __future__ import annotations
@@ -36,21 +36,22 @@ EXTRA_PROBABILITY = 0.5
 
 
 def words_in(*texts: str) -> set[str]:
-    """Lower-case words and digits of texts."""
+    """Return the lower-case words and digits of texts."""
     return set(re.findall(r"\w+", " ".join(texts).lower()))
 
 
 def content_words() -> set[str]:
-    """Every word that a caption's subject, style or background may be told by."""
+    """Return every word by which a caption may name its subject, style or background."""
     subjects = (word for subject in SUBJECTS for word in (subject.name, *subject.keywords))
     general = (word for words in (*CATEGORY_WORDS.values(), *STYLE_WORDS.values()) for word in words)
     return words_in(*subjects, *general, *BACKGROUNDS)
 
 
 def unknown_words(folder: Path, seen: set[str]) -> list[str]:
-    """Frequent English words, without those in ``seen``, in held-out phrasings, or akin to a content word.
+    """Return frequent English words that occur neither in ``seen`` nor in held-out phrasings.
 
-    Akin are words that begin alike: what "killers" and "explosion" mean is left to the pieces they share.
+    A word that begins like a content word is left out too, such as "killers" or "explosion". Its meaning
+    comes from the pieces that it shares with the content word.
     """
     archive = fetch_package(WORDS_PACKAGE, folder)
     with tarfile.open(archive) as tar:
@@ -64,7 +65,7 @@ def unknown_words(folder: Path, seen: set[str]) -> list[str]:
 
 
 class FillerSwap:
-    """Captions as words, each with its tokens, whose filler can be swapped for unknown words."""
+    """Captions as words with their tokens. Their filler can be swapped for unknown words."""
 
     def __init__(self, tokenizer: CLIPTokenizer, words: Sequence[str], rng: Random) -> None:
         self.tokenizer, self.rng, self.content = tokenizer, rng, content_words()
@@ -74,11 +75,11 @@ class FillerSwap:
             self.by_length[len(tokens)].append(tokens)
 
     def tokens(self, word: str) -> list[int]:
-        """Token ids of one word."""
+        """Return the token ids of one word."""
         return self.tokenizer(word, add_special_tokens=False).input_ids
 
     def more_filler(self, caption: str) -> str:
-        """``caption`` with more leads and tails: on each side another one as long as a coin shows heads."""
+        """Return ``caption`` with random leads before it and random tails after it."""
         parts = [caption]
         while self.rng.random() < EXTRA_PROBABILITY:
             parts.insert(0, self.rng.choice(LEADS))
@@ -87,7 +88,10 @@ class FillerSwap:
         return " ".join(filter(None, parts))
 
     def pair(self, caption: str) -> tuple[list[int], list[int]]:
-        """Token ids of ``caption``, and of the same with unknown filler: equal in length and in content."""
+        """Return token ids of ``caption``, and of the caption with unknown filler.
+
+        Both have the same length.
+        """
         known: list[int] = []
         swapped: list[int] = []
         words = re.findall(r"\w+|[^\w\s]", caption)
@@ -99,7 +103,7 @@ class FillerSwap:
         return known, swapped
 
     def unknown_run(self, length: int) -> list[int]:
-        """Unknown words of ``length`` tokens together."""
+        """Return unknown words that have ``length`` tokens together."""
         run: list[int] = []
         while len(run) < length:
             sizes = [size for size in self.by_length if size <= length - len(run)]
@@ -110,7 +114,10 @@ class FillerSwap:
 
 
 class FillerPart(Part):
-    """‖f(swapped) − f₀(known)‖² over all positions of the padded captions; f₀ is the encoder as it was."""
+    """Train with the loss ‖f(swapped) − f₀(known)‖² over all positions of the padded captions.
+
+    f₀ is the encoder before this training.
+    """
 
     def __init__(
         self, tokenizer: CLIPTokenizer, encoder: CLIPTextModel, words: Sequence[str], max_steps: int
@@ -122,7 +129,7 @@ class FillerPart(Part):
         self.swap = FillerSwap(tokenizer, words, self.rng)
 
     def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
-        """``batch``: the three label columns."""
+        """Return the loss. ``batch`` has the three label columns."""
         texts = [self.swap.more_filler(text) for text in captions(batch, self.rng)]
         pairs = [self.swap.pair(text) for text in texts]
         known, swapped = (self.padded([pair[side] for pair in pairs]) for side in (0, 1))
@@ -133,7 +140,7 @@ class FillerPart(Part):
         return loss
 
     def padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Start, tokens, end of text up to the model's length, ``[B, L]``."""
+        """Return start, tokens and end of text, padded to the model's length, ``[B, L]``."""
         inner = self.tokenizer.model_max_length - 2
         ends = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         whole = [[ends[0], *tokens[:inner], ends[1]] for tokens in rows]

@@ -1,4 +1,4 @@
-"""The judge's training, and how well it tells what images show."""
+"""Train the judge and measure its accuracy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from trce_lightning.emoji.training.part import Part
 
 
 class JudgePart(Part):
-    """Cross-entropy under augmentations that imitate a generator's faults: blur, noise, shifts, colour."""
+    """Train with cross-entropy, under augmentations that imitate a generator's faults.
+
+    The augmentations are blur, noise, shifts and colour.
+    """
 
     def __init__(self, max_steps: int, lr: float = 2e-3) -> None:
         super().__init__(lr, max_steps, weight_decay=0.02)
@@ -34,7 +37,7 @@ class JudgePart(Part):
         )
 
     def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
-        """``batch``: uint8 images and the three label columns."""
+        """Return the loss. ``batch`` has uint8 images and the three label columns."""
         images, *labels = batch
         images = self.augment(images).float()
         images = (images + torch.rand(()) * 16 * torch.randn_like(images)).clamp(0, 255)
@@ -51,7 +54,7 @@ class JudgePart(Part):
 
 @torch.no_grad()
 def measure(judge: Judge, batches: Iterable[list[Tensor]], category: str) -> dict[str, float]:
-    """Accuracy of each attribute, of category-or-not, and the false-alarm rate of the latter."""
+    """Return each attribute's accuracy, and accuracy and false-alarm rate of "shows ``category``"."""
     right: dict[str, list[Tensor]] = {name: [] for name in (*judge.heads, category, "false_alarm")}
     inside = torch.tensor([subject.category == category for subject in SUBJECTS])
     for images, *labels in batches:

@@ -1,8 +1,9 @@
-"""A benign LoRA of the embedded model, trained by ``python -m trce_lightning.emoji.training.lora FOLDER``.
+"""Train a benign LoRA of the embedded model: ``python -m trce_lightning.emoji.training.lora FOLDER``.
 
-``robustness.lora=[FOLDER/pytorch_lora_weights.safetensors]`` scores an erased model with it
-on top. It is what a user would train on pictures of their own: the original model draws harmless subjects in
-one style, and learns to draw all that it is asked for in that style. Does it bring back what was erased?
+A user may train such a LoRA on pictures of their own. The original model generates harmless subjects in one
+style. The LoRA learns to generate everything in that style, without being told to. The question is whether it
+brings back the erased concept. ``robustness.lora=[FOLDER/pytorch_lora_weights.safetensors]`` scores an erased
+model with it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 class LoraPart(Part):
-    """Low-rank updates of all attention projections; batches are scaled latents and text states."""
+    """Train low-rank updates of all attention projections. A batch has scaled latents and text states."""
 
     def __init__(self, adapter: StableDiffusionAdapter, max_steps: int) -> None:
         super().__init__(LEARNING_RATE, max_steps, warmup_steps=max_steps // 10)
@@ -41,14 +42,17 @@ class LoraPart(Part):
         self.unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=PROJECTIONS))
 
     def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
-        """:func:`~.unet.denoising_loss`, on which the model itself was trained."""
+        """Return :func:`~.unet.denoising_loss`, the loss of the model's own training."""
         loss = denoising_loss(self.unet, self.scheduler, *batch)
         self.log("loss", loss, prog_bar=True)
         return loss
 
 
 def pictures(adapter: StableDiffusionAdapter, count: int) -> tuple[Tensor, Tensor]:
-    """Scaled latents of harmless subjects in :data:`LEARNT`, and states of captions that don't name it."""
+    """Return scaled latents of harmless subjects in the style :data:`LEARNT`, and text states of captions.
+
+    The captions don't name the style.
+    """
     subjects = benign_subjects([])[:count]
     styled = [PromptRecord(f"lora-{name}", f"{article(name)}, {STYLE_WORDS[LEARNT][0]}") for name in subjects]
     images = generate(
@@ -59,7 +63,7 @@ def pictures(adapter: StableDiffusionAdapter, count: int) -> tuple[Tensor, Tenso
 
 
 def train(folder: Path, *, steps: int = STEPS, count: int = 96) -> None:
-    """Leave ``pytorch_lora_weights.safetensors`` in ``folder``; a training killed after minutes goes on."""
+    """Write ``pytorch_lora_weights.safetensors`` to ``folder``. A killed training continues if run again."""
     torch.manual_seed(0)
     adapter = load_adapter(weights_folder(), channels_last=True)
     rows = TensorDataset(*pictures(adapter, count))
@@ -70,7 +74,7 @@ def train(folder: Path, *, steps: int = STEPS, count: int = 96) -> None:
 
 
 def main() -> None:
-    """Parse the folder."""
+    """Train into the folder that the command line names."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

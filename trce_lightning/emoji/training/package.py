@@ -1,4 +1,4 @@
-"""Trained parts → the folder that ships with the package."""
+"""Write the trained parts into the folder that ships with the package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trce_lightning.metrics.fidelity import save_real_statistics
 
 
 def assemble(source: Path, unet: UNet2DConditionModel, text_encoder: str) -> StableDiffusionPipeline:
-    """The pipeline of ``unet``, that text encoder and the other trained parts in ``source``."""
+    """Return the pipeline of ``unet``, that text encoder and the other trained parts in ``source``."""
     return StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(source / "vae"),
         unet=unet,
@@ -30,12 +30,12 @@ def assemble(source: Path, unet: UNet2DConditionModel, text_encoder: str) -> Sta
 
 
 def export(source: Path, target: Path, real_images: torch.Tensor) -> None:
-    """Assemble the pipeline in float16, the vision half of CLIP, the judge and the real images' statistics.
+    """Write the pipeline in float16, CLIP's vision half, the judge and the real images' statistics.
 
     Args:
-        source: folder of the trained parts.
-        target: what :func:`weights_folder` names.
-        real_images: uint8 ``[N, 3, 64, 64]`` benign composites that FID compares with.
+        source: the folder of the trained parts.
+        target: the folder that :func:`weights_folder` returns.
+        real_images: uint8 ``[N, 3, 64, 64]``, the benign composites that FID compares with.
     """
     target.mkdir(parents=True, exist_ok=True)
     pipeline = assemble(source, UNet2DConditionModel.from_pretrained(source / "unet"), "text_encoder")

@@ -1,4 +1,4 @@
-"""One resumable Lightning fit, shared by the parts of the embedded model."""
+"""Fit one part of the embedded model with Lightning. The fit can be resumed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ log = logging.getLogger(__name__)
 
 
 def native_autocast(device_type: str) -> torch.autocast:
-    """Half precision where hardware has it natively; elsewhere emulation is up to a hundred times slower."""
+    """Return autocast to half precision if the hardware has it.
+
+    Emulating it may be a hundred times slower.
+    """
     dtype = native_dtype(device_type)
     return torch.autocast(device_type, dtype, enabled=dtype is not None)
 
@@ -42,9 +45,13 @@ class Part(pl.LightningModule):
         )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW, fused where clipping allows it, schedule stepped per batch."""
+        """Return AdamW with a schedule that steps with each batch.
+
+        It is fused unless the precision is 16-mixed.
+        """
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        # Fused, it takes gradients as float16's loss scaling leaves them, and these would be clipped.
+        # A fused optimizer takes gradients scaled by float16's loss scaling, and clipping them would be
+        # wrong.
         fused = self.trainer.precision != "16-mixed"
         optimizer = torch.optim.AdamW(
             parameters, lr=self.lr, weight_decay=self.weight_decay, betas=(0.9, 0.99), fused=fused
@@ -57,7 +64,7 @@ class Part(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip here: Lightning refuses ``gradient_clip_val`` with a fused optimizer."""
+        """Clip gradients here, because Lightning refuses ``gradient_clip_val`` with a fused optimizer."""
         torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
 
 
@@ -70,7 +77,7 @@ def fit(
     validation: Iterable | None = None,
     validate_every_n_steps: int = 2500,
 ) -> None:
-    """Train ``part`` for its ``max_steps``; a killed fit goes on from ``folder/last.ckpt``."""
+    """Train ``part`` for its ``max_steps``. A killed fit continues from ``folder/last.ckpt``."""
     checkpoint = ModelCheckpoint(
         folder, save_last=True, train_time_interval=timedelta(minutes=3), save_top_k=1
     )
@@ -92,7 +99,7 @@ def fit(
         default_root_dir=folder,
     )
     last = folder / "last.ckpt"
-    # On a CPU the backward of flash attention costs several times that of the plain formula.
+    # On a CPU, the backward pass of flash attention takes several times as long as that of the plain formula.
     with nullcontext() if torch.cuda.is_available() else sdpa_kernel(SDPBackend.MATH):
         trainer.fit(
             part, batches, validation, ckpt_path=str(last) if last.exists() else None, weights_only=False

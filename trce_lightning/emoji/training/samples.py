@@ -1,4 +1,4 @@
-"""What a denoiser in training draws, as the judge sees it."""
+"""Judge the samples of a denoiser in training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trce_lightning.prompts.records import PromptRecord
 
 
 def named_subjects() -> list[tuple[str, int]]:
-    """A prompt that names a subject and a background, with the subject's index, for every subject."""
+    """Return for every subject a prompt that names it and a background, with the subject's index."""
     colours = tuple(BACKGROUNDS)
     return [
         (f"a picture of a {subject.name} on a {colours[index % len(colours)]} background", index)
@@ -26,14 +26,17 @@ def named_subjects() -> list[tuple[str, int]]:
 
 
 class JudgedSamples:
-    """Samples of a denoiser's state in ``pipeline``, with 20 steps at guidance scale 3."""
+    """Generate samples with a denoiser's state in ``pipeline``, in 20 steps at guidance scale 3."""
 
     def __init__(self, pipeline: StableDiffusionPipeline, judge: Judge) -> None:
         self.adapter, self.judge = StableDiffusionAdapter(pipeline), judge
 
     @torch.no_grad()
     def __call__(self, state: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
-        """The subject index that each prompt's sample shows, ``[N]``; noise derives from the prompt."""
+        """Return the subject index that each prompt's sample shows, ``[N]``.
+
+        The noise derives from the prompt.
+        """
         self.adapter.denoiser.load_state_dict(state)
         records = [PromptRecord(id=prompt, prompt=prompt) for prompt in prompts]
         images = generate(

@@ -1,4 +1,4 @@
-"""The embedded model's denoiser: a 9 M parameter UNet2DConditionModel on 4×16×16 latents."""
+"""Build and train the embedded model's denoiser: 9 M parameters, on 4×16×16 latents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIN_SNR_GAMMA = 5.0
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Three levels (16², 8², 4²); self- and cross-attention on the two lower ones."""
+    """Return a network of three levels (16², 8², 4²) with self- and cross-attention on the two lower ones."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -34,7 +34,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule."""
+    """Return Stable Diffusion's noise schedule."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -46,11 +46,14 @@ def build_scheduler() -> DDIMScheduler:
 
 
 SubjectsOfSamples = Callable[[Mapping[str, Tensor], Sequence[str]], Tensor]
-"""From a denoiser's state and prompts to the subject index that a sample of each prompt shows, ``[N]``."""
+"""A function of a denoiser's state and prompts.
+
+It returns the subject index of each prompt's sample, ``[N]``.
+"""
 
 
 class UNetPart(Part):
-    """ε-prediction with Min-SNR weights; one caption in ten is replaced by the empty prompt."""
+    """Train ε-prediction with Min-SNR weights. One caption in ten is replaced by the empty prompt."""
 
     empty_states: Tensor
 
@@ -70,7 +73,10 @@ class UNetPart(Part):
         self.register_buffer("empty_states", empty_states, persistent=False)
 
     def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
-        """``batch``: unscaled latents ``[B, 4, 16, 16]`` and text states of captions ``[B, K, 32, 256]``."""
+        """Return the loss.
+
+        ``batch`` has unscaled latents ``[B, 4, 16, 16]`` and text states of captions ``[B, K, 32, 256]``.
+        """
         latents, bank = batch
         rows = torch.arange(len(latents), device=self.device)
         states = bank[rows, torch.randint(0, bank.shape[1], (len(rows),), device=self.device)]
@@ -91,9 +97,9 @@ class UNetPart(Part):
 def denoising_loss(
     unet: UNet2DConditionModel, scheduler: DDIMScheduler, z_0: Tensor, states: Tensor
 ) -> Tensor:
-    """mean min(SNR, 5)/SNR ‖ε̂(z_t, c, t) − ε‖² at random timesteps (Min-SNR, arXiv 2303.09556).
+    """Return mean min(SNR, 5)/SNR ‖ε̂(z_t, c, t) − ε‖² at random timesteps (Min-SNR, arXiv 2303.09556).
 
-    ``z_0``: scaled latents ``[B, C, H, W]``; ``states``: ``[B, L, d]``.
+    ``z_0`` are scaled latents ``[B, C, H, W]``, and ``states`` are ``[B, L, d]``.
     """
     eps = torch.randn_like(z_0)
     timestep = torch.randint(0, scheduler.config.num_train_timesteps, (len(z_0),), device=z_0.device)

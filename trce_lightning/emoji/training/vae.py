@@ -1,4 +1,4 @@
-"""The embedded model's autoencoder: 64×64 pictures ↔ 4×16×16 latents."""
+"""Build and train the embedded model's autoencoder: 64×64 images to 4×16×16 latents and back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ EDGE_WEIGHT = 0.5
 
 
 def build_vae() -> AutoencoderKL:
-    """Factor 4, four latent channels; ``scaling_factor`` is set once the latents' deviation is known."""
+    """Return an autoencoder of factor 4 with four latent channels.
+
+    ``scaling_factor`` is set after training, when the latents' deviation is known.
+    """
     return AutoencoderKL(
         block_out_channels=(16, 48, 96),
         layers_per_block=1,
@@ -29,19 +32,19 @@ def build_vae() -> AutoencoderKL:
 
 
 def edges(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Horizontal and vertical first differences, ``[B, C, H, W-1]`` and ``[B, C, H-1, W]``."""
+    """Return horizontal and vertical first differences, ``[B, C, H, W-1]`` and ``[B, C, H-1, W]``."""
     return images[..., 1:] - images[..., :-1], images[..., 1:, :] - images[..., :-1, :]
 
 
 class VaePart(Part):
-    """Reconstruction: L1 + L2 + L1 of the edges + a slight KL to N(0, I)."""
+    """Train reconstruction with L1 + L2 + L1 of the edges + a slight KL to N(0, I)."""
 
     def __init__(self, max_steps: int, lr: float = 2e-3) -> None:
         super().__init__(lr, max_steps)
         self.vae = build_vae().to(memory_format=torch.channels_last)
 
     def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
-        """``batch[0]``: ``[B, 3, 64, 64]`` uint8."""
+        """Return the loss. ``batch[0]`` is ``[B, 3, 64, 64]`` uint8."""
         images = to_unit(batch[0]).contiguous(memory_format=torch.channels_last)
         posterior = self.vae.encode(images).latent_dist
         decoded = self.vae.decode(posterior.sample()).sample.float()
