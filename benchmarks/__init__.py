@@ -1,1 +1,1 @@
-"""The costs of the method beside a plain implementation of the authors' procedure: `python -m benchmarks`."""
+"""Compare the method's costs with a plain version of the authors' procedure: `python -m benchmarks`."""

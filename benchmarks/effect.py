@@ -1,9 +1,12 @@
-"""Do the plan's economies change the result? `python -m benchmarks.effect [OPTION …]`, as of `train.py`.
+"""Test whether the plan's savings change the result: `python -m benchmarks.effect [OPTION …]`.
 
-Two of them are exact: stopping at the last drawn step, and evaluating the safe prompt at drawn steps alone.
-Rows of a plan that stores every step are compared with ours. The third, several points of one unconditional
-trajectory, is a choice: the embedded model is trained with it, with a trajectory for each point, and with
-those of another seed, which tells what noise is; all three are scored, on one stage 1.
+The options are those of `train.py`. Two savings are exact: a trajectory stops at its last drawn step, and the
+safe prompt is evaluated at drawn steps only. The benchmark compares our rows with rows of a plan that stores
+every step.
+
+The third saving takes several points from one unconditional trajectory. This is a choice. The benchmark
+trains the embedded model with it, with one trajectory for each point, and with the latter's plan from another
+seed, which shows the noise. All three start from the same stage 1 and are scored.
 """
 
 from __future__ import annotations
@@ -30,23 +33,26 @@ from trce_lightning.report.tables import one_line
 
 log = logging.getLogger(__name__)
 COMPARED = 8
-"""Trajectories whose rows are compared."""
+"""The number of trajectories whose rows are compared."""
 
 
 def whole(row: Trajectory, num_steps: int) -> Trajectory:
-    """The same trajectory with every step stored."""
+    """Return the same trajectory with every step stored."""
     return dataclasses.replace(row, step_indices=tuple(range(num_steps)))
 
 
 def rows_of(adapter: StableDiffusionAdapter, plan: TrajectoryPlan, kind: str) -> dict[str, Tensor]:
-    """Sampled rows, by trajectory, then draw."""
+    """Return the sampled rows by trajectory and then by draw."""
     with tempfile.TemporaryDirectory() as folder:
         sample_missing(make_trainer(CPU, Path(folder)), adapter, plan, Path(folder), COMPARED)
         return load_rows(plan, Path(folder), COMPARED, kind)
 
 
 def largest_difference(config: TrainConfig) -> float:
-    """Between latents and predictions of our plan and of one that stores every step, at the drawn steps."""
+    """Return the largest difference between our plan and one that stores every step.
+
+    It compares latents and predictions at the drawn steps.
+    """
     pairs = [pair for concept in concepts_of(config) for pair in concept.pairs()]
     drawn = draw_plan(pairs, config.trajectory, config.seed)
     ours = dataclasses.replace(drawn, malicious=drawn.malicious[:COMPARED], unconditional=())
@@ -61,7 +67,7 @@ def largest_difference(config: TrainConfig) -> float:
 
 
 def scores(config: TrainConfig, folder: Path) -> str:
-    """One run of `train.py` without its files; its scores and what its trajectories took, in one line."""
+    """Run `train.py` without its files. Return one line with its scores and its trajectories' evaluations."""
     config.runs, config.cache = str(folder / "runs"), str(folder)
     run = TrainingRun(config, concepts_of(config))
     run.open()
@@ -71,7 +77,7 @@ def scores(config: TrainConfig, folder: Path) -> str:
 
 
 def main() -> None:
-    """Both comparisons, on stderr."""
+    """Log both comparisons to stderr."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = ("concept=violence", *sys.argv[1:])
     config = compose(*options)
@@ -80,7 +86,7 @@ def main() -> None:
     draws = trajectory.num_trajectories * trajectory.draws_per_epoch * trajectory.epochs
     points = draws * trajectory.unconditional_per_malicious
     with tempfile.TemporaryDirectory() as folder:
-        kept = Path(folder) / "kept.txt"  # the captions drawn depend on the seed
+        kept = Path(folder) / "kept.txt"  # the kept captions depend on the seed
         kept.write_text("\n".join(Session(config, concepts_of(config)).keep_prompts()))
         for title, count, seed in (
             ("ours", trajectory.num_unconditional, config.seed),

@@ -1,4 +1,4 @@
-"""Operations of each stage at Stable Diffusion 1.4's size, counted without weights.
+"""Count the operations of each stage at Stable Diffusion 1.4's size, without weights.
 
 A multiplication and an addition are two operations.
 """
@@ -20,7 +20,11 @@ from trce_lightning.textual import batches_by_length
 
 
 def denoiser(trains: str | None) -> float:
-    """TFLOP of one evaluation at 512 px: forward, and backward where "Q" or what "authors" train is free."""
+    """Return the TFLOP of one evaluation at 512 px.
+
+    If ``trains`` is None, it counts the forward pass. Otherwise it adds a backward pass, in which either "Q"
+    trains or what the "authors" train.
+    """
     with torch.device("meta"):
         unet = networks.unet().requires_grad_(False)
         side = networks.LATENT_SIDE
@@ -36,7 +40,10 @@ def denoiser(trains: str | None) -> float:
 
 
 def text(lengths: Sequence[int], tokens: int | None = None) -> float:
-    """TFLOP of encoding prompts of such lengths in tokens, batched as stage 1 does, or all of ``tokens``."""
+    """Return the TFLOP of encoding prompts of such lengths in tokens, in stage 1's batches.
+
+    With ``tokens``, every prompt is padded to that many.
+    """
     with torch.device("meta"):
         encoder = networks.text_encoder()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -47,14 +54,14 @@ def text(lengths: Sequence[int], tokens: int | None = None) -> float:
 
 
 def pair_lengths() -> list[int]:
-    """Tokens of every malicious and safe prompt of 300 pairs."""
+    """Return the number of tokens of every malicious and safe prompt of 300 pairs."""
     pairs = load_concept(config_folder() / "concept" / "sexual.yaml").pairs()
     prompts = [prompt for pair in pairs for prompt in (pair.malicious, pair.safe)]
     return [len(input_ids) for input_ids in networks.clip_tokenizer()(prompts).input_ids]
 
 
 def run() -> list[Row]:
-    """Count what each stage takes."""
+    """Count the operations of each stage."""
     config, drawn = plan.paper()
     forward, step, their_step = denoiser(None), denoiser("Q"), denoiser("authors")
     passes = drawn.training_evaluations(config.trajectory)

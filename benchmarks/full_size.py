@@ -1,4 +1,4 @@
-"""Peak resident memory of a training step at 512 px, 64×64 latents, Stable Diffusion 1.4's size (Linux)."""
+"""Measure the peak memory of a training step of Stable Diffusion 1.4's size at 512 px (Linux)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from benchmarks.report import Row
 
 
 def run() -> list[Row]:
-    """Measure with and without gradient checkpointing, and check that the disk holds what the plan says."""
+    """Measure with and without gradient checkpointing.
+
+    Check that the disk holds the bytes that the plan promises.
+    """
     peaks: dict[bool, Peak] = {
         flag: alone(ours, networks.LATENT_SIDE, networks.LARGEST_BATCH, flag) for flag in (True, False)
     }

@@ -1,4 +1,4 @@
-"""Images a second, embedded model: our batched loop against diffusers' pipeline, one image at a time."""
+"""Measure images per second of the embedded model: our batched loop, and diffusers' pipeline one by one."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from trce_lightning.sampling import noise
 IMAGES, ALONE, REPEATS = 64, 16, 5
 DDIM_STEPS = 20
 TOLERANCE = 0.5
-"""Mean absolute difference of the images, in levels of 0 … 255."""
+"""The largest mean absolute difference of the images, in levels of 0 to 255."""
 MATRIX_SIDE = 2048
 
 
 class Generation:
-    """Both loops on equal prompts, noise and schedule."""
+    """Our loop and diffusers' on equal prompts, noise and schedule."""
 
     def __init__(self) -> None:
         config = compose("concept=violence", "trainer.precision=32-true")
@@ -43,26 +43,26 @@ class Generation:
         self.records = [PromptRecord(id=name, prompt=f"a picture of {name}") for name in subjects]
 
     def ours(self) -> Tensor:
-        """All records in batches, uint8 ``[N, 3, H, W]``."""
+        """Generate the images of all records in batches by DDIM, uint8 ``[N, 3, H, W]``."""
         return self._batched(self.ddim)
 
     def as_configured(self) -> Tensor:
-        """Likewise, in the steps that the embedded model takes by default."""
+        """Generate the same in the steps that the embedded model takes by default."""
         return self._batched(self.configured)
 
     def one_batch(self) -> Tensor:
-        """Likewise, all at once."""
+        """Generate the same in one batch."""
         return self._batched(replace(self.configured, batch_size=IMAGES))
 
     def channels_first(self) -> Tensor:
-        """All records by DDIM, in the other memory layout."""
+        """Generate the images of all records by DDIM, in the other memory layout."""
         return self._batched(self.ddim, self.other_layout)
 
     def _batched(self, sampling: Sampling, adapter: StableDiffusionAdapter | None = None) -> Tensor:
         return generate(adapter or self.adapter, self.records, **sampling.options())
 
     def plain(self) -> Tensor:
-        """The first records one by one, likewise."""
+        """Generate the images of the first records by diffusers, one by one."""
         images = [
             self.pipeline(
                 record.prompt,
@@ -77,7 +77,7 @@ class Generation:
 
 
 def run() -> list[Row]:
-    """Rates, after a check that both draw the same."""
+    """Measure rates, after a check that both loops generate the same images."""
     loops = Generation()
     difference = (loops.ours()[:ALONE].float() - loops.plain().float()).abs().mean()
     assert difference < TOLERANCE, f"expected the same images, got a mean difference of {difference}"

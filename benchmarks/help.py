@@ -1,4 +1,4 @@
-"""CPU time until `--help` has answered."""
+"""Measure the CPU time of `--help`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REPEATS = 7
 
 
 def cpu_seconds(script: str) -> float:
-    """User and system time of one process."""
+    """Return the user and system time of one process."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, ROOT / script, "--help"], check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -23,7 +23,7 @@ def cpu_seconds(script: str) -> float:
 
 
 def run() -> list[Row]:
-    """Medians."""
+    """Return the medians."""
     return [
         Row(
             f"`{script} --help`, CPU time",

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.readme RUN STAGE_RUN …`: tables of results in README and docs, from finished runs.
+"""Write tables of finished runs into README and docs: `python -m benchmarks.readme RUN STAGE_RUN …`.
 
-The first run makes the README's table. All of them make the table by stage in `docs/results.md`, with tests
-of the first against the second.
+The first run makes the README's table. All runs make the table by stage in `docs/results.md`. It has tests of
+the first run against the second.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    """Put both tables between their marks."""
+    """Write both tables between their marks."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,7 @@
-"""Sampling and training by one process against two, each on one thread, by `train.py` itself.
+"""Measure sampling and training by one process and by two, each on one thread, by `train.py` itself.
 
-Of training, what more trajectories take is measured, which leaves out what a fit begins with. Of sampling,
-the time from the first shard to the last, which leaves out the start of the second process.
+Training is measured as the time that more trajectories add, which leaves out the start of a fit. Sampling is
+measured from the first shard to the last, which leaves out the start of the second process.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ OPTIONS = (
     f"trajectory.shard_size={SHARD}",
 )
 FEW, MANY = 32, 224
-"""Trajectories; ``SHARD`` of them are a file."""
+"""The numbers of trajectories. A file has ``SHARD`` of them."""
 
 
 def seconds(devices: int, trajectories: int) -> dict[str, float]:
-    """Wall clock of training, and of sampling a shard, on so many processes."""
+    """Return the wall-clock seconds of training, and of sampling a shard, on so many processes."""
     with tempfile.TemporaryDirectory() as folder:
         options = [
             f"output={folder}/run",
@@ -53,7 +53,7 @@ def seconds(devices: int, trajectories: int) -> dict[str, float]:
 
 
 def run() -> list[Row]:
-    """Gain 2 is perfect: processes meet in every step."""
+    """Measure the gain of two processes. 2 is perfect, but processes meet in every step."""
     many, few = ([seconds(devices, count) for devices in (1, 2)] for count in (MANY, FEW))
     one, two = (more["training"] - less["training"] for more, less in zip(many, few, strict=True))
     return [

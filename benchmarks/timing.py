@@ -1,4 +1,4 @@
-"""Timing of alternatives in turns, so that whatever else the machine does slows all of them."""
+"""Time alternatives in turns, so that other load on the machine slows all of them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """Wall-clock time of one call."""
+    """Return the wall-clock seconds of one call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def in_turns(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median wall-clock seconds of each function, called in turns ``repeats`` times."""
+    """Return the median wall-clock seconds of each function, called in turns ``repeats`` times."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
@@ -27,7 +27,7 @@ def in_turns(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[s
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what a device still has to do; a CPU has nothing."""
+    """Wait until the device has finished. A CPU has nothing to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
