@@ -1,1 +1,1 @@
-"""What a run needs of its machine: files, locks, signals, processes, the network."""
+"""The services of the machine that a run uses: files, locks, signals, processes and the network."""

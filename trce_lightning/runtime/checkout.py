@@ -1,4 +1,7 @@
-"""Which code it is that runs: the commit of this project's checkout, or its version. Torch-free."""
+"""The version of the code that runs: the commit of the checkout, or else the package's version.
+
+The module imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +19,22 @@ GIT_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR")
 
 @cache
 def commit() -> str:
-    """This checkout's commit, with ``-dirty`` if files differ from it; the version outside of a checkout.
+    """Return this checkout's commit, with ``-dirty`` if files differ from it.
 
-    Of the first call: files may change while a run goes on.
+    If the package lies outside of a checkout, return its version. Later calls return the first call's result,
+    because files may change during a run.
     """
     version = f"v{__version__}"
     try:
         if not (_is_checkout(PROJECT) and PROJECT.samefile(_git("rev-parse", "--show-toplevel"))):
             return version
         return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    except (OSError, subprocess.CalledProcessError):  # no git, one that doesn't start, or no repository
+    except (OSError, subprocess.CalledProcessError):  # no git, a git that doesn't start, or no repository
         return version
 
 
 def _is_checkout(folder: Path) -> bool:
-    """Whether this project lies there, and not its package alone in another project."""
+    """Return whether ``folder`` is this project, and not another one that contains the package."""
     file = folder / "pyproject.toml"
     if not file.is_file():
         return False
@@ -39,7 +43,7 @@ def _is_checkout(folder: Path) -> bool:
 
 
 def _git(*words: str) -> str:
-    # A hook's variables would name the repository that it runs in.
+    # A git hook sets these variables, and they name the hook's repository.
     environment = {name: value for name, value in os.environ.items() if name not in GIT_VARIABLES}
     run = subprocess.run(
         ["git", "--no-optional-locks", *words],

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 
 def fingerprint(network: nn.Module) -> str:
-    """Return a hash of a network's weights and their names, 16 hexadecimal digits."""
+    """Return a hash of a network's weights and their names, as 16 hexadecimal digits."""
     return tensors_fingerprint(network.state_dict())
 
 
 def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Return a hash of tensors and their names, 16 hexadecimal digits."""
+    """Return a hash of tensors and their names, as 16 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())

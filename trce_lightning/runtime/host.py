@@ -1,4 +1,4 @@
-"""What a caller of :func:`~.api.erase` has in its process and its pipeline, and finds again afterwards."""
+"""Context managers that restore what :func:`~.api.erase` changes in a caller's process and pipeline."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from torch import nn
 
 @contextmanager
 def hydra_kept() -> Iterator[None]:
-    """Give Hydra to the code within; the caller's application and ConfigStore come back."""
-    Plugins.instance()  # stores choices of its own when it is first asked for
+    """Let the code within use Hydra, then restore the caller's application and ConfigStore."""
+    Plugins.instance()  # its first call adds Hydra's own choices
     store, application, version = ConfigStore.instance(), GlobalHydra.instance(), VersionBase.instance()
     choices, of_caller, version_base = _copied(store.repo), application.hydra, version.version_base
     application.clear()
@@ -37,13 +37,16 @@ def hydra_kept() -> Iterator[None]:
 
 
 def _copied(choices: dict[str, Any]) -> dict[str, Any]:
-    """Hydra's groups copied, and what they hold as it is."""
+    """Return a copy of Hydra's groups. The nodes that they hold are not copied."""
     return {name: _copied(node) if isinstance(node, dict) else node for name, node in choices.items()}
 
 
 @contextmanager
 def process_kept() -> Iterator[None]:
-    """Put back random states, environment, log handlers and warning filters; end a W&B run that began."""
+    """Restore random states, environment, log handlers and warning filters.
+
+    If a W&B run began within, end it.
+    """
     environment, root = dict(os.environ), logging.getLogger()
     handlers, run = list(root.handlers), _wandb_run()
     states, devices = (random.getstate(), np.random.get_state()), range(torch.cuda.device_count())  # noqa: NPY002
@@ -69,7 +72,7 @@ def _wandb_run() -> Any:
 
 @contextmanager
 def pipeline_kept(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Put back devices, memory layout, modes and gradients of a pipeline's networks, but not the weights."""
+    """Restore devices, memory layout, modes and gradients of a pipeline's networks, but not the weights."""
     networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     devices = [next(network.parameters()).device for network in networks]
     modes = [(module, module.training) for network in networks for module in network.modules()]

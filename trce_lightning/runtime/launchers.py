@@ -1,4 +1,4 @@
-"""What has started this process: nothing, Lightning, torchrun or SLURM."""
+"""The launcher that started this process: none, Lightning, torchrun or SLURM."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from trce_lightning.errors import InputError
 
 
 def process_rank() -> int:
-    """0 for the first process of a run, as its launcher says, and where there is no other; else above."""
+    """Return this process's rank in the run, as its launcher reports it.
+
+    If there is no launcher, return 0.
+    """
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
     return next((rank for name in names if (rank := whole_number(name, 0))), 0)
 
 
 def other_launcher() -> str | None:
-    """What started several processes in place of Lightning, if anything did."""
+    """Return the launcher that started several processes in place of Lightning, or None."""
     for environment, count, name in (
         (TorchElasticEnvironment, "WORLD_SIZE", "torchrun"),
-        (SLURMEnvironment, "SLURM_STEP_NUM_TASKS", "srun"),  # in a job's shell SLURM_NTASKS is the job's
+        (SLURMEnvironment, "SLURM_STEP_NUM_TASKS", "srun"),  # a job's shell has the job's SLURM_NTASKS
     ):
         if environment.detect() and whole_number(count, 1) > 1:
             return name
@@ -27,10 +30,10 @@ def other_launcher() -> str | None:
 
 
 def check_launcher(processes: int) -> None:
-    """Refuse variables of a launcher that don't fit the processes that this run is to have.
+    """Refuse a launcher's variables that don't fit the number of processes of this run.
 
-    Left behind in a shell they make a process wait for others that never come; set by a launcher that has
-    started more than the run knows of, each of them would do all the work.
+    If the variables were left behind in a shell, a process would wait for others that never come. If a
+    launcher has started more processes than the run expects, each process would do all of the work.
     """
     launcher = other_launcher()
     started = {
@@ -44,7 +47,7 @@ def check_launcher(processes: int) -> None:
             f"started, got {processes}"
         )
     stale = [name for name in ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK") if name in os.environ]
-    needed = ["MASTER_PORT"] if stale else []  # WORLD_SIZE goes when a Trainer of Lightning's own has ended
+    needed = ["MASTER_PORT"] if stale else []  # Lightning removes WORLD_SIZE when its Trainer ends
     if TorchElasticEnvironment.detect():
         needed = ["RANK", "LOCAL_RANK", "WORLD_SIZE"]
     if missing := [name for name in needed if name not in os.environ]:
@@ -55,7 +58,7 @@ def check_launcher(processes: int) -> None:
 
 
 def started_by_none() -> bool:
-    """Whether this is a process of a SLURM job that wants several, but not by srun, which starts them."""
+    """Return whether a SLURM job wants several processes, but srun did not start this one."""
     return SLURMEnvironment.detect() and other_launcher() is None and whole_number("SLURM_NTASKS", 1) > 1
 
 

@@ -1,4 +1,4 @@
-"""A folder belongs to one process while it writes there: the lock ends with its process, however it ends."""
+"""The lock on a run's folder: one process writes there. However that process ends, its lock ends too."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _held: FileLock | None = None
-"""The lock of this process's run; runs of a sweep come one after the other."""
+"""The lock of this process's run. There is one at most, because the runs of a sweep follow each other."""
 
 
 def hold(folder: Path) -> str | None:
-    """Lock ``folder`` for this process, and release what it held before.
+    """Lock ``folder`` for this process, and release the folder that it held before.
 
     Returns:
-        None, or who holds it, where that is another process: "process 12 on HOST since TIME".
+        None. If another process holds the folder, a text about it: "process 12 on HOST since TIME".
     """
     global _held
     release()
-    # A lock that is a mere file would outlive its process, and its text is ours.
+    # A soft lock is a mere file that outlives its process. It also writes its own text into the file.
     lock = FileLock(folder / LOCK, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire(blocking=False)
@@ -40,14 +40,14 @@ def hold(folder: Path) -> str | None:
         return None
     _held = lock
     now = datetime.now().astimezone().isoformat(" ", "seconds")
-    # Into the locked file itself: another in its place would not be locked.
+    # The text goes into the locked file itself: a file that replaced it would not be locked.
     text = json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": now})
     (folder / LOCK).write_text(text, encoding="utf-8")
     return None
 
 
 def release() -> None:
-    """Let others have the folder that this process holds, if any."""
+    """Release the folder that this process holds, if it holds one."""
     global _held
     if _held is not None:
         _held.release()
@@ -58,5 +58,5 @@ def _holder(file: Path) -> str:
     try:
         said = json.loads(file.read_text("utf-8"))
         return f"process {said['process']} on {said['host']} since {said['since']}"
-    except (ValueError, TypeError, LookupError):  # it has just begun
+    except (ValueError, TypeError, LookupError):  # the other process has not written its text yet
         return "another process"

@@ -1,4 +1,4 @@
-"""What a run says on the terminal."""
+"""The log lines that a run writes to the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trce_lightning.runtime.launchers import process_rank
 
 
 def set_up_logging() -> None:
-    """Ours at INFO with times; what libraries repeat at every start, not at all."""
+    """Show this project's log lines at INFO with times, and hide what libraries repeat at every start."""
     level = logging.INFO if process_rank() == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     for noisy in ("lightning.pytorch", "httpx", "matplotlib"):
@@ -25,7 +25,7 @@ def set_up_logging() -> None:
         "LeafSpec",
     ):
         warnings.filterwarnings("ignore", message=f".*{expected}")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns about kernels that nothing here uses
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels that nothing here uses
     diffusers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()  # recommends a further package at every start
+    diffusers.utils.logging.set_verbosity_error()  # it recommends another package at every start
     transformers.utils.logging.disable_progress_bar()

@@ -1,4 +1,7 @@
-"""What the environment says of the network: proxies, and the Hub's address. Imports nothing slow."""
+"""Checks of the environment's network settings: proxies and the Hub's address.
+
+The module imports nothing slow.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ _THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 
 def check_proxies() -> None:
-    """Raise ``InputError`` on a variable such as HTTPS_PROXY that names no proxy that can be used."""
+    """Raise ``InputError`` if a variable such as HTTPS_PROXY names no usable proxy."""
     for variable, url in os.environ.items():
         if url and variable.lower() in _PROXIES:
             _check_url(variable, url if "://" in url else f"http://{url}", ("http", "https", *_SOCKS))
@@ -23,15 +26,15 @@ def check_proxies() -> None:
 
 
 def check_hub() -> None:
-    """Raise ``InputError`` where what the Hub's library reads can't be used: its address, or a proxy."""
+    """Raise ``InputError`` if the environment's address of the Hub, or a proxy, can't be used."""
     if endpoint := os.environ.get("HF_ENDPOINT"):
         _check_url("HF_ENDPOINT", endpoint, ("http", "https"))
     check_proxies()
 
 
 def spare_this_machine() -> None:
-    """Have no proxy asked for an address of this machine."""
-    for variable in ("no_proxy", "NO_PROXY"):  # a program reads one of them
+    """Exclude this machine's own addresses from proxies."""
+    for variable in ("no_proxy", "NO_PROXY"):  # programs read one or the other
         listed = [host.strip() for host in os.environ.get(variable, "").split(",") if host.strip()]
         if "*" not in listed:
             os.environ[variable] = ",".join([*listed, *(h for h in _THIS_MACHINE if h not in listed)])
@@ -41,7 +44,7 @@ def _check_url(variable: str, url: str, schemes: tuple[str, ...]) -> None:
     try:
         parts = urlsplit(url)
         usable = parts.scheme in schemes and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:  # an address without its second bracket, a port that is no number
+    except ValueError:  # an address without its second bracket, or a port that is no number
         usable = False
     if not usable:
         expected = ", ".join(f"{scheme}://" for scheme in schemes)

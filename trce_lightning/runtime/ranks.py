@@ -1,4 +1,4 @@
-"""Work outside of training, on every process of a Trainer."""
+"""Functions that run work other than training on every process of a Trainer."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class _OnEachRank(pl.LightningModule):
 
     def predict_step(self, item: int, batch_index: int) -> None:
         rank = Rank(self.global_rank, self.trainer.world_size, self.device)
-        # What runs in half precision says so itself.
+        # A function that wants half precision switches autocast on itself.
         with torch.autocast(self.device.type, enabled=False):
             self.result = self.function(rank)
 
 
 def on_each_rank(trainer: pl.Trainer, function: Callable[[Rank], Result]) -> Result:
-    """Call ``function`` once on every rank, wait for all, and return this rank's result.
+    """Call ``function`` once on every rank, wait for all ranks, and return this rank's result.
 
-    The function shows its own progress: the Trainer's bar is off.
+    The Trainer's progress bar is off, so the function shows its own.
     """
     module = _OnEachRank(function)
     loader: DataLoader[int] = DataLoader(range(trainer.world_size), batch_size=None)  # type: ignore[arg-type]
@@ -57,7 +57,7 @@ def on_each_rank(trainer: pl.Trainer, function: Callable[[Rank], Result]) -> Res
 
 
 def total_over_ranks(trainer: pl.Trainer, counts: Mapping[str, int]) -> dict[str, int]:
-    """Return each count summed over the ranks, which all call it with the same names."""
+    """Return each count summed over the ranks. All ranks call it with the same names."""
     if not counts:
         return {}
     own = torch.tensor([*counts.values()], device=trainer.strategy.root_device)
@@ -72,7 +72,10 @@ def peak_memory_mb() -> int:
 
 
 def peak_device_memory_mb(trainer: pl.Trainer) -> int | None:
-    """Return the most that a rank has allocated on its GPU, in MiB; None without GPUs. All ranks call it."""
+    """Return the most memory that a rank has allocated on its GPU, in MiB. All ranks call it.
+
+    If there are no GPUs, return None.
+    """
     device = trainer.strategy.root_device
     if device.type != "cuda":
         return None

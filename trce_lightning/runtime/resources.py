@@ -1,10 +1,13 @@
-"""What to do when a machine lets a run down: a full disk, full memory, a process that is gone. Torch-free."""
+"""Advice for failures of the machine: a full disk, full memory, a process that is gone.
+
+The module imports no torch.
+"""
 
 import errno
 import re
 
 _CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_IN_TEXT = re.compile(rf"os error (?:{'|'.join(map(str, _CODES))})\b")  # as safetensors says it
+_IN_TEXT = re.compile(rf"os error (?:{'|'.join(map(str, _CODES))})\b")  # safetensors' wording
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 _PEER_GONE = re.compile(r"connection (?:reset|closed|refused) by peer|remote process exited", re.IGNORECASE)
 _GOES_ON = (
@@ -14,18 +17,18 @@ _GOES_ON = (
 
 
 def is_peer_gone(error: BaseException) -> bool:
-    """Whether another process has ended that this one was talking to."""
+    """Return whether the error says that another process of the run has ended."""
     return isinstance(error, RuntimeError) and _PEER_GONE.search(str(error)) is not None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return True for what Python and torch raise where memory isn't enough, of the host or of a device."""
+    """Return whether the error says that the host or a device has too little memory."""
     is_torchs = isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
     return isinstance(error, MemoryError) or is_torchs
 
 
 def explain_machine(error: BaseException) -> list[str] | None:
-    """Lines of advice for an error that says that one of these happened, else None."""
+    """Return lines of advice if the error is such a failure of the machine, else None."""
     first = (str(error).splitlines() or [""])[0]
     is_full = isinstance(error, OSError) and error.errno in _CODES
     if is_full or _IN_TEXT.search(str(error)):

@@ -1,4 +1,7 @@
-"""Ctrl-C, SIGTERM and a closed terminal, and how a process leaves a run that it shares. Torch-free."""
+"""The handler of Ctrl-C, SIGTERM and a closed terminal, and the exit from a run of several processes.
+
+The module imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -16,28 +19,34 @@ NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIG
 GOES_ON = "the same command continues"
 GRACE_SECONDS = 5.0
 SECOND_AFTER_SECONDS = 0.5
-"""Some programs pass on a Ctrl-C that the terminal has sent to all: it comes twice at once."""
+"""The time after which a further Ctrl-C counts as a second one.
+
+Some programs pass on a Ctrl-C that the terminal has already sent to all processes. It then arrives twice.
+"""
 
 
 AGAIN_AFTER_SECONDS = 0.1
-"""Libraries catch everything while they are imported, and go on: until work begins it is raised again."""
+"""The time after which :class:`Stopped` is raised again, as long as no work has begun.
+
+Some libraries catch every exception while they are imported, and go on.
+"""
 
 
 class Stopped(SystemExit):
-    """A signal came where there is nothing to finish first."""
+    """The exit after a signal, when there is nothing to finish first."""
 
 
 class Launcher(Protocol):
-    """What has started this machine's further processes."""
+    """The launcher that has started this machine's other processes."""
 
     procs: list[subprocess.Popen[bytes]]
 
 
 class Stop:
-    """This process's handler: a signal ends what it finds, and goes on to the processes that it has started.
+    """The signal handler of this process: it ends the current work and tells the processes that it started.
 
-    ``told`` is the signal that came, or None. While ``deferred`` it ends nothing: a fit looks at ``told``
-    after each step. A second Ctrl-C ends the process at once.
+    ``told`` is the signal that came, or None. While ``deferred`` is True, a signal ends nothing: a fit looks
+    at ``told`` after each step. A second Ctrl-C ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -48,7 +57,7 @@ class Stop:
         self._children: list[subprocess.Popen[bytes]] = []
         self._told_at = 0.0
         self.raised = False
-        """Whether what fails now may do so because of :class:`Stopped`, which some libraries catch."""
+        """True if a later failure may come from :class:`Stopped`, which some libraries catch."""
         self._installed = self._starting = False
 
     def __call__(self, number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
@@ -56,7 +65,7 @@ class Stop:
             self.told, self._told_at = signal.Signals(number), time.monotonic()
             for launcher in self.launchers:
                 for child in launcher.procs:
-                    # Whatever came here: of a Ctrl-C the child has its own, and a second one means more.
+                    # Always SIGTERM: a child has the terminal's Ctrl-C already, and a second would end it.
                     child.send_signal(signal.SIGTERM)
         elif number == signal.SIGINT and time.monotonic() - self._told_at > SECOND_AFTER_SECONDS:
             self.end_now()
@@ -65,7 +74,7 @@ class Stop:
         self.check()
 
     def check(self) -> None:
-        """Raise :class:`Stopped` if there is reason to."""
+        """Raise :class:`Stopped` if a signal came and is not deferred."""
         if self.told is not None and not self.deferred:
             self.adopt()
             self.raised = True
@@ -75,29 +84,38 @@ class Stop:
 
     @property
     def exit_code(self) -> int:
-        """As shells report a process that a signal has ended."""
+        """Return the code that shells report for a process that this signal has ended."""
         return 128 + (self.told or signal.SIGTERM)
 
     def tell(self) -> None:
-        """Another process of the run has been told."""
+        """Record that another process of the run has received a signal."""
         if self.told is None:
             self.told = signal.SIGTERM
 
     def begin(self) -> None:
-        """A new piece of work, which nobody has told to stop."""
+        """Begin new work and forget earlier signals.
+
+        If this handler is installed and a signal has come, raise :class:`Stopped` instead.
+        """
         self.deferred = False
         if self._installed:
             self.check()
         self.told, self.raised, self._starting = None, False, False
 
     def adopt(self) -> None:
-        """Children may end first from here on: Lightning's observer, which shares the list, would kill us."""
+        """Take the child processes out of Lightning's list, so that they may end before this process.
+
+        If a child in that list ends, Lightning's observer kills this process.
+        """
         for launcher in self.launchers:
             self._children += launcher.procs
             launcher.procs.clear()
 
     def end_children(self, seconds: float) -> None:
-        """Wait for them, then kill those that are left: one in a collective hears nothing else."""
+        """Wait up to ``seconds`` for the child processes, then kill those that are left.
+
+        A child that waits in a collective operation reacts to nothing else.
+        """
         self.adopt()
         deadline = time.monotonic() + seconds
         for child in self._children:
@@ -106,16 +124,16 @@ class Stop:
             child.kill()
 
     def end_now(self) -> NoReturn:
-        """Without a last checkpoint and without a farewell."""
+        """End the process and its children at once, without a last checkpoint and without exit handlers."""
         self.adopt()
         for child in self._children:
             child.kill()
-        with suppress(OSError):  # nobody is there to read it
+        with suppress(OSError):  # the terminal may be gone
             os.write(2, f"\nended at once by a second Ctrl-C{self._remark()}\n".encode())
         os._exit(self.exit_code)
 
     def leave(self) -> NoReturn:
-        """Say what ended the run and how it goes on; exit."""
+        """Write which signal ended the run and how to continue it, then exit."""
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
             signal.signal(number, signal.SIG_IGN)
         name = NAMES[self.told or signal.SIGTERM]
@@ -127,7 +145,10 @@ class Stop:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Not deferred within, even in a fit: for what takes long and leaves what it has done on disk."""
+        """Let a signal end the code within at once, even in a fit.
+
+        Use it for long work that keeps its finished parts on disk.
+        """
         deferred, self.deferred = self.deferred, False
         try:
             self.check()
@@ -137,10 +158,10 @@ class Stop:
 
     @contextmanager
     def installed(self, remark: str = GOES_ON) -> Iterator[None]:
-        """In place of what this process does on these signals; Lightning's Trainers keep it.
+        """Install this handler within, and restore the earlier handlers afterwards.
 
-        What its parent has it ignore, as nohup does with SIGHUP, stays ignored; not so SIGTERM. ``remark``
-        is said to the user at the end.
+        Lightning's Trainers keep this handler. If the parent process has a signal ignored, as nohup does with
+        SIGHUP, it stays ignored. SIGTERM is never ignored. ``remark`` is shown to the user at the end.
         """
         self.remark = remark
         if self._installed:
@@ -165,7 +186,10 @@ class Stop:
                 signal.signal(number, handler)
 
     def _raise_again(self, unraisable: Any) -> None:
-        """The exception came in a destructor or a callback, as imports have many, where Python drops it."""
+        """Raise :class:`Stopped` again after Python dropped it.
+
+        Python drops exceptions in destructors and callbacks, and imports run many of these.
+        """
         if issubclass(unraisable.exc_type, Stopped):
             signal.setitimer(signal.ITIMER_REAL, AGAIN_AFTER_SECONDS)
         else:
@@ -177,7 +201,7 @@ stop = Stop()
 
 @contextmanager
 def answered(remark: str = GOES_ON) -> Iterator[None]:
-    """Answer the signals with a sentence and their exit code, whatever is done within."""
+    """Let a signal end the code within: write one sentence and exit with the signal's exit code."""
     with stop.installed(remark):
         try:
             yield
@@ -190,7 +214,7 @@ def answered(remark: str = GOES_ON) -> Iterator[None]:
 
 
 def shared() -> bool:
-    """Whether this process takes part in a run of several."""
+    """Return whether this process takes part in a run of several processes."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return False
@@ -198,9 +222,10 @@ def shared() -> bool:
 
 
 def leave(code: int, grace_seconds: float = 0.0) -> NoReturn:
-    """``sys.exit``, with the processes that this one has started; of several, without what exits wait for.
+    """End the processes that this one has started, and exit with ``code``.
 
-    Lightning destroys NCCL's connections at exit, which waits for processes that wait for this one.
+    In a run of several processes, exit without the exit handlers. Lightning's handler destroys NCCL's
+    connections, and so waits for processes that wait for this one.
     """
     stop.end_children(grace_seconds)
     if not shared():
@@ -208,7 +233,7 @@ def leave(code: int, grace_seconds: float = 0.0) -> NoReturn:
     try:
         wandb = sys.modules.get("wandb")
         if wandb is not None and wandb.run is not None:
-            wandb.finish(exit_code=code)  # as it would at exit
+            wandb.finish(exit_code=code)  # as W&B does at exit
         sys.stdout.flush()
         sys.stderr.flush()
     finally:

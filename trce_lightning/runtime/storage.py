@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and what is said of one that can't be read back."""
+"""Writers whose files and folders appear whole or not at all, and errors about files that can't be read."""
 
 from __future__ import annotations
 
@@ -37,19 +37,21 @@ _DAMAGE = (
     UnpicklingError,
     YAMLError,
 )
-"""What readers raise on a file that was cut off, emptied or overwritten."""
+"""The errors that readers raise on a file that was cut off, emptied or overwritten."""
 _ASIDE = re.compile(r"\.[0-9a-f]{32}\..+")
 _OLD = ".old."
 
 
 @contextmanager
 def reading(file: str | Path, expected: str, remedy: str = MADE_AGAIN) -> Iterator[None]:
-    """Say which file is damaged, and what to do, if what is read within fails. Read and convert, no more.
+    """Raise ``InputError`` that names the file and the remedy if the code within can't read the file.
+
+    The code within should read and convert the file, and do nothing else.
 
     Args:
-        file: one that this project has written.
-        expected: what it should hold.
-        remedy: what a user is to do.
+        file: a file that this project has written.
+        expected: the content that the file should hold.
+        remedy: what the user should do.
 
     Raises:
         InputError: the file can't be read back.
@@ -68,7 +70,7 @@ def reading(file: str | Path, expected: str, remedy: str = MADE_AGAIN) -> Iterat
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A name beside ``path``, with its suffix, whose file takes the place of ``path`` when all went well."""
+    """Yield a path beside ``path`` with the same suffix. If no error occurs, its file replaces ``path``."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(path)
@@ -83,10 +85,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside ``folder`` that takes its place when all went well.
+    """Yield a folder beside ``folder``. If no error occurs, it replaces ``folder``.
 
-    A process that is killed leaves the old folder or the new one, at worst under another name:
-    :func:`clean_up` puts that right.
+    If the process is killed, the old folder or the new one is left, at worst under another name.
+    :func:`clean_up` then renames it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside, old = _aside(folder), folder.with_name(f"{_OLD}{folder.name}")
@@ -110,7 +112,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 def clean_up(folder: Path) -> None:
     """Finish or delete what killed processes have left half done, anywhere in ``folder``.
 
-    Call it where no other process is writing.
+    Call it only if no other process writes there.
     """
     for parent in (folder, *(file for file in folder.rglob("*") if file.is_dir())):
         if not _ASIDE.fullmatch(parent.name):
@@ -119,7 +121,7 @@ def clean_up(folder: Path) -> None:
 
 
 def recover(parent: Path) -> None:
-    """Finish what a killed process was replacing in ``parent``."""
+    """Finish the replacement of folders in ``parent`` that a killed process has begun."""
     for old in parent.glob(f"{_OLD}*"):
         folder = parent / old.name.removeprefix(_OLD)
         if folder.exists():
@@ -137,7 +139,7 @@ def _remove_asides(parent: Path) -> None:
 def write_safetensors(
     file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Tensors by name, with text as metadata."""
+    """Write tensors by name, with texts as metadata."""
     with replacing(file) as aside:
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()}, aside, dict(metadata or {})
@@ -145,19 +147,22 @@ def write_safetensors(
 
 
 def read_safetensors(file: Path, expected: str, remedy: str = MADE_AGAIN) -> dict[str, Tensor]:
-    """Tensors by name. ``InputError`` names a file that is damaged."""
+    """Return tensors by name. If the file is damaged, raise ``InputError`` that names it."""
     with reading(file, expected, remedy):
         return load_file(file)
 
 
 def write_text(file: str | Path, text: str) -> None:
-    """UTF-8."""
+    """Write ``text`` as UTF-8."""
     with replacing(file) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Indented strict JSON. ``InputError`` on a number that is not finite, which JSON cannot say."""
+    """Write ``content`` as indented strict JSON.
+
+    If a number is not finite, raise ``InputError``: JSON has no such numbers.
+    """
     try:
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
@@ -170,12 +175,12 @@ def _aside(path: Path) -> Path:
 
 
 def _new_mode(file: Path) -> int:
-    """Create a file; return what the umask leaves of its mode. safetensors makes its files private."""
+    """Create a file and return the mode that the umask gives it. safetensors makes its own files private."""
     file.touch()
     return stat.S_IMODE(file.stat().st_mode)
 
 
 def _set_mode(file: Path, mode: int) -> None:
-    # Only where it differs: some file systems know one mode and refuse to set any.
+    # The mode is set only if it differs: some file systems have one mode and refuse to set any.
     if stat.S_IMODE(file.stat().st_mode) != mode:
         file.chmod(mode)

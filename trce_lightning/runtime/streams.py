@@ -1,4 +1,7 @@
-"""What is said on a terminal may be lost, a run may not. Torch-free."""
+"""Output streams that never fail: if the terminal is gone, its text is lost and the run goes on.
+
+The module imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any, TextIO
 
 
 class _Unbreakable(io.FileIO):
-    """A file descriptor whose text goes nowhere from the first failure on: a reader or a terminal is gone."""
+    """A file descriptor that drops all text after the first failure, when its reader or terminal is gone."""
 
     def write(self, text: Any, /) -> int:
         size = memoryview(text).nbytes
@@ -17,16 +20,16 @@ class _Unbreakable(io.FileIO):
             written = super().write(text)
         except OSError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())  # what libraries in C say goes there as well
+            os.dup2(nowhere, self.fileno())  # the output of C libraries goes there as well
             os.close(nowhere)
             return size
-        return size if written is None else written  # None: a terminal that takes no more now
+        return size if written is None else written  # None: the terminal takes no more now
 
 
 def keep_speaking() -> None:
-    """Let nothing raise that is written to stdout and stderr: no text that they can't encode, no lost reader.
+    """Make writing to stdout and stderr safe: no lost reader and no text that they can't encode raises.
 
-    Streams that are closed are opened to nowhere, before a file of the run takes their number.
+    If a stream is closed, it is opened on the null device, so that no file of the run gets its number.
     """
     for number in range(3):
         try:
@@ -39,12 +42,12 @@ def keep_speaking() -> None:
 
 def _lasting(stream: TextIO | None, number: int) -> TextIO:
     encoding, unbuffered = "utf-8", False
-    if stream is not None:  # as Python finds a closed one
-        if not isinstance(stream, io.TextIOWrapper):  # a notebook's
+    if stream is not None:  # Python sets a closed stream to None
+        if not isinstance(stream, io.TextIOWrapper):  # a notebook's stream
             return stream
         unbuffered = isinstance(stream.buffer, io.FileIO)  # python -u
         raw = stream.buffer if unbuffered else getattr(stream.buffer, "raw", None)
-        if type(raw) is not io.FileIO or raw.fileno() != number:  # pytest's, or one of these
+        if type(raw) is not io.FileIO or raw.fileno() != number:  # pytest's, or one that is wrapped already
             stream.reconfigure(errors="backslashreplace")
             return stream
         stream.flush()
