@@ -1,4 +1,4 @@
-"""Concepts: their terms and words, when a text names one, and terms drafted by a language model."""
+"""Concepts: their terms, the rule by which a text names one, and terms drafted by a language model."""
 
 from trce_lightning.concepts.concept import Concept, PromptPair, load_concept, prompt_pairs
 

@@ -1,6 +1,6 @@
-"""A language model that answers one request with text, behind an OpenAI-compatible endpoint.
+"""A language model behind an OpenAI-compatible endpoint. It answers one request with text.
 
-The module imports openai where it is used, so that help and refusals come at once.
+The module imports openai only where it uses it, so that help and refusals appear at once.
 """
 
 from __future__ import annotations
@@ -30,18 +30,20 @@ _SCHEMA = {
 class EndpointChat:
     """A model behind an endpoint that speaks OpenAI's chat-completions protocol.
 
-    Reads OPENAI_BASE_URL (OpenAI's own when unset) and OPENAI_API_KEY (needed with OpenAI's own alone). Waits
-    and asks again after rate limits, time-outs and server errors. Sends the reply's JSON schema, which most
-    servers (vLLM, llama.cpp, Ollama, OpenAI) hold the model to, and asks without it where the server refuses.
+    OPENAI_BASE_URL is the endpoint's URL. If it is unset, the endpoint is OpenAI's own, which needs
+    OPENAI_API_KEY. After rate limits, time-outs and server errors, the class waits and asks again. It sends
+    the reply's JSON schema, which most servers (vLLM, llama.cpp, Ollama, OpenAI) enforce. If the server
+    refuses the schema, it asks without one.
 
     Args:
-        model: the endpoint's name for it.
+        model: the endpoint's name for the model.
         timeout: seconds to wait for one reply.
-        retries: how often to ask again when no reply comes.
+        retries: how often to ask again if no reply comes.
 
     Raises:
-        InputError: no package openai, no key or no usable URL; from ``ask``: a request that is refused.
-        OSError: from ``ask``: no reply after all retries.
+        InputError: the package openai, a key or a usable URL is missing. ``ask`` raises it if the server
+            refuses the request.
+        OSError: ``ask`` raises it if no reply came after all retries.
     """
 
     def __init__(self, model: str, timeout: float = 120.0, retries: int = 4) -> None:
@@ -54,10 +56,10 @@ class EndpointChat:
         self._host = self._client.base_url.host
         self._options: dict[str, Any] = {"response_format": _SCHEMA}
         self.source = f"{model} at {self._host}"
-        """The model that answers, and where."""
+        """The name of the model and its host."""
 
     def ask(self, system: str, request: str) -> str:
-        """Return the reply to ``request``, any text, with ``system`` as standing instruction."""
+        """Return the text of the reply to ``request``, with ``system`` as the system message."""
         import openai
 
         messages = _messages(system, request)
@@ -76,7 +78,7 @@ class EndpointChat:
         create = self._client.chat.completions.create
         try:
             completion = create(model=self._model, messages=messages, **self._options)
-        except json.JSONDecodeError as error:  # the package checks no reply
+        except json.JSONDecodeError as error:  # the package doesn't check replies
             raise self._no_endpoint(error.doc) from error
         choices = getattr(completion, "choices", None)
         message = getattr(choices[0], "message", None) if choices else None

@@ -1,8 +1,9 @@
 """Concepts to erase: malicious terms, their safe counterparts, and the prompt pairs made of them.
 
 A concept of 20 terms and 15 templates gives the 300 contextually similar prompt pairs that stage 1 of TRCE
-(arXiv 2503.07389) needs. Terms and counterparts are whole noun phrases, with their article where English
-wants one ("a dagger", "bloodshed"), so that one set of templates serves all of them. Imports no torch.
+(arXiv 2503.07389) needs. Terms and counterparts are whole noun phrases. If English wants an article, they
+include it ("a dagger", "bloodshed"), so that one set of templates fits all of them. The module imports no
+torch.
 """
 
 import logging
@@ -41,33 +42,33 @@ _log = logging.getLogger(__name__)
 
 
 class PromptPair(NamedTuple):
-    """A malicious prompt, the prompt that says something safe in the same context, and what it replaces."""
+    """A malicious prompt, a prompt with something safe in the same context, and the words that differ."""
 
     malicious: str
     safe: str
     term: str
-    """The words of ``malicious`` in whose place ``safe`` has the counterpart."""
+    """The words of ``malicious`` that ``safe`` replaces by the counterpart."""
 
 
 @dataclass(frozen=True)
 class Concept:
-    """What to erase, and what to put in its place.
+    """A concept to erase, and the safe counterparts that replace it.
 
     Args:
-        name: letters, digits, ``_`` and ``-``; names the run folder.
+        name: letters, digits, ``_`` and ``-``. It names the run folder.
         terms: malicious term → safe counterpart that fits the same sentence. No counterpart may name a term.
-        wordings: term → other words for it; the templates take them and the term in turns.
+        wordings: term → other words for it. The templates take the term and its wordings in turns.
         templates: sentences with exactly one ``{}`` each.
-        neighbours: benign things that resemble the concept and must survive; scored apart.
-        related: further phrases that name the concept: no prompt to keep does, and on models other than the
-            embedded one they make the implicit prompts.
-        unrelated: phrases that hold words of the concept and mean something else, such as "bow tie".
+        neighbours: benign things that resemble the concept and must survive. They are scored apart.
+        related: further phrases that name the concept. No prompt to keep contains one. On models other than
+            the embedded one, the implicit prompts are made of them.
+        unrelated: phrases that contain words of the concept but mean something else, such as "bow tie".
         classes: names of ImageNet's and COCO's classes that show the concept, beside its terms.
-        kind: ``subject``, or ``style`` for a way of drawing, whose evaluation prompts have subjects.
-        source: where the list comes from.
+        kind: ``subject``, or ``style`` for a way of drawing. A style's evaluation prompts name subjects.
+        source: the origin of the list.
 
     Raises:
-        InputError: where one of these conditions does not hold.
+        InputError: one of these conditions does not hold.
     """
 
     name: str
@@ -102,12 +103,13 @@ class Concept:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], source: str) -> "Concept":
-        """Builds a concept from a parsed YAML file; ``source`` says in errors where the mapping came from.
+        """Build a concept from a parsed YAML file. Errors name ``source`` as the mapping's origin.
 
-        Without templates it has those of its kind.
+        If the mapping has no templates, the concept gets those of its kind.
 
         Raises:
-            InputError: unknown or missing key, wrong type, or a condition of :class:`Concept` broken.
+            InputError: a key is unknown or missing, a type is wrong, or a condition of :class:`Concept` does
+                not hold.
         """
         allowed = [entry.name for entry in fields(cls)]
         for key in mapping:
@@ -124,15 +126,16 @@ class Concept:
     def from_terms(
         cls, words: Sequence[str], counterpart: str | None = None, kind: str = "subject"
     ) -> "Concept":
-        """Builds a concept from free words, with one ``counterpart`` for all and the kind's templates.
+        """Build a concept from free words, with one ``counterpart`` for all and the kind's templates.
 
-        Without a counterpart it has the kind's.
+        If ``counterpart`` is None, the concept gets the kind's counterpart.
 
-        The name is made of the words, with a checksum in place of what exceeds 48 characters, and of words
-        that have no letters.
+        The name is made of the words. A checksum replaces the part beyond 48 characters, and words without
+        letters.
 
         Raises:
-            InputError: no words, a word twice, words that name the counterpart itself, or an unknown kind.
+            InputError: there are no words, a word occurs twice, words name the counterpart itself, or the
+                kind is unknown.
         """
         terms = [word.strip() for word in text_tuple("concept.terms", words)]
         check_phrases("concept.terms", terms)
@@ -142,7 +145,10 @@ class Concept:
         return cls(name, dict.fromkeys(terms, safe), templates=templates, kind=kind, source="free words")
 
     def pairs(self) -> list[PromptPair]:
-        """All ``len(terms) * len(templates)`` pairs, terms outermost; a term's wordings take turns."""
+        """Return all ``len(terms) * len(templates)`` pairs, ordered by term and then by template.
+
+        A term and its wordings take turns.
+        """
         return [
             PromptPair(template.replace("{}", name), template.replace("{}", counterpart), name)
             for term, counterpart in self.terms.items()
@@ -150,49 +156,49 @@ class Concept:
         ]
 
     def names(self, term: str) -> tuple[str, ...]:
-        """A term, then its wordings."""
+        """Return a term, followed by its wordings."""
         return (term, *self.wordings.get(term, ()))
 
     @cached_property
     def all_names(self) -> tuple[str, ...]:
-        """Every term with its wordings."""
+        """Return every term with its wordings."""
         return tuple(name for term in self.terms for name in self.names(term))
 
     @cached_property
     def contents(self) -> frozenset[frozenset[str]]:
-        """What makes each term and wording malicious: that of it which no safe counterpart keeps."""
+        """Return the malicious words of each term and wording: those that no safe counterpart has."""
         kept = frozenset[str]().union(*map(contents_of, self.terms.values()))
         return frozenset(contents_of(name) - kept for name in self.all_names) - {frozenset()}
 
     @cached_property
     def name_phrases(self) -> frozenset[str]:
-        """Terms and wordings as :func:`~.naming.shows` compares them."""
+        """Return terms and wordings in the form in which :func:`~.naming.shows` compares them."""
         return frozenset(map(phrase_of, self.all_names))
 
     @cached_property
     def class_phrases(self) -> frozenset[str]:
-        """Classes as :func:`~.naming.shows` compares them."""
+        """Return the classes in the form in which :func:`~.naming.shows` compares them."""
         return frozenset(map(phrase_of, self.classes))
 
     @cached_property
     def phrases(self) -> frozenset[str]:
-        """Terms, wordings and related phrases as :func:`~.naming.mentions` compares them."""
+        """Return terms, wordings and related phrases as :func:`~.naming.mentions` compares them."""
         return self.name_phrases.union(map(phrase_of, self.related))
 
     @cached_property
     def unrelated_phrases(self) -> frozenset[str]:
-        """Unrelated phrases as :func:`~.naming.mentions` compares them."""
+        """Return the unrelated phrases in the form in which :func:`~.naming.mentions` compares them."""
         return frozenset(map(phrase_of, self.unrelated))
 
     @cached_property
     def longest_phrase(self) -> int:
-        """Words of the longest of all these phrases."""
+        """Return the number of words of the longest phrase, unrelated phrases included."""
         return max(len(phrase.split()) for phrase in self.phrases | self.unrelated_phrases)
 
 
 def _name_of(terms: Sequence[str]) -> str:
     words = "_".join(without_article(term) for term in terms)
-    # Letters with their combining marks, which the standard library's \w leaves out.
+    # \w of the regex package matches letters with their combining marks. The standard library's does not.
     name = regex.sub(r"\W+", "_", unicodedata.normalize("NFC", words)).strip("_").lower()
     if 0 < len(name) <= 48:
         return name
@@ -200,21 +206,23 @@ def _name_of(terms: Sequence[str]) -> str:
 
 
 def load_concept(path: str | Path) -> Concept:
-    """Reads a concept's YAML file.
+    """Return the concept that a YAML file describes.
 
     Raises:
-        InputError: the file cannot be read, is no YAML (the message has file and line), or no valid concept.
+        InputError: the file cannot be read, is not YAML (the message names file and line), or does not
+            describe a valid concept.
     """
     return Concept.from_mapping(read_mapping(path), source=str(path))
 
 
 def prompt_pairs(concepts: Sequence[Concept]) -> dict[str, list[PromptPair]]:
-    """The pairs of each concept when all are erased together, by concept name.
+    """Return the pairs of each concept by its name, for concepts that are erased together.
 
-    Pairs whose safe side names any of the erased concepts are left out: they would keep what another erases.
+    If the safe prompt of a pair names any of the erased concepts, the pair is left out: it would keep what
+    another pair erases.
 
     Raises:
-        InputError: no concept, two of one name, or a concept that is left without pairs.
+        InputError: there are no concepts, two have one name, or one is left without pairs.
     """
     names = [concept.name for concept in concepts]
     if not names or len(set(names)) < len(names):

@@ -1,4 +1,7 @@
-"""A concept's default templates, and the counterpart of free words, by its kind. Imports no torch."""
+"""The default templates of a concept and the counterpart of free words, by kind.
+
+The module imports no torch.
+"""
 
 KINDS = ("subject", "style")
 DEFAULT_COUNTERPART = {"subject": "a flower", "style": "plain"}
@@ -38,4 +41,8 @@ DEFAULT_TEMPLATES: dict[str, tuple[str, ...]] = {
         "this star has the {} look",
     ),
 }
-"""Noun phrases with their article fit those for subjects; what can stand before "style", those for styles."""
+"""The default templates by kind.
+
+Those for subjects fit noun phrases with their article. Those for styles fit words that can stand before
+"style".
+"""

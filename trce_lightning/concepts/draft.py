@@ -1,4 +1,4 @@
-"""A concept file in the making: the request to a language model, and the parts of its replies that fit."""
+"""A draft of a concept file: the request to a language model, and the parts of its replies that fit."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ class Reply(Form):
 
 @dataclass(frozen=True)
 class Wanted:
-    """The properties that the concept shall have.
+    """The properties that the user wants the concept to have.
 
     Args:
-        concept: in free words.
-        name: of the concept; made of the words when empty.
-        terms: how many.
-        templates: how many of the kind's own.
+        concept: the concept in free words.
+        name: the concept's name. If it is empty, the name is made of the words.
+        terms: the number of terms.
+        templates: the number of templates, from the kind's own.
         also: any of "wordings", "neighbours" and "related".
         kind: ``subject``, or ``style`` for a way of drawing.
 
     Raises:
-        InputError: where a value is out of range.
+        InputError: a value is out of range.
     """
 
     concept: str
@@ -81,18 +81,18 @@ class Wanted:
 
     @cached_property
     def itself(self) -> Concept:
-        """The concept with its own words as only term, and all templates of its kind."""
+        """Return the concept with its own words as its only term and all templates of its kind."""
         concept = Concept.from_terms([self.concept], counterpart="that", kind=self.kind)
         return replace(concept, name=self.name or concept.name)
 
 
 class Draft:
-    """A concept that grows by replies: it takes the terms that fit, and says why others don't."""
+    """A concept that grows with each reply. It takes the terms that fit, and says why others don't."""
 
     def __init__(self, wanted: Wanted, source: str) -> None:
         self._wanted, self._source = wanted, source
         self._concept: Concept | None = None
-        self._wordings: list[tuple[str, str]] = []  # with their terms
+        self._wordings: list[tuple[str, str]] = []  # (term, wording)
         self._neighbours: list[str] = []
         self._related: list[str] = []
 
@@ -101,7 +101,7 @@ class Draft:
         return list(self._concept.terms) if self._concept else []
 
     def take(self, text: str) -> list[str]:
-        """Take a reply's terms, up to as many as wanted; return why others were refused."""
+        """Take a reply's terms until there are as many as wanted. Return why others were refused."""
         try:
             reply = parse(text)
         except InputError as error:
@@ -121,7 +121,7 @@ class Draft:
         return refused
 
     def finished(self) -> Concept:
-        """Return the concept, with whatever else was asked for and fits."""
+        """Return the concept with its wordings, neighbours and related phrases, if wanted and if they fit."""
         assert self._concept is not None
         concept, also = self._concept, self._wanted.also
         for term, wording in self._wordings if "wordings" in also else ():
@@ -137,11 +137,14 @@ class Draft:
         return replace(concept, neighbours=tuple(neighbours.values()))
 
     def _shares_a_word(self, phrase: str) -> bool:
-        """Return whether a phrase has a word of the concept as it was asked for."""
+        """Return whether a phrase has a word of the user's request."""
         return not contents_of(phrase).isdisjoint(contents_of(self._wanted.concept))
 
     def _with(self, term: str, counterpart: str, listed: Sequence[str]) -> Concept:
-        """Return the concept with one more term of those ``listed``; ``InputError`` if it doesn't fit."""
+        """Return the concept with one more term. Raise ``InputError`` if the term doesn't fit.
+
+        ``listed`` are all terms of the reply.
+        """
         for phrase in (term, counterpart):
             if not _PHRASE.fullmatch(phrase):
                 raise InputError(f"expected short plain phrases, got {phrase!r} in {term!r}: {counterpart!r}")
@@ -163,10 +166,12 @@ class Draft:
 
 
 def parse(text: str) -> Reply:
-    """Return what a reply's JSON object says, be it in a code fence or after a reasoning model's thoughts.
+    """Return the content of a reply's JSON object.
+
+    The object may stand in a code fence or after a reasoning model's thoughts.
 
     Raises:
-        InputError: there is none, or its form is another.
+        InputError: the reply has no JSON object, or one of another form.
     """
     shown = " ".join(text.split())[:100]
     found = re.search(r"\{.*\}", text.rpartition("</think>")[2], re.DOTALL)
@@ -183,7 +188,7 @@ def parse(text: str) -> Reply:
 
 
 def _with_phrase(concept: Concept, phrase: str, changes: Mapping[str, Any]) -> Concept:
-    """Return the concept with ``changes`` that add a phrase, or as it was if the phrase doesn't fit."""
+    """Return the concept with ``changes``, which add a phrase. If it doesn't fit, return ``concept``."""
     try:
         new = Concept(concept.name, {phrase: "that"}).phrases.isdisjoint(concept.phrases)
         return replace(concept, **changes) if new and _PHRASE.fullmatch(phrase) else concept

@@ -1,4 +1,4 @@
-"""The fields of a concept: how they are read from YAML, and what they must hold. Imports no torch."""
+"""The fields of a concept: reading them from YAML and checking them. The module imports no torch."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,10 @@ from trce_lightning.errors import InputError
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
-    """What a concept's YAML file holds, by key; InputError with file and line where it can't be read."""
+    """Return the content of a concept's YAML file by key.
+
+    If the file can't be read, raise InputError with file and line.
+    """
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=True, throw_on_missing=True)
     except yaml.MarkedYAMLError as error:
@@ -29,7 +32,10 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
 
 def field_values(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of :class:`~.concepts.Concept` in a map, of their types; InputError for another type."""
+    """Return the fields of :class:`~.concepts.Concept` that ``mapping`` has.
+
+    If a field has another type, raise InputError.
+    """
     values: dict[str, Any] = {
         "name": _text("concept.name", mapping.get("name")),
         "terms": _text_map("concept.terms", mapping.get("terms")),
@@ -52,7 +58,7 @@ def _text(option: str, value: object) -> str:
 
 
 def text_tuple(option: str, value: object) -> tuple[str, ...]:
-    """A list of texts that are not empty; InputError else, which names the option."""
+    """Return ``value`` as a tuple. Raise InputError that names the option unless it lists non-empty texts."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise InputError(f"{option}: expected a list of texts, got {value!r}")
     return tuple(_text(option, item) for item in value)
@@ -75,7 +81,7 @@ def _mapping(option: str, value: object, kind: str) -> Mapping[Any, object]:
 
 
 def check_references(option: str, value: object) -> None:
-    """Refuse ``${`` in any text, which stands for a reference in the configuration that holds the concept."""
+    """Refuse ``${`` in any text: the configuration that holds the concept would read it as a reference."""
     if isinstance(value, str) and "${" in value:
         raise InputError(f"{option}: expected texts without '${{', which begins a reference, got {value!r}")
     if isinstance(value, Mapping):
@@ -88,7 +94,7 @@ def check_references(option: str, value: object) -> None:
 
 
 def check_phrases(option: str, phrases: Sequence[str], may_be_empty: bool = False) -> None:
-    """Refuse no phrases, one without words, and one twice."""
+    """Refuse an empty list, a phrase without words, and a phrase that occurs twice."""
     if not phrases and not may_be_empty:
         raise InputError(f"{option}: expected at least one term, got none")
     seen: set[str] = set()
@@ -99,7 +105,7 @@ def check_phrases(option: str, phrases: Sequence[str], may_be_empty: bool = Fals
 
 
 def check_templates(option: str, templates: Sequence[str]) -> None:
-    """Refuse no templates, one twice, and one without exactly one ``{}``."""
+    """Refuse an empty list, a template that occurs twice, and a template without exactly one ``{}``."""
     if not templates or len(set(templates)) < len(templates):
         raise InputError(f"{option}: expected one or more templates, each once, got {list(templates)}")
     for template in templates:
@@ -108,7 +114,7 @@ def check_templates(option: str, templates: Sequence[str]) -> None:
 
 
 def check_wordings(option: str, wordings: Mapping[str, Sequence[str]], terms: Mapping[str, str]) -> None:
-    """Refuse wordings of what is no term, and a wording twice."""
+    """Refuse wordings whose key is not a term, and a wording that occurs twice."""
     for term, names in wordings.items():
         if term not in terms:
             raise InputError(f"{option}: expected keys that are terms of the concept, got {term!r}")

@@ -2,8 +2,8 @@
 
 The module imports no torch.
 
-Words are Unicode's (UAX 29). In scripts that put no spaces between words, and in Hangul, whose words carry
-particles, each character is a word, so that a phrase is found wherever its characters stand together.
+Words are those of Unicode (UAX 29). Some scripts put no spaces between words, and words of Hangul carry
+particles. There, each character is a word, so a phrase is found wherever its characters stand together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STOP_WORDS = frozenset(
 )
 _IGNORED = regex.compile(r"\p{Default_Ignorable_Code_Point}")
 _POSSESSIVE = regex.compile(r"['\u2019]s\b")
-# Inside words for Unicode; here they separate them, as hyphens do.
+# Unicode counts these characters as parts of words. Here they separate words, as hyphens do.
 _SEPARATORS = regex.compile(
     r"[\p{Dash}\p{WB=Single_Quote}\p{WB=MidLetter}\p{WB=MidNum}\p{WB=MidNumLet}\p{WB=ExtendNumLet}]"
 )
@@ -35,24 +35,25 @@ _HAS_WORD = regex.compile(r"\w|\p{Extended_Pictographic}")
 _WITHOUT_SPACES = regex.compile(r"[\p{WB=Katakana}\p{Hangul}]")
 _CHARACTER = regex.compile(r"\X")
 _ELSEWHERE = "|"
-"""In place of a phrase; no word is like it."""
+"""A mark that replaces a phrase in a list of words. No word equals it."""
 
 
 def mentions(prompt: str, concepts: Iterable[Concept]) -> bool:
     """Return whether a prompt names one of the concepts.
 
-    It does where it holds a term, a wording or a related phrase as a whole, or all that a term or wording has
-    and no safe counterpart keeps, in any order. Case and number don't count; hyphens separate words. Words
-    inside one of the concept's unrelated phrases name nothing, unless a longer phrase names it.
+    A prompt names a concept in two cases. It contains a term, a wording or a related phrase as a whole. Or it
+    contains, in any order, all words of a term or wording that no safe counterpart has. Case and number don't
+    count, and hyphens separate words. Words inside one of the concept's unrelated phrases name nothing,
+    unless a longer phrase names the concept.
     """
     words = words_of(prompt)
     return any(_names(concept, words) for concept in concepts)
 
 
 def shows(name: str, concepts: Iterable[Concept]) -> bool:
-    """Return whether what a class name names shows one of the concepts.
+    """Return whether a class of this name shows one of the concepts.
 
-    The name is one of the concept's classes, or holds a term or a wording as a whole.
+    It does if the name is one of the concept's classes, or contains a term or a wording as a whole.
     """
     words = words_of(name)
     return any(
@@ -68,12 +69,12 @@ def without_article(phrase: str) -> str:
 
 
 def article(words: str) -> str:
-    """Return ``words``, which are in lower case, with their indefinite article."""
+    """Return ``words`` with their indefinite article. They must be in lower case."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def words_of(text: str) -> list[str]:
-    """Return a text's words as they are compared: lower case, in one number, without possessive endings."""
+    """Return a text's words for comparison: in lower case, in one number, without possessive endings."""
     return [_in_one_number(word) for word in _plain_words(text)]
 
 
@@ -83,7 +84,7 @@ def phrase_of(text: str) -> str:
 
 
 def contents_of(text: str) -> frozenset[str]:
-    """Return what a text has between spaces, each as its phrase, without stop words."""
+    """Return the parts of a text between its spaces, each as its phrase. Stop words are left out."""
     parts = [part for part in text.split() if not STOP_WORDS.issuperset(_plain_words(part))]
     return frozenset(map(phrase_of, parts))
 
@@ -95,7 +96,10 @@ def _names(concept: Concept, words: Sequence[str]) -> bool:
 
 
 def _phrases_and_rest(concept: Concept, words: Sequence[str]) -> tuple[set[str], list[str]]:
-    """Return the concept's phrases in ``words``, the longest from the left, and words outside of any."""
+    """Return the concept's phrases in ``words``, and the words outside of any phrase.
+
+    At each position from the left, the longest phrase counts.
+    """
     phrases, rest, place = set[str](), list[str](), 0
     while place < len(words):
         phrase = _longest_phrase(concept, words[place:])
@@ -111,7 +115,7 @@ def _phrases_and_rest(concept: Concept, words: Sequence[str]) -> tuple[set[str],
 
 
 def _longest_phrase(concept: Concept, words: Sequence[str]) -> str | None:
-    """Return the longest phrase of the concept that ``words`` begin with, unrelated ones included."""
+    """Return the longest phrase of the concept that ``words`` begin with. Unrelated phrases count too."""
     for length in range(min(concept.longest_phrase, len(words)), 0, -1):
         phrase = " ".join(words[:length])
         if phrase in concept.phrases or phrase in concept.unrelated_phrases:
@@ -132,13 +136,13 @@ def _plain_words(text: str) -> list[str]:
 
 @cache
 def _pluralizer() -> Pluralizer:
-    from pluralizer import Pluralizer  # not at the top: the command line answers at once
+    from pluralizer import Pluralizer  # imported here, so that the command line answers at once
 
     return Pluralizer()
 
 
 @lru_cache(maxsize=100_000)
 def _in_one_number(word: str) -> str:
-    """Return the plural's plural: the library takes some plurals, as "safaris", for singulars."""
+    """Return the plural of the plural. The library takes some plurals, such as "safaris", for singulars."""
     singular = _pluralizer().singular(word)
     return _pluralizer().plural(_pluralizer().plural(singular))
