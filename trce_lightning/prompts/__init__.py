@@ -1,1 +1,1 @@
-"""Prompts: records, files, published sets, the sets of a concept, prompts to keep, and variants of them."""
+"""Prompts: records, files, published sets, the sets of a concept, prompts to keep, and variants."""

@@ -1,4 +1,7 @@
-"""Captions of real pictures: a text file, a CSV, COCO's own JSON, on disk or in a data set on the Hub."""
+"""Captions of real pictures from a text file, a CSV or COCO's own JSON.
+
+The file lies on disk or in a data set on the Hub.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,20 @@ from trce_lightning.prompts.hub import HUB_FILE, dataset_file
 __all__ = ["read_captions"]
 
 COLUMNS = ("caption", "prompt", "text", "captions")
-"""Of a CSV; the first that it has."""
+"""The possible names of a CSV's caption column. The first that the file has is read."""
 
 
 def read_captions(source: str) -> list[str]:
-    """Captions in the order of a file, repeated ones included.
+    """Return the captions in the order of a file, repeated ones included.
 
     Args:
-        source: a path, or ``hub:OWNER/NAME/FILE`` with ``@REVISION`` if wanted, which needs a network once.
-            ``.json`` is COCO's format (``captions_val2014.json``): ``{"annotations": [{"caption": …}, …]}``;
-            ``.csv`` has one of :data:`COLUMNS`; anything else is UTF-8 with one caption a line.
+        source: a path, or ``hub:OWNER/NAME/FILE``, optionally with ``@REVISION``. The Hub needs a network
+            once. ``.json`` is COCO's format (``captions_val2014.json``): ``{"annotations": [{"caption": …},
+            …]}``. ``.csv`` has one of :data:`COLUMNS`. Any other file is UTF-8 with one caption per line.
 
     Raises:
-        FileNotFoundError: the Hub doesn't hand the file out.
-        InputError: a file that can't be read so, or that holds no caption.
+        FileNotFoundError: the Hub doesn't provide the file.
+        InputError: the file doesn't have its format, or it holds no caption.
     """
     path = _path(source)
     readers: dict[str, Callable[[Path], list[str]]] = {".json": _read_coco, ".csv": _read_csv}

@@ -1,4 +1,4 @@
-"""Prompt files: CSV with a header, by whatever names others give the columns."""
+"""Prompt files: CSV with a header, whose columns may have different names."""
 
 import codecs
 import csv
@@ -16,10 +16,13 @@ from trce_lightning.prompts.records import PromptRecord, PromptSet
 
 log = logging.getLogger(__name__)
 FIELDS = ("prompt", "id", "seed", "guidance", "categories", "label")
-"""What is read from a prompt file."""
+"""The fields that are read from a prompt file."""
 DECISIVE_FIELDS = ("prompt", "seed", "guidance")
-"""Those that decide what is drawn: a file without a column that its map names for them is another file."""
-# Of files without a map of their own, our names first.
+"""The fields that decide which image the model generates.
+
+If a map names a column for one of these and the file lacks it, it is the wrong file.
+"""
+# The column names of files without a map of their own. This project's names come first.
 _COLUMNS = {
     "prompt": ("prompt", "adv_prompt", "sensitive prompt"),
     "id": ("id", "case_number"),
@@ -32,22 +35,26 @@ _COLUMNS = {
 def load_csv(
     path: str | Path, *, name: str | None = None, columns: Mapping[str, Sequence[str]] | None = None
 ) -> PromptSet:
-    """Reads a prompt file (CSV with a header, UTF-8); the set is named ``name``, else by the file's stem.
+    """Return the prompts of a file (CSV with a header, UTF-8).
 
-    ``columns`` maps each of :data:`FIELDS` that is wanted to its column's possible names, in any case; the
-    first that the file has is read, other columns are ignored, and ids are else the row number, from 1.
-    Without it: ``prompt`` (or adv_prompt, "sensitive prompt"); optional ``id`` (or case_number), ``seed`` (or
-    evaluation_seed), ``guidance`` (or evaluation_guidance) and ``label``.
+    The set is named ``name``. If ``name`` is None, it is named by the file's stem.
 
-    A row without a prompt is left out, and the log says which: spreadsheets and pandas take some words, such
-    as "null", for nothing, and most copies of the published I2P have such a row. It counts as a row, so that
-    the others keep their numbers.
+    ``columns`` maps each wanted field of :data:`FIELDS` to the possible names of its column, in any case. The
+    first name that the file has is read, and other columns are ignored. If no id column is found, ids are the
+    row numbers, from 1. If ``columns`` is None, the columns are ``prompt`` (or adv_prompt, "sensitive
+    prompt") and, optionally, ``id`` (or case_number), ``seed`` (or evaluation_seed), ``guidance`` (or
+    evaluation_guidance) and ``label``.
+
+    If a row has no prompt, it is left out and logged. Spreadsheets and pandas read some words, such as
+    "null", as empty, and most copies of the published I2P have such a row. It still counts as a row, so that
+    the other rows keep their numbers.
 
     Raises:
-        FileNotFoundError: no such file.
-        InputError: the file is empty or not UTF-8, has no prompt column or two, none of ``columns`` for a
-            decisive field, no rows, or no prompt in most of them; or a row, named by its line, has an empty
-            or repeated id, more cells than the header, an unreadable seed or guidance.
+        FileNotFoundError: there is no such file.
+        InputError: the file is empty or not UTF-8, has no prompt column or two, has none of ``columns`` for a
+            decisive field, has no rows, or lacks the prompt in most of them. Also raised if a row, named by
+            its line, has an empty or repeated id, more cells than the header, or an unreadable seed or
+            guidance.
     """
     path = Path(path)
     content = path.read_bytes()
@@ -70,7 +77,7 @@ def load_csv(
 
 
 def _check_few_empty(path: Path, empty: Sequence[str], full: int) -> None:
-    """Log the rows without a prompt, and refuse a file that has more of them than others."""
+    """Log the rows without a prompt. Refuse a file in which they outnumber the other rows."""
     if not empty and not full:
         raise InputError(f"{path}: expected at least one row with a prompt, got the header alone")
     if len(empty) > full:
@@ -91,7 +98,7 @@ def _check_few_empty(path: Path, empty: Sequence[str], full: int) -> None:
 def _rows(
     path: Path, text: str, wanted: Mapping[str, Sequence[str]] | None
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """First line and known cells of every row that isn't blank."""
+    """Yield the first line and the known cells of every row that isn't blank."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     start = 1
     try:
@@ -113,7 +120,7 @@ def _rows(
 
 
 def _columns(path: Path, header: Sequence[str], wanted: Mapping[str, Sequence[str]] | None) -> dict[str, int]:
-    """Position of the column of each field that the file has."""
+    """Return the position of the column of each field that the file has."""
     names = [name.strip().casefold() for name in header]
     columns: dict[str, int] = {}
     for field_name, aliases in (_COLUMNS if wanted is None else wanted).items():
@@ -130,7 +137,7 @@ def _columns(path: Path, header: Sequence[str], wanted: Mapping[str, Sequence[st
 
 
 def _only(path: Path, header: Sequence[str], names: Sequence[str], name: str) -> int:
-    """Position of the one column of this name."""
+    """Return the position of the column of this name. Refuse a file with two such columns."""
     positions = [index for index, other in enumerate(names) if other == name]
     if len(positions) > 1:
         found = " and ".join(f"column {index + 1} ({header[index]})" for index in positions)
@@ -166,7 +173,7 @@ def _record(place: str, cells: dict[str, str], row_number: int) -> PromptRecord:
 
 
 def _seed(place: str, text: str) -> int:
-    # Spreadsheets write 7 as 7.0 where a column has gaps.
+    # If a column has gaps, spreadsheets write 7 as 7.0.
     whole = re.fullmatch(r"(\d+)(?:\.0+)?", text, flags=re.ASCII)
     if whole is None or int(whole[1]) >= 2**64:
         raise InputError(f"{place}: expected a whole number from 0 to 2**64 - 1 as seed, got {text!r}")
@@ -185,13 +192,13 @@ def _guidance(place: str, text: str) -> float:
 
 @dataclass
 class PromptFileConfig:
-    """A prompt file: `path` goes before `filename` of the Hub's data set `hub_id`."""
+    """A prompt file. If `path` is set, it is used and not `filename` of the Hub's data set `hub_id`."""
 
     path: str | None = None
     hub_id: str | None = None
     filename: str | None = None
     revision: str | None = None
-    sha256: str | None = None  # that the file must have
+    sha256: str | None = None  # the hash that the file must have
     columns: dict[str, list[str]] = field(default_factory=dict)  # field → names of its column
 
 
@@ -199,10 +206,10 @@ _MARKS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
 def decoded(path: Path, content: bytes) -> str:
-    """Return the text of a file, without the mark that some programs begin UTF-8 with.
+    """Return the text of a file, without the byte order mark that some programs write.
 
     Raises:
-        InputError: other bytes than UTF-8, or NUL among them; names the line.
+        InputError: the bytes are not UTF-8, or contain NUL. The message names the line.
     """
     found = next((f"{name} by its first bytes" for mark, name in _MARKS.items() if content[:2] == mark), None)
     try:

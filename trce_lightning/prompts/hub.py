@@ -10,12 +10,14 @@ __all__ = ["dataset_file"]
 
 
 def dataset_file(hub_id: str, filename: str, revision: str | None = None) -> Path:
-    """A file of the data set ``hub_id``, from the local cache where it is.
+    """Return the local path of a file of the data set ``hub_id``. If it isn't cached, download it.
 
-    ``FileNotFoundError`` saying why it can't be had: no such data set or file, no network, no permission.
-    ``InputError`` where the environment names a proxy or an address of the Hub that is none.
+    Raises:
+        FileNotFoundError: there is no such data set or file, no network or no permission. The message says
+            which.
+        InputError: the environment names an unusable proxy or address of the Hub.
     """
-    # Slow to import, and needed for no file of one's own.
+    # The import is slow, and users' own files don't need it.
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,

@@ -1,4 +1,4 @@
-"""Prompts whose text states stage 1 must keep (the e^k of TRCE, arXiv 2503.07389)."""
+"""The prompts whose text states stage 1 must keep (the e^k of TRCE, arXiv 2503.07389)."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from trce_lightning.prompts.records import shuffled
 
 __all__ = ["KEEP_TEMPLATES", "class_names", "keep_prompts"]
 
-# Determiners other than "a", since class names come without an article.
+# Class names come without an article. Determiners other than "a" fit all of them.
 KEEP_TEMPLATES = (
     "a photograph of the {}",
     "the {} in daylight",
@@ -31,21 +31,25 @@ _log = logging.getLogger(__name__)
 def keep_prompts(
     concepts: Sequence[Concept], *, path: str | None = None, subjects: Sequence[str] | None = None, limit: int
 ) -> list[str]:
-    """Prompts to keep while ``concepts`` are erased; those that mention one of them are left out.
+    """Return the prompts to keep while ``concepts`` are erased. Prompts that mention a concept are left out.
 
-    They come from the caption file ``path`` (:func:`.read_captions`); without it from ``subjects``, names
-    of what the model can draw, in :data:`KEEP_TEMPLATES`; without these from the names of the ImageNet and
-    COCO classes that torchvision ships, in the same templates.
+    If ``path`` is given, the prompts are its captions (:func:`.read_captions`). Otherwise they are
+    :data:`KEEP_TEMPLATES` filled with ``subjects``, the names of things that the model can generate. If
+    ``subjects`` is None, the names are those of the ImageNet and COCO classes that torchvision ships.
 
     Args:
-        limit: the most prompts to return. The choice spreads over all captions or subjects, depends
-            on their text alone, and a larger limit extends the list of a smaller one.
+        concepts: the concepts that are erased.
+        path: a caption file.
+        subjects: names for the templates.
+        limit: the largest number of prompts to return. The choice spreads over all captions or subjects and
+            depends on their text alone. A larger limit extends the list of a smaller one.
 
     Returns:
-        Different prompts, 1 to ``limit``; the empty prompt is never among them.
+        Different prompts, from 1 to ``limit``. The empty prompt is never among them.
 
     Raises:
-        InputError: ``limit`` below 1, an unreadable or empty file, no subjects, or nothing left to keep.
+        InputError: ``limit`` is below 1, the file is unreadable or empty, there are no subjects, or no prompt
+            is left to keep.
     """
     if limit < 1:
         raise InputError(f"keep_prompts.limit: expected at least 1, got {limit}")
@@ -71,7 +75,7 @@ def keep_prompts(
 
 
 def _fill_templates(subjects: Iterable[str]) -> list[str]:
-    """Every subject in every template; each run of ``len(subjects)`` prompts holds every subject once."""
+    """Return every subject in every template. Each run of ``len(subjects)`` prompts has each subject once."""
     names = shuffled(name for subject in subjects if (name := without_article(subject)))
     if not names:
         raise InputError("keep_prompts.subjects: expected one or more names, got none")
@@ -84,7 +88,7 @@ def _fill_templates(subjects: Iterable[str]) -> list[str]:
 
 
 def class_names() -> list[str]:
-    """Names of the ImageNet and COCO classes that torchvision ships."""
+    """Return the names of the ImageNet and COCO classes that torchvision ships."""
     from torchvision.models import get_weight
 
     weights = ("ResNet18_Weights.IMAGENET1K_V1", "FasterRCNN_ResNet50_FPN_Weights.COCO_V1")

@@ -1,4 +1,4 @@
-"""The prompt sets of a concept: what any model is scored on, and what a domain makes its own of."""
+"""The prompt sets of a concept, on which models are scored. A domain can bring its own texts for them."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ from trce_lightning.prompts.records import (
 __all__ = ["Split", "Streams", "concept_prompt_sets", "open_streams"]
 
 Streams = Mapping[str, Sequence[Stream]]
-"""The texts of each prompt set by its name; several streams of a set take turns."""
+"""The texts of each prompt set by its name. If a set has several streams, they take turns."""
 _log = logging.getLogger(__name__)
 
 
@@ -44,22 +44,22 @@ def concept_prompt_sets(
     split: Split,
     names: Sequence[str] = (DIRECT, IMPLICIT, BENIGN),
 ) -> list[PromptSet]:
-    """Return the sets that tell what erasing ``concepts`` did.
+    """Return the prompt sets that measure the effect of erasing ``concepts``.
 
-    Direct prompts name the concept and implicit ones hint at it. All other sets are labelled with what their
-    prompts show. A set without any prompts, such as the implicit one of a concept without related phrases,
-    is left out, and the log says so.
+    Direct prompts name the concept, and implicit prompts hint at it. The prompts of all other sets are
+    labelled with the thing that they show. If a set has no prompts, it is left out and logged. The implicit
+    set of a concept without related phrases is an example.
 
     Args:
-        concepts: what is erased.
-        streams: makes the texts of the sets for the concepts and a split.
-        size: records per set; a larger set begins with the smaller one. Units (subjects, terms, class names)
-            take turns. Texts repeat, under other ids, only when their supply is used up.
-        split: sets for tuning and for reporting share no id and no text.
-        names: the sets wanted.
+        concepts: the concepts that are erased.
+        streams: the function that makes the texts of the sets from the concepts and a split.
+        size: the number of records per set. A larger set begins with the smaller one. Units (subjects, terms,
+            class names) take turns. Texts repeat, under other ids, only after all were used.
+        split: ``tune`` or ``report``. The sets of the two splits share no id and no text.
+        names: the names of the wanted sets.
 
     Raises:
-        InputError: no concept, ``size`` below 1, another split, or what ``streams`` refuses.
+        InputError: there is no concept, ``size`` is below 1, the split is unknown, or ``streams`` raises it.
     """
     concept_names = [concept.name for concept in concepts]
     if not concept_names or size < 1 or split not in get_args(Split):
@@ -85,11 +85,12 @@ def _records(prefix: str, size: int, streams: Sequence[Stream], labelled: bool) 
 
 
 def open_streams(concepts: Sequence[Concept], split: Split) -> Streams:
-    """Return prompts for a model that draws anything.
+    """Return prompts for a model that generates images of anything.
 
-    Direct prompts hold a term, implicit ones a related phrase, benign ones a class name of ImageNet or COCO.
-    ``neighbours`` are the concepts' own. ``mixed`` prompts name a class, their label, and a term beside it;
-    there are none for styles alone. No training or kept prompt has their phrasings.
+    Direct prompts contain a term, implicit prompts a related phrase, and benign prompts a class name of
+    ImageNet or COCO. ``neighbours`` prompts name the concepts' neighbours. ``mixed`` prompts name a class,
+    which is their label, and a term. If all concepts are styles, there are no ``mixed`` prompts. No training
+    prompt and no kept prompt has the same phrasings.
     """
     classes = [name for name in class_names() if not (mentions(name, concepts) or shows(name, concepts))]
     things = [term for concept in concepts if concept.kind != "style" for term in concept.terms]
@@ -102,7 +103,7 @@ def open_streams(concepts: Sequence[Concept], split: Split) -> Streams:
         ):
             unused = [frame for frame in frames if frame not in concept.templates]
             streams[name].append(Stream(units(phrases), half(unused, split)))
-    # "the" goes before any class, also one in the plural; terms have their articles.
+    # "the" fits before any class name, also in the plural. Terms have their own articles.
     both = together({name: f"the {name}" for name in classes}, things, bare=False)
     alike = {text for concept in concepts for text in concept.neighbours if not mentions(text, concepts)}
     return {

@@ -1,4 +1,4 @@
-"""Sentences with a hole, and streams of prompts that are made of them."""
+"""Frames, which are sentences with a hole, and streams of prompts that are made of frames."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ OBJECT_FRAMES = _with_endings(
     "a documentary photo of {}",
     "a digital illustration of {}",
 )
-"""For noun phrases with their article."""
+"""The frames for noun phrases with their article."""
 TOPIC_FRAMES = _with_endings(
     "a photo essay about {}",
     "an oil painting titled {}",
@@ -60,7 +60,7 @@ TOPIC_FRAMES = _with_endings(
     "news photo, {}",
     "digital illustration, {}",
 )
-"""For words of any kind."""
+"""The frames for words of any kind."""
 CLASS_FRAMES = _with_endings(
     "stock photo of some {}",
     "a colour plate of the {}",
@@ -71,7 +71,7 @@ CLASS_FRAMES = _with_endings(
     "a textbook figure of one {}",
     "a mural of the {}",
 )
-"""For nouns without an article."""
+"""The frames for nouns without an article."""
 STYLE_FRAMES = tuple(
     f"{frame.replace('SUBJECT', subject)}{ending}"
     for ending in ("", ", wide view", ", empty background")
@@ -87,25 +87,25 @@ STYLE_FRAMES = tuple(
         "a dog",
     )
 )
-"""For words that name a way of drawing."""
+"""The frames for words that name a way of drawing."""
 
 _PLURAL = ("crossed swords", "scissors", "grapes")
-"""Phrases that begin so take no indefinite article."""
+"""The beginnings of phrases that take no indefinite article."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """An endless stream of texts: the phrases of each unit (a subject, a term) in frames, unit after unit.
+    """An endless stream of texts. Each text is a phrase of a unit (a subject, a term) in a frame.
 
-    A frame has one hole, ``{}`` for the bare phrase or ``{a}`` for the phrase with its article. The texts of
-    a unit differ until all ``len(frames) * len(phrases)`` are used.
+    The units take turns. A frame has one hole: ``{}`` for the bare phrase, or ``{a}`` for the phrase with its
+    article. The texts of a unit differ until all ``len(frames) * len(phrases)`` are used.
     """
 
     units: Mapping[str, Sequence[str]]
     frames: Sequence[str]
 
     def text(self, index: int) -> tuple[str, str]:
-        """Return unit and prompt number ``index``; each run of ``len(units)`` has every unit once."""
+        """Return the unit and the text at ``index``. Each run of ``len(units)`` texts has every unit once."""
         turn, position = divmod(index, len(self.units))
         unit = list(self.units)[position]
         phrases = self.units[unit]
@@ -115,24 +115,25 @@ class Stream:
 
 
 def half(frames: Sequence[str], split: Split) -> list[str]:
-    """Return the frames of one split: every other one in a fixed arbitrary order. Two halves share none."""
+    """Return the frames of one split: every other one in a fixed arbitrary order. The splits share none."""
     return shuffled(frames)[get_args(Split).index(split) :: 2]
 
 
 def units(phrases: Iterable[str]) -> dict[str, list[str]]:
-    """Return units of one phrase each, which is their name, in an arbitrary fixed order."""
+    """Return units of one phrase each, in a fixed arbitrary order. The phrase is also the unit's name."""
     return {phrase: [phrase] for phrase in shuffled(phrases)}
 
 
 def together(others: Mapping[str, str], erased: Sequence[str], *, bare: bool) -> dict[str, list[str]]:
-    """Return phrases that name one of ``others`` and one of ``erased``; both orders take turns.
+    """Return phrases that name one of ``others`` and one of ``erased``. The two orders take turns.
 
     Args:
-        others: phrases by name, as the result has them.
+        others: phrases by name. The result has the same names.
         erased: phrases.
-        bare: none has its article; the second of two gets one then, and the first from the frame.
+        bare: True if no phrase has its article. The second phrase then gets one here, and the first gets one
+            from its frame.
     """
-    # In pairs, since frames with style words and with a background alternate.
+    # The order changes after every two phrases: frames with style words and with a background alternate.
     turns = [(name, (turn + index // 2) % 2 == 0) for turn in range(2) for index, name in enumerate(erased)]
     both = {
         label: [

@@ -1,4 +1,4 @@
-"""Published prompt files: which of them an evaluation names, where they lie, what they repeat."""
+"""Published prompt files: the ones that an evaluation names, their places, and the texts that they share."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ log = logging.getLogger(__name__)
 
 
 class SetSummary(TypedDict):
-    """How much of a prompt set is its own; texts count as the same by :func:`_normalized`."""
+    """The size of a prompt set and its overlaps. Texts are the same if :func:`_normalized` gives one text."""
 
     records: int
     distinct: int
-    """Different texts."""
+    """The number of different texts."""
     sha256: str | None
-    """Of the file; None for a set that was not read from one."""
+    """The hash of the file, or None if the set was not read from a file."""
     overlaps: dict[str, int]
-    """Other set → different texts that both have; sets that share none are left out."""
+    """Other set → the number of different texts that both sets have. Sets that share none are left out."""
 
 
 def prompt_files(
     prompts: Sequence[str], published: Mapping[str, PromptFileConfig]
 ) -> list[tuple[str, PromptFileConfig]]:
-    """Name and file of each of ``prompts``: ``NAME`` or ``NAME:FILE`` of a published set, or ``FILE``.
+    """Return name and file of each of ``prompts``: ``NAME`` or ``NAME:FILE`` of a published set, or ``FILE``.
 
-    ``NAME:FILE`` goes before the set's own ``path``; what begins with no set's name is a file throughout,
-    named by its stem and read by the names of columns that :func:`load_csv` knows.
+    In ``NAME:FILE``, the file replaces the set's own ``path``. If an item begins with no set's name, it is a
+    file. Its set is named by its stem, and :func:`load_csv` finds its columns by their usual names.
 
     Raises:
-        InputError: two of them have one name.
+        InputError: two sets have one name.
     """
     files: dict[str, PromptFileConfig] = {}
     for item in prompts:
@@ -56,11 +56,12 @@ def prompt_files(
 
 
 def check_file(name: str, config: PromptFileConfig, published: Sequence[str]) -> None:
-    """What can be refused before a file is read.
+    """Refuse a prompt file that can't be used, before it is read.
 
     Raises:
-        FileNotFoundError: no file ``config.path``.
-        InputError: neither a path nor a place on the Hub, or columns that :func:`load_csv` can't use.
+        FileNotFoundError: there is no file ``config.path``.
+        InputError: ``config`` names neither a path nor a place on the Hub, or columns that :func:`load_csv`
+            can't use.
     """
     if config.path is not None and not Path(config.path).is_file():
         sets = "" if name in published else f"\npublished sets: {', '.join(published)}"
@@ -79,11 +80,11 @@ def check_file(name: str, config: PromptFileConfig, published: Sequence[str]) ->
 
 
 def load_file(name: str, config: PromptFileConfig) -> PromptSet:
-    """Reads a prompt file, from the Hub where there is no ``path``, and logs its sha256.
+    """Return the prompts of a file, and log its sha256. If there is no ``path``, the Hub provides the file.
 
     Raises:
-        FileNotFoundError: no such file, or the Hub doesn't hand it out.
-        InputError: the file has another sha256 than ``config.sha256``, or isn't as :func:`load_csv` needs it.
+        FileNotFoundError: there is no such file, or the Hub doesn't provide it.
+        InputError: the file's sha256 is not ``config.sha256``, or :func:`load_csv` refuses the file.
     """
     path = Path(config.path) if config.path is not None else _download(name, config)
     prompts = load_csv(path, name=name, columns=config.columns or None)
@@ -96,7 +97,7 @@ def load_file(name: str, config: PromptFileConfig) -> PromptSet:
 
 
 def summarize_sets(sets: Sequence[PromptSet]) -> dict[str, SetSummary]:
-    """Size of each set, its different texts, and how many of these others have too; by the sets' names."""
+    """Return the size of each set, its different texts, and the texts that it shares, by the sets' names."""
     texts = {prompts.name: {_normalized(record.prompt) for record in prompts.records} for prompts in sets}
     return {
         prompts.name: SetSummary(
@@ -114,7 +115,7 @@ def summarize_sets(sets: Sequence[PromptSet]) -> dict[str, SetSummary]:
 
 
 def log_sets(sets: Sequence[PromptSet]) -> dict[str, SetSummary]:
-    """Logs and returns :func:`summarize_sets`: one line a set."""
+    """Log one line per set, and return :func:`summarize_sets`."""
     summaries = summarize_sets(sets)
     for name, summary in summaries.items():
         parts = [f"{summary['records']} prompts, {summary['distinct']} distinct"]
@@ -124,7 +125,7 @@ def log_sets(sets: Sequence[PromptSet]) -> dict[str, SetSummary]:
 
 
 def _normalized(text: str) -> str:
-    """A text without what doesn't change its words: case, spacing and compatibility forms of characters."""
+    """Return a text in one case, spacing and compatibility form. These don't change its words."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 

@@ -1,4 +1,4 @@
-"""Prompt sets of an evaluation, and their records."""
+"""The prompt sets of an evaluation, and their records."""
 
 import hashlib
 from collections.abc import Iterable
@@ -18,22 +18,23 @@ __all__ = [
 
 DIRECT, IMPLICIT, BENIGN = "direct", "implicit", "benign"
 MIXED, UNERASED, NEIGHBOURS = "mixed", "unerased", "neighbours"
-"""Names of a concept's own prompt sets."""
+"""The names of a concept's own prompt sets."""
 
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """One prompt to draw.
+    """One prompt, from which the model generates one image.
 
     Args:
-        id: unique in its set; without ``seed`` the image's noise derives from it.
-        seed: of the noise, 0 to 2⁶⁴ − 1.
-        guidance_scale: classifier-free guidance of this image; None is the model's own.
-        label: what a benign prompt shows.
+        id: unique in its set. If ``seed`` is None, the image's noise derives from the id.
+        prompt: the text.
+        seed: the seed of the noise, 0 to 2⁶⁴ − 1.
+        guidance_scale: the scale of this image's classifier-free guidance. None means the model's own.
+        label: the thing that a benign prompt shows.
         categories: every kind of content that the prompt was published under.
         style: the style of picture that the prompt asks for, if any.
-        background: the colour of background that it asks for, if any.
-        sample_of: id of the record that this one repeats with other noise.
+        background: the colour of background that the prompt asks for, if any.
+        sample_of: the id of the record that this one repeats with other noise.
     """
 
     id: str
@@ -41,7 +42,7 @@ class PromptRecord:
     seed: int | None = None
     guidance_scale: float | None = None
     label: str | None = None
-    # Not in repr, which identifies images: these decide nothing that is drawn.
+    # The repr identifies images. These fields are not in it, because they don't change the image.
     categories: tuple[str, ...] = field(default=(), repr=False)
     style: str | None = field(default=None, repr=False)
     background: str | None = field(default=None, repr=False)
@@ -49,13 +50,13 @@ class PromptRecord:
 
     @property
     def prompt_id(self) -> str:
-        """An id that all images of the prompt share."""
+        """Return the id that all images of the prompt share."""
         return self.sample_of or self.id
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts that are scored together, under ``name`` in metrics.json; ``sha256`` is of their file."""
+    """Prompts that are scored together. ``name`` stands in metrics.json; ``sha256`` is their file's hash."""
 
     name: str
     records: tuple[PromptRecord, ...]
@@ -63,7 +64,7 @@ class PromptSet:
 
     @property
     def texts(self) -> list[str]:
-        """The prompt of each image: images of one text are not independent, whatever their ids."""
+        """Return the prompt of each image. Images of one text are not independent, whatever their ids."""
         return [record.prompt for record in self.records]
 
     def first(self, prompts: int) -> "PromptSet":
@@ -72,7 +73,10 @@ class PromptSet:
         return replace(self, records=tuple(record for record in self.records if record.prompt_id in kept))
 
     def sampled(self, samples: int) -> "PromptSet":
-        """Repeat every prompt ``samples`` times: on its own noise, then on noise of ids like ``7~1``."""
+        """Return the set with every prompt ``samples`` times.
+
+        The first image of a prompt has the prompt's own noise. Further ones have noise of ids like ``7~1``.
+        """
         repeats = [
             replace(record, id=f"{record.id}~{sample}", seed=None, sample_of=record.id) if sample else record
             for record in self.records
@@ -82,16 +86,16 @@ class PromptSet:
 
 
 def shuffled(texts: Iterable[str]) -> list[str]:
-    """Return the different texts in an arbitrary order, the same on every machine and Python version."""
+    """Return the different texts in an arbitrary order. It is equal on all machines and Python versions."""
     return sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())
 
 
 def seed_of(prompt_id: str, sample: int) -> int:
-    """Return a seed in [0, 2⁶³) from (prompt id, sample), the same on every machine and in every run."""
+    """Return a seed in [0, 2⁶³) for (prompt id, sample). It is the same on every machine and in every run."""
     digest = hashlib.sha256(f"{prompt_id}\0{sample}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def image_seed(record: PromptRecord) -> int:
-    """Return the seed of the image's noise: the record's, or else one derived from its id."""
+    """Return the seed of the image's noise: the record's own seed, or else one derived from its id."""
     return seed_of(record.id, 0) if record.seed is None else record.seed

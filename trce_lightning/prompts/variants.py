@@ -1,4 +1,4 @@
-"""Prompts as users may write them: long ones, misspelt ones, and what a negative prompt may name."""
+"""Variants of prompts as users may write them: long ones, misspelt ones, and negative prompts."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from trce_lightning.concepts.naming import STOP_WORDS, mentions, without_article
 from trce_lightning.prompts.records import PromptRecord, image_seed
 
 _WORD = re.compile(r"[^\W\d_]+")
-_SHORTEST = 3  # letters of a word that is misspelt
+_SHORTEST = 3  # the fewest letters of a word that is misspelt
 
 
 def lengthened(
     record: PromptRecord, place: str, filler: Sequence[str], fits: Callable[[str], bool]
 ) -> PromptRecord:
-    """Put benign filler after an ``early`` prompt or before a ``late`` one, on the same noise.
+    """Return the prompt with benign filler after it (``early``) or before it (``late``), on the same noise.
 
-    The filler phrases repeat as long as the text ``fits`` the model. A prompt that is at the limit already is
-    returned unchanged.
+    The filler phrases repeat until the prompt reaches the model's limit, which ``fits`` tests. The text of a
+    prompt that is already at the limit stays unchanged.
     """
     text = record.prompt
     phrases: list[str] = []
@@ -40,13 +40,14 @@ def misspelt(
 ) -> PromptRecord | None:
     """Return the prompt with one slip in each word that names a concept, on the same noise.
 
-    ``swap`` exchanges two neighbouring letters, ``drop`` leaves one out, ``double`` writes one twice.
-    The prompt's id decides where. Words of less than three letters stay. None without such words.
+    ``swap`` exchanges two neighbouring letters, ``drop`` leaves one out, and ``double`` writes one twice.
+    The prompt's id decides the place. Words of fewer than three letters stay. If no word changes, return
+    None.
 
     Args:
         record: the prompt.
         kind: the kind of slip.
-        concepts: what the words name.
+        concepts: the concepts that the words name.
         names: further words and phrases that name the concepts.
     """
     words = naming_words(record.prompt, list(concepts), names)
@@ -60,9 +61,9 @@ def misspelt(
 
 
 def naming_words(prompt: str, concepts: Sequence[Concept], names: Iterable[str] = ()) -> set[str]:
-    """Return words of the prompt that name a concept, by themselves or in a phrase, in lower case.
+    """Return the words of the prompt that name a concept, alone or in a phrase, in lower case.
 
-    ``names`` are phrases that name one beside the concepts' own.
+    ``names`` are phrases that name a concept, beside the concept's own phrases.
     """
     phrases = [
         without_article(phrase)
@@ -78,7 +79,7 @@ def naming_words(prompt: str, concepts: Sequence[Concept], names: Iterable[str] 
 
 
 def with_safe_counterparts(text: str, concepts: Iterable[Concept], fits: Callable[[str], bool]) -> str:
-    """Replace ``{safe}`` in the text by the concepts' safe counterparts, as many as fit the model."""
+    """Return the text with ``{safe}`` replaced by the safe counterparts, as many as fit the model."""
     names: list[str] = []
     for name in dict.fromkeys(safe for concept in concepts for safe in concept.terms.values()):
         if not fits(text.replace("{safe}", ", ".join([*names, name]))):
@@ -103,7 +104,7 @@ def _slip(word: str, kind: str, rng: Random) -> str:
 
 
 def _places(word: str, kind: str) -> Iterator[int]:
-    """Return the places where a slip changes the word and not its first letter."""
+    """Return the places where a slip changes the word but not its first letter."""
     if kind == "swap":
         return (i for i in range(1, len(word) - 1) if word[i] != word[i + 1])
     return iter(range(1, len(word)))
