@@ -1,1 +1,1 @@
-"""The data of stage 2: planned trajectories, their cache and the LightningDataModule that serves them."""
+"""The data of stage 2: planned trajectories, their cache, and the LightningDataModule that serves them."""

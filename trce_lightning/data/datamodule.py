@@ -1,4 +1,4 @@
-"""Serves cached malicious and unconditional trajectory points, mixed in every batch."""
+"""The LightningDataModule of stage 2: each batch mixes cached malicious and unconditional points."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class EpochItem:
-    """Row numbers of one malicious point and of the unconditional points that go with it."""
+    """The row numbers of one malicious point and of the unconditional points that go with it."""
 
     malicious: int
     unconditional: tuple[int, ...]
 
 
 class TrajectoryPoints(Dataset[list[EpochItem]]):
-    """Item ``i`` of epoch ``e`` is trajectory ``i mod n`` at its draw ``e · draws_per_epoch + i // n``.
+    """A data set whose item ``i`` of epoch ``e`` is one point of trajectory ``i mod n``.
 
-    It is indexed by the item numbers of a whole batch.
+    The point is the trajectory's draw ``e · draws_per_epoch + i // n``. The index is the list of item numbers
+    of a whole batch.
     """
 
     def __init__(self, plan: TrajectoryPlan, config: TrajectoryConfig) -> None:
@@ -60,7 +61,7 @@ class TrajectoryPoints(Dataset[list[EpochItem]]):
 
 
 def check_batch(batch_size: int, world_size: int) -> None:
-    """``InputError`` unless the batch divides by the number of ranks."""
+    """Raise ``InputError`` unless the batch size is divisible by the number of ranks."""
     if batch_size % world_size:
         raise InputError(
             f"trajectory.batch_size: expected a multiple of the {world_size} processes, got {batch_size}; "
@@ -69,13 +70,16 @@ def check_batch(batch_size: int, world_size: int) -> None:
 
 
 class EpochBatches(DistributedSampler[list[int]]):
-    """Global batches in an order that depends on (seed, epoch) alone; a rank takes its slice of each.
+    """A sampler of global batches, of which each rank takes its slice.
 
-    The last batch is filled up from the front of the order, so all batches have one size and the mean over
-    ranks is the mean over the batch. ``InputError`` unless the batch divides by the number of ranks.
+    The order depends on (seed, epoch) alone. The last batch is filled up from the front of the order. So all
+    batches have one size, and the mean over ranks is the mean over the batch.
 
-    Lightning tells the epoch to a loader's ``sampler`` alone, and replaces one that isn't a
+    Lightning reports the epoch only to a loader's ``sampler``. It replaces a sampler that isn't a
     ``DistributedSampler``.
+
+    Raises:
+        InputError: the batch size is not divisible by the number of ranks.
     """
 
     def __init__(
@@ -85,10 +89,10 @@ class EpochBatches(DistributedSampler[list[int]]):
         super().__init__(points, num_replicas=world_size, rank=rank, seed=seed)
         self.points, self.batch_size = points, batch_size
         self.served = 0
-        """Batches of this epoch that have been served; the next pass begins after them."""
+        """The number of batches of this epoch that have been served. The next pass begins after them."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
+        """Select the epoch. Lightning calls this before each epoch."""
         self.points.epoch = epoch
 
     def __len__(self) -> int:
@@ -105,21 +109,21 @@ class EpochBatches(DistributedSampler[list[int]]):
 
 
 class TrajectoryLoader(DataLoader[list[EpochItem]]):
-    """A loader that goes on within an epoch: Lightning keeps its state in checkpoints."""
+    """A loader that can continue within an epoch. Lightning keeps its state in checkpoints."""
 
     sampler: EpochBatches
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches of the epoch have been served."""
+        """Return how many batches of the epoch have been served."""
         return {"served": self.sampler.served}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Begin after them."""
+        """Continue after the batches that have been served."""
         self.sampler.served = state_dict["served"]
 
 
 class TrajectoryDataModule(pl.LightningDataModule):
-    """Reads the shards of a plan once and collates rows into batches."""
+    """A data module that reads the shards of a plan once and collates their rows into batches."""
 
     def __init__(
         self,
@@ -135,12 +139,12 @@ class TrajectoryDataModule(pl.LightningDataModule):
         self.unconditional: dict[str, Tensor] = {}
 
     def setup(self, stage: str) -> None:
-        """Load all rows, and the text states of the prompts that they belong to."""
+        """Load all rows, and the text states of their prompts."""
         if self.malicious:
             return
         self.malicious = load_rows(self.plan, self.folder, self.config.shard_size, "malicious")
         self.unconditional = load_rows(self.plan, self.folder, self.config.shard_size, "unconditional")
-        # Interleave trajectories, so that an epoch's unconditional points come from many of them.
+        # The trajectories are interleaved, so that an epoch's unconditional points come from many of them.
         if self.unconditional:
             each = len(self.unconditional["timestep"]) // len(self.plan.unconditional)
             order = torch.arange(len(self.plan.unconditional) * each).view(-1, each).T.flatten()
@@ -151,7 +155,7 @@ class TrajectoryDataModule(pl.LightningDataModule):
         self.prompt_index = torch.tensor([unique.index(prompt) for prompt in prompts])
 
     def collate(self, items: list[EpochItem]) -> Batch:
-        """Rows of one batch, with the malicious prompts' text states."""
+        """Return the rows of one batch, with the malicious prompts' text states."""
         rows = torch.tensor([item.malicious for item in items])
         batch: Batch = {f"malicious_{key}": values[rows] for key, values in self.malicious.items()}
         batch["malicious_text"] = self.prompts.rows(self.prompt_index[batch["malicious_trajectory"]])
@@ -159,7 +163,7 @@ class TrajectoryDataModule(pl.LightningDataModule):
         return batch | {f"unconditional_{key}": values[others] for key, values in self.unconditional.items()}
 
     def train_dataloader(self) -> TrajectoryLoader:
-        """One pass over an epoch's draws."""
+        """Return a loader for one pass over an epoch's draws."""
         assert self.trainer is not None
         points = TrajectoryPoints(self.plan, self.config)
         batches = EpochBatches(

@@ -1,7 +1,7 @@
-"""Which trajectories are sampled, which of their steps train in which epoch, and what that costs.
+"""The plan of stage 2: the trajectories to sample, the steps that train in each epoch, and the cost.
 
-Everything is drawn before anything is sampled: a malicious trajectory stops at its last drawn step, the safe
-prompt is evaluated at drawn steps only, and the number of network evaluations is known exactly.
+All steps are drawn before anything is sampled. So a malicious trajectory can stop at its last drawn step, and
+the safe prompt is evaluated at drawn steps only. The number of network evaluations is known exactly.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from trce_lightning.sampling import is_guided
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One trajectory of the original network and the steps of it that are kept."""
+    """One trajectory of the original network, and its steps that are kept."""
 
     index: int
     seed: int
-    """Of its noise."""
+    """The seed of the trajectory's noise."""
     step_indices: tuple[int, ...]
-    """Steps drawn for training, one for each (epoch, draw), repeats included."""
+    """The steps that were drawn for training: one for each (epoch, draw), repeats included."""
     pair: PromptPair | None
-    """None: unconditional."""
+    """The prompts of a malicious trajectory, or None for an unconditional one."""
 
     @property
     def num_steps(self) -> int:
-        """Steps sampled: up to the last one drawn, which needs its predictions too."""
+        """Return the number of sampled steps. The last one is the last drawn step."""
         return max(self.step_indices) + 1
 
     def network_evaluations(self, *, guided: bool) -> int:
-        """Return evaluations of ∅ and c_m at every step and of c_s at distinct drawn steps.
+        """Return the number of network evaluations that sampling takes.
 
-        An unconditional one needs ∅ alone. Without guidance c_m decides each step, and ∅ is needed at drawn
-        steps only.
+        With guidance, a malicious trajectory needs ∅ and c_m at every step, and c_s at the different drawn
+        steps. Without guidance, it needs c_m at every step, and ∅ and c_s at the drawn steps. An
+        unconditional trajectory needs ∅ at every step.
         """
         if self.pair is None:
             return self.num_steps
@@ -56,25 +57,28 @@ class TrajectoryPlan:
     malicious: tuple[Trajectory, ...]
     unconditional: tuple[Trajectory, ...]
     num_steps: int
-    """Of a full sampling run: fixes the timesteps."""
+    """The number of steps of a full sampling run. It determines the timesteps."""
     guidance_scale: float
 
     @property
     def guided(self) -> bool:
-        """Whether sampling is guided; else it follows the malicious prompt's own prediction."""
+        """Return whether sampling is guided. If not, it follows the malicious prompt's own prediction."""
         return is_guided(self.guidance_scale)
 
     @property
     def network_evaluations(self) -> int:
-        """Exactly what sampling all of it costs."""
+        """Return the exact number of network evaluations for all trajectories."""
         return self.evaluations_of((*self.malicious, *self.unconditional))
 
     def evaluations_of(self, rows: Iterable[Trajectory]) -> int:
-        """Return what sampling some of its trajectories costs."""
+        """Return the number of network evaluations for some of the trajectories."""
         return sum(row.network_evaluations(guided=self.guided) for row in rows)
 
     def training_evaluations(self, config: TrajectoryConfig) -> int:
-        """Forward passes of all epochs: (z_t, c_m), (z_t, ∅) later with the ∅ hinge on, and (z_u, ∅)."""
+        """Return the network evaluations of all epochs: of (z_t, c_m), (z_t, ∅) and (z_u, ∅).
+
+        (z_t, ∅) is evaluated only with the ∅ hinge, and only after the first step.
+        """
         items = len(self.malicious) * config.draws_per_epoch
         served = config.epochs * -(-items // config.batch_size) * config.batch_size
         later = sum(step_index > 0 for row in self.malicious for step_index in row.step_indices)
@@ -82,24 +86,24 @@ class TrajectoryPlan:
         return served * (1 + preserve) + (later if config.uncond_hinge_weight else 0)
 
     def stored_bytes(self, latent_numbers: int) -> int:
-        """Size on disk of the latents and predictions, in float32, of ``latent_numbers`` numbers each."""
+        """Return the bytes on disk of latents and predictions, float32 of ``latent_numbers`` numbers each."""
         malicious = sum(len(row.step_indices) for row in self.malicious)
         unconditional = sum(len(row.step_indices) for row in self.unconditional)
         return 4 * latent_numbers * (4 * malicious + 2 * unconditional)
 
     def fingerprint(self, generator: str) -> str:
-        """Identifies the cache that sampling this plan with this generator gives."""
-        # All scales up to 1 give the same rows, which are those that scale 1 has always given.
+        """Return a hash that identifies the cache of this plan, sampled with ``generator``."""
+        # All scales up to 1 give the same rows as scale 1.
         facts = asdict(self) | {"guidance_scale": max(self.guidance_scale, 1.0)}
         text = json.dumps([generator, facts], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def draw_plan(pairs: Sequence[PromptPair], config: TrajectoryConfig, seed: int) -> TrajectoryPlan:
-    """Draw trajectories and steps: malicious prompts round robin, steps uniform over the allowed ones.
+    """Draw the trajectories and their steps. Malicious prompts take turns, and steps are drawn uniformly.
 
-    Malicious steps come from the first ``early_steps``; unconditional ones from all. ``InputError`` when
-    ``early_steps`` exceeds ``num_steps``.
+    The steps of malicious trajectories come from the first ``early_steps``, those of unconditional ones from
+    all steps. If ``early_steps`` exceeds ``num_steps``, raise ``InputError``.
     """
     if config.early_steps > config.num_steps:
         raise InputError(
@@ -128,6 +132,6 @@ def draw_plan(pairs: Sequence[PromptPair], config: TrajectoryConfig, seed: int) 
 
 
 def _draw(num_steps: int, count: int, generator: torch.Generator) -> tuple[int, ...]:
-    """``count`` step indices, each pass over the steps without repeats."""
+    """Return ``count`` step indices. No step repeats before all were drawn."""
     passes = [torch.randperm(num_steps, generator=generator) for _ in range(-(-count // num_steps))]
     return tuple(torch.cat(passes)[:count].tolist())

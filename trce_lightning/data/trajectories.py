@@ -1,4 +1,7 @@
-"""Sampling planned trajectories with the original network into safetensors shards, and reading them back."""
+"""The cache of trajectories: sampling them with the original network into shards, and reading them back.
+
+A shard is a safetensors file with several trajectories.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ from trce_lightning.sampling import classifier_free_guidance, denoise_step, nois
 from trce_lightning.tokens import Text
 
 Shard = tuple[str, tuple[Trajectory, ...]]
-"""File name and the trajectories inside."""
+"""The file name of a shard and its trajectories."""
 SHARD = "a whole trajectory shard"
 
 
 def shards(plan: TrajectoryPlan, shard_size: int) -> list[Shard]:
-    """The plan cut into files, named by size and first trajectory; one file is sampled as one batch."""
+    """Return the plan in shards, named by size and first trajectory. One shard is sampled as one batch."""
     return [
         (f"{kind}-{shard_size}x{start:05d}.safetensors", rows[start : start + shard_size])
         for kind, rows in (("malicious", plan.malicious), ("unconditional", plan.unconditional))
@@ -34,7 +37,7 @@ def shards(plan: TrajectoryPlan, shard_size: int) -> list[Shard]:
 
 
 def is_cached(file: Path, fingerprint: str) -> bool:
-    """Whether a shard is there and whole. ``InputError`` names one that something else has made."""
+    """Return whether a shard exists and is whole. If its fingerprint is another, raise ``InputError``."""
     if not file.exists():
         return False
     with reading(file, SHARD), safe_open(file, "pt") as shard:
@@ -47,9 +50,10 @@ def is_cached(file: Path, fingerprint: str) -> bool:
 
 
 class TrajectorySampler(pl.LightningModule):
-    """Samples ``shards`` that ``folder`` lacks under ``Trainer.predict``, which splits them over ranks.
+    """A module that samples those of ``shards`` that ``folder`` lacks, under ``Trainer.predict``.
 
-    Never applies stage 1. ``InputError`` when the model gives NaN or infinity, of which nothing is written.
+    The Trainer splits the shards over the ranks. Stage 1 is never applied. If the model gives NaN or
+    infinity, ``InputError`` is raised and the shard is not written.
     """
 
     def __init__(
@@ -67,11 +71,11 @@ class TrajectorySampler(pl.LightningModule):
         self.schedule = adapter.schedule(plan.num_steps)
 
     def on_predict_start(self) -> None:
-        """Text encoder and denoiser to the rank's device."""
+        """Move the networks to the rank's device."""
         self.adapter.to(self.device)
 
     def predict_step(self, shard_index: int, batch_index: int) -> None:
-        """Sample one shard and write it whole; nothing to do if it is there, or past the last one."""
+        """Sample one shard and write it whole. Do nothing if it exists, or past the last shard."""
         if shard_index >= len(self.shards):
             return
         name, trajectories = self.shards[shard_index]
@@ -81,7 +85,7 @@ class TrajectorySampler(pl.LightningModule):
         write_safetensors(self.folder / name, rows, {"fingerprint": self.fingerprint})
 
     def _texts(self, trajectories: Sequence[Trajectory]) -> dict[str, Text]:
-        """Return each kind of text: ∅, and of malicious trajectories c_m and c_s."""
+        """Return each kind of text: ∅, and for malicious trajectories also c_m and c_s."""
         texts = {"uncond": self.adapter.empty().expand(len(trajectories))}
         if trajectories[0].pair is not None:
             pairs = [row.pair for row in trajectories if row.pair]
@@ -110,7 +114,7 @@ class TrajectorySampler(pl.LightningModule):
         return _stack(rows) | self._labels(trajectories)
 
     def _guided(self, eps: dict[str, Tensor]) -> Tensor:
-        """Return what a step follows."""
+        """Return the prediction that a step follows."""
         if "malicious" not in eps:
             return eps["uncond"]
         if not self.plan.guided:
@@ -120,10 +124,10 @@ class TrajectorySampler(pl.LightningModule):
     def _predictions(
         self, z_t: Tensor, step_index: int, texts: dict[str, Text], active: list[int], drawn: list[int]
     ) -> dict[str, Tensor]:
-        """Return ε(z_t, ·, t) of every kind from one forward.
+        """Return ε(z_t, ·, t) for every kind of text, from one forward pass.
 
-        ∅ and c_m are evaluated where sampling goes on, c_s only where the step is drawn. Without guidance
-        ∅ is evaluated only there too.
+        ∅ and c_m are evaluated for trajectories whose sampling goes on, and c_s only for those in which the
+        step is drawn. Without guidance, ∅ is evaluated only for the latter too.
         """
         where_drawn = {"safe"} if self.plan.guided or "malicious" not in texts else {"safe", "uncond"}
         chosen = {kind: drawn if kind in where_drawn else active for kind in texts}
@@ -151,12 +155,12 @@ def _stack(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def generator_of(model: str, trainer: pl.Trainer) -> str:
-    """What makes trajectories: the original model's fingerprint ``model`` and the trainer's precision."""
+    """Return a text that identifies what makes trajectories: the model's fingerprint and the precision."""
     return f"{model} {trainer.precision}, text states in full"
 
 
 def missing_shards(plan: TrajectoryPlan, folder: Path, shard_size: int, generator: str) -> list[Shard]:
-    """The shards that ``folder`` lacks; ``generator`` is what :func:`generator_of` says."""
+    """Return the shards that ``folder`` lacks. ``generator`` is the text of :func:`generator_of`."""
     fingerprint = plan.fingerprint(generator)
     return [item for item in shards(plan, shard_size) if not is_cached(folder / item[0], fingerprint)]
 
@@ -164,15 +168,15 @@ def missing_shards(plan: TrajectoryPlan, folder: Path, shard_size: int, generato
 def sample_missing(
     trainer: pl.Trainer, adapter: Adapter, plan: TrajectoryPlan, folder: Path, shard_size: int
 ) -> int:
-    """Sample the shards that ``folder`` lacks; returns the number of network evaluations that takes."""
+    """Sample the shards that ``folder`` lacks. Return the number of network evaluations that it took."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = generator_of(adapter.fingerprint(), trainer)
     missing = missing_shards(plan, folder, shard_size, generator)
     every = shards(plan, shard_size)
     sampler = TrajectorySampler(adapter, plan, every, folder, plan.fingerprint(generator))
-    # All shards on all ranks, whatever is missing: another run may write one between two ranks' looks.
-    # Indices, since Lightning moves batches to the device field by field and refuses frozen dataclasses;
-    # it also wants at least one for each rank.
+    # All ranks list all shards, because another run may write a missing one between two ranks' checks.
+    # The loader gives indices: Lightning moves batches to the device field by field and refuses frozen
+    # dataclasses. It also wants at least one item for each rank.
     indices = range(max(len(every), trainer.world_size))
     loader: DataLoader[int] = DataLoader(indices, batch_size=None)  # type: ignore[arg-type]
     trainer.predict(sampler, loader, return_predictions=False)
@@ -181,9 +185,9 @@ def sample_missing(
 
 
 def load_rows(plan: TrajectoryPlan, folder: Path, shard_size: int, kind: str) -> dict[str, Tensor]:
-    """All cached rows of one ``kind``, malicious or unconditional, ordered by trajectory, then draw.
+    """Return all cached rows of one ``kind``, malicious or unconditional, ordered by trajectory, then draw.
 
-    ``InputError`` names a file whose rows are not all finite.
+    If rows of a file are not finite, raise ``InputError`` that names it.
     """
     parts: list[dict[str, Tensor]] = []
     for name, _ in shards(plan, shard_size):
