@@ -1,1 +1,1 @@
-"""Generating images: the one loop, samplers, LoRAs, and the folder that images are kept in."""
+"""The generation of images: the one loop, guidance, samplers, LoRAs, and the folders of images."""

@@ -1,4 +1,4 @@
-"""Guidance: how a model's predictions for several texts become the one that a sampling step follows."""
+"""Guidance: rules that combine a model's predictions for several texts into one for a sampling step."""
 
 from __future__ import annotations
 
@@ -18,47 +18,47 @@ class Inputs(NamedTuple):
     """The evaluations of one step: row i is latent ``latents[i]`` under prompt i of ``text``."""
 
     latents: Tensor
-    """int64 ``[N]``, indices into the batch of images."""
+    """The indices into the batch of images, int64 ``[N]``."""
     text: Text
-    """N prompts."""
+    """The N prompts."""
 
 
 class Guide(Protocol):
-    """The guidance of one batch of B images; it may keep a state from step to step."""
+    """The guidance of one batch of B images. It may keep a state from step to step."""
 
     def inputs(self, step_index: int) -> Inputs:
-        """Return what the network evaluates at a step."""
+        """Return the latents and prompts that the network evaluates at a step."""
 
     def combine(self, outputs: Tensor, step_index: int) -> Tensor:
-        """Return what the step follows, ``[B, C, H, W]``, from the outputs ``[N, C, H, W]`` of its inputs."""
+        """Return the step's prediction, ``[B, C, H, W]``, from the network's outputs ``[N, C, H, W]``."""
 
 
 class Guidance(Protocol):
-    """A rule of guidance: one file in this folder for each."""
+    """A rule of guidance. Each rule has its own file in this folder."""
 
     def evaluations(self, guidance_scale: float) -> int:
-        """Return the network evaluations of one image at one step."""
+        """Return the number of network evaluations of one image at one step."""
 
     def guide(self, adapter: Adapter, prompts: Sequence[str], guidance_scales: Sequence[float]) -> Guide:
-        """Return the guide of a batch: one prompt and one scale for each image."""
+        """Return the guide of a batch with one prompt and one scale for each image."""
 
 
 @dataclass(frozen=True)
 class ClassifierFreeGuidance:
-    """ε = ε_n + w (ε_c − ε_n) with n the negative prompt, and ε_c alone for w ≤ 1, as diffusers has it.
+    """Classifier-free guidance (arXiv 2207.12598): ε = ε_n + w (ε_c − ε_n), with n the negative prompt.
 
-    (Classifier-free guidance: arXiv 2207.12598.)
+    For w ≤ 1, ε is ε_c alone, as in diffusers.
     """
 
     negative_prompt: str = ""
-    """The text that guidance leads away from; empty is the model's ∅."""
+    """The text that guidance leads away from. If it is empty, guidance uses the model's ∅."""
 
     def evaluations(self, guidance_scale: float) -> int:
-        """Return 2 where guidance has an effect, else 1."""
+        """Return 2 if guidance has an effect, else 1."""
         return 1 + is_guided(guidance_scale)
 
     def guide(self, adapter: Adapter, prompts: Sequence[str], guidance_scales: Sequence[float]) -> Guide:
-        """Return the guide of a batch, with both texts in one forward."""
+        """Return the guide of a batch. It evaluates both texts in one forward pass."""
         negative = adapter.encode([self.negative_prompt]) if self.negative_prompt else adapter.empty()
         return _ClassifierFreeGuide(negative, adapter.encode(prompts), torch.tensor(guidance_scales))
 

@@ -1,7 +1,7 @@
-"""Folders of generated images: PNG files, the manifest that pairs them with prompts, and what made them.
+"""Folders of generated images: PNG files, a manifest of their prompts, and a record of their settings.
 
-Files appear whole or not at all. Images pair with prompts through ``manifest.jsonl`` only, never through
-names or the order of files.
+Files appear whole or not at all. Only ``manifest.jsonl`` pairs images with prompts. The names and the order
+of the files don't.
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ from trce_lightning.runtime.storage import MADE_AGAIN, reading, replacing, write
 MANIFEST, META = "manifest.jsonl", "meta.json"
 DRAW_AGAIN = "delete the folder or choose another"
 Entry = dict[str, Any]
-"""A line of the manifest: id, prompt, seed, guidance_scale, file."""
+"""A line of the manifest: id, prompt, seed, guidance_scale and file."""
 
 
 def load_images(folder: Path, records: Sequence[PromptRecord]) -> Tensor:
-    """The images that ``folder``'s manifest pairs with ``records`` (any part of it, in any order).
+    """Return the images that the folder's manifest pairs with ``records``.
+
+    ``records`` may be any part of the manifest, in any order.
 
     Returns:
         uint8 ``[N, 3, H, W]`` in the order of ``records``.
 
     Raises:
-        FileNotFoundError: no manifest, or a missing image.
-        InputError: an unreadable image, or one of another prompt, seed or guidance scale.
+        FileNotFoundError: the manifest or an image is missing.
+        InputError: an image is unreadable, or has another prompt, seed or guidance scale.
     """
     images = [_own_image(file) for file in image_files(folder, records)]
     return torch.stack(images) if images else torch.empty((0, 3, 0, 0), dtype=torch.uint8)
@@ -46,7 +48,10 @@ def load_images(folder: Path, records: Sequence[PromptRecord]) -> Tensor:
 def image_batches(
     folder: Path, records: Sequence[PromptRecord], description: str | None = None, size: int = 64
 ) -> Iterator[tuple[Sequence[PromptRecord], Tensor]]:
-    """Images of :func:`load_images` with their records, ``size`` at a time; a progress bar if described."""
+    """Yield the images of :func:`load_images` with their records, ``size`` at a time.
+
+    If ``description`` is given, show a progress bar.
+    """
     files = image_files(folder, records)
     with tqdm(total=len(records), desc=description, unit="image", disable=description is None) as progress:
         for start in range(0, len(records), size):
@@ -57,7 +62,7 @@ def image_batches(
 
 
 def image_files(folder: Path, records: Sequence[PromptRecord]) -> list[Path]:
-    """Where those images lie, in the order of ``records``; raises like :func:`load_images`."""
+    """Return the image files of ``records``, in their order. Raise the errors of :func:`load_images`."""
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{folder}: expected a folder of images with {MANIFEST}, got none")
     with reading(folder / MANIFEST, "one JSON object a line", DRAW_AGAIN):
@@ -67,12 +72,15 @@ def image_files(folder: Path, records: Sequence[PromptRecord]) -> list[Path]:
 
 
 def guidance_scales(records: Sequence[PromptRecord], guidance_scale: float) -> list[float]:
-    """Each record's guidance scale, ``guidance_scale`` where it has none."""
+    """Return each record's guidance scale. If a record has none, it is ``guidance_scale``."""
     return [guidance_scale if r.guidance_scale is None else r.guidance_scale for r in records]
 
 
 def manifest(records: Sequence[PromptRecord], guidance_scale: float) -> list[Entry]:
-    """Entries of a folder of these images, files named by position. ``InputError`` on an id used twice."""
+    """Return the manifest of a folder of these images. The files are named by position.
+
+    If two records have one id, raise ``InputError``.
+    """
     if len({record.id for record in records}) < len(records):
         raise InputError("prompts: expected a different id for each prompt, got one twice")
     scales = guidance_scales(records, guidance_scale)
@@ -89,12 +97,12 @@ def manifest(records: Sequence[PromptRecord], guidance_scale: float) -> list[Ent
 
 
 def claim(folder: Path, entries: list[Entry], meta: dict[str, Any]) -> None:
-    """Write manifest and ``meta`` (what makes the images) into a new folder, or check that they are there.
+    """Write the manifest and ``meta`` (the settings of the images) into a new folder, or compare both.
 
-    ``InputError`` where others lie, or images without them.
+    If the folder has another manifest or meta, or images without them, raise ``InputError``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Images are looked for first: another rank writes them after both files, which then can't be missing.
+    # Images are looked for first. Another rank writes images after both files, so the files can't be missing.
     has_images = any(folder.glob("*.png"))
     lines = {
         MANIFEST: [json.dumps(entry, ensure_ascii=False) for entry in entries],
@@ -138,13 +146,18 @@ def _own_image(file: Path) -> Tensor:
 
 
 def read_image(file: Path) -> Tensor:
-    """uint8 RGB ``[3, H, W]``. ``FileNotFoundError``, or ``InputError`` on one that can't be read."""
+    """Return an image as uint8 RGB ``[3, H, W]``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: the image can't be read.
+    """
     with _opened(file) as image:
         return pil_to_tensor(image.convert("RGB"))
 
 
 def image_size(file: Path) -> tuple[int, int]:
-    """Return width and height in pixels, which are read alone; raises like :func:`read_image`."""
+    """Return width and height in pixels from the file's header. Raise the errors of :func:`read_image`."""
     with _opened(file) as image:
         return image.size
 
@@ -156,7 +169,7 @@ def _opened(file: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(file) as image:
             yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # of broken PNG chunks
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # broken PNG chunks
         raise InputError(f"{file}: expected a readable image, got: {error}") from error
 
 

@@ -1,6 +1,7 @@
-"""The one loop that makes images: deterministic DDIM, or a `Variation`, under classifier-free guidance.
+"""The one loop that generates images: deterministic DDIM, or a `Variation`, with classifier-free guidance.
 
-Noise is one CPU generator per image, so that all models, batch sizes and device counts see the same.
+Each image has its own CPU generator of noise. So its noise doesn't depend on the model, the batch size or the
+number of devices.
 """
 
 from __future__ import annotations
@@ -41,19 +42,22 @@ def generate(
     description: str | None = None,
     variation: Variation = USUAL,
 ) -> Tensor:
-    """Images of prompts, uint8 ``[N, 3, H, W]`` on the CPU.
+    """Return images of prompts, uint8 ``[N, 3, H, W]`` on the CPU.
 
-    ε = ε_∅ + w (ε_c − ε_∅), with ∅ and c in one forward, and ε_c alone at w ≤ 1.
+    The prediction is ε = ε_∅ + w (ε_c − ε_∅), with ∅ and c in one forward pass. For w ≤ 1 it is ε_c alone.
 
     Args:
-        records: prompts; a seed derives from the id where there is none.
+        adapter: the model.
+        records: the prompts. If a record has no seed, its seed derives from its id.
         guidance_scale: w of records without one of their own.
-        autocast_dtype: of denoiser and decoder; None leaves their own.
-        description: of a progress bar over network evaluations; None shows none.
+        num_steps: the number of sampling steps.
+        batch_size: the number of images that are generated together.
+        autocast_dtype: the autocast type of denoiser and decoder. None leaves their own type.
+        description: the text of a progress bar over network evaluations. None shows no bar.
         variation: another sampler, negative prompt, first latent, or a LoRA.
 
     Raises:
-        InputError: ``batch_size`` below 1, or the model gives NaN or infinity.
+        InputError: ``batch_size`` is below 1, or the model gives NaN or infinity.
     """
     with lora_applied(adapter, variation.lora):
         drawing = _Drawing(adapter, guidance_scale, num_steps, autocast_dtype, variation)
@@ -62,7 +66,10 @@ def generate(
 
 
 def network_steps(adapter: Adapter, num_steps: int, variation: Variation = USUAL) -> int:
-    """How often the denoiser sees an image: ``num_steps``, but for some samplers and for image-to-image."""
+    """Return how often the denoiser evaluates an image's latents.
+
+    This is ``num_steps``, except with some samplers and in image-to-image.
+    """
     return len(_sampler(adapter, num_steps, variation).timesteps)
 
 
@@ -77,16 +84,16 @@ def _sampler(adapter: Adapter, num_steps: int, variation: Variation) -> Sampler:
 
 
 def planned_evaluations(records: Sequence[PromptRecord], num_steps: int, guidance_scale: float) -> int:
-    """Network evaluations that `generate` takes: two for each image and step, one where nothing is guided.
+    """Return the number of network evaluations that `generate` takes.
 
-    ``num_steps`` as `network_steps` counts them.
+    Each image takes two per step if it is guided, else one. `network_steps` gives ``num_steps``.
     """
     guidance = ClassifierFreeGuidance()
     return sum(num_steps * guidance.evaluations(w) for w in guidance_scales(records, guidance_scale))
 
 
 def shard(records: Sequence[PromptRecord], rank: int, world_size: int) -> tuple[PromptRecord, ...]:
-    """Every ``world_size``-th record from ``rank`` on: the ranks' shares are disjoint and complete."""
+    """Return every ``world_size``-th record from ``rank`` on. The ranks' shares are disjoint and complete."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: expected one in [0, {world_size}), got {rank}")
     return tuple(records[rank::world_size])
@@ -106,14 +113,15 @@ def generate_to(
     world_size: int = 1,
     variation: Variation = USUAL,
 ) -> int:
-    """Fill ``folder`` with PNG images of ``records``; returns how many were written, those already there not.
+    """Fill ``folder`` with PNG images of ``records``. Return how many were written by this call.
 
-    ``manifest.jsonl`` lists all records; this rank makes its `shard` of them. Batches are cut from the whole
-    shard, and one with a missing image is sampled whole: a resumed folder equals an uninterrupted one.
+    ``manifest.jsonl`` lists all records, and this rank generates its `shard` of them. Batches are cut from
+    the whole shard. If an image of a batch is missing, the whole batch is sampled. So a resumed folder equals
+    an uninterrupted one. The arguments are those of :func:`generate`.
 
     Raises:
-        InputError: two records of one id, or the folder belongs to another generator, setting or prompt list;
-            or the model gives NaN or infinity, of which no file is left.
+        InputError: two records have one id, or the folder belongs to another generator, setting or prompt
+            list. Also raised if the model gives NaN or infinity; no file is written then.
     """
     entries = manifest(records, guidance_scale)
     precision = str(autocast_dtype or adapter.denoiser.dtype).removeprefix("torch.")
@@ -137,16 +145,16 @@ def generate_to(
 
 
 def guidance_meta(records: Sequence[PromptRecord], guidance_scale: float) -> dict[str, str]:
-    """Return a line for an image folder's record where a guidance scale is below 1, else nothing.
+    """Return a mark for an image folder's record if a guidance scale is below 1, else an empty dictionary.
 
-    Earlier versions drew such images in another way; theirs must not be mixed with ours.
+    Earlier versions generated such images in another way, and the two must not be mixed.
     """
     below = any(scale < 1 for scale in guidance_scales(records, guidance_scale))
     return {"guidance below 1": "prompt alone"} if below else {}
 
 
 class _Drawing:
-    """What the images of a run share: sampler, guidance and precision."""
+    """The sampler, guidance and precision that the images of a run share."""
 
     def __init__(
         self,
@@ -192,7 +200,7 @@ class _Drawing:
             return adapter.decode(z_t).cpu()
 
     def _clean(self, rows: Batch) -> Tensor | None:
-        """Latents of the pictures that image-to-image starts from."""
+        """Return the latents of the pictures that image-to-image starts from, or None from pure noise."""
         if self.start is None:
             return None
         return self.adapter.encode_images(self.start.images(rows, self.adapter.side))

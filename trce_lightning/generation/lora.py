@@ -1,4 +1,4 @@
-"""A LoRA on top of a pipeline, for a while."""
+"""LoRAs that are put on top of a pipeline and taken off again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trce_lightning.errors import InputError
 
 @dataclass(frozen=True)
 class Lora:
-    """A file or folder of LoRA weights in a format that diffusers reads, and their scale."""
+    """The path of a file or folder of LoRA weights in a format that diffusers reads, and their scale."""
 
     path: str
     scale: float = 1.0
@@ -20,9 +20,9 @@ class Lora:
 
 @contextmanager
 def lora_applied(adapter: Adapter, lora: Lora | None) -> Iterator[None]:
-    """Has W + scale · BA in place of W where ``lora`` says so; afterwards the model is what it was.
+    """Replace each W that the LoRA changes by W + scale · BA within, and restore the model afterwards.
 
-    ``InputError`` when the weights fit the model in no place, or don't fit it.
+    If the weights don't fit the model, raise ``InputError``.
     """
     if lora is None:
         yield

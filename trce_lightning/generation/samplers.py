@@ -1,4 +1,4 @@
-"""From noise, or a noised picture, to an image: this project's DDIM, or one of diffusers' schedulers."""
+"""Samplers lead from noise, or a noised picture, to an image: DDIM, or one of diffusers' schedulers."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from trce_lightning.sampling import Schedule, denoise_step, mix
 
 
 class Sampler(Protocol):
-    """A way to take a batch of latents through ``timesteps``; ``step_index`` counts these."""
+    """A way to take a batch of latents through ``timesteps``. ``step_index`` is an index into them."""
 
     timesteps: Tensor
-    """Timesteps of the network's evaluations, descending; some samplers evaluate twice a step."""
+    """The timesteps of the network's evaluations, descending. Some samplers evaluate twice per step."""
 
     def start(self, noise: Tensor, clean: Tensor | None) -> Tensor:
-        """Return the first timestep's latents: noise ``[B, C, H, W]`` alone, or ``clean`` latents with it."""
+        """Return the latents at the first timestep, ``[B, C, H, W]``.
+
+        If ``clean`` is None, they are noise alone. Otherwise they are ``clean`` with noise.
+        """
 
     def network_input(self, z_t: Tensor, step_index: int) -> Tensor:
-        """Return what the denoiser sees of a latent."""
+        """Return the latents in the scale that the denoiser expects."""
 
     def step(
         self, prediction: Tensor, z_t: Tensor, step_index: int, generators: Sequence[torch.Generator]
     ) -> Tensor:
-        """Return the latents after a step; each image's own generator gives the noise that it needs."""
+        """Return the latents after a step. If it needs noise, each image's own generator gives it."""
 
 
 def make_sampler(
@@ -40,20 +43,21 @@ def make_sampler(
     timestep_spacing: str | None = None,
     strength: float = 1.0,
 ) -> Sampler:
-    """Return the deterministic sampler, or diffusers' scheduler of that class.
+    """Return the deterministic sampler, or diffusers' scheduler of the named class.
 
     Args:
-        num_steps: of a whole sampling run.
-        scheduler: class name of a scheduler of diffusers; None is :func:`~.sampling.denoise_step`.
-        timestep_spacing: where that scheduler places its steps: ``leading``, ``linspace`` or ``trailing``
-            (arXiv 2305.08891, table 2), None for the model's own. ``leading`` begins below pure noise, and
-            more so in few steps.
-        strength: in image-to-image, the share of the steps that is taken: the last
+        adapter: the model.
+        num_steps: the number of steps of a whole sampling run.
+        scheduler: the class name of a scheduler of diffusers. None means :func:`~.sampling.denoise_step`.
+        timestep_spacing: the places of that scheduler's steps: ``leading``, ``linspace`` or ``trailing``
+            (arXiv 2305.08891, table 2). None means the model's own. ``leading`` begins below pure noise, and
+            further below with fewer steps.
+        strength: the share of the steps that image-to-image takes. It takes the last
             ⌊``num_steps`` · ``strength``⌋.
 
     Raises:
         InputError: no step is taken, the model has fewer timesteps than ``num_steps``, or the scheduler is
-            none of ``SAMPLERS``.
+            not one of ``SAMPLERS``.
     """
     schedule = adapter.schedule(num_steps)
     skipped = num_steps - min(int(num_steps * strength), num_steps)
@@ -93,7 +97,7 @@ class _Scheduler:
         self._reset(torch.device("cpu"), skipped)
 
     def _reset(self, device: torch.device, skipped: int) -> None:
-        """Take a new scheduler: one remembers the steps of an earlier batch."""
+        """Take a new scheduler. A used one remembers the steps of an earlier batch."""
         self.scheduler: Any = self.adapter.scheduler(*self.options, device)
         self.step_options = set(inspect.signature(self.scheduler.step).parameters)
         self.skipped = skipped
@@ -114,7 +118,7 @@ class _Scheduler:
     def step(
         self, prediction: Tensor, z_t: Tensor, step_index: int, generators: Sequence[torch.Generator]
     ) -> Tensor:
-        # diffusers' pipelines take eta 0, which is not every scheduler's own.
+        # diffusers' pipelines pass eta 0, which is not every scheduler's default.
         known = {"generator": list(generators), "eta": 0.0}
         options = {name: known[name] for name in known if name in self.step_options}
         return self.scheduler.step(prediction, self.timesteps[step_index], z_t, **options).prev_sample

@@ -1,4 +1,4 @@
-"""What may differ from the usual way to make an image: sampler, negative prompt, first latent, a LoRA."""
+"""Variations of the usual way to generate an image: sampler, negative prompt, first latent, LoRA."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ from trce_lightning.prompts.records import PromptRecord
 
 @dataclass(frozen=True)
 class Start:
-    """Image-to-image: the last share ``strength`` of the steps, from a noised picture.
+    """The start of image-to-image: a noised picture, and the last share ``strength`` of the steps.
 
-    ``pictures`` is a folder of images of the same prompts, or one image file for all.
+    ``pictures`` is a folder of images of the same prompts, or one image file for all prompts.
     """
 
     pictures: Path
     strength: float
 
     def images(self, records: Sequence[PromptRecord], side: int) -> Tensor:
-        """uint8 ``[B, 3, side, side]``; a file's is cut square. Raises like `load_images`."""
+        """Return the pictures as uint8 ``[B, 3, side, side]``. Raise the errors of `load_images`.
+
+        The picture of a file is cut to a square.
+        """
         if self.pictures.is_dir():
             return load_images(self.pictures, records)
         try:
@@ -40,7 +43,7 @@ class Start:
         return pil_to_tensor(square).expand(len(records), -1, -1, -1)
 
     def fingerprint(self) -> str:
-        """Identifies the pictures: the file's bytes, or what made the folder's images."""
+        """Return a hash of the file's bytes, or of the manifest and settings of the folder's images."""
         folder = self.pictures.is_dir()
         files = [self.pictures / name for name in (META, MANIFEST)] if folder else [self.pictures]
         return hashlib.blake2b(b"\n".join(file.read_bytes() for file in files), digest_size=8).hexdigest()
@@ -48,14 +51,14 @@ class Start:
 
 @dataclass(frozen=True)
 class Variation:
-    """How images are made, where it isn't by DDIM from noise alone, guided away from the empty prompt.
+    """A way to generate images. The default is DDIM from pure noise, guided away from the empty prompt.
 
     Args:
-        scheduler: class name of a scheduler of diffusers; None is this project's DDIM.
-        timestep_spacing: where that scheduler places its steps; None leaves the model's own spacing.
-        negative_prompt: what guidance leads away from.
-        start: picture to start from.
-        lora: what is put on top of the model meanwhile.
+        scheduler: the class name of a scheduler of diffusers. None means this project's DDIM.
+        timestep_spacing: the places of that scheduler's steps. None means the model's own spacing.
+        negative_prompt: the text that guidance leads away from.
+        start: the picture to start from. None means pure noise.
+        lora: the LoRA that is put on top of the model meanwhile.
     """
 
     scheduler: str | None = None
@@ -66,18 +69,20 @@ class Variation:
 
     @property
     def strength(self) -> float:
-        """Share of the steps that is taken."""
+        """Return the share of the steps that is taken."""
         return 1.0 if self.start is None else self.start.strength
 
     def of_set(self, name: str) -> Variation:
-        """With the pictures of one prompt set, where these lie in a folder by set."""
+        """Return the variation for one prompt set. If pictures lie in a folder, they are the set's own."""
         if self.start is None or not self.start.pictures.is_dir():
             return self
         return replace(self, start=replace(self.start, pictures=self.start.pictures / name))
 
     def meta(self) -> dict[str, Any]:
-        """Its part of an image folder's record, empty where nothing differs; the LoRA's weights are the
-        generator's."""
+        """Return this variation's part of an image folder's record. It is empty if nothing differs.
+
+        The LoRA's weights are not in it, because the generator's fingerprint includes them.
+        """
         facts: dict[str, Any] = {}
         if self.scheduler is not None:
             facts["scheduler"] = self.scheduler
