@@ -1,1 +1,1 @@
-"""The options: their schema, what is refused before a run starts, and how arguments are read."""
+"""The options: their schema, the checks before a run starts, and the parser of arguments."""

@@ -1,4 +1,7 @@
-"""From what a user types to what Hydra reads: Lightning's `--a.b c`, paths and free words as concepts."""
+"""A translator of a user's arguments for Hydra.
+
+It accepts Lightning's `--a.b c`, and concepts as paths or free words.
+"""
 
 import dataclasses
 import difflib
@@ -21,7 +24,7 @@ from trce_lightning.concepts import Concept, load_concept
 from trce_lightning.config.schema import ConceptConfig
 from trce_lightning.errors import InputError
 
-OWN = "own_"  # begins the choices made of paths and words, so that shipped files do not shadow them
+OWN = "own_"  # the prefix of choices made of paths and words, so that shipped files do not shadow them
 _HYDRA_FLAGS = frozenset(
     "--help -h --hydra-help --version --resolve --run -r --multirun -m --shell-completion -sc".split()
 )
@@ -30,19 +33,26 @@ _HYDRA_OPTIONS = frozenset(
     "--experimental-rerun".split()
 )
 _WORDS = frozenset(f"concept.{entry.name}" for entry in dataclasses.fields(ConceptConfig))
-# \w of the regex package holds combining marks too.
+# \w of the regex package matches combining marks too.
 _OVERRIDE = regex.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[\w./@:-]+)(?:=(?P<value>.*))?", regex.DOTALL)
 _PLAIN_LIST = re.compile(r"\[((?:\s*[^\s'\"\[\]{},][^\[\]{},]*(?:,|(?=\])))+)\]")
 _PLAIN_CHOICE = re.compile(r"[A-Za-z_][\w-]*", re.ASCII)
 
 
 def rewrite(argv: list[str], schema: type, groups: Iterable[str]) -> list[str]:
-    """Arguments for Hydra. `groups` are the config groups; `schema` is the dataclass of other options.
+    """Return the arguments for Hydra.
 
-    Concepts given by path or by words are put in Hydra's ConfigStore, and the override names them there.
-    Values that Hydra's grammar has no place for, such as [café], are read as YAML and quoted.
-    Raises InputError for an unknown option, an option without a value, a value that neither reads, or a
-    concept file that does not fit.
+    A concept given by path or by words is put in Hydra's ConfigStore, and the override names it there. If
+    Hydra's grammar doesn't allow a value, such as [café], the value is read as YAML and quoted.
+
+    Args:
+        argv: the arguments that the user typed.
+        schema: the dataclass of all options outside of `groups`.
+        groups: the config groups.
+
+    Raises:
+        InputError: an option is unknown or has no value, neither Hydra nor YAML reads a value, or a concept
+            file is not valid.
     """
     multirun = bool({"-m", "--multirun"} & set(argv))
     result: list[str] = []
@@ -72,7 +82,7 @@ def rewrite(argv: list[str], schema: type, groups: Iterable[str]) -> list[str]:
         else:
             kind = annotation(schema, key, groups)
             if _has_own_names(schema, key, groups):
-                sign = sign or "++"  # which Hydra wants for a name that isn't there yet
+                sign = sign or "++"  # Hydra wants this for a name that isn't there yet
             result.append(f"{sign}{key}={_readable(key, _value(value, kind, multirun))}")
     if words and any(argument.startswith("concept=") for argument in result):
         raise InputError(
@@ -83,15 +93,18 @@ def rewrite(argv: list[str], schema: type, groups: Iterable[str]) -> list[str]:
 
 
 def did_you_mean(word: str, choices: Iterable[str], prefix: str = "") -> str:
-    """` Did you mean 'x'?`, with what stands before each choice, or nothing where no choice is close."""
+    """Return ` Did you mean 'x'?` for the closest choice, with `prefix` before it.
+
+    If no choice is close, return an empty text.
+    """
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f" Did you mean {prefix + close[0]!r}?" if close else ""
 
 
 def annotation(schema: type, key: str, groups: Iterable[str] = ()) -> Any:
-    """The type of the option with the dotted name `key`, `Any` of what a user names below it.
+    """Return the type of the option with the dotted name `key`. Below an option of type `Any`, it is `Any`.
 
-    Raises InputError where `schema` has none.
+    If `schema` has no such option, raise InputError.
     """
     current: Any = schema
     walked: list[str] = []
@@ -124,7 +137,7 @@ def _unknown(key: str, walked: list[str], part: str, valid: Iterable[str]) -> st
 
 
 def _join(argv: list[str], schema: type, groups: Iterable[str]) -> Iterator[str]:
-    """Each `--a.b c`, `--a.b=c` and, for a switch, `--a` as `a.b=c`; Hydra's own options as they are."""
+    """Yield each `--a.b c`, `--a.b=c` and, for a switch, `--a` as `a.b=c`. Hydra's own options stay."""
     waiting = list(argv)
     roots = {"hydra", *groups, *(entry.name for entry in dataclasses.fields(schema))}
     while waiting:
@@ -164,7 +177,7 @@ def _parse_override(argument: str) -> Any:
 
 
 def _check_names(group: str, value: Any) -> None:
-    """Hydra looks for a choice of each name, and breaks on what is no text."""
+    """Refuse names of choices that are not texts. Hydra would fail on them."""
     items = value.list if isinstance(value, ChoiceSweep) else value if isinstance(value, list) else [value]
     for item in items:
         if not isinstance(item, str | QuotedString | Sweep | Glob):
@@ -172,9 +185,10 @@ def _check_names(group: str, value: Any) -> None:
 
 
 def _parsed(option: str, text: str) -> Any:
-    """The value that Hydra reads, or else YAML; the text itself where it is no list, map or quotation.
+    """Return the value that Hydra reads from the text, or else the value that YAML reads.
 
-    Raises InputError where YAML can't either, and for several values without brackets.
+    If Hydra can't read the text, and it is no list, map or quotation, return the text itself. If YAML can't
+    read it either, or if it has several values without brackets, raise InputError.
     """
     try:
         value = _parse_override(f"{option}={text}")
@@ -188,7 +202,7 @@ def _parsed(option: str, text: str) -> Any:
 def _parsed_yaml(option: str, text: str) -> Any:
     if text[0] not in "[{'\"":
         return text
-    if plain := _PLAIN_LIST.fullmatch(text):  # of whose words YAML takes some for comments, tags and so on
+    if plain := _PLAIN_LIST.fullmatch(text):  # YAML takes some plain words for comments or tags
         return [item.strip() for item in plain[1].split(",")]
     try:
         return yaml.load(text, yaml.BaseLoader)  # all scalars are texts
@@ -200,7 +214,7 @@ def _parsed_yaml(option: str, text: str) -> Any:
 
 
 def _readable(option: str, text: str) -> str:
-    """A value as Hydra reads it: with its texts in quotes where it couldn't read them otherwise."""
+    """Return a value in a form that Hydra reads. If Hydra can't read it as typed, its texts are quoted."""
     try:
         _parse_override(f"{option}={text}")
     except OverrideParseException:
@@ -222,7 +236,10 @@ def _quoted(option: str, value: Any) -> str:
 
 
 def _value(text: str, kind: Any, multirun: bool) -> str:
-    """Text options take their text as typed, and list options a single item without brackets."""
+    """Return a value for an option of type `kind`.
+
+    A text option takes its text as typed. A list option takes a single item without brackets.
+    """
     if multirun and "," in text:
         return text
     if get_origin(kind) is list and text[0] != "[" and not text.startswith("${"):
@@ -235,7 +252,7 @@ def _value(text: str, kind: Any, multirun: bool) -> str:
 
 
 def _concepts(text: str) -> str:
-    """The value of `concept=` with each path replaced by the choice that it has become."""
+    """Return the value of `concept=`, with each path replaced by the choice that stands for it."""
     if Path(text).is_file() or (_is_path(text) and text[0] not in "['\"" and "," not in text):
         return _choice(load_concept(text))
     readable = _readable("concept", text)
@@ -269,7 +286,7 @@ def _from_words(words: dict[str, Any]) -> Concept:
 
 
 def _store(concept: Concept) -> str:
-    """Make `concept` a choice of the group `concept`, under a name that no shipped file has; return that."""
+    """Make `concept` a choice of the group `concept`. Return its name, which no shipped file has."""
     node = OmegaConf.structured(ConceptConfig(**_plain(dataclasses.asdict(concept))))
     choice = f"{OWN}{concept.name}"
     ConfigStore.instance().store(choice, node, group="concept", package=f"concept.{concept.name}")

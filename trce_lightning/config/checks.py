@@ -1,4 +1,4 @@
-"""Refusals that need no torch: values out of range, unknown choices, missing files."""
+"""Checks of the options that need no torch: values out of range, unknown choices, missing files."""
 
 import dataclasses
 import importlib.util
@@ -32,11 +32,11 @@ _LIMITS = {
     "too_long": "a list of {max_length} or fewer",
     "literal_error": "{expected}",
 }
-"""What a value is to be where pydantic finds an error of that type."""
+"""The expected value for each type of pydantic's errors."""
 
 
 def check(config: TrainConfig | EvalConfig | DemoConfig) -> None:
-    """Raise InputError or OSError, naming the option, what it takes and what it got."""
+    """Raise InputError or OSError if an option doesn't fit. It names the option, what it takes and got."""
     check_values(config)
     if not config.concept:
         raise InputError(
@@ -62,7 +62,7 @@ def check(config: TrainConfig | EvalConfig | DemoConfig) -> None:
 
 
 def _check_evaluation(config: EvalConfig) -> None:
-    # Not at the top: only this command reads prompt files, and every one pays for imports at its start.
+    # Imported here, because only this command reads prompt files. Imports at the top slow every command.
     from trce_lightning.prompts.published import check_file, prompt_files
 
     check_judge(config.model, config.concept.values())
@@ -139,7 +139,7 @@ def _check_lora(paths: list[str]) -> None:
 
 
 def _check_model_config(config: TrainConfig | EvalConfig | DemoConfig) -> None:
-    """Refuse ``model.config`` where no model is a single file: it would do nothing."""
+    """Refuse ``model.config`` if no model is a single file, because it would have no effect."""
     paths = [config.model.path]
     paths += config.models if isinstance(config, EvalConfig) else []
     paths += [config.original.path] if isinstance(config, DemoConfig) else []
@@ -193,7 +193,7 @@ def _check_captions(source: str | None) -> None:
 
 def check_values(config: Any) -> None:
     """Refuse the first value that the schema's annotations do not take."""
-    from pydantic import TypeAdapter, ValidationError  # not at the top: help needs no limits
+    from pydantic import TypeAdapter, ValidationError  # imported here, because --help needs no limits
 
     try:
         TypeAdapter(type(config)).validate_python(dataclasses.asdict(config))
@@ -207,7 +207,7 @@ def check_values(config: Any) -> None:
 
 
 def check_model(model: ModelConfig, option: str) -> None:
-    """Refuse a model of no source, and a path that is neither a pipeline nor a checkpoint in one file."""
+    """Refuse a model without a source, and a path that is neither a pipeline nor a single-file checkpoint."""
     if model.timestep_spacing is not None and model.sampler is None:
         raise InputError(
             "option 'model.timestep_spacing': expected none without model.sampler, whose steps it places, "
@@ -240,7 +240,10 @@ def _check_single_file(model: ModelConfig, option: str) -> None:
 
 
 def check_judge(model: ModelConfig, concepts: Iterable[ConceptConfig], way_out: str = "") -> None:
-    """Refuse a model that nothing scores, and what its judge doesn't read."""
+    """Refuse a model without a judge, and options that its judge doesn't read.
+
+    ``way_out`` is advice at the end of the message.
+    """
     styles = [concept.name for concept in concepts if concept.kind == "style"]
     if model.judge not in (None, "clip") and "." not in model.judge:
         raise InputError(
@@ -264,7 +267,10 @@ def check_judge(model: ModelConfig, concepts: Iterable[ConceptConfig], way_out: 
 
 
 def check_fid(model: ModelConfig, option: str, images: int) -> None:
-    """Refuse one image where FID is computed, which compares how images vary; a domain brings its own."""
+    """Refuse a single image if FID is computed, because FID compares how images vary.
+
+    FID is computed if the model has real images. A domain brings its own.
+    """
     if images < 2 and (model.domain is not None or model.real_images is not None):
         raise InputError(
             f"option {option!r}: expected at least 2, of which FID is computed, got {images}; "
@@ -279,7 +285,7 @@ def check_package(option: str, package: str, install: str) -> None:
 
 
 def check_devices(devices: Any) -> None:
-    """Refuse what the Trainer takes for no devices."""
+    """Refuse a value that the Trainer would read as no devices."""
     indices = (
         isinstance(devices, list) and devices and all(type(item) is int and item >= 0 for item in devices)
     )
@@ -288,7 +294,7 @@ def check_devices(devices: Any) -> None:
 
 
 def check_strategy(strategy: str) -> None:
-    """Refuse processes that are copies of the first, whose results don't come back to it."""
+    """Refuse strategies that copy the first process, because the copies' results don't come back to it."""
     if any(word in strategy for word in ("fork", "spawn", "notebook")):
         raise InputError(
             "option 'trainer.strategy': expected one that starts its processes anew, such as ddp, got "
@@ -297,13 +303,13 @@ def check_strategy(strategy: str) -> None:
 
 
 def check_is_file(option: str, path: str) -> None:
-    """Refuse a file that is not there."""
+    """Refuse a path at which there is no file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"option {option!r}: no file {path!r}")
 
 
 def check_writable(option: str, path: str | None) -> None:
-    """Refuse a folder that can be neither written to nor made."""
+    """Refuse a folder that can be neither written to nor created."""
     if path is None:
         return
     folder = Path(path).absolute()

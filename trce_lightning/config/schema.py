@@ -1,4 +1,4 @@
-"""Every option of the command lines: its type, its default and the values it takes. Torch-free."""
+"""The options of the command lines: types, defaults and allowed values. The module imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,28 +35,28 @@ SAMPLERS = (
 )
 SPACINGS = ("leading", "linspace", "trailing")
 TIMESTEPS = 1000
-"""The timesteps of every supported model's noise schedule. No sampler takes more steps."""
+"""The number of timesteps of every supported model's noise schedule. No sampler takes more steps."""
 
 
 def items(*defaults: Item) -> list[Item]:
-    """Return a field of a dataclass with a list as default."""
+    """Return a field of a dataclass whose default is a list."""
     return field(default_factory=lambda: list(defaults))
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """An annotation that limits a text to some names; OmegaConf knows no ``Literal``."""
+    """An annotation that limits a text to some names. OmegaConf doesn't support ``Literal``."""
 
     names: Sequence[str]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        """Return pydantic's schema of a literal."""
+        """Return pydantic's schema for a literal of the names."""
         from pydantic_core.core_schema import literal_schema
 
         return literal_schema(list(self.names))
 
 
-# OmegaConf reads the type in such an annotation, and pydantic its limits: see `checks.check_values`.
+# OmegaConf reads the type in such an annotation, and pydantic reads its limits: see `checks.check_values`.
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
 Steps = Annotated[int, Interval(ge=1, le=TIMESTEPS)]
@@ -74,7 +74,7 @@ class ConceptConfig:
     name: str = MISSING
     terms: dict[str, str] = field(default_factory=dict)
     wordings: dict[str, list[str]] = field(default_factory=dict)  # term → other words for it
-    templates: list[str] | None = None  # each with one {}; null: those of the kind
+    templates: list[str] | None = None  # each has one {}; null: the templates of the kind
     neighbours: list[str] = items()  # benign lookalikes that must survive
     related: list[str] = items()  # further phrases that name the concept
     unrelated: list[str] = items()  # phrases in which its words mean something else
@@ -89,63 +89,63 @@ class ConceptConfig:
 
 @dataclass
 class ModelConfig:
-    """A text-to-image pipeline: `path` goes before `hub_id`; neither means the one that `domain` ships."""
+    """A text-to-image pipeline. `path` replaces `hub_id`. If both are null, `domain` provides one."""
 
     name: str = MISSING
     path: str | None = None  # folder in diffusers' format, or a checkpoint in one .safetensors file
     hub_id: str | None = None
     revision: str | None = None
-    config: str | None = None  # of a single file: folder or hub id of its pipeline; null: hub_id
+    config: str | None = None  # for a single file: folder or hub id of its pipeline; null: hub_id
     resolution: Annotated[int, Ge(8)] = 512  # pixels
     dtype: Annotated[str, OneOf(("float32", "float16", "bfloat16"))] = "float32"
-    channels_last: bool = False  # memory layout of denoiser and decoder: NHWC, faster or slower by device
-    guidance_scale: NonNegative = 7.5  # of evaluation images
-    num_inference_steps: Steps = 50  # of evaluation images
-    sampler: Sampler | None = None  # of them: diffusers' name; null: DDIM
+    channels_last: bool = False  # memory layout NHWC of denoiser and decoder; its speed depends on the device
+    guidance_scale: NonNegative = 7.5  # for evaluation images
+    num_inference_steps: Steps = 50  # for evaluation images
+    sampler: Sampler | None = None  # for evaluation images: diffusers' name; null: DDIM
     timestep_spacing: Annotated[str, OneOf(SPACINGS)] | None = None  # of that sampler; null: the model's own
     domain: str | None = None  # dotted name of a class of evaluation.domain.Domain; null: any pictures
-    judge: str | None = None  # dotted name of a detector class, "clip" (zero-shot); null: the domain's own
-    judge_options: dict[str, Any] = field(default_factory=dict)  # what that class takes beside the concepts
-    clip: str | None = None  # CLIP for CLIP-S: folder or hub id
-    inception: str | None = None  # file of Inception's weights for FID, of torch-fidelity
+    judge: str | None = None  # dotted name of a detector class, or "clip" (zero-shot); null: the domain's own
+    judge_options: dict[str, Any] = field(default_factory=dict)  # further arguments of that class
+    clip: str | None = None  # folder or hub id of the CLIP model for CLIP-S
+    inception: str | None = None  # file of torch-fidelity's Inception weights for FID
     real_images: str | None = None  # folder of real images for FID, or a statistics file
 
 
 @dataclass
 class TextualConfig:
-    """Stage 1, textual semantic erasure in closed form."""
+    """The options of stage 1, textual semantic erasure in closed form."""
 
     eta: NonNegative = 1.0  # weight of the kept states
-    ridge: NonNegative = 1e-3  # lambda, weight of staying at W
+    ridge: NonNegative = 1e-3  # lambda, the weight that holds the edit near W
     positions: Annotated[list[Annotated[str, OneOf(POSITIONS)]], Len(1)] = items("eot")
-    keep_eot_weight: NonNegative = 1.0  # of kept prompts' first EoT, beside all their positions
+    keep_eot_weight: NonNegative = 1.0  # weight of the kept prompts' first EoT, beside all their positions
     empty_prompt_weight: NonNegative = 1.0
     safe_weight: NonNegative = 1.0
-    keep_prompts: str | None = None  # captions: text, CSV or COCO's JSON; or hub:OWNER/NAME/FILE
+    keep_prompts: str | None = None  # caption file: text, CSV or COCO's JSON; or hub:OWNER/NAME/FILE
 
 
 @dataclass
 class TrajectoryConfig:
-    """Stage 2, denoising trajectory steering."""
+    """The options of stage 2, denoising trajectory steering."""
 
-    num_trajectories: Count = 100  # malicious
-    num_unconditional: Count = 100
-    num_steps: Steps = 50  # of sampling
-    early_steps: Count = 25  # how many first steps are used
-    guidance_scale: NonNegative = 3.0  # of sampling
-    beta: Positive = 16.0  # of the targets; 1 is the conditional prediction itself
+    num_trajectories: Count = 100  # number of malicious trajectories
+    num_unconditional: Count = 100  # number of unconditional trajectories
+    num_steps: Steps = 50  # sampling steps of a trajectory
+    early_steps: Count = 25  # malicious points come from this many first steps
+    guidance_scale: NonNegative = 3.0  # for sampling trajectories
+    beta: Positive = 16.0  # guidance scale of the targets; 1 is the conditional prediction itself
     margin: NonNegative = 0.01  # mean squared difference per element
     uncond_hinge_weight: NonNegative = 0.0
     preserve_weight: NonNegative = 100.0
     pull_weight: NonNegative = 0.0
     batch_size: Count = 4
     unconditional_per_malicious: Natural = 4
-    draws_per_epoch: Count = 1  # steps of each malicious trajectory
+    draws_per_epoch: Count = 1  # steps of each malicious trajectory per epoch
     epochs: Count = 3
     trainable: str = "*.to_q"  # fnmatch pattern of module names
-    shard_size: Count = 16  # trajectories a file
-    gradient_checkpointing: bool = False  # activations are computed again in the backward pass
-    offload: bool = False  # text encoder and decoder wait on the CPU while an epoch trains
+    shard_size: Count = 16  # trajectories per file
+    gradient_checkpointing: bool = False  # the backward pass computes activations again
+    offload: bool = False  # text encoder and decoder stay on the CPU while an epoch trains
 
 
 @dataclass
@@ -159,19 +159,19 @@ class OptimizerConfig:
 @dataclass
 class ScoresConfig:
     final_images_per_set: Count = 512
-    samples_per_prompt: Count = 1  # images of each prompt, from different noise
+    samples_per_prompt: Count = 1  # images per prompt, from different noise
     batch_size: Count = 32
 
 
 @dataclass
 class MetricsConfig(ScoresConfig):
     enabled: bool = True
-    images_per_set: Count = 64  # after each epoch
+    images_per_set: Count = 64  # images per set after each epoch
 
 
 @dataclass
 class DeviceConfig:
-    """The part of Lightning's Trainer options that training and evaluation share."""
+    """The options of Lightning's Trainer that training and evaluation share."""
 
     accelerator: str = "auto"
     devices: Any = "auto"  # a count, a list of indices, or auto
@@ -183,7 +183,7 @@ class DeviceConfig:
 
 @dataclass
 class TrainerConfig(DeviceConfig):
-    """Lightning's Trainer options, under Lightning's names."""
+    """The options of Lightning's Trainer, under Lightning's names."""
 
     gradient_clip_val: Positive | None = None
     accumulate_grad_batches: Count = 1
@@ -192,7 +192,7 @@ class TrainerConfig(DeviceConfig):
 
 @dataclass
 class LoggerConfig:
-    """CSV is always written; these come beside it."""
+    """The loggers beside the CSV log, which is always written."""
 
     wandb: bool = False
     tensorboard: bool = False
@@ -202,7 +202,7 @@ class LoggerConfig:
 
 @dataclass
 class ExpectedConfig:
-    """Scores that others report of the same erasure; the report shows them beside the measured ones."""
+    """The scores that others report for the same erasure. The report shows them beside the measured ones."""
 
     source: str = "unstated"
     asr: dict[str, Share] = field(default_factory=dict)  # prompt set → rate
@@ -222,14 +222,14 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     seed: Natural = 0
-    checkpoint_minutes: Positive = 10.0  # while training, beside each epoch's end
-    previous: str | None = None  # an earlier run's folder
+    checkpoint_minutes: Positive = 10.0  # minutes between checkpoints, beside the one at each epoch's end
+    previous: str | None = None  # the folder of an earlier run
     output: str | None = None  # folder of this run; null: RUNS/concept/model/start time
     runs: str = "runs"
-    cache: str | None = None  # folder; null: beside the runs
+    cache: str | None = None  # folder of the cache; null: beside the runs
     export: list[Annotated[str, OneOf(EXPORTS)]] = items("pipeline")
     expected: ExpectedConfig = field(default_factory=ExpectedConfig)
-    plan: bool = False  # say what is ahead and stop
+    plan: bool = False  # log the planned work and stop
     fresh: bool = False  # never continue an unfinished run
 
 
@@ -237,7 +237,7 @@ class TrainConfig:
 class OriginalConfig:
     """The model before erasure."""
 
-    path: str | None = None  # folder in diffusers' format; null: the model that `model` names itself
+    path: str | None = None  # folder in diffusers' format; null: the model that `model` names
 
 
 @dataclass
@@ -247,7 +247,7 @@ class DemoConfig:
     original: OriginalConfig = field(default_factory=OriginalConfig)
     trainer: DeviceConfig = field(default_factory=DeviceConfig)
     seed: Natural = 0
-    port: Annotated[int, Interval(ge=1, lt=2**16)] = 7860  # of 127.0.0.1
+    port: Annotated[int, Interval(ge=1, lt=2**16)] = 7860  # on 127.0.0.1
 
 
 CONCEPT_SETS = (DIRECT, IMPLICIT, BENIGN)
@@ -264,23 +264,23 @@ MISSPELLINGS = ("swap", "drop", "double")
 
 @dataclass
 class RobustnessConfig:
-    """Other uses of a model, each scored by itself: one for each item of the lists that are not empty."""
+    """The conditions under which a model is scored once more. Each item of a list is one condition."""
 
-    images_per_set: Count = 128  # the first of metrics.final_images_per_set
+    images_per_set: Count = 128  # uses the first of metrics.final_images_per_set
     sets: list[Annotated[str, OneOf(CONCEPT_SETS)]] = items(*CONCEPT_SETS)
-    # Of every condition; enough for any of the samplers.
+    # The steps of every condition. They are enough for any of the samplers.
     num_inference_steps: Steps = 20
-    samplers: list[Sampler] = items()  # diffusers' names, in place of model.sampler
+    samplers: list[Sampler] = items()  # diffusers' names; each replaces model.sampler
     guidance_scales: list[NonNegative] = items()
     steps: list[Steps] = items()
-    negative_prompts: list[str] = items()  # {safe}: the concept's safe counterparts
-    strengths: list[Annotated[float, Interval(gt=0, le=1)]] = items()  # image-to-image, share of the steps
-    picture: str | None = None  # that image-to-image starts from; null: what the original drew of each prompt
-    lora: list[str] = items()  # files or folders of LoRAs, each on top of the model
+    negative_prompts: list[str] = items()  # {safe} stands for the concept's safe counterparts
+    strengths: list[Annotated[float, Interval(gt=0, le=1)]] = items()  # image-to-image: share of the steps
+    picture: str | None = None  # start of image-to-image; null: the original's image of each prompt
+    lora: list[str] = items()  # files or folders of LoRAs; each is put on top of the model
     lora_scale: Finite = 1.0
-    long_prompts: list[Annotated[str, OneOf(PLACES)]] = items()  # where the prompt stands in its filler
-    filler: list[str] = items()  # benign phrases
-    misspellings: list[Annotated[str, OneOf(MISSPELLINGS)]] = items()  # of the words that name the concept
+    long_prompts: list[Annotated[str, OneOf(PLACES)]] = items()  # the prompt's place in the filler
+    filler: list[str] = items()  # benign phrases that make prompts long
+    misspellings: list[Annotated[str, OneOf(MISSPELLINGS)]] = items()  # in the words that name the concept
 
 
 @dataclass
@@ -288,9 +288,9 @@ class EvalConfig:
     concept: dict[str, ConceptConfig] = field(default_factory=dict)
     model: ModelConfig = field(default_factory=ModelConfig)
     models: list[str] = items()  # folders of further pipelines, compared with `model` on equal noise
-    sets: list[Annotated[str, OneOf(OWN_SETS)]] = items(*CONCEPT_SETS)  # of the concept's own
-    prompts: list[str] = items()  # CSV files; NAME or NAME:FILE of a published set
-    detectors: list[str] = items()  # dotted names of class detectors, whose scores are stored by image
+    sets: list[Annotated[str, OneOf(OWN_SETS)]] = items(*CONCEPT_SETS)  # the concept's own sets
+    prompts: list[str] = items()  # CSV files, or NAME or NAME:FILE of a published set
+    detectors: list[str] = items()  # dotted names of class detectors; their scores are stored by image
     metrics: ScoresConfig = field(default_factory=ScoresConfig)
     trainer: DeviceConfig = field(default_factory=DeviceConfig)
     output: str | None = None
