@@ -1,4 +1,7 @@
-"""Model families: the only place that knows diffusers' module names, and what loads, refuses and converts."""
+"""Model families: loading, checking and converting models.
+
+Only this package knows the names of diffusers' modules.
+"""
 
 from trce_lightning.adapters.loading import load_adapter
 from trce_lightning.adapters.protocol import Adapter, Entry, Stream

@@ -1,4 +1,4 @@
-"""Prompts that are longer than what a model reads: it reads their beginnings, and says nothing."""
+"""Checks for prompts that are too long. A model reads only their beginnings, without a warning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def warn_of_cut(adapter: Adapter, prompts: Sequence[str], of: str) -> None:
-    """Log how many of the prompts the model reads in part alone; ``of`` says whose they are."""
+    """Log how many of the prompts the model reads only in part. ``of`` names their owner in the message."""
     if cut := len(adapter.cut(prompts)):
         log.warning(
             "%d of %d prompts of %s are longer than the %d tokens that the model reads; they are cut",
@@ -25,10 +25,11 @@ def warn_of_cut(adapter: Adapter, prompts: Sequence[str], of: str) -> None:
 
 
 def check_pairs(adapter: Adapter, pairs: Mapping[str, Sequence[PromptPair]]) -> None:
-    """Refuse pairs that the model can't learn from, and log how many prompts it reads in part alone.
+    """Refuse pairs that the model can't learn from, and log how many prompts it reads only in part.
 
     Raises:
-        InputError: what the model reads of a prompt ends before its term does, or is the same in both.
+        InputError: the model stops reading a prompt before the end of its term, or reads the same tokens in
+            both prompts of a pair.
     """
     for name, rows in pairs.items():
         malicious, safe = [row.malicious for row in rows], [row.safe for row in rows]

@@ -1,4 +1,4 @@
-"""Whether what a model's networks give is finite: looked at once a batch, and refused by the model's name."""
+"""Checks that the outputs of a model's networks are finite. They run once per batch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from trce_lightning.errors import InputError
 
 
 class Finite:
-    """What one batch has given so far: one flag for each part and step, which stays on the device.
+    """The flags of one batch: one for each part and step says whether its values are finite.
 
-    :meth:`check` reads all flags together, so that a GPU isn't waited for in each step.
+    The flags stay on the device. :meth:`check` reads all of them together, so that no step waits for a GPU.
     """
 
     def __init__(self, model: str) -> None:
@@ -22,14 +22,14 @@ class Finite:
         """Remember whether ``values`` are finite.
 
         Args:
-            what: names the values in a message, with their step where there are several.
-            values: of any shape.
-            network: what has made them, None where it was no network.
+            what: the name of the values in a message, with their step if there are several.
+            values: the values, of any shape.
+            network: the network that has made the values, or None if it was no network.
         """
         self.seen.append((what, network, values.isfinite().all()))
 
     def check(self) -> None:
-        """Raise ``InputError`` that names the first that wasn't finite, and forget all."""
+        """Raise ``InputError`` that names the first values that were not finite, and forget all flags."""
         seen, self.seen = self.seen, []
         if not seen:
             return
@@ -40,7 +40,7 @@ class Finite:
 
 
 def check_finite(model: str, what: str, values: Tensor, network: nn.Module | None = None) -> Tensor:
-    """Return ``values``. ``InputError`` unless they are finite; arguments are those of :class:`Finite`."""
+    """Return ``values``. Raise ``InputError`` unless they are finite. For arguments see :class:`Finite`."""
     finite = Finite(model)
     finite.see(what, values, network)
     finite.check()
@@ -48,7 +48,7 @@ def check_finite(model: str, what: str, values: Tensor, network: nn.Module | Non
 
 
 def not_finite(model: str, what: str, network: nn.Module | None) -> InputError:
-    """Return the error that says which part of ``model`` has failed, and what to try."""
+    """Return the error that says which part of ``model`` has failed and what the user can try."""
     return InputError(
         f"model: expected finite numbers of '{model}', got NaN or infinity in {what}; {_advice(network)}"
     )

@@ -1,6 +1,6 @@
-"""Networks of a pipeline folder: which of their files are read, and whether these hold all of a network.
+"""The networks of a pipeline folder: the choice of their files, and the check that no tensor is missing.
 
-Pickled weights (``.bin``) are read as tensors alone: diffusers and transformers load them with torch's
+Pickled weights (``.bin``) are read as tensors only. diffusers and transformers load them with torch's
 ``weights_only``, which runs no code.
 """
 
@@ -25,35 +25,36 @@ log = logging.getLogger(__name__)
 NETWORKS = ("unet", "text_encoder", "vae")
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "(?:pytorch_)?model"}
 PREFERRED = (None, "fp16", "bf16")
-"""Variants, the most exact first; others follow by name."""
+"""The preferred variants of weights, the most exact first. Other variants follow by name."""
 
 
 class Form(NamedTuple):
-    """How a network's weights are stored."""
+    """The form in which a network's weights are stored."""
 
     variant: str | None
-    """What stands in the files' names, such as ``fp16``."""
+    """The variant in the files' names, such as ``fp16``, or None."""
     suffix: str
-    """``safetensors`` or ``bin``."""
+    """The file format, ``safetensors`` or ``bin``."""
 
 
 def open_networks(folder: Path, index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, nn.Module]:
     """Return denoiser, text encoder and autoencoder of a folder by their names in its index.
 
-    ``InputError`` when the weights of one are not there, can't be read, or aren't those that it is built of.
+    If the weights of a network are missing, can't be read or don't fit the network, raise ``InputError``.
     """
     return {name: _open_network(folder / name, index[name], dtype) for name in NETWORKS}
 
 
 def lacks_weights(folder: Path, index: Mapping[str, Any]) -> bool:
-    """Whether a network's folder has no weights in any form."""
+    """Return whether the folder of any network has no weights in any form."""
     return any(not forms(folder / name, index[name][0]) for name in NETWORKS)
 
 
 def forms(folder: Path, library: str) -> list[Form]:
-    """Return the forms in which weights lie in a network's folder, the first to be taken first.
+    """Return the forms in which weights lie in a network's folder, the preferred form first.
 
-    A file is one form, and so is an index of shards. Full precision goes before half, safetensors before bin.
+    A file is one form, and so is an index of shards. Full precision comes before half precision, and
+    safetensors before bin.
     """
     stem, name = STEMS[library], r"[^.-]+"
     patterns = (
@@ -85,7 +86,7 @@ def _open_network(folder: Path, entry: Sequence[str], dtype: torch.dtype) -> nn.
         log.info("%s: read in its stored form %s", folder.name, form.variant)
     options = {"variant": form.variant, "use_safetensors": form.suffix == "safetensors", "dtype": dtype}
     if library == "transformers":
-        options["ignore_mismatched_sizes"] = True  # named below
+        options["ignore_mismatched_sizes"] = True  # _refuse_incomplete names them
     network_class = getattr(importlib.import_module(library), class_name, None)
     if network_class is None:
         raise InputError(f"model.path: expected a {folder.name} that {library} knows, got {class_name}")
@@ -108,7 +109,7 @@ def _open_network(folder: Path, entry: Sequence[str], dtype: torch.dtype) -> nn.
 
 
 def _refuse_incomplete(folder: Path, report: Mapping[str, Any]) -> None:
-    """What is missing from the files has just been filled with random numbers."""
+    """Refuse files that lack tensors. The library has filled the missing tensors with random numbers."""
     if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"model.path: expected all tensors of {folder.name}, got '{folder}' without {len(missing)} of "
@@ -140,7 +141,7 @@ def _refuse_other_settings(folder: Path) -> None:
 
 
 def _pointers(folder: Path) -> str:
-    """A hint where a file is only git-lfs's pointer to itself."""
+    """Return a hint if a file is only git-lfs's pointer, else an empty text."""
     for file in (file for file in folder.iterdir() if file.is_file() and file.stat().st_size < 1024):
         if file.read_bytes().startswith(b"version https://git-lfs"):
             return f" ('{file.name}' is git-lfs's pointer: run git lfs pull)"

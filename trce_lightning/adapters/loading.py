@@ -1,4 +1,4 @@
-"""Opening a pipeline: a folder in diffusers' format, a hub id, or a checkpoint in one file."""
+"""The loader of pipelines: from a folder in diffusers' format, a hub id, or a checkpoint in one file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trce_lightning.errors import InputError
 
 INDEX = "model_index.json"
 SUFFIX = ".safetensors"
-# Its verdict would blacken what is to be scored.
+# The safety checker would blacken images that are to be scored.
 WITHOUT_CHECKER: dict[str, Any] = {
     "safety_checker": None,
     "feature_extractor": None,
@@ -43,21 +43,22 @@ def load_adapter(
     config: str | Path | None = None,
     channels_last: bool = False,
 ) -> StableDiffusionAdapter:
-    """Open a pipeline folder, a ``.safetensors`` file, or a hub id ``owner/name``; a ``Path`` is no hub id.
+    """Open a pipeline folder, a ``.safetensors`` file, or a hub id ``owner/name``.
 
     Args:
-        source: folder, file or hub id. Each network of a folder may be stored in float32 or half precision.
-        dtype: of all networks, whatever that of the stored weights.
-        revision: commit, tag or branch on the hub.
-        resolution: pixels; None is the model's own.
-        config: of a single file, the folder or hub id of the pipeline that it is a checkpoint of, for
-            tokenizer, scheduler and the networks' sizes; no weights of that pipeline are read.
-        channels_last: lay denoiser and decoder out as NHWC, which changes speed and last bits alone.
+        source: the folder, file or hub id. A ``Path`` is never a hub id. Each network of a folder may be
+            stored in float32 or half precision.
+        dtype: the type of all networks, whatever the type of the stored weights.
+        revision: a commit, tag or branch on the hub.
+        resolution: the side of images in pixels. None means the model's own.
+        config: the folder or hub id of the pipeline that a single file is a checkpoint of. It supplies the
+            tokenizer, the scheduler and the networks' sizes. Its weights are not read.
+        channels_last: True to lay denoiser and decoder out as NHWC. This changes only speed and last bits.
 
     Raises:
-        FileNotFoundError: ``source`` or ``config`` is a path and holds no pipeline; no hub is asked for it.
-            Or the files of ``config`` can't be had.
-        InputError: the method doesn't fit the model, or its files don't hold all of it.
+        FileNotFoundError: ``source`` or ``config`` is a path without a pipeline (the hub is not asked for a
+            path), or the files of ``config`` can't be found.
+        InputError: the method doesn't fit the model, or parts of the model are missing from its files.
     """
     if Path(source).is_file():
         pipeline = _open_file(Path(source), config, dtype, revision)
@@ -86,7 +87,10 @@ def _open_folder(source: str | Path, dtype: torch.dtype, revision: str | None) -
 
 
 def _downloaded(hub_id: str, index: dict[str, Any], revision: str | None) -> Path:
-    """The folder of a hub id in the local cache; of half precision where the hub has no other."""
+    """Return the folder of a hub id in the local cache.
+
+    If the hub has only half precision, it is the folder with that.
+    """
     folder = Path(StableDiffusionPipeline.download(hub_id, revision=revision, **WITHOUT_CHECKER))
     if not lacks_weights(folder, index):
         return folder
@@ -141,7 +145,10 @@ def _open_file(
 
 
 def _stored_shapes(file: Path) -> dict[str, list[int]]:
-    """Shapes by name; refuses by the file's header alone what is no Stable Diffusion 1.x or 2.x."""
+    """Return the shapes of a file's tensors by name. Only the file's header is read.
+
+    If the file is not Stable Diffusion 1.x or 2.x, raise ``InputError``.
+    """
     if file.suffix != SUFFIX:
         raise InputError(
             f"model.path: expected a folder or a {SUFFIX} file, got '{file}'; others (.ckpt, .pt) are "
@@ -169,7 +176,7 @@ def _stored_shapes(file: Path) -> dict[str, list[int]]:
 def _refuse_other_tensors(
     file: Path, stored: dict[str, list[int]], config: str | Path, revision: str | None
 ) -> None:
-    """Compare with the networks of ``config``: what a file lacks would stay as initialised."""
+    """Refuse a file whose tensors are not those of ``config``. A missing one would stay as initialised."""
     expected = _expected_state(config, revision)
     if missing := sorted(expected.keys() - stored.keys()):
         raise InputError(
@@ -186,7 +193,7 @@ def _refuse_other_tensors(
 
 
 def _expected_state(config: str | Path, revision: str | None) -> dict[str, Tensor]:
-    """All tensors that ``config`` describes by the original names, without memory of their own."""
+    """Return all tensors that ``config`` describes, by their original names. They take no memory."""
     place: dict[str, Any] = {"pretrained_model_name_or_path": str(config), "revision": revision}
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(**place, subfolder="unet"))
@@ -198,14 +205,17 @@ def _expected_state(config: str | Path, revision: str | None) -> dict[str, Tenso
 
 
 def _plain(shape: list[int] | torch.Size) -> list[int]:
-    """A shape without what a 1×1 convolution has more than a matrix."""
+    """Return a shape. The shape of a 1×1 convolution becomes that of a matrix."""
     return list(shape[:2]) if len(shape) == 4 and list(shape[2:]) == [1, 1] else list(shape)
 
 
 def _old_text_encoder(
     file: Path, config: str | Path, dtype: torch.dtype, revision: str | None
 ) -> CLIPTextModel | None:
-    """The text encoder of a file with names from before transformers had ``text_model`` in them."""
+    """Return the text encoder of a file with old names, which lack ``text_model``.
+
+    If the file has current names, return None.
+    """
     with safe_open(file, "pt") as opened:
         old = {name: current_name(name) for name in opened.keys() if current_name(name) != name}  # noqa: SIM118
         state = {new.removeprefix(CLIP): opened.get_tensor(name) for name, new in old.items()}

@@ -1,4 +1,4 @@
-"""The protocol of a model family: all that the method knows of a model."""
+"""The protocol of a model family. The method uses a model through it only."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from trce_lightning.tokens import Text
 
 
 class Entry(NamedTuple):
-    """A linear map that reads raw text states: columns ``first : first + d`` of its weight become W T.
+    """A linear map that reads raw text states. Stage 1 replaces columns ``first : first + d`` of W by W T.
 
-    Its bias, where it has one, stays.
+    If the map has a bias, the bias stays.
     """
 
     module: nn.Linear
@@ -25,20 +25,20 @@ class Entry(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """The text states that one matrix T edits, and where they enter the denoiser."""
+    """The text states that one matrix T edits, and the maps that read them in the denoiser."""
 
     segments: tuple[str, ...]
-    """Segments of :class:`Text` whose states T is solved from."""
+    """The segments of :class:`Text` from whose states T is solved."""
     width: int
-    """d: T is ``[d, d]``."""
+    """The width d of the states. T is ``[d, d]``."""
     entries: dict[str, Entry]
     """The maps that read these states, by module name in the denoiser."""
 
 
 class Adapter(Protocol):
-    """A pipeline as the method sees it: text, predictions, what can be edited and trained, images.
+    """A pipeline as the method sees it: text, predictions, images, and weights to edit and train.
 
-    Latents are ``[B, C, H, W]`` as :attr:`latent_shape` says; families that pack them do so in
+    Latents are ``[B, C, H, W]`` with the :attr:`latent_shape`. A family that packs latents does so in
     :meth:`predict`. Images are uint8 RGB ``[B, 3, side, side]``. A batch of prompts is a
     :class:`~trce_lightning.tokens.Text`.
     """
@@ -47,11 +47,11 @@ class Adapter(Protocol):
     """The model's name in messages."""
     pipeline: DiffusionPipeline
     latent_shape: tuple[int, int, int]
-    """``[C, H, W]`` of a latent."""
+    """The shape ``[C, H, W]`` of a latent."""
     network_evaluations: int
-    """Latent × prompt pairs that the denoiser has seen so far."""
+    """The number of latent × prompt pairs that the denoiser has evaluated so far."""
     guided: bool
-    """False for models whose sampling never evaluates ∅ (guidance-distilled ones)."""
+    """True if sampling evaluates ∅. It is False for guidance-distilled models."""
 
     @property
     def denoiser(self) -> ModelMixin:
@@ -59,33 +59,33 @@ class Adapter(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Return where the denoiser lies."""
+        """Return the denoiser's device."""
 
     @property
     def side(self) -> int:
-        """Return the pixels of an image's side."""
+        """Return the side of an image in pixels."""
 
     @property
     def prompt_tokens(self) -> int:
-        """Return how many tokens of a prompt the model reads, with the start's and the end's."""
+        """Return how many tokens of a prompt the model can read, including the start and end tokens."""
 
     def networks(self) -> dict[str, nn.Module]:
-        """Return all networks by the pipeline's names, the denoiser among them."""
+        """Return all networks, including the denoiser, by their names in the pipeline."""
 
     def to(self, device: torch.device | str) -> Adapter:
-        """Move all networks."""
+        """Move all networks to ``device``."""
 
     def to_channels_last(self) -> Adapter:
-        """Lay denoiser and decoder out as NHWC, which changes speed and last bits alone."""
+        """Lay denoiser and decoder out as NHWC. This changes only speed and last bits."""
 
     def encoding_on(self, device: torch.device | str) -> AbstractContextManager[None]:
-        """Keep the text encoders on ``device`` within; afterwards they are where they were."""
+        """Keep the text encoders on ``device`` within, and move them back afterwards."""
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return token ids by segment, padded and cut to the model's length, int64 ``[B, L]`` on the CPU."""
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
-        """Return how many tokens of each prompt the model reads, the start's and the end's among them."""
+        """Return how many tokens of each prompt the model reads, including the start and end tokens."""
 
     def cut(self, prompts: Sequence[str]) -> list[str]:
         """Return the prompts of which the model reads only the beginning."""
@@ -96,7 +96,7 @@ class Adapter(Protocol):
     def encode(self, prompts: Sequence[str], *, trimmed: bool = False) -> Text:
         """Return prompts as the denoiser reads them, without gradients.
 
-        ``trimmed`` cuts what follows the longest prompt's EoT from causal segments, whose states up to there
+        ``trimmed`` cuts the positions after the longest prompt's EoT from causal segments. The other states
         stay the same.
         """
 
@@ -104,41 +104,43 @@ class Adapter(Protocol):
         """Return token embeddings by segment, ``[B, L]`` → ``[B, L, e]``, without gradients."""
 
     def encode_embeddings(self, embeddings: Mapping[str, Tensor], input_ids: Mapping[str, Tensor]) -> Text:
-        """Do what :meth:`encode` does, differentiably, from token embeddings ``[B, L, e]`` by segment.
+        """Return the text of token embeddings ``[B, L, e]`` by segment. It carries gradients.
 
-        ``input_ids`` give the roles of the positions, and where an encoder pools.
+        The states are those of :meth:`encode`. ``input_ids`` give the roles of the positions, and the
+        position that an encoder pools.
         """
 
     def empty(self) -> Text:
-        """Return ∅, the text that guidance leads away from when no negative prompt is given; B is 1."""
+        """Return ∅, B = 1. If there is no negative prompt, guidance leads away from ∅."""
 
     def mentions(self, prompts: Sequence[str], terms: Sequence[str], *, trimmed: bool) -> dict[str, Tensor]:
-        """Return where each prompt's tokens spell its term, bool ``[B, L]`` by segment.
+        """Return True at the tokens of each prompt that spell its term, bool ``[B, L]`` by segment.
 
-        L is that of :meth:`encode`. All is False where a term isn't found.
+        L is that of :meth:`encode`. If a term isn't found, its row is False.
         """
 
     def streams(self) -> dict[str, Stream]:
-        """Return what stage 1 edits: "context" and, where there is one, "pooled"."""
+        """Return the streams that stage 1 edits: "context" and, if the model has one, "pooled"."""
 
     def trainable(self, pattern: str) -> dict[str, nn.Parameter]:
-        """Return the denoiser's parameters whose module name matches an fnmatch ``pattern``, by name."""
+        """Return the denoiser's parameters by name, if their module's name matches an fnmatch ``pattern``."""
 
     def predict(self, z_t: Tensor, timestep: Tensor | int, text: Text) -> Tensor:
         """Return the denoiser's output, ``[B, C, H, W]`` float32, in the space that the schedule names."""
 
     def schedule(self, num_steps: int) -> Schedule:
-        """Return the levels of a deterministic sampling run with the model's own spacing.
+        """Return the noise levels of a deterministic sampling run with the model's own spacing.
 
-        ``InputError`` unless the model has room for ``num_steps``.
+        If the model has fewer timesteps than ``num_steps``, raise ``InputError``.
         """
 
     def scheduler(
         self, name: str, num_steps: int, timestep_spacing: str | None, device: torch.device | str = "cpu"
     ) -> Any:
-        """Return diffusers' scheduler of that class on the model's noise schedule, its timesteps set.
+        """Return diffusers' scheduler of class ``name`` on the model's noise schedule.
 
-        ``InputError`` when that class can't draw by this schedule or can't take that many steps.
+        Its timesteps are set. If the class can't sample by this schedule or can't take that many steps, raise
+        ``InputError``.
         """
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -148,19 +150,22 @@ class Adapter(Protocol):
         """Return the latents of images, float32."""
 
     def unchanged(self) -> AbstractContextManager[None]:
-        """Take the weights for unchanged within: each network is hashed once."""
+        """Assume within that no weights change, so that each network is hashed once."""
 
     def other_weights(self) -> AbstractContextManager[None]:
-        """Take the weights for others within; afterwards they are what they were."""
+        """Assume within that the weights are others, and afterwards that they are the earlier ones again."""
 
     def weights_changed(self) -> None:
         """Forget the hashes that :meth:`unchanged` has kept."""
 
     def text_fingerprint(self) -> str:
-        """Return what identifies text encoders and tokenizers."""
+        """Return a hash that identifies text encoders and tokenizers."""
 
     def fingerprint(self) -> str:
-        """Return what identifies the whole generator, weights, schedule and resolution."""
+        """Return a hash that identifies the whole generator: weights, schedule and resolution."""
 
     def original_state(self) -> dict[str, Tensor]:
-        """Return all tensors under the names of one-file checkpoints. ``InputError`` where there are none."""
+        """Return all tensors under the names of one-file checkpoints.
+
+        If there are no such names for the model, raise ``InputError``.
+        """

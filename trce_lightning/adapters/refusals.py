@@ -1,4 +1,7 @@
-"""What the method does not fit: told by a folder's index before anything large is read, and by networks."""
+"""Refusals of models that the method does not fit.
+
+A folder's index is checked before anything large is read. The networks are checked after loading.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,13 @@ from trce_lightning.errors import InputError
 
 PIPELINE = StableDiffusionPipeline.__name__
 AUTOENCODERS = tuple(kind.__name__ for kind in (AutoencoderKL, AutoencoderTiny, AsymmetricAutoencoderKL))
-"""Their decoders draw no noise of their own."""
+"""The supported autoencoders. Their decoders add no random noise."""
 PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor")
-"""Ways to compute the same attention."""
+"""The attention processors that all compute the same attention."""
 
 
 def refuse_other_pipelines(index: Mapping[str, Any], source: str) -> None:
-    """``InputError`` naming the reason unless a ``model_index.json`` is Stable Diffusion 1.x or 2.x's."""
+    """Raise ``InputError`` with the reason unless ``model_index.json`` is of Stable Diffusion 1.x or 2.x."""
     name = index.get("_class_name")
     if name == PIPELINE and _class_of(index, "unet") == UNet2DConditionModel.__name__:
         _refuse_other_parts(index, source)
@@ -61,9 +64,9 @@ def _class_of(index: Mapping[str, Any], part: str) -> str | None:
 
 
 def refuse_what_the_method_does_not_fit(pipeline: StableDiffusionPipeline) -> None:
-    """``InputError`` naming the reason when an edit of K and V would be wrong or without effect.
+    """Raise ``InputError`` with the reason if an edit of K and V would be wrong or have no effect.
 
-    Or when a part of the model would go unread, so that pictures were not those of its own pipeline.
+    Also raise it if a part of the model would not be used, so that images differed from its own pipeline's.
     """
     refuse_unusable_weights(pipeline)
     unet = getattr(pipeline, "unet", None)
@@ -107,7 +110,7 @@ def _refuse_other_autoencoders(pipeline: StableDiffusionPipeline) -> None:
 
 
 def _refuse_other_conditions(unet: UNet2DConditionModel) -> None:
-    """What the denoiser reads besides latents, timestep and text states, or the text a second time."""
+    """Refuse a denoiser that reads more than latents, timestep and text states, or reads the text twice."""
     config, hint = unet.config, ""
     if config.time_cond_proj_dim is not None:
         reads = "the guidance scale (time_cond_proj_dim, as of latent consistency models)"
@@ -185,7 +188,7 @@ def _refuse_unless_causal(pipeline: StableDiffusionPipeline) -> None:
             f"model: expected a text encoder that gives states of every position first, got "
             f"{type(pipeline.text_encoder).__name__}, whose first output has the shape {[*before.shape]}"
         )
-    # NaN has another reason, told later.
+    # NaN has another cause, and a later check names it.
     if not torch.allclose(before[:, :2], after[:, :2], atol=1e-3, equal_nan=True):
         raise InputError("model: expected a causal text encoder; this one's end of text sees what follows it")
 
@@ -197,7 +200,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def refuse_unusable_weights(pipeline: StableDiffusionPipeline) -> None:
-    """``InputError`` that says what undoes it, unless all weights are plain tensors in their usual place."""
+    """Raise ``InputError`` with a remedy unless all weights are plain tensors in their usual place."""
     if torch.is_inference_mode_enabled():
         raise InputError(
             "model: expected a call outside of torch.inference_mode(), which records no gradients"
@@ -230,7 +233,7 @@ def _reasons(name: str, network: nn.Module) -> Iterator[str]:
             "offloading, layerwise casting or caching); open the pipeline anew without them"
         )
     wrapped = [part for part, module in modules.items() if hasattr(module, "base_layer")]
-    if wrapped:  # PEFT's layers, told by what they wrap: PEFT itself need not be installed
+    if wrapped:  # PEFT's layers have this attribute; PEFT itself need not be installed
         yield (
             f"expected plain weights, got {len(wrapped)} layers with LoRA, such as {wrapped[0]}; call "
             "fuse_lora() and unload_lora_weights() first"

@@ -1,4 +1,4 @@
-"""A model's noise schedule: read from its own scheduler, whichever class that is, into diffusers' DDIM."""
+"""The noise schedule of a model: it is read from the model's own scheduler into diffusers' DDIM."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from trce_lightning.errors import InputError
 from trce_lightning.sampling import DIFFUSION_PREDICTIONS
 
 DEFAULTS = "_use_default_values"
-"""diffusers' record of settings that nobody gave."""
+"""The key under which diffusers lists settings that were left at their defaults."""
 ATOL = 1e-6
-"""Of ᾱ. Some schedulers write 2⁻²⁴ for zero."""
+"""The absolute tolerance of ᾱ. Some schedulers write 2⁻²⁴ for zero."""
 
 
 def ddim_of(scheduler: Any) -> DDIMScheduler:
-    """Return the DDIM scheduler of the same noise schedule. ``InputError`` when there is none.
+    """Return the DDIM scheduler of the same noise schedule. If there is none, raise ``InputError``.
 
-    All settings are taken over, as from a scheduler that was saved and read again: diffusers' ``from_config``
-    replaces one class's defaults by another's, and ends of β differ between classes. As in whatever pipeline
-    diffusers opens, ``clip_sample`` is off, and ``steps_offset`` is 1 where a class has none.
+    All settings are copied, as if the scheduler was saved and read again. diffusers' ``from_config`` would
+    replace one class's defaults by another's, and the ends of β differ between classes. As in every pipeline
+    that diffusers opens, ``clip_sample`` is off. If a class has no ``steps_offset``, it is 1.
     """
     name, config = type(scheduler).__name__, scheduler.config
     _refuse_other_processes(scheduler)
@@ -46,10 +46,10 @@ def ddim_of(scheduler: Any) -> DDIMScheduler:
 def scheduler_like(
     ddim: DDIMScheduler, name: str, num_steps: int, timestep_spacing: str | None, device: torch.device | str
 ) -> Any:
-    """Return diffusers' scheduler of class ``name`` on the noise schedule of ``ddim``, its timesteps set.
+    """Return diffusers' scheduler of class ``name`` on the noise schedule of ``ddim``.
 
-    ``timestep_spacing`` None is the model's own. ``InputError`` when that class is for other models, draws by
-    another schedule or can't take ``num_steps``.
+    Its timesteps are set. If ``timestep_spacing`` is None, the spacing is the model's own. If the class is
+    not supported, has another schedule or can't take ``num_steps``, raise ``InputError``.
     """
     if name not in SAMPLERS:
         raise InputError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {name}")
@@ -62,7 +62,7 @@ def scheduler_like(
         )
     try:
         scheduler.set_timesteps(num_steps, device=device)
-    except ValueError as error:  # PNDM's first steps take four
+    except ValueError as error:  # PNDM's first phase takes four steps
         raise InputError(
             f"num_inference_steps: expected a number that {name} can take, got {num_steps}: {error}"
         ) from error
@@ -71,7 +71,7 @@ def scheduler_like(
 
 
 def has_schedule(scheduler: Any, alphas_cumprod: Tensor) -> bool:
-    """Whether a scheduler's own ᾱ are these."""
+    """Return whether a scheduler's own ᾱ are equal to these."""
     own = scheduler.alphas_cumprod
     return own.shape == alphas_cumprod.shape and torch.allclose(
         own.double().cpu(), alphas_cumprod.double().cpu(), atol=ATOL
@@ -79,9 +79,10 @@ def has_schedule(scheduler: Any, alphas_cumprod: Tensor) -> bool:
 
 
 def check_placed(timesteps: Tensor, available: int, num_steps: int) -> Tensor:
-    """Return ``timesteps``. ``InputError`` when diffusers has placed one outside ``[0, available)``.
+    """Return ``timesteps``. Raise ``InputError`` if diffusers has placed one outside ``[0, available)``.
 
-    Rounding does that: with the spacing "trailing" for 61 steps, with "leading" for as many as there are.
+    Rounding can cause that: with the spacing "trailing" for 61 steps, or with "leading" for ``available``
+    steps.
     """
     if int(timesteps.min()) < 0 or int(timesteps.max()) >= available:
         raise InputError(

@@ -1,7 +1,7 @@
-"""Stable Diffusion 1.x and 2.x in one file under the original code's names, as other programs load it.
+"""The conversion of Stable Diffusion 1.x and 2.x into one file with the original code's tensor names.
 
-The names are those of the CompVis and Stability AI checkpoints; diffusers reads them with
-``StableDiffusionPipeline.from_single_file`` and has no way back.
+The names are those of the CompVis and Stability AI checkpoints, which other programs load. diffusers reads
+them with ``StableDiffusionPipeline.from_single_file``, but it can't write them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from transformers import CLIPTextModel
 from trce_lightning.errors import InputError
 
 NETWORKS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
-"""Denoiser, autoencoder and text encoder."""
+"""The prefixes of denoiser, autoencoder and text encoder."""
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
 OLD_CLIP = re.compile(r"cond_stage_model\.transformer\.(?=embeddings\.|encoder\.|final_layer_norm\.)")
-"""CLIP's prefix in some files of 1.x, which were written without the module ``text_model``."""
+"""The prefix of CLIP in some files of 1.x, which were written without the module ``text_model``."""
 OPEN_CLIP_WIDTH = 1024
-"""Of text states: by it readers tell 2.x, whose text encoder goes by OpenCLIP's names, from 1.x."""
+"""The width of text states by which readers recognise 2.x. Its text encoder has OpenCLIP's names."""
 UNKNOWN = "export: expected the parts of Stable Diffusion 1.x or 2.x for single_file, got '{}'"
 
 _RESNET = {
@@ -79,9 +79,9 @@ _TEXT_LAYER = {
 
 
 def original_state(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
-    """All tensors of the three networks under their original names, on the CPU, in their own dtypes.
+    """Return all tensors of the three networks under their original names, on the CPU, in their own dtypes.
 
-    ``InputError`` when a network has a part that the original code has no name for.
+    If the original code has no name for a part of a network, raise ``InputError``.
     """
     unet, vae, _ = NETWORKS
     state = {unet + name: tensor for name, tensor in unet_state(pipeline.unet).items()}
@@ -91,12 +91,12 @@ def original_state(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
 
 
 def current_name(name: str) -> str:
-    """Return a stored tensor's name with CLIP's prefix as it is usual."""
+    """Return a stored tensor's name with CLIP's usual prefix."""
     return OLD_CLIP.sub(CLIP, name)
 
 
 def unet_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """The denoiser's tensors: layers count through all blocks, and so does a downsampler."""
+    """Return the denoiser's tensors. Layers and downsamplers are counted through all blocks."""
     parts, index = dict(_UNET), 0
     for block, module in enumerate(unet.down_blocks):
         for layer in range(len(module.resnets)):
@@ -118,7 +118,10 @@ def unet_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
 
 
 def vae_state(vae: AutoencoderKL) -> dict[str, Tensor]:
-    """The autoencoder's tensors: the decoder counts blocks from its last, attention is 1×1 convolutions."""
+    """Return the autoencoder's tensors.
+
+    The decoder's blocks are counted from the last one. Attention weights are 1×1 convolutions.
+    """
     parts, last = dict(_VAE), len(vae.decoder.up_blocks) - 1
     sides = [(f"encoder.down_blocks.{i}", f"encoder.down.{i}") for i in range(len(vae.encoder.down_blocks))]
     sides += [(f"decoder.up_blocks.{i}", f"decoder.up.{last - i}") for i in range(last + 1)]
@@ -133,8 +136,8 @@ def vae_state(vae: AutoencoderKL) -> dict[str, Tensor]:
 
 
 def text_state(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
-    """The text encoder's tensors, with their network's prefix: CLIP's own names, or OpenCLIP's for 2.x."""
-    # Some versions of transformers have a module text_model around all of it.
+    """Return the text encoder's tensors with the prefix. Names are CLIP's own, or OpenCLIP's for 2.x."""
+    # Some versions of transformers put a module text_model around the whole encoder.
     state = {name.removeprefix("text_model."): tensor for name, tensor in text_encoder.state_dict().items()}
     if text_encoder.config.hidden_size != OPEN_CLIP_WIDTH:
         return {CLIP + name: tensor for name, tensor in state.items()}
@@ -155,7 +158,7 @@ def text_state(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
 
 
 def _renamed(network: nn.Module, parts: Mapping[str, str], layers: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors with the name of their part replaced, and inside of it that of their layer."""
+    """Return the tensors with the names of their parts replaced, and within these the names of layers."""
     state: dict[str, Tensor] = {}
     for name, tensor in network.state_dict().items():
         part = _beginning(parts, name)

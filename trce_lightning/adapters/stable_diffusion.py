@@ -1,4 +1,7 @@
-"""Stable Diffusion 1.x and 2.x: a UNet2DConditionModel that reads the raw states of a causal text encoder."""
+"""The adapter of Stable Diffusion 1.x and 2.x.
+
+Their denoiser is a UNet2DConditionModel that reads the raw states of a causal text encoder.
+"""
 
 from __future__ import annotations
 
@@ -25,21 +28,21 @@ from trce_lightning.sampling import Schedule, ddim_schedule
 from trce_lightning.tokens import Role, Text, roles_of, trim_length
 
 PIXELS_AT_ONCE = 8 * 512**2
-"""Of images that go through the autoencoder together: at 512 px each takes about 0.6 GB, by estimate."""
+"""The pixels that go through the autoencoder together. An image of 512 px takes about 0.6 GB, by estimate."""
 SEGMENT = "clip"
 """The one segment of text that these models read."""
 
 
 class StableDiffusionAdapter:
-    """A pipeline as the method sees it: text states, predictions, projections, images.
+    """The :class:`~.protocol.Adapter` of Stable Diffusion: text states, predictions, projections, images.
 
-    ``network_evaluations`` counts one for each latent × prompt that the denoiser has seen.
+    ``network_evaluations`` counts one for each latent × prompt pair that the denoiser has evaluated.
     """
 
     def __init__(
         self, pipeline: StableDiffusionPipeline, *, resolution: int | None = None, name: str | None = None
     ) -> None:
-        """Take a pipeline's networks; ``name`` is what messages call it, None is where it was opened from."""
+        """Take a pipeline's networks. Messages call it ``name``; None means the place it was opened from."""
         refuse_what_the_method_does_not_fit(pipeline)
         self.pipeline = pipeline
         self.name = name or pipeline.name_or_path or "the pipeline in memory"
@@ -61,26 +64,26 @@ class StableDiffusionAdapter:
 
     @property
     def device(self) -> torch.device:
-        """Return where the denoiser lies."""
+        """Return the denoiser's device."""
         return self.denoiser.device
 
     @property
     def side(self) -> int:
-        """Return the pixels of an image's side."""
+        """Return the side of an image in pixels."""
         return self.latent_shape[-1] * self.pipeline.vae_scale_factor
 
     def networks(self) -> dict[str, nn.Module]:
-        """Return all networks by the pipeline's names."""
+        """Return all networks by their names in the pipeline."""
         return {"unet": self.denoiser, "text_encoder": self.text_encoder, "vae": self.vae}
 
     def to(self, device: torch.device | str) -> StableDiffusionAdapter:
-        """Move all networks."""
+        """Move all networks to ``device``."""
         self.pipeline.to(device)
         return self
 
     @contextmanager
     def encoding_on(self, device: torch.device | str) -> Iterator[None]:
-        """Keep the text encoder on ``device`` within; afterwards it is where it was."""
+        """Keep the text encoder on ``device`` within, and move it back afterwards."""
         home = self.text_encoder.device
         self.text_encoder.to(device)
         try:
@@ -89,13 +92,13 @@ class StableDiffusionAdapter:
             self.text_encoder.to(home)
 
     def to_channels_last(self) -> StableDiffusionAdapter:
-        """Lay denoiser and decoder out as NHWC, which changes speed and last bits alone."""
+        """Lay denoiser and decoder out as NHWC. This changes only speed and last bits."""
         for network in (self.denoiser, self.vae):
             network.to(memory_format=torch.channels_last)
         return self
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Return token ids padded and cut to the model's length, int64 ``[B, L]`` on the CPU."""
+        """Return token ids, padded and cut to the model's length, int64 ``[B, L]`` on the CPU."""
         return {SEGMENT: self._tokens(prompts).input_ids}
 
     def _tokens(self, prompts: Sequence[str]) -> BatchEncoding:
@@ -118,7 +121,7 @@ class StableDiffusionAdapter:
     def written_out(self, prompts: Sequence[str]) -> list[str]:
         """Return the prompts as diffusers reads them.
 
-        A textual inversion of several vectors becomes its tokens ``<x> <x>_1 …``.
+        If a textual inversion has several vectors, it becomes its tokens ``<x> <x>_1 …``.
         """
         added = self.tokenizer.added_tokens_encoder
         if any(f"{token}_1" in added for token in added):
@@ -130,7 +133,7 @@ class StableDiffusionAdapter:
     ) -> list[list[int]]:
         """Return the token ids of each prompt without padding.
 
-        ``special`` adds start and end, ``cut`` leaves at most the model's length.
+        ``special`` adds the start and end tokens. ``cut`` cuts to the model's length.
         """
         return self.tokenizer(
             self.written_out(prompts), add_special_tokens=special, truncation=cut, verbose=False
@@ -138,11 +141,11 @@ class StableDiffusionAdapter:
 
     @property
     def prompt_tokens(self) -> int:
-        """Return how many tokens of a prompt the model reads, with the start's and the end's."""
+        """Return how many tokens of a prompt the model can read, including the start and end tokens."""
         return int(self.tokenizer.model_max_length)
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
-        """Return how many tokens of each prompt the model reads, the start's and the end's among them."""
+        """Return how many tokens of each prompt the model reads, including the start and end tokens."""
         return [len(ids) for ids in self._token_ids(prompts, cut=True)]
 
     def cut(self, prompts: Sequence[str]) -> list[str]:
@@ -161,9 +164,10 @@ class StableDiffusionAdapter:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, trimmed: bool = False) -> Text:
-        """Return prompts as the denoiser reads them; ``trimmed`` cuts what follows the longest one's EoT.
+        """Return prompts as the denoiser reads them.
 
-        A causal encoder's EoT doesn't see what follows it, so trimming leaves positions up to EoT unchanged.
+        ``trimmed`` cuts the positions after the longest prompt's EoT. In a causal encoder no position sees a
+        later one, so the other states stay unchanged.
         """
         tokens = self._tokens(prompts)
         length = trim_length(tokens.input_ids, self.tokenizer.eos_token_id) if trimmed else None
@@ -181,13 +185,14 @@ class StableDiffusionAdapter:
         return {SEGMENT: embedding(input_ids[SEGMENT].to(self.text_encoder.device))}
 
     def encode_embeddings(self, embeddings: Mapping[str, Tensor], input_ids: Mapping[str, Tensor]) -> Text:
-        """Do what :meth:`encode` does, differentiably, from token embeddings ``[B, L, e]``.
+        """Return the text of token embeddings ``[B, L, e]``. It carries gradients.
 
-        ``input_ids`` give the roles of the positions, and the mask of an encoder that reads one.
+        The states are those of :meth:`encode`. ``input_ids`` give the roles of the positions, and the mask
+        for an encoder that reads a mask.
         """
         given = embeddings[SEGMENT].to(self.text_encoder.device, self.text_encoder.dtype)
         mask = roles_of(input_ids[SEGMENT], self.tokenizer.eos_token_id) < Role.PADDING
-        # The encoder takes ids alone: what it looks up for them is replaced.
+        # The encoder accepts only ids, so a hook replaces the embeddings that it looks up.
         hook = self.text_encoder.get_input_embeddings().register_forward_hook(lambda *_: given)
         try:
             return self._text(input_ids[SEGMENT], mask.long())
@@ -199,20 +204,20 @@ class StableDiffusionAdapter:
         options = {}
         if getattr(self.text_encoder.config, "use_attention_mask", False):
             options["attention_mask"] = attention_mask.to(device)
-        # Lightning's hooks autocast in some places and not in others: states would depend on who asks.
+        # Lightning's hooks autocast in some places and not in others. The states must not depend on that.
         with torch.autocast(device.type, enabled=False):
             states = self.text_encoder(input_ids.to(device), **options)[0].float()
         roles = roles_of(input_ids, self.tokenizer.eos_token_id).to(device)
         return Text({SEGMENT: states}, {SEGMENT: roles})
 
     def empty(self) -> Text:
-        """Return ∅: the states of the empty prompt, B = 1."""
+        """Return ∅, the states of the empty prompt, B = 1."""
         return self.encode([""])
 
     def mentions(self, prompts: Sequence[str], terms: Sequence[str], *, trimmed: bool) -> dict[str, Tensor]:
-        """Return where each prompt's tokens spell its term, bool ``[B, L]``.
+        """Return True at the tokens of each prompt that spell its term, bool ``[B, L]``.
 
-        All is False where a term isn't found.
+        If a term isn't found, its row is False.
         """
         input_ids = self._tokens(prompts).input_ids
         if trimmed:
@@ -235,9 +240,9 @@ class StableDiffusionAdapter:
         return self.denoiser(z_t.to(dtype), timestep, encoder_hidden_states=states).sample.float()
 
     def schedule(self, num_steps: int) -> Schedule:
-        """Return the levels of DDIM with the model's own spacing.
+        """Return the noise levels of DDIM with the model's own spacing.
 
-        ``InputError`` unless the model has room for ``num_steps``.
+        If the model has fewer timesteps than ``num_steps``, raise ``InputError``.
         """
         alphas_cumprod = self.ddim.alphas_cumprod
         if not 1 <= num_steps <= len(alphas_cumprod):
@@ -254,14 +259,15 @@ class StableDiffusionAdapter:
     def scheduler(
         self, name: str, num_steps: int, timestep_spacing: str | None, device: torch.device | str = "cpu"
     ) -> Any:
-        """Return diffusers' scheduler of that class on the model's noise schedule; see :mod:`.schedule`."""
+        """Return diffusers' scheduler of class ``name`` on the model's schedule; see :mod:`.schedule`."""
         return scheduler_like(self.ddim, name, num_steps, timestep_spacing, device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents → uint8 RGB ``[B, 3, H, W]``, rounded as diffusers' image processor does.
+        """Return the images of latents, uint8 RGB ``[B, 3, H, W]``.
 
-        ``InputError`` unless latents and pixels are finite: as bytes they would be black.
+        They are rounded as in diffusers' image processor. If latents or pixels are not finite, raise
+        ``InputError``: their bytes would be black.
         """
         finite = Finite(self.name)
         finite.see("the latents that are decoded", latents, self.denoiser)
@@ -281,7 +287,10 @@ class StableDiffusionAdapter:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """uint8 RGB ``[B, 3, H, W]`` → latents, float32: means of the autoencoder's posterior, scaled."""
+        """Return the latents, float32, of images, uint8 RGB ``[B, 3, H, W]``.
+
+        They are the scaled means of the autoencoder's posterior.
+        """
         pixels = (images.float() / 127.5 - 1).to(self.vae.device, self.vae.dtype)
         parts = [self.vae.encode(part) for part in pixels.split(self._images_at_once)]
         # An AutoencoderTiny has no posterior.
@@ -292,7 +301,7 @@ class StableDiffusionAdapter:
         )
 
     def streams(self) -> dict[str, Stream]:
-        """Return every cross-attention K and V: bias-free, ``[d_out, d]``, fed with raw text states."""
+        """Return every cross-attention K and V: bias-free ``[d_out, d]`` maps of raw text states."""
         entries = {
             f"{name}.{part}": Entry(getattr(module, part))
             for name, module in self.denoiser.named_modules()
@@ -302,7 +311,7 @@ class StableDiffusionAdapter:
         return {"context": Stream((SEGMENT,), self.text_encoder.config.hidden_size, entries)}
 
     def trainable(self, pattern: str) -> dict[str, nn.Parameter]:
-        """Parameters of the modules whose name matches an fnmatch ``pattern``, by parameter name."""
+        """Return by name the parameters of the modules whose name matches an fnmatch ``pattern``."""
         parameters = {
             name: parameter
             for name, parameter in self.denoiser.named_parameters()
@@ -315,16 +324,16 @@ class StableDiffusionAdapter:
         return parameters
 
     def original_state(self) -> dict[str, Tensor]:
-        """All tensors under the names of one-file checkpoints; see :func:`.single_file.original_state`."""
+        """Return all tensors under one-file checkpoints' names; see :func:`.single_file.original_state`."""
         return original_state(self.pipeline)
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Within it the weights stay what they are, and each network is hashed once.
+        """Assume within that no weights change, so that each network is hashed once.
 
-        Outside it every fingerprint is made anew. Whoever changes weights within it all the same calls
-        :meth:`weights_changed`. Changes that torch counts are noticed anyway, such as ``load_state_dict``;
-        those through ``.data`` and of fused or 8-bit optimizers are not.
+        Outside of this context every fingerprint is computed anew. Code that changes weights within must call
+        :meth:`weights_changed`. Changes that torch counts, such as ``load_state_dict``, are noticed without
+        the call. Changes through ``.data`` and by fused or 8-bit optimizers are not.
         """
         before = self._hashes
         self._hashes = {} if before is None else before
@@ -335,7 +344,10 @@ class StableDiffusionAdapter:
 
     @contextmanager
     def other_weights(self) -> Iterator[None]:
-        """Within it the weights are others, which stay what they are; afterwards they are what they were."""
+        """Assume within that the weights are others, which don't change.
+
+        Assume afterwards that the weights are the earlier ones again.
+        """
         before = self._hashes
         self._hashes = None if before is None else {}
         try:
@@ -344,7 +356,7 @@ class StableDiffusionAdapter:
             self._hashes = before
 
     def weights_changed(self) -> None:
-        """Forget what :meth:`unchanged` has kept."""
+        """Forget the hashes that :meth:`unchanged` has kept."""
         if self._hashes is not None:
             self._hashes.clear()
 
@@ -358,14 +370,14 @@ class StableDiffusionAdapter:
         return self._hashes[part][1]
 
     def text_fingerprint(self) -> str:
-        """Identifies text encoder and tokenizer: what states of a prompt depend on."""
+        """Return a hash of text encoder and tokenizer, which determine the states of a prompt."""
         vocabulary = hashlib.blake2b(repr(sorted(self.tokenizer.get_vocab().items())).encode(), digest_size=8)
         return self._fingerprint_of("text_encoder") + vocabulary.hexdigest()
 
     def fingerprint(self) -> str:
-        """Identifies the whole generator: denoiser, text encoder, decoder, schedule and resolution."""
+        """Return a hash of the whole generator: denoiser, text encoder, decoder, schedule and resolution."""
         parts = [self._fingerprint_of("unet"), self.text_fingerprint(), self._fingerprint_of("vae")]
-        # Keys with an underscore are diffusers' own record, in an order of its own in each process.
+        # Keys with an underscore are diffusers' own record, whose order differs between processes.
         schedule = sorted(str(item) for item in self.ddim.config.items() if not item[0].startswith("_"))
         parts.append(repr((self.latent_shape, schedule)))
         return hashlib.blake2b("".join(parts).encode(), digest_size=8).hexdigest()
@@ -373,11 +385,11 @@ class StableDiffusionAdapter:
 
 _Versions = tuple[tuple[str, torch.dtype, int], ...]
 _Hashes = dict[str, tuple[_Versions, str]]
-"""Of a network by its attribute's name: what its tensors were like when it was hashed, and the hash."""
+"""The state of each network's tensors when it was hashed, and the hash, by the network's name."""
 
 
 def _versions(network: nn.Module) -> _Versions:
-    """Names, types and torch's counts of changes; a device's change is none."""
+    """Return names, types and torch's counts of changes. A move to another device is not a change."""
     tensors = network.state_dict(keep_vars=True).items()
     return tuple(
         (name, tensor.dtype, 0 if tensor.is_inference() else tensor._version) for name, tensor in tensors
@@ -385,7 +397,7 @@ def _versions(network: nn.Module) -> _Versions:
 
 
 def _latent_side(unet: UNet2DConditionModel) -> int:
-    """Side of the latents that the denoiser was made for: a number, or two equal ones."""
+    """Return the side of the latents that the denoiser was made for. It is a number, or two equal ones."""
     size = unet.config.sample_size
     sides = {size} if isinstance(size, int) else set(size or [])
     if len(sides) != 1:
