@@ -1,6 +1,6 @@
 """Erase a concept from a text-to-image diffusion model (TRCE, arXiv 2503.07389).
 
-Importing the package imports no torch; `erase` and `Concept` are loaded when first asked for.
+The import of the package loads no torch. `erase` and `Concept` are loaded at their first use.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The Python API: what ``train.py`` does, on a pipeline in memory."""
+"""The Python API: it does the work of ``train.py`` on a pipeline in memory."""
 
 from __future__ import annotations
 
@@ -30,20 +30,21 @@ def erase(
     *options: str,
     cache: str | Path | None = None,
 ) -> StableDiffusionPipeline:
-    """Erase ``concept`` from ``pipeline``, in place, and return it: the weights that ``train.py`` would give.
+    """Erase ``concept`` from ``pipeline`` in place, and return the pipeline.
 
-    One device does the work, unless ``options`` say otherwise. All else stays as it was: the pipeline's
-    device, modes and gradients; the process's random state, environment, log handlers and Hydra. What ends
-    with an error may have changed some of the weights: load the pipeline again then.
+    The weights are those that ``train.py`` would give. The work is done on one device, unless ``options``
+    name more. All else stays as it was: the pipeline's device, modes and gradients, and the process's random
+    state, environment, log handlers and Hydra. If an error is raised, some of the weights may have changed.
+    Load the pipeline again in that case.
 
     Args:
         pipeline: a Stable Diffusion pipeline in memory.
         concept: a shipped concept's name, a YAML file's path, several of them, or a :class:`Concept`.
-        options: as on the command line, such as ``"trajectory.epochs=1"`` or ``"stages=[textual]"``.
-        cache: folder of trajectories to reuse; None samples them anew, into a temporary folder.
+        options: options as on the command line, such as ``"trajectory.epochs=1"`` or ``"stages=[textual]"``.
+        cache: a folder of trajectories to reuse. If it is None, they are sampled into a temporary folder.
 
     Raises:
-        InputError: an option or a model that doesn't fit; the message names it.
+        InputError: an option or the model doesn't fit. The message names it.
     """
     with tempfile.TemporaryDirectory() as folder, process_kept(), pipeline_kept(pipeline):
         places = [f"runs={folder}", f"cache={cache or folder}", "trainer.devices=1"]
@@ -66,7 +67,7 @@ def erase(
 
 
 def compose(concept: str | Concept | Sequence[str], *options: str) -> TrainConfig:
-    """The configuration that these words would give on the command line of ``train.py``."""
+    """Return the configuration that ``train.py`` would have with these arguments."""
     chosen = [] if isinstance(concept, Concept) else [_choice(concept)]
     with hydra_kept(), hydra.initialize_config_dir(str(cli.config_folder()), version_base="1.3"):
         overrides = cli.overrides("train", TrainConfig, [*chosen, *options])

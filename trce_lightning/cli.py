@@ -1,6 +1,6 @@
-"""The command lines: read the options, refuse what is wrong, hand over to the job.
+"""The command lines: they read the options, refuse wrong ones, and start the job.
 
-Torch is imported by the job alone, so that help and refusals come at once.
+Only the job imports torch, so that help and refusals appear at once.
 """
 
 import os
@@ -28,45 +28,45 @@ from trce_lightning.runtime.signals import GOES_ON, Stopped, leave, shared, stop
 
 PACKAGE = Path(__file__).resolve().parent
 REMARKS = {"demo": ""}
-"""What a command says when a signal stops it, if not that it goes on."""
+"""The remark that a command adds after a signal has stopped it. The default is `GOES_ON`."""
 _HELP = frozenset({"--help", "-h"})
 _EXPECTED: dict[Any, str] = {
     BooleanNode: "true or false",
-    **dict.fromkeys((IntegerNode, int), "a whole number"),  # the second of a list's items
+    **dict.fromkeys((IntegerNode, int), "a whole number"),  # int: the items of a list
     **dict.fromkeys((FloatNode, float), "a number"),
 }
 
 
 def train(argv: Sequence[str] | None = None) -> None:
-    """Erase a concept. `argv` defaults to the command line; exits with code 2 on an expected failure."""
+    """Erase a concept. `argv` defaults to the command line. An expected failure exits with code 2."""
     _main("train", TrainConfig, argv)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> None:
-    """Score a pipeline. `argv` defaults to the command line; exits with code 2 on an expected failure."""
+    """Score a pipeline. `argv` defaults to the command line. An expected failure exits with code 2."""
     _main("eval", EvalConfig, argv)
 
 
 def demonstrate(argv: Sequence[str] | None = None) -> None:
-    """Serve the demo page. `argv` defaults to the command line; exits with code 2 on an expected failure."""
+    """Serve the demo page. `argv` defaults to the command line. An expected failure exits with code 2."""
     _main("demo", DemoConfig, argv)
 
 
 def config_folder() -> Path:
-    """configs/ of the checkout, or else of the installed package."""
+    """Return the folder configs/ of the checkout, or else of the installed package."""
     checkout = PACKAGE.parent
     return checkout / "configs" if (checkout / "pyproject.toml").is_file() else PACKAGE / "configs"
 
 
 def config_groups(folder: Path, name: str) -> list[str]:
-    """The groups that the defaults list of `name`.yaml chooses from."""
+    """Return the groups that the defaults list of `name`.yaml chooses from."""
     defaults = OmegaConf.select(OmegaConf.load(folder / f"{name}.yaml"), "defaults")
     chosen = [str(key) for entry in defaults if isinstance(entry, DictConfig) for key in entry]
     return [key.removeprefix("optional ") for key in chosen if not key.startswith("override ")]
 
 
 def overrides(name: str, schema: type, typed: Sequence[str]) -> list[str]:
-    """What Hydra reads for what a user has typed; puts `schema` in its store."""
+    """Return Hydra's arguments for the typed ones, and put `schema` in Hydra's store."""
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     return arguments.rewrite(list(typed), schema, config_groups(config_folder(), name))
 
@@ -75,20 +75,20 @@ def _main(name: str, schema: type, argv: Sequence[str] | None) -> None:
     typed = list(sys.argv)
 
     def job(config: DictConfig) -> None:
-        sys.argv[:] = typed  # Lightning starts its further processes with it; those of a sweep do one job
+        sys.argv[:] = typed  # Lightning starts its other processes with it; in a sweep they do one job
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             sys.argv[1:] = HydraConfig.get().overrides.task
         with expected_failures():
             _run(name, OmegaConf.to_object(config))
 
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds; a log keeps every line that a bar draws
-    # Figures are files, and a backend that matplotlib doesn't know fails at its import.
+        os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds; a log keeps every line of a progress bar
+    # Figures are written to files. A backend that matplotlib doesn't know would fail at its import.
     os.environ["MPLBACKEND"] = "agg"
     with stop.installed(REMARKS.get(name, GOES_ON)), expected_failures():
         folder = config_folder()
         rewritten = overrides(name, schema, typed[1:] if argv is None else list(argv))
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, and we explain
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, and `explain` explains them
         options = [word for word in rewritten if word not in _HELP]
         if len(options) < len(rewritten) and not any(word.startswith("-") for word in options):
             _show_help(name, folder, options)
@@ -101,9 +101,9 @@ def _main(name: str, schema: type, argv: Sequence[str] | None) -> None:
 
 
 def _show_help(name: str, folder: Path, options: list[str]) -> None:
-    """Print what Hydra prints for --help, of the groups that this command takes.
+    """Print Hydra's text for --help, with only the groups of this command.
 
-    Hydra lists all groups, and copies all that its store holds for each: that takes seconds.
+    Hydra would list all groups, and copy its whole store for each group. That takes seconds.
     """
     with hydra.initialize_config_dir(str(folder), version_base="1.3"):
         config = hydra.compose(name, options, return_hydra_config=True)
@@ -127,7 +127,7 @@ def _run(name: str, config: Any) -> None:
 
 
 def _job(name: str) -> Callable[[Any], None]:
-    """Import what a command does, and torch with it."""
+    """Return the function of a command. This imports torch."""
     if name == "train":
         from trce_lightning.jobs.train import train
 
@@ -143,15 +143,15 @@ def _job(name: str) -> Callable[[Any], None]:
 
 @contextmanager
 def hidden(package: str) -> Iterator[None]:
-    """Let no import within find ``package``, unless the process has it already.
+    """Hide ``package`` from imports within, unless the process has it already.
 
-    diffusers loads bitsandbytes, whose library warns on machines without a GPU, for quantized models, which
-    the commands refuse. An 8-bit optimizer imports it later.
+    diffusers imports bitsandbytes for quantized models, which the commands refuse. Its library warns on
+    machines without a GPU. An 8-bit optimizer imports it later.
     """
     if package in sys.modules:
         yield
         return
-    sys.modules[package] = None  # type: ignore[assignment]  # Python's way to say that there is none
+    sys.modules[package] = None  # type: ignore[assignment]  # Python treats it as missing
     try:
         yield
     finally:
@@ -170,7 +170,7 @@ def expected_failures() -> Iterator[None]:
             leave(end.code)
         raise
     except Exception as error:
-        if stop.raised or (stop.told and is_peer_gone(error)):  # it was told as well, and was faster
+        if stop.raised or (stop.told and is_peer_gone(error)):  # the peer got the signal too and ended first
             stop.leave()
         lines = explain(error)
         if lines is not None and os.environ.get("TRCE_TRACEBACK") != "1":
@@ -183,12 +183,15 @@ def expected_failures() -> Iterator[None]:
 
 
 def _is_stop(end: SystemExit) -> bool:
-    """``SIGTERMException`` is Lightning's, which is slow to import."""
+    """Return whether a signal caused the exit.
+
+    ``SIGTERMException`` is recognised by its name, because Lightning is slow to import.
+    """
     return isinstance(end, Stopped) or type(end).__name__ == "SIGTERMException"
 
 
 def explain(error: Exception) -> list[str] | None:
-    """The lines that tell a user what to change, or None for an error that is not theirs."""
+    """Return lines that tell the user what to change, or None if the user did not cause the error."""
     if lines := explain_machine(error):
         return lines
     if isinstance(error, MissingConfigException) and "/" in str(error.missing_cfg_file):
@@ -205,7 +208,7 @@ def explain(error: Exception) -> list[str] | None:
         return [f"{mark.name}, line {mark.line + 1}: malformed YAML: {error.problem}"]
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return [f"{error.filename}: {error.strerror}"]
-    is_setting = type(error).__name__ == "MisconfigurationException"  # of Lightning, which is slow to import
+    is_setting = type(error).__name__ == "MisconfigurationException"  # Lightning is slow to import
     if isinstance(error, OSError | InputError) or is_setting:
         return [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
     return None

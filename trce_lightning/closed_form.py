@@ -9,9 +9,9 @@ the minimiser over W' of
 
     mean ‖W' e_m − W e_s‖² + η mean ‖W' e_k − W e_k‖² + λ ‖W' − W‖²
 
-with e_m, e_s the paired text states of malicious and safe prompts and e_k the states to keep. T does not
-depend on W, so it is solved once; W' e = W (T e) for every state e. Edits do not compose: a further concept
-is solved again from the original weights, with `merge_pairs` over all concepts.
+e_m and e_s are the paired text states of malicious and safe prompts, and e_k are the states to keep. T does
+not depend on W, so it is solved once: W' e = W (T e) for every state e. Edits do not compose. To erase a
+further concept, solve again from the original weights, with `merge_pairs` over all concepts.
 
 All statistics are float64 on the CPU, whatever the states' dtype and device.
 """
@@ -25,14 +25,14 @@ from torch import Tensor
 
 
 class SingularError(ValueError):
-    """B is not positive definite to float64's precision, so T is not determined."""
+    """An error: B is not positive definite to float64's precision, so T is not determined."""
 
 
 @dataclass(frozen=True, eq=False)
 class PairStatistics:
-    """Second moments of (malicious, safe) state pairs; over several concepts, the sum of the concepts' means.
+    """The second moments of (malicious, safe) state pairs. For several concepts, they are sums of means.
 
-    `s` and `m` are S and M, [d, d] float64; `safe_energy` is mean ‖e_s‖²; `count` is the number of pairs.
+    `s` and `m` are S and M, [d, d] float64. `safe_energy` is mean ‖e_s‖². `count` is the number of pairs.
     """
 
     s: Tensor
@@ -43,7 +43,7 @@ class PairStatistics:
 
 @dataclass(frozen=True, eq=False)
 class KeepStatistics:
-    """Weighted mean `k` = K of e_k e_kᵀ, [d, d] float64, and the total `weight` behind it."""
+    """The weighted mean `k` = K of e_k e_kᵀ, [d, d] float64, and its total `weight`."""
 
     k: Tensor
     weight: float
@@ -51,11 +51,11 @@ class KeepStatistics:
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """The solved edit and how well it does.
+    """The solved edit and its residuals.
 
     `transform` is T, [d, d] float64. `condition_number` is ‖B‖₁ ‖B⁻¹‖₁ (≥ 1).
-    `erase_residual` = mean ‖T e_m − e_s‖² / mean ‖e_s‖², 0 when each malicious state lands on its safe one.
-    `keep_residual` = mean ‖T e_k − e_k‖² / mean ‖e_k‖², 0 when the kept states do not move.
+    `erase_residual` is mean ‖T e_m − e_s‖² / mean ‖e_s‖². It is 0 if T maps each malicious state to its safe
+    one. `keep_residual` is mean ‖T e_k − e_k‖² / mean ‖e_k‖². It is 0 if the kept states do not move.
     """
 
     transform: Tensor
@@ -65,9 +65,10 @@ class Edit:
 
 
 def pair_statistics(malicious: Tensor, safe: Tensor) -> PairStatistics:
-    """S, M and mean ‖e_s‖² of one concept's n pairs; `malicious` and `safe` are [n, d], row i with row i.
+    """Return S, M and mean ‖e_s‖² of one concept's n pairs.
 
-    Raises ValueError on shapes that differ or are not [n ≥ 1, d], and on states that are not finite.
+    `malicious` and `safe` are [n, d], and row i pairs with row i. If the shapes differ or are not [n ≥ 1, d],
+    or states are not finite, raise ValueError.
     """
     if malicious.shape != safe.shape:
         shapes = f"{[*malicious.shape]} and {[*safe.shape]}"
@@ -79,10 +80,10 @@ def pair_statistics(malicious: Tensor, safe: Tensor) -> PairStatistics:
 
 
 def merge_pairs(parts: Sequence[PairStatistics]) -> PairStatistics:
-    """The union of concepts: S, M and safe energy are Σ over concepts of their means; counts add up.
+    """Return the statistics of several concepts: S, M, safe energy and count are sums over the concepts.
 
-    Each concept so weighs the same, however many pairs describe it. Raises ValueError when `parts` is empty
-    or mixes state sizes d.
+    S, M and safe energy are means of each concept, so all concepts have equal weight, whatever their number
+    of pairs. If `parts` is empty or mixes state sizes d, raise ValueError.
     """
     _check_mergeable([part.m for part in parts])
     return PairStatistics(
@@ -94,10 +95,10 @@ def merge_pairs(parts: Sequence[PairStatistics]) -> PairStatistics:
 
 
 def keep_statistics(states: Tensor, weights: Tensor | None = None) -> KeepStatistics:
-    """K = Σ w e eᵀ / Σ w over `states` [n, d] with `weights` [n] ≥ 0 (None: 1 each).
+    """Return K = Σ w e eᵀ / Σ w over `states` [n, d] with `weights` [n] ≥ 0. If None, each weight is 1.
 
-    Raises ValueError on shapes other than these, non-finite states, or weights that are negative, non-finite
-    or all zero.
+    If shapes are others, states are not finite, or weights are negative, not finite or all zero, raise
+    ValueError.
     """
     e_k = _as_states(states, "states")
     if weights is None:
@@ -112,9 +113,9 @@ def keep_statistics(states: Tensor, weights: Tensor | None = None) -> KeepStatis
 
 
 def merge_keep(parts: Sequence[KeepStatistics]) -> KeepStatistics:
-    """The weighted mean of means: batches merged equal one batch of all their states.
+    """Return the weighted mean of means. Merged batches equal one batch of all their states.
 
-    Raises ValueError when `parts` is empty or mixes state sizes d.
+    If `parts` is empty or mixes state sizes d, raise ValueError.
     """
     _check_mergeable([part.k for part in parts])
     weight = math.fsum(part.weight for part in parts)
@@ -123,15 +124,16 @@ def merge_keep(parts: Sequence[KeepStatistics]) -> KeepStatistics:
 
 
 def solve_edit(pairs: PairStatistics, keep: KeepStatistics, *, eta: float, ridge: float) -> Edit:
-    """T = A B⁻¹ by Cholesky factorisation of B, with `eta` = η ≥ 0 and `ridge` = λ ≥ 0.
+    """Return the edit T = A B⁻¹, by Cholesky factorisation of B, with `eta` = η ≥ 0 and `ridge` = λ ≥ 0.
 
-    η weighs the kept states' mean, λ pulls T to I; both are relative to the pairs' mean. In the authors'
-    released code the pairs' term is a mean as well, but the kept term is a sum over the N states of a
-    downloaded cache, multiplied by the configured scale s twice and divided by 30,000; so η = N s² / 30,000
-    here, and N was not published: their s cannot be used as η.
+    η is the weight of the kept states' mean, and λ pulls T to I. Both are relative to the pairs' mean. The
+    scale s in the authors' released code cannot be used as η. There, the pairs' term is a mean as well, but
+    the kept term is a sum over the N states of a downloaded cache. It is multiplied by s twice and divided by
+    30,000, so that η = N s² / 30,000. N was not published.
 
-    Raises ValueError when `eta` or `ridge` is negative or not finite, or when the state sizes differ;
-    `SingularError` when B is not positive definite (too few kept states: give a larger `ridge`).
+    Raises:
+        ValueError: `eta` or `ridge` is negative or not finite, or the state sizes differ.
+        SingularError: B is not positive definite. There are too few kept states, so give a larger `ridge`.
     """
     for name, value in (("eta", eta), ("ridge", ridge)):
         if not 0 <= value < math.inf:
@@ -153,12 +155,12 @@ def solve_edit(pairs: PairStatistics, keep: KeepStatistics, *, eta: float, ridge
 
 
 def apply_edits(weights: Iterable[Tensor], transform: Tensor) -> Iterator[Tensor]:
-    """W' = W T for each W [d_out, d] of `weights`, in its dtype and on its device.
+    """Yield W' = W T for each W [d_out, d] of `weights`, in its dtype and on its device.
 
-    Computed as W + W (T − I) in float32, or in float64 for such a weight: the product rounds relative to the
-    change.
+    W' is computed as W + W (T − I) in float32, or in float64 if the weight is float64. So rounding errors are
+    relative to the change.
 
-    Raises ValueError when a weight is not [d_out, d] for `transform` [d, d].
+    If a weight is not [d_out, d] for `transform` [d, d], raise ValueError.
     """
     d = transform.shape[0]
     shift = transform - torch.eye(d, dtype=transform.dtype)
@@ -177,7 +179,7 @@ def _condition_number(b: Tensor, factor: Tensor) -> float:
 
 
 def _erase_residual(t: Tensor, pairs: PairStatistics) -> float:
-    # mean ‖T e_m − e_s‖² = tr(T M Tᵀ) − 2 tr(T Sᵀ) + mean ‖e_s‖²; rounding may leave it just below 0.
+    # mean ‖T e_m − e_s‖² = tr(T M Tᵀ) − 2 tr(T Sᵀ) + mean ‖e_s‖². Rounding may make it negative.
     squared = ((t @ pairs.m) * t).sum() - 2 * (t * pairs.s).sum() + pairs.safe_energy
     return max(squared.item(), 0.0) / pairs.safe_energy if pairs.safe_energy > 0 else 0.0
 
@@ -191,7 +193,7 @@ def _keep_residual(t: Tensor, keep: KeepStatistics) -> float:
 def _as_states(states: Tensor, name: str) -> Tensor:
     if states.ndim != 2 or 0 in states.shape:
         raise ValueError(f"{name} must be [n, d] with n and d at least 1, got {[*states.shape]}")
-    # First to the CPU: not every device has float64.
+    # The states go to the CPU first, because not every device has float64.
     states = states.detach().cpu().double()
     if not states.isfinite().all():
         bad_rows = int((~states.isfinite()).any(1).sum())

@@ -1,4 +1,4 @@
-"""The commands as they are started: signals and lost readers are answered while all else is imported."""
+"""The entry points of the commands. They handle signals and lost readers before the slow imports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from trce_lightning.runtime.signals import answered
 from trce_lightning.runtime.streams import keep_speaking
 
-# Torch reads it when it is loaded. Waiting threads that spin make a run many times slower beside other work.
+# Torch reads this when it is loaded. If waiting threads spin, a run beside other work is many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

@@ -1,6 +1,6 @@
 """``python -m trce_lightning.compare RUN [RUN …]``: one table of several runs, with paired tests.
 
-Runs must have scored the same prompts and noise: images are paired one by one.
+The runs must have scored the same prompts with the same noise, because images are paired one by one.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ TITLES = {("textual",): "TRCE (T)", ("trajectory",): "TRCE (V)", ("textual", "tr
 
 
 def load_runs(folders: list[Path]) -> dict[str, Scored]:
-    """The original's scores from the first run, then each run's under its stages' name.
+    """Return the original model's scores from the first run, then each run's scores by its stages' name.
 
-    ``InputError`` when a folder holds no finished run, or runs disagree on the original model.
+    If a folder holds no finished run, or the runs disagree on the original model, raise ``InputError``.
     """
     columns: dict[str, Scored] = {}
     for folder in folders:
@@ -54,9 +54,10 @@ def load_runs(folders: list[Path]) -> dict[str, Scored]:
 
 
 def paired_tests(columns: dict[str, Scored]) -> list[str]:
-    """Exact McNemar tests of each column against the one before it, Markdown list items.
+    """Return exact McNemar tests of each column against the one before it, as Markdown list items.
 
-    They test whether images show the concept, which is a false alarm where prompts don't ask for it.
+    The tests compare how often images show the concept. If the prompts don't ask for the concept, these are
+    false alarms.
     """
     tests = [
         (name, before, after, paired_test(columns[before].hits(name), columns[after].hits(name)))
@@ -71,7 +72,7 @@ def _tested(set_name: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Log table and tests; exits with code 2 on an expected failure."""
+    """Log the table and the tests. An expected failure exits with code 2."""
     keep_speaking()
     with stop.installed(""), expected_failures():
         options = _parser().parse_args(argv)

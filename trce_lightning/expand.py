@@ -1,8 +1,8 @@
 """``python -m trce_lightning.expand CONCEPT --model NAME``: a concept file written by a language model.
 
-As TRCE (arXiv 2503.07389) does it: 20 terms, each with a safe counterpart, in 15 templates. The model answers
-behind an OpenAI-compatible endpoint (OPENAI_BASE_URL, OPENAI_API_KEY). ``transformers serve`` is one on this
-machine. Read the file before use: only its form is checked.
+As in TRCE (arXiv 2503.07389), the file has 20 terms, each with a safe counterpart, and 15 templates. The
+model answers behind an OpenAI-compatible endpoint (OPENAI_BASE_URL, OPENAI_API_KEY). ``transformers serve``
+starts such an endpoint on your own machine. Only the form of the file is checked, so read it before use.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ _EXAMPLES = {
         related=["rendering"],
     ),
 }
-"""A reply by the concept's kind, as :data:`_ASKS`."""
+"""An example reply for each kind of concept, as in :data:`_ASKS`."""
 log = logging.getLogger(__name__)
 
 
 def expand(chat: EndpointChat, wanted: Wanted, attempts: int = 3) -> Concept:
-    """Ask for terms until there are as many as wanted.
+    """Ask the model for terms until there are as many as wanted, and return the concept.
 
     Args:
         chat: the model to ask.
-        wanted: what to ask for.
-        attempts: how many replies in a row may bring no new term.
+        wanted: the wanted properties of the concept.
+        attempts: the number of replies in a row without a new term after which to stop.
 
     Raises:
         InputError: ``attempts`` replies brought no new term.
@@ -91,7 +91,7 @@ def expand(chat: EndpointChat, wanted: Wanted, attempts: int = 3) -> Concept:
 
 
 def request(wanted: Wanted, terms: Sequence[str], refused: Sequence[str]) -> str:
-    """Return the next request, given the terms that there are and why others were refused."""
+    """Return the next request. It names the terms so far, and why others were refused."""
     unasked = set(ALSO) - wanted.also
     example = _EXAMPLES[wanted.kind].model_dump_json(
         exclude={"terms": {"__all__": unasked}, **dict.fromkeys(unasked, True)}
@@ -112,7 +112,7 @@ def write_concept(path: Path, concept: Concept, force: bool = False) -> None:
     """Write a concept file that :func:`load_concept` reads.
 
     Raises:
-        InputError: the file is there, and not ``force``.
+        InputError: the file exists, and ``force`` is False.
     """
     from trce_lightning.runtime.storage import replacing
 
@@ -128,12 +128,12 @@ def write_concept(path: Path, concept: Concept, force: bool = False) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write a concept file; exits with code 2 on an expected failure, and writes none then."""
+    """Write a concept file. An expected failure exits with code 2 and writes no file."""
     keep_speaking()
     with stop.installed("nothing is written"), expected_failures():
         options = _parser().parse_args(argv)
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        for name in ("httpx", "httpx2"):  # would log every request
+        for name in ("httpx", "httpx2"):  # they would log every request
             logging.getLogger(name).setLevel(logging.WARNING)
         wanted = Wanted(
             options.concept,
@@ -176,7 +176,7 @@ def _check_free(path: Path, force: bool) -> None:
 
 
 def _claim(path: Path) -> None:
-    """Create the file, which another process may have done since :func:`_check_free`."""
+    """Create the file. Refuse it if another process has created it since :func:`_check_free`."""
     try:
         path.touch(exist_ok=False)
     except FileExistsError:

@@ -1,4 +1,4 @@
-"""What a run leaves: the edit, the erased pipeline with its model card, and the changed tensors alone."""
+"""The exports of a run: the edit, the erased pipeline with its model card, and the changed tensors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ embeddings, or fine-tune, can undo it.
 def save_edit(
     file: Path, statistics: TextualStatistics, edit: Edit, config: TextualConfig, base: str, fingerprint: str
 ) -> None:
-    """T, K and each concept's S and M in float64; counts, energies, η, λ and the base model as metadata."""
+    """Write T, K and each concept's S and M in float64.
+
+    The metadata holds counts, energies, η, λ and the base model.
+    """
     tensors: dict[str, Tensor] = {"transform": edit.transform, "k": statistics.keep.k}
     for name, pairs in statistics.pairs.items():
         tensors |= {f"s.{name}": pairs.s, f"m.{name}": pairs.m}
@@ -57,22 +60,25 @@ def save_edit(
 
 
 def save_pipeline(folder: Path, adapter: Adapter, card: Mapping[str, Any]) -> None:
-    """The whole pipeline in diffusers' format, moved into place when complete."""
+    """Write the whole pipeline in diffusers' format. It is moved into place when it is complete."""
     with replacing_folder(folder) as aside:
         adapter.pipeline.save_pretrained(aside)
         write_text(aside / "README.md", CARD.format(**card))
 
 
 def save_delta(file: Path, changed: Mapping[str, Tensor], base: str, fingerprint: str) -> None:
-    """The changed tensors by diffusers' names: ``unet.load_state_dict(load_file(file), strict=False)``."""
+    """Write the changed tensors under diffusers' names.
+
+    ``unet.load_state_dict(load_file(file), strict=False)`` reads them.
+    """
     tensors = {name: tensor.cpu() for name, tensor in changed.items()}
     write_safetensors(file, tensors, {"base_model": base, "fingerprint": fingerprint})
 
 
 def save_single_file(file: Path, adapter: Adapter, base: str, fingerprint: str) -> None:
-    """The whole pipeline in one file under the original code's names, for programs other than diffusers.
+    """Write the whole pipeline into one file under the original code's names, for other programs.
 
-    ``InputError`` when the model has parts that the original code has no names for.
+    If the original code has no names for parts of the model, raise ``InputError``.
     """
     facts = {"format": "pt", "base_model": base, "fingerprint": fingerprint}
     write_safetensors(file, adapter.original_state(), facts)
@@ -81,7 +87,7 @@ def save_single_file(file: Path, adapter: Adapter, base: str, fingerprint: str) 
 def card_facts(
     base: str, concepts: Sequence[str], stages: Sequence[str], table: str, changed: int
 ) -> dict[str, Any]:
-    """Fills the model card."""
+    """Return the values that fill the model card."""
     return {
         "base": base,
         "concepts": ", ".join(concepts),

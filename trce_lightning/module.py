@@ -1,4 +1,4 @@
-"""TRCE as a LightningModule: stage 1 in ``setup``, stage 2 as the training step."""
+"""TRCE as a LightningModule. ``setup`` applies stage 1, and the training step is stage 2."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def _bitsandbytes() -> ModuleType:
-    """The optimizers of a package that loads a library of its own, which a machine may lack."""
+    """Return bitsandbytes' optimizers. If its native library doesn't load, raise ``InputError``."""
     try:
         return importlib.import_module("bitsandbytes.optim")
     except (ImportError, OSError, RuntimeError) as error:
@@ -43,9 +43,10 @@ def _bitsandbytes() -> ModuleType:
 
 
 class TRCE(pl.LightningModule):
-    """The erased network. ``edit`` None leaves stage 1 out; fitting it or not is stage 2.
+    """The erased network.
 
-    Only the denoiser is a child: text states come with the batch, and nothing frozen is evaluated.
+    If ``edit`` is None, stage 1 is left out. If the module is not fitted, stage 2 is left out. Only the
+    denoiser is a child module: text states come with the batch, and no frozen network is evaluated.
     """
 
     def __init__(
@@ -62,11 +63,11 @@ class TRCE(pl.LightningModule):
         self.edited_names: list[str] = []
         self.trainable = adapter.trainable(trajectory.trainable)
         self._stored_dtypes = {name: parameter.dtype for name, parameter in self.trainable.items()}
-        # Checkpoints hold changed tensors only.
+        # Checkpoints hold only the changed tensors.
         self.strict_loading = False
 
     def apply_stage_1(self) -> None:
-        """Edit the denoiser, once."""
+        """Edit the denoiser. A second call does nothing."""
         if self.edit is None or self.edited_names:
             return
         self.edited_names = apply_edit_(self.adapter, self.edit)
@@ -79,10 +80,10 @@ class TRCE(pl.LightningModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Apply stage 1 and free the parameters that stage 2 trains.
+        """Apply stage 1, and make the parameters of stage 2 trainable.
 
-        They are float32 while they train, whatever the frozen rest is: an optimizer's steps are too small for
-        half precision.
+        They are float32 while they train, whatever the type of the other weights. An optimizer's steps are
+        too small for half precision.
         """
         self.apply_stage_1()
         self.denoiser.requires_grad_(False)
@@ -93,7 +94,7 @@ class TRCE(pl.LightningModule):
             self.denoiser.enable_gradient_checkpointing()
 
     def teardown(self, stage: str) -> None:
-        """Leave the denoiser as others know it: the trained parameters are rounded to its precision."""
+        """Round the trained parameters to the denoiser's precision."""
         for name, parameter in self.trainable.items():
             parameter.data = parameter.data.to(self._stored_dtypes[name])
         self.adapter.weights_changed()
@@ -101,12 +102,15 @@ class TRCE(pl.LightningModule):
             self.denoiser.disable_gradient_checkpointing()
 
     def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
-        """An epoch that continues in the middle doesn't start again."""
+        """Move the other networks away if an epoch continues in the middle.
+
+        Lightning doesn't call :meth:`on_train_epoch_start` in that case.
+        """
         if any(_device_of(network).type != "cpu" for network in self._others()):
             self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
-        """An epoch's steps need the denoiser alone: with ``offload`` the rest leaves the device."""
+        """Move the other networks to the CPU if ``offload`` is on. An epoch's steps don't need them."""
         if self.trajectory.offload:
             self._empty_text()
             for network in self._others():
@@ -117,9 +121,9 @@ class TRCE(pl.LightningModule):
         return [network for network in self.adapter.networks().values() if network is not self.denoiser]
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
-        """After the epoch's last step everything is back, before callbacks draw images.
+        """Move all networks back after the epoch's last step, before callbacks generate images.
 
-        ``InputError`` when that step has left weights that are not finite.
+        If that step has left weights that are not finite, raise ``InputError``.
         """
         self.adapter.weights_changed()
         if not self.trainer.is_last_batch:
@@ -134,12 +138,12 @@ class TRCE(pl.LightningModule):
             self.adapter.to(self.device)
 
     def changed_tensors(self) -> dict[str, Tensor]:
-        """Edited and trainable tensors by their name in the denoiser."""
+        """Return the edited and the trainable tensors by their name in the denoiser."""
         tensors = dict(self.denoiser.named_parameters())
         return {name: tensors[name].detach() for name in sorted({*self.edited_names, *self.trainable})}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over the trainable parameters: torch's, or bitsandbytes' with 8-bit states."""
+        """Return AdamW over the trainable parameters: torch's, or bitsandbytes' with 8-bit states."""
         config = self.optimizer
         options: dict[str, Any] = {
             "lr": config.lr,
@@ -153,9 +157,10 @@ class TRCE(pl.LightningModule):
         return getattr(_bitsandbytes(), classes[config.name])(parameters, **options)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """L = L_erase(ε̂(z_t, c_m)) + w_∅ L_erase(ε̂(z_t, ∅)) + λ_p ‖ε̂(z_u, ∅) − ε(z_u, ∅)‖² + optional pull.
+        """Return the loss of a batch, from one forward pass.
 
-        One forward for all of it. Raises ``InputError`` when the loss isn't finite.
+        L = L_erase(ε̂(z_t, c_m)) + w_∅ L_erase(ε̂(z_t, ∅)) + λ_p ‖ε̂(z_u, ∅) − ε(z_u, ∅)‖² + optional pull.
+        If the loss isn't finite, raise ``InputError``.
         """
         predictions = self._predict(batch)
         terms = self._losses(batch, predictions)
@@ -174,7 +179,10 @@ class TRCE(pl.LightningModule):
         return loss
 
     def _not_finite(self, loss: float, predictions: dict[str, Tensor]) -> InputError:
-        """Return what to change. Before the optimizer's first step its learning rate can't be the cause."""
+        """Return the error that says what to change.
+
+        Before the optimizer's first step, the learning rate can't be the cause.
+        """
         if self.global_step > 0:
             return InputError(
                 f"optimizer.lr: expected finite losses, got {loss} at step {self.global_step} with "
@@ -189,15 +197,18 @@ class TRCE(pl.LightningModule):
         )
 
     def _predict(self, batch: Batch) -> dict[str, Tensor]:
-        """ε̂ of every kind in one forward: (z_t, c_m), (z_t, ∅) where the ∅ hinge holds, (z_u, ∅)."""
+        """Return ε̂ of every kind from one forward pass: of (z_t, c_m), (z_t, ∅) and (z_u, ∅).
+
+        (z_t, ∅) is evaluated only for the ∅ hinge.
+        """
         empty = self._empty_text()
         every = slice(None)
         inputs: dict[str, tuple[str, slice | Tensor, Text]] = {
             "malicious": ("malicious", every, batch["malicious_text"])
         }
         if self.trajectory.uncond_hinge_weight:
-            # At pure noise malicious and unconditional latents have one distribution: there the preserve loss
-            # asks for the opposite.
+            # At pure noise, malicious and unconditional latents have one distribution. The preserve loss asks
+            # for the opposite there.
             later = (batch["malicious_step_index"] > 0).nonzero().flatten()
             inputs["uncond"] = ("malicious", later, empty.expand(len(later)))
         if "unconditional_z_t" in batch and self.trajectory.preserve_weight:
@@ -235,9 +246,9 @@ class TRCE(pl.LightningModule):
         return terms
 
     def _log_means(self, means: dict[str, Tensor]) -> None:
-        """Means over the batch of all ranks, as ``…_step`` and, over the epoch, ``…_epoch``.
+        """Log means over the batch of all ranks as ``…_step``, and means over the epoch as ``…_epoch``.
 
-        They travel together, where ``sync_dist`` would send and await each alone in every step.
+        The ranks exchange all means of a step together. ``sync_dist`` would exchange each of them alone.
         """
         values = torch.stack(list(means.values()))
         if self.trainer.world_size > 1:
@@ -253,12 +264,12 @@ class TRCE(pl.LightningModule):
         return self._empty.to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep changed tensors only."""
+        """Keep only the changed tensors in the checkpoint."""
         changed = self.changed_tensors()
         checkpoint["state_dict"] = {f"denoiser.{name}": tensor for name, tensor in changed.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """``InputError`` unless the checkpoint holds exactly the tensors that this run changes."""
+        """Raise ``InputError`` unless the checkpoint holds exactly the tensors that this run changes."""
         expected = {f"denoiser.{name}" for name in self.changed_tensors()}
         found = set(checkpoint["state_dict"])
         if found != expected:

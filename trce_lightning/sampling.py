@@ -1,16 +1,17 @@
-"""One deterministic denoising step for networks that predict ε, v or a flow, and seeded noise.
+"""A deterministic denoising step for networks that predict ε, v or a flow, and seeded noise.
 
 Every family of models mixes a clean latent z_0 with noise ε in its own proportions:
 
     z_t = a_t z_0 + σ_t ε          a: signal, σ: sigma
 
-Diffusion has a = √ᾱ and σ = √(1 − ᾱ), flow matching a = 1 − σ. The network predicts ε, or v = a ε − σ z_0, or
-the flow ε − z_0. A step recovers z_0 and ε from the prediction and mixes them again in the proportions of the
-next level. For ε and v that is DDIM with η = 0 and without clipping, for flows it is Euler's method.
+Diffusion has a = √ᾱ and σ = √(1 − ᾱ). Flow matching has a = 1 − σ. The network predicts ε, or the flow
+ε − z_0, or v = a ε − σ z_0. A step recovers z_0 and ε from the prediction and mixes them again in the
+proportions of the next level. For ε and v, this is DDIM with η = 0 and without clipping. For flows, it is
+Euler's method.
 
-A `timestep` is what the network is told; a `step_index` counts sampling steps from pure noise at 0. Latents
-are computed and returned in float32. (DDIM: arXiv 2010.02502; v: arXiv 2202.00512; flow matching: arXiv
-2210.02747.)
+A `timestep` is the network's input. A `step_index` counts sampling steps; step 0 begins at pure noise.
+Latents are computed and returned in float32. (DDIM: arXiv 2010.02502; v: arXiv 2202.00512; flow matching:
+arXiv 2210.02747.)
 """
 
 from collections.abc import Sequence
@@ -28,22 +29,22 @@ PREDICTION_TYPES = (*DIFFUSION_PREDICTIONS, "flow")
 class Schedule(NamedTuple):
     """The noise levels of a sampling run of n steps.
 
-    Step i leads from `signal[i]`, `sigma[i]` to `next_signal[i]`, `next_sigma[i]`. Where steps are rounded,
-    as DDIM's are, it doesn't arrive exactly where step i + 1 begins.
+    Step i leads from `signal[i]`, `sigma[i]` to `next_signal[i]`, `next_sigma[i]`. If steps are rounded, as
+    in DDIM, step i doesn't end exactly where step i + 1 begins.
     """
 
     timesteps: Tensor
-    """[n], descending, as the network wants them: int64, or float32 for flow matching."""
+    """The network's timesteps, descending, [n] int64, or float32 for flow matching."""
     signal: Tensor
-    """[n] float32, a of each step's latent."""
+    """The a of the latent before each step, [n] float32."""
     sigma: Tensor
-    """[n] float32, σ of each step's latent."""
+    """The σ of the latent before each step, [n] float32."""
     next_signal: Tensor
-    """[n] float32, a of the latent that each step arrives at."""
+    """The a of the latent after each step, [n] float32."""
     next_sigma: Tensor
-    """[n] float32, σ of the latent that each step arrives at."""
+    """The σ of the latent after each step, [n] float32."""
     prediction_type: str
-    """One of `PREDICTION_TYPES`."""
+    """The type of the network's prediction, one of `PREDICTION_TYPES`."""
 
 
 def ddim_schedule(
@@ -51,8 +52,8 @@ def ddim_schedule(
 ) -> Schedule:
     """Return the levels of DDIM at `timesteps`, a descending list of n out of T training timesteps.
 
-    As in diffusers, a step arrives T // n timesteps further down. That is the next of `timesteps` where these
-    are equally far apart, and beside it where they are rounded. Below timestep 0 ᾱ is 1 with
+    As in diffusers, each step goes down by T // n timesteps. If `timesteps` are equally far apart, it ends at
+    the next one. If they are rounded, it ends near the next one. Below timestep 0, ᾱ is 1 with
     `set_alpha_to_one`, else `alphas_cumprod[0]`. `alphas_cumprod` is ᾱ of every training timestep, [T].
     """
     arrival = timesteps - len(alphas_cumprod) // len(timesteps)
@@ -64,10 +65,10 @@ def ddim_schedule(
 
 
 def denoise_step(prediction: Tensor, z_t: Tensor, schedule: Schedule, step_index: int) -> Tensor:
-    """Return the latents after a step: z' = a' z_0 + σ' ε, with z_0 and ε as the prediction implies.
+    """Return the latents after a step: z' = a' z_0 + σ' ε, with the z_0 and ε that the prediction implies.
 
-    [B, C, H, W] twice → [B, C, H, W] float32. ValueError on an unknown prediction type and when `step_index`
-    is not in [0, n).
+    The shapes are [B, C, H, W] twice → [B, C, H, W] float32. If the prediction type is unknown, or
+    `step_index` is not in [0, n), raise ValueError.
     """
     if not 0 <= step_index < len(schedule.timesteps):
         raise ValueError(f"step_index must be in [0, {len(schedule.timesteps)}), got {step_index}")
@@ -77,7 +78,7 @@ def denoise_step(prediction: Tensor, z_t: Tensor, schedule: Schedule, step_index
 
 
 def mix(z_0: Tensor, eps: Tensor, signal: float | Tensor, sigma: float | Tensor) -> Tensor:
-    """Return a z_0 + σ ε, [B, C, H, W] float32. `signal` and `sigma` as `per_image` takes them."""
+    """Return a z_0 + σ ε, [B, C, H, W] float32. `signal` and `sigma` are values as in `per_image`."""
     return per_image(signal, z_0) * z_0.float() + per_image(sigma, z_0) * eps.float()
 
 
@@ -86,9 +87,9 @@ def clean_and_eps(
 ) -> tuple[Tensor, Tensor]:
     """Return z_0 and ε, [B, C, H, W] float32 each, that a prediction for `z_t` implies.
 
-    From z = a z_0 + σ ε: ε gives z_0 = (z − σ ε) / a. v gives z_0 = a z − σ v and ε = a v + σ z, since
-    a² + σ² = 1. The flow u = ε − z_0 gives z_0 = z − σ u and ε = z + a u, since a + σ = 1. ValueError on an
-    unknown type.
+    They follow from z = a z_0 + σ ε. A prediction of ε gives z_0 = (z − σ ε) / a. A prediction of v gives
+    z_0 = a z − σ v and ε = a v + σ z, since a² + σ² = 1. The flow u = ε − z_0 gives z_0 = z − σ u and
+    ε = z + a u, since a + σ = 1. If the type is unknown, raise ValueError.
     """
     signal, sigma = per_image(signal, z_t), per_image(sigma, z_t)
     prediction, z_t = prediction.float(), z_t.float()
@@ -118,24 +119,24 @@ def prediction_of(
 
 
 def classifier_free_guidance(uncond: Tensor, cond: Tensor, guidance_scale: float | Tensor) -> Tensor:
-    """Return ε_∅ + w (ε_c − ε_∅), float32: `guided_prediction` under sampling's name for β."""
+    """Return ε_∅ + w (ε_c − ε_∅), float32. This is `guided_prediction` with β called w."""
     return guided_prediction(uncond, cond, guidance_scale)
 
 
 def is_guided(guidance_scale: float) -> bool:
-    """Return True for w > 1, where guidance has an effect. Else ε_c alone is drawn, as diffusers does."""
+    """Return whether guidance has an effect, w > 1. If not, sampling follows ε_c alone, as in diffusers."""
     return guidance_scale > 1
 
 
 def noise(shape: Sequence[int], seed: int | torch.Generator) -> Tensor:
-    """Return standard normal noise of one image, float32 on the CPU, a function of `shape` and `seed` alone.
+    """Return standard normal noise of one image, float32 on the CPU.
 
-    If `seed` is a CPU generator, return its next values.
+    It depends on `shape` and `seed` alone. If `seed` is a CPU generator, return its next values.
     """
     generator = seed if isinstance(seed, torch.Generator) else seeded(seed)
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
 
 
 def seeded(seed: int) -> torch.Generator:
-    """Return a CPU generator; it reads the low 32 bits of `seed`."""
+    """Return a CPU generator with this seed. It uses the low 32 bits of `seed`."""
     return torch.Generator("cpu").manual_seed(seed)

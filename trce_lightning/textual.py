@@ -1,4 +1,4 @@
-"""Stage 1 on a model: encode prompts, accumulate statistics, solve for T, and edit what reads text states."""
+"""Stage 1 on a model. It encodes prompts, sums statistics, solves for T, and edits the model's weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from trce_lightning.runtime.storage import read_safetensors, reading, write_safe
 from trce_lightning.tokens import Text, position_mask
 
 ENCODE_BATCH = 32
-"""Prompts that are encoded together."""
+"""The number of prompts that are encoded together."""
 CONTEXT = "context"
 """The stream of an adapter that stage 1 edits."""
 
@@ -49,7 +49,7 @@ class TextualStatistics:
     """The mean over the kept states."""
 
     def solve(self, config: TextualConfig) -> Edit:
-        """Return T over all concepts. ``InputError`` names ``textual.ridge`` if T is not determined."""
+        """Return T over all concepts. If T is not determined, raise ``InputError``."""
         pairs = merge_pairs(list(self.pairs.values()))
         try:
             return solve_edit(pairs, self.keep, eta=config.eta, ridge=config.ridge)
@@ -60,9 +60,9 @@ class TextualStatistics:
 def textual_statistics(
     adapter: Adapter, concepts: Sequence[Concept], kept: Kept, config: TextualConfig
 ) -> TextualStatistics:
-    """Encode every concept's pairs and combine what is to be kept.
+    """Return the statistics of every concept's pairs and of the states to keep.
 
-    K is the mean over four parts. Each part counts as one mean:
+    K is the weighted mean of four means:
 
     - every position of the padded kept prompts, with weight 1;
     - their first EoT, which the pairs move, with ``keep_eot_weight``;
@@ -88,10 +88,11 @@ def textual_statistics(
 def pair_states(
     adapter: Adapter, stream: Stream, pairs: Sequence[PromptPair], positions: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
-    """Return the states of ``pairs`` at ``positions``, ``[n, d]`` twice: by segment, position, then pair.
+    """Return the malicious and the safe states of ``pairs`` at ``positions``, ``[n, d]`` each.
 
-    SoT pairs with SoT and the first EoT with the first EoT. Padding pairs position by position, where both
-    prompts are padded. Keywords differ in number of tokens: each pairs with the safe prompt's first EoT.
+    They are ordered by segment, position, then pair. SoT pairs with SoT, and the first EoT with the first
+    EoT. Padding pairs position by position, if both prompts are padded there. Keywords differ in their number
+    of tokens, so each of their tokens pairs with the safe prompt's first EoT.
     """
     encoded = _encode_each(adapter, pairs, positions)
     malicious, safe = encoded[: len(pairs)], encoded[len(pairs) :]
@@ -106,14 +107,14 @@ def pair_states(
 
 
 class _Encoded(NamedTuple):
-    """One prompt's text, B = 1, and where it spells its term by segment, bool ``[1, L]``."""
+    """One prompt's text, B = 1, and by segment a mask of its term's tokens, bool ``[1, L]``."""
 
     text: Text
     term: dict[str, Tensor]
 
 
 def _encode_each(adapter: Adapter, pairs: Sequence[PromptPair], positions: Sequence[str]) -> list[_Encoded]:
-    """Encode the malicious prompts, then the safe ones, each together with prompts of like length."""
+    """Return the encoded malicious prompts, then the safe ones. Prompts of similar length share a batch."""
     prompts = [pair.malicious for pair in pairs] + [pair.safe for pair in pairs]
     terms, trimmed = 2 * [pair.term for pair in pairs], "padding" not in positions
     encoded: dict[int, _Encoded] = {}
@@ -130,13 +131,13 @@ def _encode_each(adapter: Adapter, pairs: Sequence[PromptPair], positions: Seque
 
 
 def batches_by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Return row indices in order of length, in batches of like length."""
+    """Return row indices in order of length, in batches of similar length."""
     order = torch.tensor(lengths).argsort(stable=True)
     return [batch.tolist() for batch in order.split(ENCODE_BATCH)]
 
 
 def _aligned(segment: str, which: str, malicious: _Encoded, safe: _Encoded) -> tuple[Tensor, Tensor]:
-    """Return a malicious prompt's states at one kind of position, and the safe states that they pair with."""
+    """Return a malicious prompt's states at one kind of position, and the safe states paired with them."""
     sources, roles = malicious.text.states[segment], malicious.text.roles[segment]
     targets, safe_roles = safe.text.states[segment], safe.text.roles[segment]
     mask = position_mask(roles, [which], malicious.term.get(segment))
@@ -164,7 +165,7 @@ def apply_edit_(adapter: Adapter, edit: Edit) -> list[str]:
 
 
 class Kept(NamedTuple):
-    """Means of e_k e_kᵀ over the states of padded prompts; their weights count states."""
+    """The means of e_k e_kᵀ over the states of padded prompts. Their weights count states."""
 
     every: KeepStatistics
     """The mean over every position."""
@@ -173,9 +174,9 @@ class Kept(NamedTuple):
 
 
 def kept_statistics(adapter: Adapter, prompts: Sequence[str], *, shown: bool = True) -> Kept:
-    """Encode ``prompts`` and sum their states; without any, both means are 0 with weight 0.
+    """Return the means over the states of ``prompts``. If there are none, both means are 0 with weight 0.
 
-    ``shown`` shows a progress bar.
+    If ``shown`` is True, a progress bar is shown.
     """
     stream = adapter.streams()[CONTEXT]
     nothing = KeepStatistics(torch.zeros(stream.width, stream.width, dtype=torch.float64), 0.0)
@@ -195,12 +196,13 @@ def _all_states(text: Text, stream: Stream) -> Tensor:
 
 
 def cached_kept(trainer: pl.Trainer, adapter: Adapter, prompts: Sequence[str], cache: Path) -> Kept:
-    """Return :func:`kept_statistics` with weights 1, from ``cache`` if the encoder has seen these prompts.
+    """Return :func:`kept_statistics` with weights 1, from ``cache`` if it has them for these prompts.
 
-    If it hasn't, every rank encodes a share. All ranks must see ``cache``. Text encoders stay where they are.
+    If it doesn't, every rank encodes a share of the prompts. All ranks must see ``cache``. Text encoders
+    return to their device.
 
     Raises:
-        InputError: no prompts.
+        InputError: there are no prompts.
     """
     if not prompts:
         raise InputError("textual.keep_prompts: expected at least one prompt to keep, got none")
@@ -209,7 +211,7 @@ def cached_kept(trainer: pl.Trainer, adapter: Adapter, prompts: Sequence[str], c
     file = cache / f"kept-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.safetensors"
 
     def encode(rank: Rank) -> None:
-        # Rank 0 decides: another run may write the file between two ranks' looks at it.
+        # Rank 0 decides, because another run may write the file between two ranks' checks.
         if trainer.strategy.broadcast(file.exists()):
             return
         with adapter.encoding_on(rank.device):
@@ -225,7 +227,7 @@ def cached_kept(trainer: pl.Trainer, adapter: Adapter, prompts: Sequence[str], c
 
 
 def _over_ranks(trainer: pl.Trainer, rank: Rank, part: KeepStatistics) -> Tensor:
-    """Return K of all ranks' prompts, [d, d] float64."""
+    """Return K over the prompts of all ranks, [d, d] float64."""
     if rank.world_size == 1:
         return part.k
     weighted = torch.cat([(part.k * part.weight).flatten(), torch.tensor([part.weight], dtype=torch.float64)])

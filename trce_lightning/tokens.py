@@ -1,10 +1,9 @@
-"""What a denoiser is told beside latents and time: text states by segment, with a role for each position.
+"""The text input of a denoiser: text states by segment, with a role for each position.
 
-A segment is what one text encoder, or several side by side, give: "clip", "t5", or "pooled" of one position.
-Token positions (`token_index`) count tokens from the start of text (SoT) at 0. Padding is whatever follows
-the first end of text (EoT), by position: some tokenizers pad with the EoT itself, others with another token
-(SD 2.x: "!"). `eos_token_id` is the tokenizer's; a text encoder's config may hold another number under that
-name.
+A segment is the output of one text encoder, or of several side by side: "clip", "t5", or "pooled", which has
+one position. Token positions (`token_index`) count from the start of text (SoT) at 0. All positions after the
+first end of text (EoT) are padding. Some tokenizers pad with the EoT itself, others with another token (SD
+2.x: "!"). `eos_token_id` is the tokenizer's. A text encoder's config may have another number under that name.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ class Role(IntEnum):
 
 @dataclass(frozen=True)
 class Text:
-    """Prompts as a denoiser reads them, by segment."""
+    """A batch of prompts as a denoiser reads them, by segment."""
 
     states: dict[str, Tensor]
-    """Text states, segment → ``[B, L, d]`` float32; of a pooled segment L is 1."""
+    """The text states, segment → ``[B, L, d]`` float32. L is 1 for a pooled segment."""
     roles: dict[str, Tensor]
-    """Roles of the positions, segment → int8 ``[B, L]``."""
+    """The roles of the positions, segment → int8 ``[B, L]``."""
 
     def __post_init__(self) -> None:
         assert self.states.keys() == self.roles.keys()
@@ -45,7 +44,7 @@ class Text:
         return len(next(iter(self.states.values())))
 
     def rows(self, chosen: Rows) -> Text:
-        """Return some of the prompts: a slice, indices or a mask."""
+        """Return some of the prompts. ``chosen`` is a slice, indices or a mask."""
         return self._each(lambda tensor: tensor[chosen])
 
     def expand(self, count: int) -> Text:
@@ -58,7 +57,7 @@ class Text:
 
     @staticmethod
     def cat(texts: Sequence[Text]) -> Text:
-        """Return the prompts of all ``texts``, one after another; these have equal segments and lengths."""
+        """Return the prompts of all ``texts``, in order. The texts must have equal segments and lengths."""
         names = texts[0].states
         return Text(
             {name: torch.cat([text.states[name] for text in texts]) for name in names},
@@ -73,7 +72,10 @@ class Text:
 
 
 def eot_index(input_ids: Tensor, eos_token_id: int) -> Tensor:
-    """Return the token index of each prompt's first EoT: [B, L] → [B] int64. ValueError if one has none."""
+    """Return the token index of each prompt's first EoT: [B, L] → [B] int64.
+
+    If a prompt has no EoT, raise ValueError.
+    """
     is_eot = input_ids == eos_token_id
     missing = (~is_eot.any(1)).nonzero().flatten().tolist()
     if missing:
@@ -86,7 +88,7 @@ def eot_index(input_ids: Tensor, eos_token_id: int) -> Tensor:
 def roles_of(input_ids: Tensor, eos_token_id: int) -> Tensor:
     """Return the `Role` of every position: [B, L] → int8 [B, L]. Position 0 is the SoT.
 
-    ValueError if a prompt has no EoT.
+    If a prompt has no EoT, raise ValueError.
     """
     token_index = torch.arange(input_ids.shape[1], device=input_ids.device)
     first_eot = eot_index(input_ids, eos_token_id)[:, None]
@@ -100,8 +102,8 @@ def roles_of(input_ids: Tensor, eos_token_id: int) -> Tensor:
 def position_mask(roles: Tensor, which: Sequence[str], keyword_mask: Tensor | None = None) -> Tensor:
     """Return True at the positions that `which` names, some of `POSITIONS`: int8 [B, L] → bool [B, L].
 
-    "keyword" is `keyword_mask` (bool [B, L]), the others are roles. Raises ValueError on an unknown or no
-    name and on a missing or misshapen `keyword_mask`.
+    The positions of "keyword" are `keyword_mask` (bool [B, L]); the other names are roles. If there is no
+    name or an unknown one, or `keyword_mask` is missing or has another shape, raise ValueError.
     """
     if isinstance(which, str) or not which or not set(which) <= set(POSITIONS):
         raise ValueError(f"which must be a list of one or more of {POSITIONS}, got {which!r}")
@@ -115,8 +117,8 @@ def position_mask(roles: Tensor, which: Sequence[str], keyword_mask: Tensor | No
 
 
 def trim_length(input_ids: Tensor, eos_token_id: int) -> int:
-    """Return how many leading positions, in [1, L], hold every prompt of `input_ids` [B, L] with its EoT.
+    """Return the number of leading positions, in [1, L], that hold all prompts [B, L] up to their EoT.
 
-    A causal text encoder gives the same states up to each EoT when what lies beyond is cut off.
+    If the later positions are cut off, a causal text encoder gives the same states up to each EoT.
     """
     return int(eot_index(input_ids, eos_token_id).max()) + 1
