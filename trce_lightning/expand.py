@@ -155,18 +155,18 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("concept", metavar="CONCEPT", help="in free words")
+    add("concept", metavar="CONCEPT", help="the concept in free words")
     add("--out", type=Path, metavar="FILE", help="default: NAME.yaml")
     add("--force", action="store_true", help="overwrite FILE")
-    add("--name", default="", help="of the concept; default: made of its words")
+    add("--name", default="", help="name of the concept; default: made of its words")
     add("--kind", choices=KINDS, default=Wanted.kind, help="style: a way of drawing; default: %(default)s")
     add("--terms", type=int, default=Wanted.terms, metavar="N", help="default: %(default)s")
     add("--templates", type=int, default=Wanted.templates, metavar="N", help="default: %(default)s")
-    add("--also", nargs="+", choices=list(ALSO), default=[], help="what else to ask for")
+    add("--also", nargs="+", choices=list(ALSO), default=[], help="further lists to ask for")
     add("--attempts", type=int, default=3, metavar="N", help="useless replies in a row; default: %(default)s")
-    add("--model", metavar="NAME", required=True, help="behind OPENAI_BASE_URL")
+    add("--model", metavar="NAME", required=True, help="name of the model behind OPENAI_BASE_URL")
     add("--timeout", type=float, default=120.0, metavar="SECONDS", help="for a reply; default: %(default)g")
-    add("--retries", type=int, default=4, metavar="N", help="when no reply comes; default: %(default)s")
+    add("--retries", type=int, default=4, metavar="N", help="tries after no reply; default: %(default)s")
     return parser
 
 

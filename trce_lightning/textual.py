@@ -44,7 +44,7 @@ class TextualStatistics:
     """The statistics that stage 1 is solved from."""
 
     pairs: dict[str, PairStatistics]
-    """Pair statistics by concept."""
+    """The pair statistics by concept."""
     keep: KeepStatistics
     """The mean over the kept states."""
 

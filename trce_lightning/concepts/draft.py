@@ -192,7 +192,7 @@ def _with_phrase(concept: Concept, phrase: str, changes: Mapping[str, Any]) -> C
     try:
         new = Concept(concept.name, {phrase: "that"}).phrases.isdisjoint(concept.phrases)
         return replace(concept, **changes) if new and _PHRASE.fullmatch(phrase) else concept
-    except InputError:  # a counterpart names it
+    except InputError:  # a counterpart names the phrase
         return concept
 
 

@@ -52,7 +52,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class TrajectoryPlan:
-    """All trajectories of a run."""
+    """The malicious and unconditional trajectories of a run."""
 
     malicious: tuple[Trajectory, ...]
     unconditional: tuple[Trajectory, ...]

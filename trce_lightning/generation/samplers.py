@@ -1,4 +1,7 @@
-"""Samplers lead from noise, or a noised picture, to an image: DDIM, or one of diffusers' schedulers."""
+"""The samplers, which lead from noise or a noised picture to an image.
+
+They are this project's DDIM and diffusers' schedulers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of data sets on the Hugging Face hub."""
+"""The files of data sets on the Hugging Face hub."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class SetSummary(TypedDict):
     sha256: str | None
     """The hash of the file, or None if the set was not read from a file."""
     overlaps: dict[str, int]
-    """Other set → the number of different texts that both sets have. Sets that share none are left out."""
+    """The number of different texts that this set shares with each other set, if it shares any."""
 
 
 def prompt_files(

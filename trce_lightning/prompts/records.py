@@ -56,7 +56,7 @@ class PromptRecord:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts that are scored together. ``name`` stands in metrics.json; ``sha256`` is their file's hash."""
+    """The prompts that are scored together under ``name``. ``sha256`` is the hash of their file, if any."""
 
     name: str
     records: tuple[PromptRecord, ...]

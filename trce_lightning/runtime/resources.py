@@ -41,14 +41,15 @@ def explain_machine(error: BaseException) -> list[str] | None:
     if is_out_of_memory(error):
         return [
             f"out of memory: {first}",
-            "lower trajectory.batch_size if it was training (trainer.accumulate_grad_batches makes up for "
-            "it), metrics.batch_size if it was drawing",
+            "if it was training, lower trajectory.batch_size (trainer.accumulate_grad_batches makes up for "
+            "it); if it was generating images, lower metrics.batch_size",
             _GOES_ON,
         ]
     if is_peer_gone(error):
         return [
             "another process of this run has ended",
-            "its own message stands above; one that was killed, as for want of memory, leaves none",
+            "its own message stands above; a process that was killed, for example for lack of memory, leaves "
+            "none",
             _GOES_ON,
         ]
     return None

@@ -27,7 +27,9 @@ class _Unbreakable(io.FileIO):
 
 
 def keep_speaking() -> None:
-    """Make writing to stdout and stderr safe: no lost reader and no text that they can't encode raises.
+    """Make writing to stdout and stderr safe.
+
+    A lost reader, or a text that they can't encode, no longer raises.
 
     If a stream is closed, it is opened on the null device, so that no file of the run gets its number.
     """
