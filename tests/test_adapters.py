@@ -99,6 +99,17 @@ def test_token_embeddings_keep_the_mask_of_an_encoder_that_reads_one(
     assert torch.equal(found.states["clip"], adapter.encode(PROMPTS).states["clip"])
 
 
+def test_the_vocabulary_is_what_comes_back_alone(tiny_adapter: StableDiffusionAdapter) -> None:
+    ids = tiny_adapter.vocabulary()["clip"]
+    texts = tiny_adapter.detokenize("clip", ids[:, None].tolist())
+    assert [row[1:2] for row in tiny_adapter.tokenize(texts)["clip"].tolist()] == ids[:, None].tolist()
+    assert {"a", "z", "7"} <= set(texts) and "A" not in texts and "" not in texts
+    assert not set(ids.tolist()) & set(tiny_adapter.tokenizer.all_special_ids)
+    assert tiny_adapter.detokenize("clip", []) == []
+    inside = tiny_adapter.tokenizer.convert_tokens_to_ids("a")
+    assert inside not in ids and tiny_adapter.tokenizer.convert_tokens_to_ids("a</w>") in ids
+
+
 def test_nothing_is_said_by_the_empty_prompt(tiny_adapter: StableDiffusionAdapter) -> None:
     assert torch.equal(tiny_adapter.empty().states["clip"], tiny_adapter.encode([""]).states["clip"])
 

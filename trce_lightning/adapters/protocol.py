@@ -93,6 +93,18 @@ class Adapter(Protocol):
     def fits(self, prompt: str) -> bool:
         """Return whether the model reads the whole prompt."""
 
+    def vocabulary(self) -> dict[str, Tensor]:
+        """Return the token ids that a user can type, by segment, int64 ``[V]`` on the CPU.
+
+        Each comes back alone when its text is tokenized. The start's, the end's and padding's don't count.
+        """
+
+    def detokenize(self, segment: str, words: Sequence[Sequence[int]]) -> list[str]:
+        """Return the prompts that token ids of a segment spell, without the start's, the end's and padding.
+
+        Not every row of ids survives: tokenizing its prompt may give others.
+        """
+
     def encode(self, prompts: Sequence[str], *, trimmed: bool = False) -> Text:
         """Return prompts as the denoiser reads them, without gradients.
 

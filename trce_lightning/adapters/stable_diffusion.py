@@ -162,6 +162,23 @@ class StableDiffusionAdapter:
         """Return whether the model reads the whole prompt."""
         return not self.cut([prompt])
 
+    def vocabulary(self) -> dict[str, Tensor]:
+        """Return the token ids that a user can type, int64 ``[V]`` on the CPU.
+
+        Each comes back alone when its text is tokenized. Parts of words don't. Special tokens don't count.
+        """
+        known = self.text_encoder.get_input_embeddings().num_embeddings
+        special = set(self.tokenizer.all_special_ids)
+        ids = [i for i in range(min(len(self.tokenizer), known)) if i not in special]
+        read = self._token_ids(self.detokenize(SEGMENT, [[i] for i in ids]), special=False)
+        return {SEGMENT: torch.tensor([i for i, back in zip(ids, read, strict=True) if back == [i]])}
+
+    def detokenize(self, segment: str, words: Sequence[Sequence[int]]) -> list[str]:
+        """Return the prompts that token ids spell, without the start's, the end's and padding."""
+        assert segment == SEGMENT
+        rows = [list(row) for row in words]
+        return self.tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False) if rows else []
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, trimmed: bool = False) -> Text:
         """Return prompts as the denoiser reads them.
