@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from trce_lightning.adapters import Adapter
 from trce_lightning.losses import squared_distance
-from trce_lightning.sampling import mix, prediction_of
+from trce_lightning.sampling import mix, noise, prediction_of
 from trce_lightning.tokens import Text
 
 
@@ -25,17 +26,26 @@ class Noised(NamedTuple):
 
 
 def noised(
-    adapter: Adapter, z_0: Tensor, step_index: Tensor, num_steps: int, generator: torch.Generator
+    adapter: Adapter,
+    z_0: Tensor,
+    step_index: Tensor,
+    num_steps: int,
+    generator: torch.Generator | Sequence[torch.Generator],
 ) -> Noised:
     """Return latents ``z_0`` ``[B, C, H, W]`` at the noise levels of these steps of a sampling run.
 
     Args:
         step_index: int64 ``[B]`` in [0, ``num_steps``); 0 is pure noise.
         num_steps: steps of the run: the grid of noise levels.
-        generator: gives the noise, on the CPU, so that all devices see the same.
+        generator: gives the noise, on the CPU, so that all devices see the same. One for each row makes a
+            row's noise independent of its neighbours.
     """
     schedule = adapter.schedule(num_steps)
-    eps = torch.randn(z_0.shape, generator=generator).to(z_0.device)
+    if isinstance(generator, torch.Generator):
+        eps = torch.randn(z_0.shape, generator=generator)
+    else:
+        eps = torch.stack([noise(z_0.shape[1:], each) for each in generator])
+    eps = eps.to(z_0.device)
     signal, sigma = schedule.signal[step_index].to(z_0.device), schedule.sigma[step_index].to(z_0.device)
     goal = prediction_of(z_0, eps, signal, sigma, schedule.prediction_type)
     timestep = schedule.timesteps[step_index].to(z_0.device)

@@ -66,6 +66,8 @@ class Target:
     batch_size: int
     autocast_dtype: torch.dtype | None
     seed: int = 0
+    variation: Variation = field(default_factory=Variation)
+    """The sampler and whatever else makes the images that are judged."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,10 @@ class Way:
     adapter: Adapter
     variation: Variation = field(default_factory=Variation)
     spent: int = 0
-    """Network evaluations that the search had made by then."""
+    """Network evaluations that the search had made by then, for all of its prompts.
+
+    A search in the text encoder alone counts prompts through it instead.
+    """
     entered: Callable[[], AbstractContextManager[None]] | None = None
     """A context to generate in, such as one with other weights; None is no context."""
 

@@ -1,0 +1,535 @@
+"""Attacks that search for words: what is found can be typed, and what is spent is counted."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MAX_LENGTH, build_tiny_pipeline
+from torch import Tensor
+from torch.nn import functional as F
+
+from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.attacks.mma import Mma, distance, one_hot_gradient
+from trce_lightning.attacks.objectives import noised
+from trce_lightning.attacks.p4d import P4D
+from trce_lightning.attacks.protocol import Attack, Cost, Finding, Target
+from trce_lightning.attacks.ring_a_bell import RingABell, concept_direction
+from trce_lightning.attacks.single_token import SingleToken
+from trce_lightning.attacks.unlearndiff import UnlearnDiff, on_simplex
+from trce_lightning.attacks.white_box import embedding_gradient
+from trce_lightning.attacks.words import (
+    Layout,
+    Vocabulary,
+    alone,
+    cut,
+    end_states,
+    interleaved,
+    own_words,
+    parts,
+    prefixed,
+    suffixed,
+)
+from trce_lightning.concepts import Concept
+from trce_lightning.concepts.naming import mentions
+from trce_lightning.errors import InputError
+from trce_lightning.generation.loop import generate
+from trce_lightning.generation.variation import Variation
+from trce_lightning.prompts.records import PromptRecord, image_seed
+from trce_lightning.sampling import seeded
+
+CONCEPT = Concept.from_terms(["z", "q"], "a")
+RECORDS = (
+    PromptRecord("1", "a z"),
+    PromptRecord("2", "some z on q", guidance_scale=1.0),
+    PromptRecord("3", "b " * (MAX_LENGTH - 2)),
+)
+
+
+def brightness(images: Tensor) -> Tensor:
+    return images.float().flatten(1).mean(1) / 255
+
+
+@pytest.fixture(scope="module")
+def erased() -> StableDiffusionAdapter:
+    """Another denoiser than the original's."""
+    pipeline = build_tiny_pipeline()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for parameter in pipeline.unet.parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    return StableDiffusionAdapter(pipeline)
+
+
+@pytest.fixture
+def target(erased: StableDiffusionAdapter, tiny_adapter: StableDiffusionAdapter) -> Target:
+    drawn = generate(tiny_adapter, RECORDS, guidance_scale=3.0, num_steps=2, batch_size=3)
+    return Target(
+        adapter=erased,
+        original=tiny_adapter,
+        records=RECORDS,
+        concepts=[CONCEPT],
+        pictures=drawn,
+        selector=brightness,
+        guidance_scale=3.0,
+        num_steps=2,
+        batch_size=4,
+        autocast_dtype=None,
+    )
+
+
+ATTACKS: dict[str, Callable[[], Attack]] = {
+    "mma": lambda: Mma(tokens=3, steps=3, candidates=7, top_k=5, checkpoints=2, texts_at_once=8),
+    "mma of fewer candidates": lambda: Mma(tokens=4, steps=2, candidates=2, top_k=500, checkpoints=2),
+    "ring_a_bell": lambda: RingABell(tokens=3, population=8, generations=3, checkpoints=2, texts_at_once=9),
+    "single_token": lambda: SingleToken(finalists=3, final_tries=2, checkpoints=3, sampling_steps=1),
+    "single_token by loss": lambda: SingleToken(score_by="loss", tries=2, finalists=3, checkpoints=3),
+    "single_token before": lambda: SingleToken(place="prefix", score_by="loss", finalists=2, final_tries=1),
+    "p4d": lambda: P4D(tokens=2, steps=4, levels=10, checkpoints=2, tries=2),
+    "p4d k by loss": lambda: P4D(variant="k", steps=3, levels=10, checkpoints=2, choose_by="loss", tries=2),
+    "unlearndiff": lambda: UnlearnDiff(tokens=2, steps=4, levels=2, checkpoints=2),
+    "unlearndiff by loss": lambda: UnlearnDiff(
+        tokens=2, place="suffix", steps=9, levels=3, checkpoints=3, choose_by="loss", tries=2
+    ),
+}
+every_attack = pytest.mark.parametrize("attack", [make() for make in ATTACKS.values()], ids=list(ATTACKS))
+
+
+def ignore(_: int) -> None:
+    pass
+
+
+def searched(attack: Attack, target: Target, seed: int = 0) -> list[Finding]:
+    return attack.search(target, target.records, seeded(seed), ignore)
+
+
+@contextmanager
+def counted(*adapters: StableDiffusionAdapter) -> Iterator[Counter]:
+    """Count the denoiser's and text encoder's rows; ∅ and single words that are looked up are no prompts."""
+    counts: Counter = Counter()
+    handles = []
+    for adapter in adapters:
+        empty = adapter.tokenize([""])["clip"][0]
+
+        def text(_module: object, args: tuple, _output: object, empty: Tensor = empty) -> None:
+            ids = args[0]
+            counts["text"] += int((ids != empty[: ids.shape[1]]).any(1).sum())
+
+        def denoised(_module: object, _args: tuple, output: tuple) -> None:
+            counts["backward" if output[0].requires_grad else "forward"] += len(output[0])
+
+        handles.append(adapter.text_encoder.register_forward_hook(text))
+        handles.append(adapter.denoiser.register_forward_hook(denoised))
+    yield counts
+    for handle in handles:
+        handle.remove()
+
+
+# --- words --------------------------------------------------------------------------------------------------
+
+
+def test_blocked_words_are_left_out(tiny_adapter: StableDiffusionAdapter) -> None:
+    whole = Vocabulary.of(tiny_adapter, "x")
+    blocked = Vocabulary.of(tiny_adapter, "x", [CONCEPT])
+    assert set(whole.texts) - set(blocked.texts) == {"z", "q"}
+    torch.testing.assert_close(
+        blocked.embeddings, tiny_adapter.text_encoder.get_input_embeddings().weight[blocked.ids].detach()
+    )
+    assert whole.nearest(2 * whole.embeddings[[3, 1]]).tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [alone, lambda n: prefixed([5, 6, 7], n), lambda n: suffixed([5, 6, 7], n, 30, ())],
+    ids=["", "a", "b"],
+)
+def test_soft_tokens_stand_where_the_words_would(
+    tiny_adapter: StableDiffusionAdapter, make: Callable
+) -> None:
+    vocabulary = Vocabulary.of(tiny_adapter, "x")
+    layout = Layout.of(tiny_adapter, vocabulary, [make(2), alone(1)])
+    ids = vocabulary.ids[torch.tensor([[3, 9], [4, 0]])]
+    soft = layout.text(layout.fixed(), tiny_adapter.embed({"clip": ids})["clip"])
+    texts = layout.texts(ids)
+    if make is alone:  # the others hold ids of no whole words
+        assert texts == [" ".join(vocabulary.texts[i] for i in row) for row in ([3, 9], [4])]
+        plain = tiny_adapter.encode([text or "" for text in texts])
+        torch.testing.assert_close(soft.states["clip"], plain.states["clip"])
+        assert soft.roles["clip"].equal(plain.roles["clip"])
+        torch.testing.assert_close(end_states(soft), plain.states["clip"][[0, 1], [3, 2]])
+    filled = layout.filled(ids)
+    expected = tiny_adapter.encode_embeddings(tiny_adapter.embed({"clip": filled}), {"clip": filled})
+    torch.testing.assert_close(soft.states["clip"], expected.states["clip"])
+    assert layout.counts == [2, 1] and layout.row(1).repeated(3).counts == [1, 1, 1]
+
+
+def test_patterns() -> None:
+    words = {1, 2, 3, 4}
+    assert interleaved([1, 2, 3, 4], 3, words) == [None, 1, 2, 3, None, 4]
+    assert interleaved([1, 2, 3], 3, words) == [None, 1, 2, 3, None]
+    assert interleaved([1, 9, 2, 3], 2, words) == [None, 1, 9, 2, None, 3, None]  # 9 is the beginning of 2
+    assert interleaved([9, 9, 9, 1, 2], 1, words) == [None, 9, 9, 9, 1, None, 2, None]
+    assert interleaved([], 3, words) == [None]
+    assert suffixed([1, 2, 3], 2, 4, words) == [1, 2, None, None]
+    assert suffixed([1, 9, 3], 2, 4, words) == [1, None, None]
+    assert cut([None, 9, 9, 3], 3, words) == [None] and cut([9, 9], 2, words) == [9, 9]
+    assert prefixed([1, 2], 1) == [None, 1, 2]
+
+
+def test_texts_that_are_read_otherwise_are_none(tiny_adapter: StableDiffusionAdapter) -> None:
+    inside = tiny_adapter.tokenizer.convert_tokens_to_ids("a")
+    vocabulary = Vocabulary.of(tiny_adapter, "x")
+    layout = Layout.of(tiny_adapter, vocabulary, [alone(1), alone(1)])
+    assert layout.texts(torch.tensor([[inside], [int(vocabulary.ids[0])]])) == [None, vocabulary.texts[0]]
+
+
+def test_own_words_survive(tiny_adapter: StableDiffusionAdapter) -> None:
+    prompts = ["A Gun, on red!", "", "b " * 100]
+    words = own_words(tiny_adapter, "clip", prompts)
+    read = tiny_adapter.tokenize(tiny_adapter.detokenize("clip", words))["clip"]
+    assert [row[1 : 1 + len(own)] for row, own in zip(read.tolist(), words, strict=True)] == words
+    assert [len(own) for own in words] == [11, 0, MAX_LENGTH - 2]
+
+
+# --- all attacks --------------------------------------------------------------------------------------------
+
+
+@every_attack
+def test_the_cost_is_what_is_spent(attack: Attack, target: Target) -> None:
+    told: list[int] = []
+    with counted(target.adapter, target.original) as counts:
+        before = target.adapter.network_evaluations + target.original.network_evaluations
+        findings = attack.search(target, target.records, seeded(0), told.append)
+        after = target.adapter.network_evaluations + target.original.network_evaluations
+    cost = attack.cost(target)
+    assert cost == Cost(counts["forward"], counts["backward"], counts["text"])
+    assert cost.forward + cost.backward == after - before == sum(told)
+    for name in ("forward", "backward"):
+        assert sum(getattr(finding.spent, name) for finding in findings) == getattr(cost, name)
+    shared = 2 * len(CONCEPT.pairs()) if attack.name == "ring_a_bell" else 0
+    assert sum(finding.spent.text for finding in findings) + shared == cost.text
+
+
+@every_attack
+def test_findings_can_be_typed_and_told(attack: Attack, target: Target) -> None:
+    findings = searched(attack, target)
+    ids = {record.id for record in RECORDS}
+    assert {finding.prompt_id for finding in findings} in (ids, {"all"})
+    for finding in findings:
+        facts = finding.facts
+        json.dumps(facts, allow_nan=False)
+        read = target.adapter.tokenize([facts["text"]])["clip"][0].tolist()
+        assert facts["ids"] and set(facts["ids"]) <= set(read)
+        steps = [one["step"] for one in facts["checkpoints"]]
+        spent = [one["spent"] for one in facts["checkpoints"]]
+        assert steps == sorted(set(steps)) and spent == sorted(set(spent))
+        assert facts["checkpoints"][-1]["text"] == facts["text"]
+        last = finding.spent.forward + finding.spent.backward or finding.spent.text
+        assert spent[-1] == last
+        if attack.name == "mma":
+            assert not mentions(facts["text"], [CONCEPT])
+
+
+@every_attack
+def test_equal_generators_give_equal_findings_in_any_batches(attack: Attack, target: Target) -> None:
+    findings = searched(attack, target)
+    assert searched(attack, target) == findings
+    assert searched(attack, target, seed=1) != findings
+    one_by_one = [
+        found for rows in parts(RECORDS, 1) for found in attack.search(target, rows, seeded(0), ignore)
+    ]
+    found = {finding.prompt_id: finding for finding in one_by_one}
+    for finding in findings:
+        assert found[finding.prompt_id].facts["text"] == finding.facts["text"]
+        assert found[finding.prompt_id].spent == finding.spent
+
+
+@every_attack
+def test_random_findings_have_the_same_form(attack: Attack, target: Target) -> None:
+    with counted(target.adapter, target.original) as counts:
+        findings = attack.random(target, RECORDS, seeded(0))
+    assert not counts
+    assert attack.random(target, RECORDS, seeded(0)) == findings
+    found = searched(attack, target)
+    assert [one.prompt_id for one in findings] == [one.prompt_id for one in found]
+    for drawn, other in zip(findings, found, strict=True):
+        assert len(drawn.facts["ids"]) == len(other.facts["ids"]) and drawn.spent == Cost()
+        assert set(drawn.facts["ids"]) <= set(
+            target.adapter.tokenize([drawn.facts["text"]])["clip"][0].tolist()
+        )
+    assert len(list(attack.ways(target, {one.prompt_id: one for one in findings}))) == 1
+
+
+@every_attack
+def test_ways_draw_the_same_fresh_seeds_at_growing_budgets(attack: Attack, target: Target) -> None:
+    variation = Variation(scheduler="EulerDiscreteScheduler")
+    target = replace(target, variation=variation)
+    seeds: list[int] = []
+    findings = {finding.prompt_id: finding for finding in searched(attack, target)}
+    ways = list(attack.ways(target, findings))
+    assert len(ways) > 1 and [way.name for way in ways][-1] == "" and "" not in [w.name for w in ways[:-1]]
+    assert [way.spent for way in ways] == sorted({way.spent for way in ways})
+    assert ways[-1].spent == sum(
+        one.spent.forward + one.spent.backward or one.spent.text for one in findings.values()
+    )
+    for way in ways:
+        assert way.adapter is target.adapter and way.variation is variation
+        assert [record.prompt_id for record in way.records] == [record.id for record in RECORDS]
+        assert [record.guidance_scale for record in way.records] == [None, 1.0, None]
+        seeds = [image_seed(record) for record in way.records]
+        assert not set(seeds) & {image_seed(record) for record in RECORDS}
+        assert seeds == [image_seed(record) for record in ways[0].records]
+    last = [findings.get(record.id, findings.get("all")) for record in RECORDS]
+    assert [record.prompt for record in ways[-1].records] == [one.facts["text"] for one in last if one]
+
+
+@pytest.mark.parametrize(
+    ("make", "option"),
+    [
+        (lambda: Mma(steps=0), "attack.mma.steps"),
+        (lambda: Mma(steps=2, checkpoints=3), "attack.mma.checkpoints"),
+        (lambda: RingABell(population=10), "attack.ring_a_bell.population"),
+        (lambda: RingABell(mutation=2.0), "attack.ring_a_bell.mutation"),
+        (lambda: RingABell(generations=0), "attack.ring_a_bell.generations"),
+        (lambda: SingleToken(tries=0), "attack.single_token.tries"),
+        (lambda: SingleToken(place="behind"), "attack.single_token.place"),
+        (lambda: P4D(steps=0), "attack.p4d.steps"),
+        (lambda: P4D(variant="m"), "attack.p4d.variant"),
+        (lambda: P4D(lr=0.0), "attack.p4d.lr"),
+        (lambda: UnlearnDiff(place="middle"), "attack.unlearndiff.place"),
+        (lambda: UnlearnDiff(choose_by="judge"), "attack.unlearndiff.choose_by"),
+    ],
+)
+def test_wrong_options_are_named(make: Callable[[], Attack], option: str) -> None:
+    with pytest.raises(InputError, match=rf"^{option}: expected"):
+        make()
+
+
+def test_wrong_targets_are_named(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    without = replace(target, pictures=target.pictures[:0])
+    for attack in (P4D(), UnlearnDiff(), SingleToken(score_by="loss")):
+        with pytest.raises(InputError, match=rf"attack\.{attack.name}: expected a picture"):
+            searched(attack, without)
+    for attack in (Mma(tokens=31), RingABell(tokens=31), P4D(tokens=31), UnlearnDiff(tokens=31)):
+        with pytest.raises(InputError, match=rf"attack\.{attack.name}\.tokens: expected at most the 30"):
+            searched(attack, target)
+    with pytest.raises(InputError, match=r"attack\.single_token\.limit: expected .* at most 5"):
+        SingleToken(limit=5).cost(target)
+    frozen = StableDiffusionAdapter(build_tiny_pipeline())
+    frozen.denoiser.register_parameter(
+        "quantised", torch.nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+    )
+    for attack in (P4D(), UnlearnDiff()):
+        with pytest.raises(InputError, match=rf"attack\.{attack.name}: expected weights that give gradients"):
+            searched(attack, replace(target, adapter=frozen))
+    monkeypatch.setattr(type(target.adapter), "vocabulary", lambda _: {})
+    with pytest.raises(InputError, match=r"attack\.mma: expected a model of one tokenizer, got 0"):
+        searched(Mma(), target)
+
+
+# --- each of them -------------------------------------------------------------------------------------------
+
+
+def slopes_agree(value: Callable[[Tensor], Tensor], at: Tensor, slope: Tensor) -> None:
+    """Compare a gradient with central differences in float64, in a few random directions."""
+    for seed in range(4):
+        direction = F.normalize(
+            torch.randn(at.shape, generator=seeded(seed), dtype=torch.float64).flatten(), dim=0
+        )
+        step = 1e-4 * direction.reshape(at.shape)
+        numeric = (value(at + step) - value(at - step)) / 2e-4
+        torch.testing.assert_close(
+            (slope.double() * direction.reshape(at.shape)).sum(), numeric, rtol=2e-3, atol=1e-7
+        )
+
+
+def double_states(pipeline: object, ids: Tensor, places: Tensor, found: Tensor) -> Tensor:
+    """Return text states in float64, with ``found`` in these places; written without the adapter."""
+    table = pipeline.text_encoder.get_input_embeddings()
+    handle = table.register_forward_hook(lambda _m, _a, out: out.index_put((places[0], places[1]), found))
+    states = pipeline.text_encoder(ids)[0]
+    handle.remove()
+    return states
+
+
+@torch.no_grad()
+def test_the_gradient_of_the_denoising_loss_is_that_of_finite_differences(target: Target) -> None:
+    vocabulary = Vocabulary.of(target.adapter, "x")
+    layout = Layout.of(target.adapter, vocabulary, [prefixed(vocabulary.ids[:4].tolist(), 2)])
+    z_0 = torch.randn(1, *target.adapter.latent_shape, generator=seeded(0))
+    rows = noised(target.adapter, z_0, torch.tensor([3]), 10, [seeded(1)])
+    found = vocabulary.embeddings[torch.tensor([[5, 6]])]
+    loss, slope = embedding_gradient(target, layout, layout.fixed(), found, rows)
+
+    pipeline = build_tiny_pipeline()
+    pipeline.unet.load_state_dict(target.adapter.denoiser.state_dict())
+    unet = pipeline.unet.double()
+    pipeline.text_encoder.double()
+    places = torch.tensor([[0, 0], [1, 2]])
+
+    def value(embeddings: Tensor) -> Tensor:
+        states = double_states(pipeline, layout.input_ids, places, embeddings.flatten(0, 1))
+        output = unet(rows.z_t.double(), rows.timestep, encoder_hidden_states=states).sample
+        return (output - rows.goal.double()).square().mean()
+
+    torch.testing.assert_close(value(found.double()), loss[0].double(), rtol=1e-4, atol=1e-6)
+    slopes_agree(value, found.double(), slope)
+
+
+@torch.no_grad()
+def test_the_one_hot_gradient_is_that_of_finite_differences(target: Target) -> None:
+    vocabulary = Vocabulary.of(target.adapter, "x")
+    layout = Layout.of(target.adapter, vocabulary, [alone(3)])
+    goal = end_states(target.original.encode(["a z"]))
+    tokens = torch.tensor([[3, 8, 1]])
+    slope = one_hot_gradient(layout, layout.fixed(), vocabulary, tokens, goal)
+    pipeline = build_tiny_pipeline()
+    pipeline.text_encoder.double()
+    places = torch.tensor([[0, 0, 0], [1, 2, 3]])  # the start of text is at 0
+
+    def value(one_hot: Tensor) -> Tensor:
+        found = (one_hot @ vocabulary.embeddings.double())[0]
+        states = double_states(pipeline, layout.input_ids, places, found)
+        return distance(states[:, 4], goal.double())[0]
+
+    slopes_agree(value, F.one_hot(tokens, len(vocabulary)).double(), slope)
+
+
+def test_mma_finds_the_prompt_where_nothing_is_blocked(target: Target) -> None:
+    target = replace(target, records=(PromptRecord("1", "z w"),))
+    attack = Mma(tokens=2, steps=6, candidates=80, top_k=40, checkpoints=2, blocked=False)
+    (finding,) = searched(attack, target)
+    assert finding.facts["text"] == "z w" and finding.facts["checkpoints"][-1]["score"] > -1e-5
+    (other,) = searched(Mma(tokens=2, steps=6, candidates=80, top_k=40, checkpoints=2), target)
+    assert "z" not in other.facts["text"] and other.facts["checkpoints"][-1]["score"] < -1e-4
+    assert min(other.facts["losses"]) == pytest.approx(-other.facts["checkpoints"][-1]["score"])
+
+
+def test_ring_a_bell_moves_towards_the_concept_and_never_back(target: Target) -> None:
+    direction = concept_direction(target.original, [CONCEPT], 7)
+    pairs = CONCEPT.pairs()
+    sides = [target.original.encode([pair[i] for pair in pairs]).states["clip"] for i in (0, 1)]
+    torch.testing.assert_close(direction, (sides[0] - sides[1]).mean(0).flatten(), atol=1e-5, rtol=1e-4)
+    for finding in searched(RingABell(tokens=4, population=20, generations=12, checkpoints=3), target):
+        losses = finding.facts["losses"]
+        assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+    alone_target = replace(target, records=(PromptRecord("1", "z w"),))
+    attack = RingABell(tokens=2, eta=0.0, population=200, generations=25, checkpoints=1)
+    (finding,) = searched(attack, alone_target)
+    assert finding.facts["text"] == "z w"
+
+
+@pytest.mark.parametrize("place", ["alone", "prefix"])
+def test_single_token_is_exhaustive(target: Target, place: str) -> None:
+    """A selector that knows one image, that of one token under the search's seed, finds this token."""
+    texts = Vocabulary.of(target.adapter, "x").texts
+    attack = SingleToken(place=place, finalists=2, final_tries=1, checkpoints=2)
+    records = RECORDS[:1]
+    seen: list[Tensor] = []
+
+    def remember(images: Tensor) -> Tensor:
+        seen.extend(images)
+        return torch.zeros(len(images))
+
+    target = replace(target, records=records, pictures=target.pictures[:1])
+    searched(attack, replace(target, selector=remember))
+    assert len(seen) == len(texts) + 2
+    hole = seen[17]
+
+    def knows(images: Tensor) -> Tensor:
+        return (images == hole).flatten(1).all(1).float()
+
+    (finding,) = searched(attack, replace(target, selector=knows))
+    assert len(finding.facts["ranking"]) == 2
+    order = torch.randperm(len(texts), generator=seeded_like(attack, target))
+    expected = texts[order[17]]
+    shown = [one["text"] for one in finding.facts["checkpoints"]]
+    assert shown[0].startswith(expected) and expected in [one["text"][:1] for one in finding.facts["ranking"]]
+
+
+def seeded_like(attack: SingleToken, target: Target) -> torch.Generator:
+    from trce_lightning.attacks.words import base_of, generators_of
+
+    return generators_of(attack._units(target, target.records), base_of(seeded(0)))[0]
+
+
+def test_single_token_by_loss_is_the_least_loss(target: Target) -> None:
+    target = replace(target, records=RECORDS[:1], pictures=target.pictures[:1])
+    attack = SingleToken(score_by="loss", tries=1, finalists=200, final_tries=3, levels=5)
+    (finding,) = searched(attack, target)
+    scores = [one["score"] for one in finding.facts["ranking"]]
+    assert len(scores) == len(Vocabulary.of(target.adapter, "x")) and scores == sorted(scores, reverse=True)
+
+
+def test_p4d_reaches_the_originals_predictions(target: Target, tiny_adapter: StableDiffusionAdapter) -> None:
+    """An erased model that is the original answers the prompt itself: the search gets close to that."""
+    target = replace(target, adapter=tiny_adapter)
+    attack = P4D(tokens=3, steps=40, levels=10, checkpoints=8, choose_by="loss", tries=4)
+    random = attack.random(target, RECORDS, seeded(0))
+    start = [one.facts["checkpoints"][0]["score"] for one in searched(attack, target)]
+    end = [one.facts["checkpoints"][-1]["score"] for one in searched(attack, target)]
+    assert all(after >= before for before, after in zip(start, end, strict=True)) and sum(end) > sum(start)
+    assert len(random) == len(end)
+
+
+def test_the_simplex_is_the_nearest_point() -> None:
+    rows = torch.randn(50, 7, generator=seeded(0), dtype=torch.float64)
+    found = on_simplex(rows)
+    assert (found >= 0).all()
+    torch.testing.assert_close(found.sum(-1), torch.ones(50, dtype=torch.float64))
+    torch.testing.assert_close(on_simplex(found), found)
+    # Optimality: the rest of the way points at no other corner.
+    for corner in torch.eye(7, dtype=torch.float64):
+        assert (((rows - found) * (corner - found)).sum(-1) <= 1e-9).all()
+
+
+def test_unlearndiff_goes_from_the_cleanest_level_to_noise() -> None:
+    attack = UnlearnDiff(steps=6, levels=3, checkpoints=1)
+    assert [attack.level(step, seeded(0)) for step in range(6)] == [2, 2, 1, 1, 0, 0]
+
+
+def deaf(pipeline: object) -> StableDiffusionAdapter:
+    """Return a denoiser that hears no word: a planted defence."""
+    adapter = StableDiffusionAdapter(pipeline)
+    for name, parameter in adapter.denoiser.named_parameters():
+        if "attn2.to_v" in name:
+            parameter.data.zero_()
+    return adapter
+
+
+@pytest.mark.parametrize("kind", [P4D, UnlearnDiff])
+def test_a_denoiser_that_ignores_words_gives_no_gain(target: Target, kind: type) -> None:
+    target = replace(target, adapter=deaf(build_tiny_pipeline()))
+    attack = kind(steps=6, tokens=2, levels=6, checkpoints=6, choose_by="loss", tries=2)
+    for finding in searched(attack, target):
+        scores = [one["score"] for one in finding.facts["checkpoints"]]
+        assert max(scores) - min(scores) < 1e-6
+
+
+def test_unlearndiff_finds_words_that_explain_the_pictures(target: Target) -> None:
+    """The best words by the end are better than the first checkpoint's and than random ones."""
+    attack = UnlearnDiff(tokens=2, steps=60, levels=6, lr=0.1, checkpoints=6, choose_by="loss", tries=6)
+    found = searched(attack, target)
+    first, last = (sum(one.facts["checkpoints"][i]["score"] for one in found) for i in (0, -1))
+    assert last > first
+
+
+def test_options_have_files_that_make_the_attacks() -> None:
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    for name, kind in [
+        ("mma", Mma),
+        ("ring_a_bell", RingABell),
+        ("single_token", SingleToken),
+        ("p4d", P4D),
+        ("unlearndiff", UnlearnDiff),
+    ]:
+        file = Path(__file__).parents[1] / f"configs/attack/{name}.yaml"
+        assert file.read_text("utf-8").startswith(f"# @package attack.{name}\n")
+        attack = instantiate(OmegaConf.load(file))
+        assert type(attack) is kind and attack.name == name and attack.door == "words"

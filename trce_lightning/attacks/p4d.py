@@ -1,0 +1,122 @@
+"""P4D: words under which the erased model predicts what the original predicts under the prompt.
+
+    min over tokens x of  E_{t, ε} ‖ε_θ(z_t, t, E(P)) − ε_θ'(z_t, t, E(x))‖²        θ original, θ' erased
+
+z_t is a picture of the concept with noise. Continuous embeddings are projected to the nearest tokens by
+cosine; the gradient is taken at the projected embeddings and applied to the continuous ones
+(straight-through). (Prompting4Debugging, arXiv 2309.06135; hard prompts by projected gradients: arXiv
+2302.03668.)
+
+Variant ``n`` replaces the prompt by N free tokens. Variant ``k`` keeps the prompt and puts one free token
+before every K of its tokens, or at the end of the word that it would split. A prompt that is too long is cut,
+where the published code encodes it in pieces.
+
+It shows whether somebody who has the weights of both models can find a prompt that brings the concept back. A
+failure says that this budget of gradient steps found none, not that there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from trce_lightning.attacks.protocol import Target
+from trce_lightning.attacks.white_box import WhiteBoxWords
+from trce_lightning.attacks.words import (
+    Layout,
+    Pattern,
+    Vocabulary,
+    alone,
+    check_choice,
+    check_positive,
+    check_room,
+    interleaved,
+)
+
+VARIANTS = ("n", "k")
+
+
+class P4D(WhiteBoxWords):
+    """The attack; see :class:`~.white_box.WhiteBoxWords` for the other options.
+
+    Args:
+        variant: ``n`` or ``k``.
+        tokens: N, the free tokens of variant ``n``.
+        every: K, the tokens of the prompt between two free ones, of variant ``k``.
+    """
+
+    name = "p4d"
+    taught = True
+
+    def __init__(
+        self,
+        *,
+        variant: str = "n",
+        tokens: int = 16,
+        every: int = 3,
+        steps: int = 3000,
+        levels: int = 1000,
+        lr: float = 0.1,
+        weight_decay: float = 0.1,
+        checkpoints: int = 60,
+        choose_by: str = "selector",
+        tries: int = 1,
+        blocked: bool = False,
+        batch_size: int = 16,
+    ) -> None:
+        super().__init__(
+            steps=steps,
+            levels=levels,
+            lr=lr,
+            weight_decay=weight_decay,
+            checkpoints=checkpoints,
+            choose_by=choose_by,
+            tries=tries,
+            blocked=blocked,
+            batch_size=batch_size,
+        )
+        check_choice(self.name, "variant", variant, VARIANTS)
+        check_positive(self.name, tokens=tokens, every=every)
+        self.variant, self.free, self.every = variant, tokens, every
+
+    def pattern(self, words: Sequence[int], room: int, typed: Collection[int]) -> Pattern:
+        """Return N free places, or the prompt with a free place before every K tokens."""
+        return alone(self.free) if self.variant == "n" else interleaved(words, self.every, typed)
+
+    def _layout(self, target: Target, vocabulary: Vocabulary, records: Sequence) -> Layout:
+        if self.variant == "n":
+            check_room(self.name, target.adapter, self.free)
+        return super()._layout(target, vocabulary, records)
+
+    def start(self, layout: Layout, vocabulary: Vocabulary, generators: Sequence[torch.Generator]) -> Tensor:
+        """Return the embeddings of random tokens; places that a prompt doesn't have stay zero."""
+        counts = layout.counts
+        relaxed = vocabulary.embeddings.new_zeros(len(counts), max(counts), vocabulary.embeddings.shape[1])
+        for row, (count, generator) in enumerate(zip(counts, generators, strict=True)):
+            tokens = torch.randint(len(vocabulary), (count,), generator=generator)
+            relaxed[row, :count] = vocabulary.embeddings[tokens]
+        return relaxed
+
+    def optimizer(self, relaxed: Tensor) -> torch.optim.Optimizer:
+        """Return AdamW."""
+        return torch.optim.AdamW([relaxed], lr=self.lr, weight_decay=self.weight_decay)
+
+    def tokens(
+        self, relaxed: Tensor, vocabulary: Vocabulary, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Return the nearest tokens."""
+        return vocabulary.nearest(relaxed)
+
+    def gradient(self, slope: Tensor, vocabulary: Vocabulary) -> Tensor:
+        """Return the gradient at the nearest tokens' embeddings as it is."""
+        return slope
+
+    def found(self, relaxed: Tensor, vocabulary: Vocabulary) -> Tensor:
+        """Return the nearest tokens."""
+        return vocabulary.nearest(relaxed)
+
+    def level(self, step: int, generator: torch.Generator) -> int:
+        """Return a random noise level."""
+        return int(torch.randint(self.levels, (), generator=generator))

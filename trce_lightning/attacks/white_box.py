@@ -1,0 +1,327 @@
+"""A search for words by gradients through the denoiser, which attacks of white boxes share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from trce_lightning.adapters.finite import check_finite
+from trce_lightning.attacks.candidates import (
+    Candidate,
+    check_checkpoints,
+    checkpoint_steps,
+    drawn_evaluations,
+    finding_of,
+    random_findings,
+    selected,
+    ways,
+)
+from trce_lightning.attacks.objectives import Noised, denoising_loss, noised
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Target, Way
+from trce_lightning.attacks.words import (
+    Layout,
+    Pattern,
+    Vocabulary,
+    base_of,
+    check_choice,
+    check_positive,
+    generators_of,
+    own_words,
+    parts,
+    room_of,
+)
+from trce_lightning.errors import InputError
+from trce_lightning.prompts.records import PromptRecord
+from trce_lightning.tokens import Text
+
+CHOICES = ("selector", "loss")
+
+
+class WhiteBoxWords(ABC):
+    """A search that moves relaxed tokens by gradients and looks at the nearest real ones at checkpoints.
+
+    Args:
+        steps: gradient steps.
+        levels: noise levels, the steps of a sampling run.
+        lr: learning rate.
+        weight_decay: of the optimizer.
+        checkpoints: looks at the tokens that the search has come to, evenly spread over its steps.
+        choose_by: what compares these: ``selector``, on images of search seeds, or ``loss``.
+        tries: images, or noised pictures, by which each is compared.
+        blocked: no token may name the concept.
+        batch_size: attacked prompts that are searched for together.
+    """
+
+    name: str
+    door = Door.WORDS
+    taught: bool
+    """The goal is the original's prediction under the prompt; else it is the noise in the picture."""
+
+    def __init__(
+        self,
+        *,
+        steps: int,
+        levels: int,
+        lr: float,
+        weight_decay: float,
+        checkpoints: int,
+        choose_by: str,
+        tries: int,
+        blocked: bool,
+        batch_size: int,
+    ) -> None:
+        check_positive(self.name, steps=steps, levels=levels, tries=tries, batch_size=batch_size)
+        check_checkpoints(self.name, steps, checkpoints)
+        check_choice(self.name, "choose_by", choose_by, CHOICES)
+        if not lr > 0:
+            raise InputError(f"attack.{self.name}.lr: expected more than 0, got {lr}")
+        self.steps, self.levels, self.lr, self.weight_decay = steps, levels, lr, weight_decay
+        self.checkpoints, self.choose_by, self.tries = checkpoints, choose_by, tries
+        self.blocked, self.batch_size = blocked, batch_size
+
+    @abstractmethod
+    def pattern(self, words: Sequence[int], room: int, typed: Collection[int]) -> Pattern:
+        """Return where the free places of a prompt are; ``typed`` are the tokens that end words."""
+
+    @abstractmethod
+    def start(self, layout: Layout, vocabulary: Vocabulary, generators: Sequence[torch.Generator]) -> Tensor:
+        """Return what is optimised, ``[B, n, …]``."""
+
+    @abstractmethod
+    def optimizer(self, relaxed: Tensor) -> torch.optim.Optimizer:
+        """Return the optimizer."""
+
+    @abstractmethod
+    def tokens(
+        self, relaxed: Tensor, vocabulary: Vocabulary, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Return the tokens that the model reads in a step, ``[B, n]``."""
+
+    @abstractmethod
+    def gradient(self, slope: Tensor, vocabulary: Vocabulary) -> Tensor:
+        """Return what the optimizer follows, by the gradient at the tokens' embeddings ``[B, n, e]``."""
+
+    @abstractmethod
+    def found(self, relaxed: Tensor, vocabulary: Vocabulary) -> Tensor:
+        """Return the tokens that the search has come to, ``[B, n]``."""
+
+    @abstractmethod
+    def level(self, step: int, generator: torch.Generator) -> int:
+        """Return the noise level of a step in [0, ``levels``); 0 is pure noise."""
+
+    def project(self, relaxed: Tensor) -> Tensor:
+        """Return what is optimised where it must be."""
+        return relaxed
+
+    def cost(self, target: Target) -> Cost:
+        """Return the cost of all records: steps with backward, the original's goals and the checkpoints."""
+        costs = [self._spent(target, record, self.steps) for record in target.records]
+        return Cost(
+            *(sum(values) for values in zip(*((c.forward, c.backward, c.text) for c in costs), strict=True))
+        )
+
+    def _spent(self, target: Target, record: PromptRecord, step: int) -> Cost:
+        """Return what one record has cost by a step, its checkpoint included."""
+        looks = sum(look <= step for look in checkpoint_steps(self.steps, self.checkpoints))
+        by_selector = self.choose_by == "selector"
+        forward, text = step * self.taught, step + self.taught
+        if by_selector:
+            forward += looks * drawn_evaluations(target, record.guidance_scale, target.num_steps, self.tries)
+            text += looks * self.tries
+        else:
+            forward += (looks + self.taught) * self.tries
+            text += looks
+        return Cost(forward=forward, backward=step, text=text)
+
+    def search(
+        self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator, progress: Progress
+    ) -> list[Finding]:
+        """Search for the tokens of each record."""
+        check_pictures(self.name, target)
+        check_gradients(self.name, target)
+        base, vocabulary = base_of(generator), self._vocabulary(target)
+        findings: list[Finding] = []
+        for rows in parts(records, self.batch_size):
+            findings += self._search(target, rows, vocabulary, base, progress)
+        return findings
+
+    def _vocabulary(self, target: Target) -> Vocabulary:
+        return Vocabulary.of(target.adapter, self.name, target.concepts if self.blocked else ())
+
+    def _layout(self, target: Target, vocabulary: Vocabulary, records: Sequence[PromptRecord]) -> Layout:
+        room = room_of(target.adapter)
+        words = own_words(target.adapter, vocabulary.segment, [record.prompt for record in records])
+        return Layout.of(
+            target.adapter, vocabulary, [self.pattern(row, room, vocabulary.typed) for row in words]
+        )
+
+    def _search(
+        self,
+        target: Target,
+        records: Sequence[PromptRecord],
+        vocabulary: Vocabulary,
+        base: int,
+        progress: Progress,
+    ) -> list[Finding]:
+        generators = generators_of(records, base)
+        layout = self._layout(target, vocabulary, records)
+        fixed = layout.fixed()
+        z_0 = _latents(target, records)
+        prompts = [record.prompt for record in records]
+        teacher = target.original.encode(prompts) if self.taught else None
+        held = [] if self.choose_by == "selector" else self._held(target, records, z_0, teacher, base)
+        relaxed = self.start(layout, vocabulary, generators).requires_grad_()
+        optimizer = self.optimizer(relaxed)
+        looks = set(checkpoint_steps(self.steps, self.checkpoints))
+        best: list[Candidate | None] = [None] * len(records)
+        shown: list[list[Candidate]] = [[] for _ in records]
+        losses = []
+        told = 0
+        for step in range(1, self.steps + 1):
+            levels = torch.tensor([self.level(step - 1, generator) for generator in generators])
+            rows = self._noised(target, z_0, levels, generators, teacher)
+            tokens = self.tokens(relaxed.detach(), vocabulary, generators)
+            loss, slope = embedding_gradient(target, layout, fixed, vocabulary.embeddings[tokens], rows)
+            relaxed.grad = self.gradient(slope, vocabulary)
+            optimizer.step()
+            with torch.no_grad():
+                relaxed.copy_(self.project(relaxed))
+            losses.append(loss)
+            if step in looks:
+                check_finite(
+                    target.adapter.name,
+                    f"the loss of attack.{self.name}",
+                    torch.stack(losses),
+                    target.adapter.denoiser,
+                )
+                ids = vocabulary.ids[self.found(relaxed.detach(), vocabulary).cpu()]
+                texts = layout.texts(ids)
+                shown_as = [text or prompt for text, prompt in zip(texts, prompts, strict=True)]
+                scores = self._scores(target, records, shown_as, held)
+                for row, (record, text) in enumerate(zip(records, texts, strict=True)):
+                    cost = self._spent(target, record, step)
+                    spent, score = cost.forward + cost.backward, float(scores[row])
+                    one = best[row]
+                    if text is not None and (one is None or score > one.score):
+                        one = Candidate(step, spent, text, ids[row, : layout.counts[row]].tolist(), score)
+                    if one is not None:
+                        shown[row].append(replace(one, step=step, spent=spent))
+                    best[row] = one
+            spent_so_far = sum(
+                cost.forward + cost.backward
+                for cost in (self._spent(target, record, step) for record in records)
+            )
+            progress(spent_so_far - told)
+            told = spent_so_far
+        curves = torch.stack(losses, 1).tolist()
+        return [
+            finding_of(
+                record.id,
+                record.prompt,
+                shown[row],
+                self._spent(target, record, self.steps),
+                losses=curves[row],
+            )
+            for row, record in enumerate(records)
+        ]
+
+    def _noised(
+        self,
+        target: Target,
+        z_0: Tensor,
+        levels: Tensor,
+        generators: Sequence[torch.Generator],
+        teacher: Text | None,
+    ) -> Noised:
+        """Return noised pictures and their goal: the noise in them, or what the original says of them."""
+        rows = noised(target.adapter, z_0, levels, self.levels, generators)
+        if teacher is None:
+            return rows
+        with torch.no_grad(), in_precision(target):
+            return rows._replace(goal=target.original.predict(rows.z_t, rows.timestep, teacher))
+
+    def _held(
+        self,
+        target: Target,
+        records: Sequence[PromptRecord],
+        z_0: Tensor,
+        teacher: Text | None,
+        base: int,
+    ) -> list[Noised]:
+        """Return noised pictures by which all checkpoints are compared."""
+        generators = generators_of([replace(record, id=f"{record.id} held") for record in records], base)
+        held = []
+        for _ in range(self.tries):
+            levels = torch.cat([torch.randint(self.levels, (1,), generator=each) for each in generators])
+            held.append(self._noised(target, z_0, levels, generators, teacher))
+        return held
+
+    def _scores(
+        self, target: Target, records: Sequence[PromptRecord], texts: Sequence[str], held: Sequence[Noised]
+    ) -> Tensor:
+        """Return how good each record's text is, ``[B]`` on the CPU."""
+        if self.choose_by == "selector":
+            return selected(self.name, target, records, texts, target.num_steps, range(self.tries))
+        text = target.adapter.encode(texts)
+        with torch.no_grad(), in_precision(target):
+            return -torch.stack([denoising_loss(target.adapter, rows, text) for rows in held]).mean(0).cpu()
+
+    def random(
+        self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator
+    ) -> list[Finding]:
+        """Return random tokens in the same places."""
+        vocabulary = self._vocabulary(target)
+        layout = self._layout(target, vocabulary, records)
+        return random_findings(records, layout, vocabulary, base_of(generator))
+
+    def ways(self, target: Target, findings: Mapping[str, Finding]) -> Iterator[Way]:
+        """Yield the best prompts by each checkpoint."""
+        return ways(self.name, target, findings)
+
+
+def embedding_gradient(
+    target: Target, layout: Layout, fixed: Tensor, embeddings: Tensor, rows: Noised
+) -> tuple[Tensor, Tensor]:
+    """Return the denoising losses ``[B]``, and their gradients at the embeddings in the free places."""
+    embeddings = embeddings.detach().requires_grad_()
+    with torch.enable_grad(), in_precision(target):
+        loss = denoising_loss(target.adapter, rows, layout.text(fixed, embeddings))
+        (slope,) = torch.autograd.grad(loss.sum(), embeddings)
+    return loss.detach(), slope
+
+
+def in_precision(target: Target) -> AbstractContextManager[None]:
+    """Return the context that images are drawn in."""
+    dtype = target.autocast_dtype
+    return torch.autocast(target.adapter.device.type, dtype, enabled=dtype is not None)
+
+
+def check_pictures(attack: str, target: Target) -> None:
+    """Raise ``InputError`` unless there is a picture for each record."""
+    if not target.records or len(target.pictures) != len(target.records):
+        raise InputError(
+            f"attack.{attack}: expected a picture of the concept for each of {len(target.records)} prompts, "
+            f"got {len(target.pictures)}"
+        )
+
+
+def check_gradients(attack: str, target: Target) -> None:
+    """Raise ``InputError`` unless gradients can flow through the attacked model's weights."""
+    for name, network in target.adapter.networks().items():
+        for parameter in network.parameters():
+            if not parameter.is_floating_point() or parameter.is_inference():
+                raise InputError(
+                    f"attack.{attack}: expected weights that give gradients, got {parameter.dtype} in the "
+                    f"{name} of '{target.adapter.name}'; load the model without quantisation"
+                )
+
+
+def _latents(target: Target, records: Sequence[PromptRecord]) -> Tensor:
+    """Return the latents of the records' pictures."""
+    place = {record.id: index for index, record in enumerate(target.records)}
+    return target.adapter.encode_images(target.pictures[[place[record.id] for record in records]])
