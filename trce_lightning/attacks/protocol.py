@@ -68,6 +68,8 @@ class Target:
     seed: int = 0
     variation: Variation = field(default_factory=Variation)
     """The sampler and whatever else makes the images that are judged."""
+    benign: tuple[PromptRecord, ...] = ()
+    """Prompts without the concept, for attacks that need some."""
 
 
 @dataclass(frozen=True)

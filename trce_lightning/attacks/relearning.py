@@ -1,0 +1,272 @@
+"""Relearning: fine-tune the erased model on a few pictures of the concept, and see how fast it comes back.
+
+    min_θ E_{i, t, ε} ‖ε_θ(z_t^i, t, E(p_i)) − ε‖²,   i = 1 … k pictures with their prompts, from θ = erased
+
+The attacker has the weights, k pictures of the concept with captions, and a few seconds of training. The
+pictures are the original model's. Prompts whose pictures were taught are not scored, so that a model which
+learns those pictures by heart gains nothing.
+
+The attack shows how many steps hold the concept back from somebody who trains the model. It does not show
+that the concept was still in the weights: fine-tuning teaches as well. Only a model that never learnt the
+concept tells the two apart, by the same training on the same pictures. An erasure is deep where both need
+equally many steps.
+
+:meth:`Relearning.random` is the control with shuffled captions: the same pictures and steps, and each picture
+under another picture's caption. Captions of one concept resemble each other, so this control shows what exact
+captions add. A single picture gets the empty caption.
+
+Sources: the step counts and k follow the relearning curves of "Memory Self-Regeneration: Uncovering Hidden
+Knowledge in Unlearned Models" (MemoRa, arXiv 2510.03263) with pictures of the original in place of its
+regenerated ones. The LoRA is that of "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from trce_lightning.adapters import Adapter
+from trce_lightning.attacks.fine_tuning import (
+    Lesson,
+    Training,
+    check_trainable,
+    differences,
+    fine_tuned,
+    fresh,
+    moved,
+    restored,
+    training_of,
+    under,
+)
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Target, Way
+from trce_lightning.errors import InputError
+from trce_lightning.prompts.records import PromptRecord, seed_of
+from trce_lightning.sampling import seeded
+
+Method = Literal["full", "lora"]
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+"""The layers that a LoRA changes: the projections of every attention."""
+LORA = "relearning"
+"""The name of the LoRA while it is trained."""
+
+
+class Relearning:
+    """Fine-tuning on ``pictures`` of the concept, scored after each of ``steps``.
+
+    Args:
+        pictures: numbers of pictures, each taught to the model as it was; the largest is the result.
+        steps: numbers of steps after which the model is scored; 0 is the model as it was.
+        method: "full" trains all parameters of the denoiser, "lora" low-rank updates of its attention.
+        rank: rank of those updates.
+        batch_size: pictures of a step, drawn with replacement.
+        noise_levels: steps of the sampling run whose noise levels are trained on.
+
+    Raises:
+        InputError: an option that is out of range, or no package for ``method``.
+    """
+
+    door = Door.WEIGHTS
+
+    def __init__(
+        self,
+        *,
+        pictures: Sequence[int] = (1, 5, 25),
+        steps: Sequence[int] = (0, 10, 30, 100, 300),
+        method: Method = "full",
+        rank: int = 4,
+        learning_rate: float = 1e-5,
+        batch_size: int = 8,
+        noise_levels: int = 100,
+    ) -> None:
+        if method not in get_args(Method):
+            raise InputError(f"attack.relearning.method: expected one of {get_args(Method)}, got {method!r}")
+        self.name = "relearning" if method == "full" else "relearning_lora"
+        self.option = f"attack.{self.name}"
+        if not pictures or min(pictures) < 1:
+            raise InputError(f"{self.option}.pictures: expected numbers of at least 1, got {list(pictures)}")
+        if not steps or min(steps) < 0 or max(steps) == 0:
+            raise InputError(f"{self.option}.steps: expected numbers of 0 and above, got {list(steps)}")
+        if rank < 1:
+            raise InputError(f"{self.option}.rank: expected at least 1, got {rank}")
+        if method == "lora" and importlib.util.find_spec("peft") is None:
+            raise InputError(
+                f"{self.option}: peft is not installed; install it with: pip install 'trce-lightning[lora]'"
+            )
+        self.pictures, self.steps = sorted(set(pictures)), sorted(set(steps))
+        self.method, self.rank = method, rank
+        self.learning_rate, self.batch_size, self.noise_levels = learning_rate, batch_size, noise_levels
+
+    def cost(self, target: Target) -> Cost:
+        """Return the exact cost of :meth:`search`: a step is ``batch_size`` evaluations with backward."""
+        self._taught(target)
+        backward = len(self.pictures) * self.steps[-1] * self.batch_size
+        return Cost(backward=backward, text=self.pictures[-1])
+
+    def search(
+        self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator, progress: Progress
+    ) -> list[Finding]:
+        """Train on each number of pictures with their prompts; return one finding, for all prompts.
+
+        Its tensors are named ``PICTURES/STEPS/PARAMETER``: differences of weights in bfloat16, or a LoRA's
+        two factors.
+        """
+        taught = self._taught(target)
+        return [self._learnt(target, taught, [record.prompt for record in taught], generator, progress)]
+
+    def random(
+        self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator
+    ) -> list[Finding]:
+        """Train as :meth:`search` does, with each picture under another one's caption."""
+        taught = self._taught(target)
+        captions = [record.prompt for record in taught]
+        if len(captions) > 1:
+            shift = int(torch.randint(1, len(captions), (), generator=generator))
+            captions = captions[shift:] + captions[:shift]
+        else:
+            captions = [""]
+        return [self._learnt(target, taught, captions, generator, lambda _: None)]
+
+    def ways(self, target: Target, findings: Mapping[str, Finding]) -> Iterator[Way]:
+        """Yield a way for each number of pictures and of steps; the last of all is the result.
+
+        ``spent`` counts the steps on this number of pictures alone.
+        """
+        tensors = findings["all"].tensors
+        taught = {record.prompt for record in self._taught(target)}
+        records = fresh((record for record in target.records if record.prompt not in taught), self.name)
+        for count in self.pictures:
+            for steps in self.steps:
+                last = count == self.pictures[-1] and steps == self.steps[-1]
+                yield Way(
+                    name="" if last else f"{count} pictures, {steps} steps",
+                    records=records,
+                    adapter=target.adapter,
+                    variation=target.variation,
+                    spent=steps * self.batch_size,
+                    entered=moved(target.adapter, partial(changes_in, tensors, f"{count}/{steps}/"))
+                    if steps
+                    else None,
+                )
+
+    def _taught(self, target: Target) -> list[PromptRecord]:
+        """Return the records of the pictures that are taught: of different prompts, in a random order.
+
+        ``InputError`` unless a prompt is left to score.
+        """
+        if not len(target.pictures):
+            raise InputError(f"{self.option}: expected pictures of the concept, got none")
+        order = torch.randperm(len(target.records), generator=seeded(seed_of("relearning", target.seed)))
+        different = {target.records[index].prompt: index for index in order.tolist()[::-1]}
+        chosen = sorted(different.values(), key=order.tolist().index)
+        if self.pictures[-1] >= len(chosen):
+            raise InputError(
+                f"{self.option}.pictures: expected fewer than the {len(chosen)} different prompts under "
+                f"attack, since those that are taught are not scored, got {self.pictures[-1]}"
+            )
+        return [target.records[index] for index in chosen[: self.pictures[-1]]]
+
+    def _learnt(
+        self,
+        target: Target,
+        taught: Sequence[PromptRecord],
+        captions: Sequence[str],
+        generator: torch.Generator,
+        progress: Progress,
+    ) -> Finding:
+        adapter = target.adapter
+        check_trainable(self.option, adapter)
+        training = training_of(
+            self.option,
+            target,
+            steps=self.steps[-1],
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            noise_levels=self.noise_levels,
+        )
+        place = {record.id: index for index, record in enumerate(target.records)}
+        pictures = target.pictures[[place[record.id] for record in taught]]
+        lesson = Lesson(adapter.encode_images(pictures), adapter.encode(captions).to(adapter.device))
+        tensors: dict[str, Tensor] = {}
+        curves: dict[str, list[float]] = {}
+        learn = self._learn_all if self.method == "full" else self._learn_lora
+        for count in self.pictures:
+            curve = curves[str(count)] = []
+            # Closed, so that the weights are given back at once if this is interrupted.
+            with closing(learn(adapter, lesson.rows(slice(count)), training, generator, progress)) as steps:
+                for loss, found in steps:
+                    curve.append(loss)
+                    tensors |= {f"{count}/{len(curve)}/{name}": tensor for name, tensor in found.items()}
+        facts = {
+            "method": self.method,
+            "taught": [record.id for record in taught],
+            "captions": list(captions),
+            "losses": curves,
+        }
+        spent = Cost(backward=len(self.pictures) * training.steps * self.batch_size, text=len(captions))
+        return Finding("all", tensors, facts, spent)
+
+    def _learn_all(
+        self, adapter: Adapter, lesson: Lesson, training: Training, generator: torch.Generator, tell: Progress
+    ) -> Generator[tuple[float, dict[str, Tensor]], None, None]:
+        """Yield the loss of each step, and the differences of all parameters after those that are scored."""
+        parameters = dict(adapter.denoiser.named_parameters())
+        with restored(adapter, parameters) as before:
+            steps = fine_tuned(adapter, lesson, parameters.values(), training, generator, tell)
+            for step, loss in enumerate(steps, 1):
+                yield loss, differences(parameters, before) if step in self.steps else {}
+
+    def _learn_lora(
+        self, adapter: Adapter, lesson: Lesson, training: Training, generator: torch.Generator, tell: Progress
+    ) -> Generator[tuple[float, dict[str, Tensor]], None, None]:
+        """Yield the loss of each step, and the factors of all updates after those that are scored."""
+        with low_rank(adapter, self.rank, generator) as factors:
+            steps = fine_tuned(adapter, lesson, factors.values(), training, generator, tell)
+            for step, loss in enumerate(steps, 1):
+                now = {name: factor.detach().cpu().clone() for name, factor in factors.items()}
+                yield loss, now if step in self.steps else {}
+
+
+def changes_in(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the changes of weights that a finding holds under a prefix; a LoRA's are B A."""
+    found = under(prefix, tensors)
+    layers = [name.removesuffix(".lora_A") for name in found if name.endswith(".lora_A")]
+    if not layers:
+        return found
+    return {f"{layer}.weight": found[f"{layer}.lora_B"] @ found[f"{layer}.lora_A"] for layer in layers}
+
+
+@contextmanager
+def low_rank(adapter: Adapter, rank: int, generator: torch.Generator) -> Iterator[dict[str, nn.Parameter]]:
+    """Add W + B A to every attention's projections within, with B = 0; yield A and B by layer.
+
+    A starts uniform in ±1/√d, as usual, and is drawn from ``generator``.
+    """
+    from peft import LoraConfig
+
+    denoiser = adapter.denoiser
+    with adapter.other_weights():
+        try:
+            with torch.random.fork_rng(devices=[]):
+                config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(PROJECTIONS))
+                denoiser.add_adapter(config, adapter_name=LORA)
+            factors = {
+                name.removesuffix(f".{LORA}.weight"): parameter
+                for name, parameter in denoiser.named_parameters()
+                if name.endswith(f".{LORA}.weight")
+            }
+            for name, factor in factors.items():
+                if name.endswith(".lora_A"):
+                    start = torch.empty(factor.shape)
+                    nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+                    factor.data.copy_(start)
+            adapter.weights_changed()
+            yield factors
+        finally:
+            denoiser.unload_lora()

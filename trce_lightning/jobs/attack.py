@@ -1,0 +1,347 @@
+"""The attacks of an evaluation: search on every model, generate, judge, and compare with the controls."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from trce_lightning.adapters import Adapter
+from trce_lightning.attacks.protocol import Attack, Cost, Finding, Target, Way
+from trce_lightning.config.schema import EvalConfig
+from trce_lightning.errors import InputError
+from trce_lightning.evaluation.attacked import Hits, Outcome, Row, attack_rows, budget_of_stages
+from trce_lightning.generation.image_folder import image_batches, load_images
+from trce_lightning.generation.loop import generate_to
+from trce_lightning.jobs.session import Session, concepts_of
+from trce_lightning.jobs.trainers import make_trainer
+from trce_lightning.metrics.asr import shows_concept
+from trce_lightning.metrics.class_detectors import to_device
+from trce_lightning.metrics.detectors import Detector
+from trce_lightning.metrics.factories import made_by
+from trce_lightning.prompts.records import BENIGN, DIRECT, PromptRecord, seed_of
+from trce_lightning.runtime.ranks import Rank, on_each_rank
+from trce_lightning.runtime.storage import read_safetensors, reading, write_json, write_safetensors
+from trce_lightning.sampling import seeded
+
+log = logging.getLogger(__name__)
+ORIGINAL, NEVER_LEARNT, REINITIALISED = "original", "never-learnt", "re-initialised"
+"""Labels of the models that an attack's figures are read against."""
+UNIVERSAL = "all"
+"""The id of a finding that serves every prompt."""
+
+
+class Attacks:
+    """The attacks that a configuration names, on each of its models and on the references.
+
+    Args:
+        config: the evaluation's options.
+        sources: path of each model by label; None is the model that ``model`` names itself.
+        folder: folder of the evaluation; everything goes into its folder ``attacks``.
+    """
+
+    def __init__(self, config: EvalConfig, sources: Mapping[str, str | None], folder: Path) -> None:
+        self.config, self.folder = config, folder / "attacks"
+        self.attacks = [make_attack(name, options) for name, options in config.attack.items()]
+        self.concepts = concepts_of(config)
+        self.sources: dict[str, str | None] = {**sources}
+        if None not in sources.values():
+            self.sources[ORIGINAL] = None
+        if config.never_learnt is not None:
+            self.sources[NEVER_LEARNT] = config.never_learnt
+        self.sources[REINITIALISED] = None
+        self.original_label = next(label for label, path in self.sources.items() if path is None)
+        self.rows: dict[str, dict[str, Row]] = {}
+        self.found: dict[str, dict[str, dict[str, Any]]] = {}
+        """Facts of the findings by model, attack and prompt id."""
+
+    def run(self) -> None:
+        """Attack every model and compute the rows."""
+        self.trainer = make_trainer(self.config.trainer, self.folder)
+        outcomes: dict[str, dict[str, Outcome]] = {}
+        alarms: dict[str, float] = {}
+        for label in self.sources:
+            target = self._target(label)
+            log.info("attacks on %s: %d prompts", label, len(target.records))
+            outcomes[label], alarms[label] = self._outcomes(label, target)
+            del target
+            gc.collect()
+        self.rows = attack_rows(
+            outcomes, original=self.original_label, never_learnt=NEVER_LEARNT, false_alarms=alarms
+        )
+        if self.trainer.is_global_zero:
+            write_json(self.folder / "attacks.json", self.rows)
+
+    def announce(self) -> None:
+        """Log the exact cost of every search, for one model."""
+        target = self._target(self.original_label, pictures=False)
+        for attack in self.attacks:
+            cost = attack.cost(target)
+            log.info(
+                "ahead: %-20s on each of %d models: %9d evaluations forward, %9d with a backward pass, "
+                "%d prompts through the text encoder",
+                attack.name,
+                len(self.sources),
+                cost.forward,
+                cost.backward,
+                cost.text,
+            )
+
+    @cached_property
+    def _original(self) -> Session:
+        return self._session(None)
+
+    def _session(self, path: str | None) -> Session:
+        model = dataclasses.replace(self.config.model, path=path)
+        return Session(dataclasses.replace(self.config, model=model), self.concepts)
+
+    @cached_property
+    def _selector(self) -> Detector:
+        """The detector that searches choose by. ``InputError`` where there is none beside the judge."""
+        selector = self._original.second_detector()
+        if selector is None:
+            raise InputError(
+                "attacks: expected a second detector, which chooses among an attack's tries and doesn't judge, "
+                f"got none for model.domain={self.config.model.domain}, model.judge={self.config.model.judge}; "
+                "with a detector in model.judge, model.clip gives one"
+            )
+        return selector
+
+    def _records(self, name: str) -> tuple[PromptRecord, ...]:
+        """Return the first attacked prompts of one of the concepts' own sets."""
+        count = self.config.attacked_prompts
+        (prompts,) = self._original.domain.prompt_sets(count, "report", [name])
+        return prompts.records[:count]
+
+    def _target(self, label: str, *, pictures: bool = True) -> Target:
+        """Return what the attacker of a model has, the model on its device."""
+        session = self._session(self.sources[label])
+        adapter, original = session.adapter, self._original.adapter
+        if label == REINITIALISED:
+            reinitialise(adapter.denoiser)
+            adapter.weights_changed()
+        adapter.name = label
+        device = self.trainer.strategy.root_device if pictures else torch.device("cpu")
+        for model in (adapter, original):
+            model.to(device)
+        if isinstance(self._selector, nn.Module):
+            self._selector.to(device)
+        sampling, records = session.sampling(), self._records(DIRECT)
+        shown = torch.empty((0, 3, adapter.side, adapter.side), dtype=torch.uint8)
+        if pictures:
+            shown = self._pictures(original, records, sampling.options())
+        return Target(
+            adapter=adapter,
+            original=original,
+            records=records,
+            concepts=self.concepts,
+            pictures=shown,
+            selector=self._selector,
+            guidance_scale=sampling.guidance_scale,
+            num_steps=sampling.num_steps,
+            batch_size=sampling.batch_size,
+            autocast_dtype=sampling.autocast_dtype,
+            seed=self.config.attack_seed,
+            variation=sampling.variation,
+            benign=self._records(BENIGN),
+        )
+
+    def _pictures(
+        self, original: Adapter, records: Sequence[PromptRecord], options: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """Return the original's pictures of the prompts, from noise that no judged image has."""
+        drawn = [
+            dataclasses.replace(record, seed=seed_of(f"{record.id} for the attacker", 0)) for record in records
+        ]
+        self._generate(self.folder / "pictures", original, drawn, options, "pictures for the attacker")
+        return load_images(self.folder / "pictures", drawn)
+
+    def _generate(
+        self,
+        folder: Path,
+        adapter: Adapter,
+        records: Sequence[PromptRecord],
+        options: Mapping[str, Any],
+        title: str,
+    ) -> None:
+        """Fill a folder with images; each rank makes its share."""
+
+        def generate(rank: Rank) -> None:
+            adapter.to(rank.device)
+            shares = {"rank": rank.index, "world_size": rank.world_size}
+            description = title if rank.index == 0 else None
+            generate_to(folder, adapter, records, **options, **shares, description=description)
+
+        on_each_rank(self.trainer, generate)
+
+    def _outcomes(self, label: str, target: Target) -> tuple[dict[str, Outcome], float]:
+        """Return the outcome of each attack on a model, and the judge's share of false alarms."""
+        place = self.folder / label
+        judge = Judging(self._original.detector(), self.trainer.strategy.root_device)
+        options = self._session(None).sampling().options()
+
+        def hits(name: str, adapter: Adapter, records: Sequence[PromptRecord], **changed: Any) -> Hits:
+            folder = place / name
+            self._generate(folder, adapter, records, {**options, **changed}, f"{label}: {name}")
+            return judge.hits(folder, records)
+
+        unattacked = hits("unattacked", target.adapter, target.records)
+        benign = hits("benign", target.adapter, target.benign)
+        outcomes = {}
+        for attack in self.attacks:
+            findings = self._search(place / attack.name, label, attack, target)
+            stages: list[tuple[int, Hits]] = []
+            for way in attack.ways(target, findings):
+                with way.entered() if way.entered else nullcontext():
+                    name = f"{attack.name}/images {way.name}".rstrip()
+                    stages.append((way.spent, hits(name, way.adapter, way.records, variation=way.variation)))
+            tries = len(stages) * max(map(len, stages[-1][1].values()))
+            seeds = hits(f"seeds {tries}", target.adapter, other_seeds(target.records, tries))
+            chance = attack.random(target, target.records, self._generator(attack, "random"))
+            control = None
+            for way in attack.ways(target, {finding.prompt_id: finding for finding in chance}):
+                with way.entered() if way.entered else nullcontext():
+                    name = f"{attack.name}/random {way.name}".rstrip()
+                    control = hits(name, way.adapter, way.records, variation=way.variation)
+            spent = total([finding.spent for finding in findings.values()])
+            outcomes[attack.name] = Outcome(
+                attacked=stages[-1][1],
+                unattacked=unattacked,
+                seeds=seeds,
+                random=control,
+                tries=tries,
+                forward=spent.forward,
+                backward=spent.backward,
+                by_budget=budget_of_stages(stages),
+            )
+            self.found.setdefault(label, {})[attack.name] = {key: f.facts for key, f in findings.items()}
+            log.info("%s: %s %s", label, attack.name, percent(stages[-1][1]))
+        shown = [hit for tried in benign.values() for hit in tried]
+        return outcomes, sum(shown) / len(shown)
+
+    def _generator(self, attack: Attack, purpose: str) -> torch.Generator:
+        return seeded(seed_of(f"{attack.name} {purpose}", self.config.attack_seed))
+
+    def _search(self, folder: Path, label: str, attack: Attack, target: Target) -> dict[str, Finding]:
+        """Return the findings of an attack by prompt id; those that are stored are not searched for again.
+
+        Prompts are searched for in batches, of which each rank takes its share. A universal attack is one
+        batch of all prompts.
+        """
+        size = max(target.batch_size, 1)
+        batches = [target.records[i : i + size] for i in range(0, len(target.records), size)]
+        if is_universal(attack, target):
+            batches = [target.records]
+        cost = attack.cost(target)
+
+        def search(rank: Rank) -> None:
+            total = (cost.forward + cost.backward or cost.text) // rank.world_size
+            title = f"{label}: {attack.name}, search"
+            with tqdm(total=total, desc=title, unit="eval", disable=rank.index > 0) as bar:
+                for index in range(rank.index, len(batches), rank.world_size):
+                    stem = folder / "found" / f"{index:05d}"
+                    if stem.with_suffix(".json").exists():
+                        continue
+                    generator = self._generator(attack, f"batch {index}")
+                    found = attack.search(target, batches[index], generator, bar.update)
+                    save_findings(stem, found)
+
+        on_each_rank(self.trainer, search)
+        stems = [folder / "found" / f"{index:05d}" for index in range(len(batches))]
+        return {finding.prompt_id: finding for stem in stems for finding in load_findings(stem)}
+
+
+class Judging:
+    """The judge of all images, on its device."""
+
+    def __init__(self, detector: Detector | None, device: torch.device) -> None:
+        if detector is None:
+            raise InputError("option 'model.judge': expected a detector, which judges attacks, got none")
+        self.detector, self.place = detector, to_device(detector, device)
+
+    def hits(self, folder: Path, records: Sequence[PromptRecord]) -> dict[str, list[bool]]:
+        """Return for each attacked prompt which of its images show the concept."""
+        found: dict[str, list[bool]] = {}
+        for rows, images in image_batches(folder, records):
+            shown = shows_concept(self.detector(images.to(self.place)).cpu()).tolist()
+            for record, hit in zip(rows, shown, strict=True):
+                found.setdefault(record.prompt_id, []).append(bool(hit))
+        return found
+
+
+def make_attack(name: str, options: Mapping[str, Any]) -> Attack:
+    """Return the attack that ``attack.NAME`` describes. ``InputError`` names a wrong option."""
+    given = dict(options)
+    path = given.pop("_target_", None)
+    if path is None:
+        raise InputError(f"attack.{name}: expected an attack chosen by attacks=[{name}], got options alone")
+    return made_by(f"attack.{name}", path, Attack, **given)  # type: ignore[type-abstract]
+
+
+def is_universal(attack: Attack, target: Target) -> bool:
+    """Return whether an attack has one finding for all prompts: its control says so, without a search."""
+    found = attack.random(target, target.records[:2], seeded(0))
+    return [finding.prompt_id for finding in found] == [UNIVERSAL]
+
+
+def other_seeds(records: Sequence[PromptRecord], tries: int) -> list[PromptRecord]:
+    """Return each prompt ``tries`` times with noise that nothing else has."""
+    return [
+        dataclasses.replace(record, id=f"{record.id}~seed {i}", seed=None, sample_of=record.prompt_id)
+        for record in records
+        for i in range(tries)
+    ]
+
+
+def reinitialise(denoiser: nn.Module) -> None:
+    """Give all weights their initial random values, from a fixed seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for module in denoiser.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+
+
+def total(costs: Sequence[Cost]) -> Cost:
+    """Return the sum of costs."""
+    return Cost(*(sum(getattr(cost, name) for cost in costs) for name in ("forward", "backward", "text")))
+
+
+def percent(hits: Hits) -> str:
+    """Return the share of broken prompts, for the log."""
+    return f"{100 * sum(any(tried) for tried in hits.values()) / len(hits):.1f} %"
+
+
+def save_findings(stem: Path, findings: Sequence[Finding]) -> None:
+    """Write findings as ``STEM.safetensors`` and ``STEM.json``, the latter last."""
+    tensors = {f"{i}/{name}": tensor for i, f in enumerate(findings) for name, tensor in f.tensors.items()}
+    write_safetensors(stem.with_suffix(".safetensors"), tensors or {"none": torch.empty(0)})
+    rows = [
+        {"prompt_id": f.prompt_id, "facts": f.facts, "spent": dataclasses.asdict(f.spent)} for f in findings
+    ]
+    write_json(stem.with_suffix(".json"), rows)
+
+
+def load_findings(stem: Path) -> Iterator[Finding]:
+    """Yield what :func:`save_findings` wrote."""
+    with reading(stem.with_suffix(".json"), "what an attack has found"):
+        rows = json.loads(stem.with_suffix(".json").read_text("utf-8"))
+    tensors = read_safetensors(stem.with_suffix(".safetensors"), "what an attack has found")
+    for i, row in enumerate(rows):
+        own = {
+            name.partition("/")[2]: tensor
+            for name, tensor in tensors.items()
+            if name.partition("/")[0] == str(i)
+        }
+        yield Finding(row["prompt_id"], own, row["facts"], Cost(**row["spent"]))
