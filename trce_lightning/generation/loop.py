@@ -6,7 +6,7 @@ number of devices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -20,12 +20,20 @@ from trce_lightning.errors import InputError
 from trce_lightning.generation.guidance import ClassifierFreeGuidance
 from trce_lightning.generation.image_folder import claim, guidance_scales, load_images, manifest, write_png
 from trce_lightning.generation.lora import lora_applied
-from trce_lightning.generation.samplers import Sampler, make_sampler
-from trce_lightning.generation.variation import Variation
+from trce_lightning.generation.samplers import Deterministic, Noisy, Sampler, make_sampler
+from trce_lightning.generation.variation import NoisyDdim, Start, Variation
 from trce_lightning.prompts.records import PromptRecord, image_seed
 from trce_lightning.sampling import noise, seeded
 
-__all__ = ["generate", "generate_to", "load_images", "network_steps", "planned_evaluations", "shard"]
+__all__ = [
+    "generate",
+    "generate_to",
+    "latents_after",
+    "load_images",
+    "network_steps",
+    "planned_evaluations",
+    "shard",
+]
 
 Batch = Sequence[PromptRecord]
 USUAL = Variation()
@@ -65,6 +73,31 @@ def generate(
     return torch.cat(images) if images else torch.empty((0, 3, 0, 0), dtype=torch.uint8)
 
 
+def latents_after(
+    adapter: Adapter,
+    records: Sequence[PromptRecord],
+    steps: Collection[int],
+    *,
+    guidance_scale: float,
+    num_steps: int,
+    batch_size: int,
+    autocast_dtype: torch.dtype | None = None,
+    variation: Variation = USUAL,
+) -> dict[int, Tensor]:
+    """Return the latents after these numbers of steps, ``[N, C, H, W]`` on the CPU each.
+
+    0 is what sampling begins with. Of the ``num_steps`` that `generate` would take, no step after the largest
+    of ``steps`` is taken. The other arguments are those of `generate`.
+    """
+    found: dict[int, list[Tensor]] = {step: [] for step in steps}
+    with lora_applied(adapter, variation.lora):
+        drawing = _Drawing(adapter, guidance_scale, num_steps, autocast_dtype, variation)
+        for rows in _batches(records, batch_size):
+            for step, latents in drawing.latents(rows, steps).items():
+                found[step].append(latents.cpu())
+    return {step: torch.cat(parts) for step, parts in found.items()}
+
+
 def network_steps(adapter: Adapter, num_steps: int, variation: Variation = USUAL) -> int:
     """Return how often the denoiser evaluates an image's latents.
 
@@ -74,13 +107,18 @@ def network_steps(adapter: Adapter, num_steps: int, variation: Variation = USUAL
 
 
 def _sampler(adapter: Adapter, num_steps: int, variation: Variation) -> Sampler:
-    return make_sampler(
+    given, scheduler = variation.latent_start, variation.scheduler
+    sampler = make_sampler(
         adapter,
         num_steps,
-        scheduler=variation.scheduler,
+        scheduler=None if isinstance(scheduler, NoisyDdim) else scheduler,
         timestep_spacing=variation.timestep_spacing,
         strength=variation.strength,
+        first_step=0 if given is None else given.first_step,
     )
+    if given is not None and not isinstance(sampler, Deterministic):
+        raise InputError(f"variation.scheduler: expected none beside given latents, got {scheduler}")
+    return sampler
 
 
 def planned_evaluations(records: Sequence[PromptRecord], num_steps: int, guidance_scale: float) -> int:
@@ -165,7 +203,7 @@ class _Drawing:
         variation: Variation,
     ) -> None:
         self.adapter, self.guidance_scale, self.autocast_dtype = adapter, guidance_scale, autocast_dtype
-        self.start = variation.start
+        self.variation = variation
         self.sampler = _sampler(adapter, num_steps, variation)
         self.guidance = ClassifierFreeGuidance(variation.negative_prompt)
 
@@ -179,31 +217,72 @@ class _Drawing:
 
     @torch.no_grad()
     def _sample(self, rows: Batch, progress: tqdm) -> Tensor:
+        last = len(self.sampler.timesteps)
+        with self._precision():
+            return self.adapter.decode(self._denoise(rows, [last], progress)[last]).cpu()
+
+    @torch.no_grad()
+    def latents(self, rows: Batch, steps: Collection[int]) -> dict[int, Tensor]:
+        """Return a batch's latents after these numbers of steps."""
+        with self._precision(), tqdm(disable=True) as progress:
+            return self._denoise(rows, steps, progress)
+
+    def _precision(self) -> torch.autocast:
+        enabled = self.autocast_dtype is not None
+        return torch.autocast(self.adapter.device.type, self.autocast_dtype, enabled=enabled)
+
+    def _denoise(self, rows: Batch, steps: Collection[int], progress: tqdm) -> dict[int, Tensor]:
+        """Return the latents after these numbers of steps. No step is taken after the largest."""
         adapter, scales = self.adapter, guidance_scales(rows, self.guidance_scale)
         guide = self.guidance.guide(adapter, [record.prompt for record in rows], scales)
         generators = [seeded(image_seed(record)) for record in rows]
         pure = torch.stack([noise(adapter.latent_shape, generator) for generator in generators])
-        enabled, finite = self.autocast_dtype is not None, Finite(adapter.name)
-        num_steps = len(self.sampler.timesteps)
-        with torch.autocast(adapter.device.type, self.autocast_dtype, enabled=enabled):
-            z_t = self.sampler.start(pure.to(adapter.device), self._clean(rows))
-            for step_index, timestep in enumerate(self.sampler.timesteps):
-                latents, text = guide.inputs(step_index)
-                seen = self.sampler.network_input(z_t, step_index)[latents.to(z_t.device)]
-                output = adapter.predict(seen, timestep, text)
-                step = f"step {step_index + 1} of {num_steps}"
-                finite.see(f"the denoiser's output in {step}", output, adapter.denoiser)
-                z_t = self.sampler.step(guide.combine(output, step_index), z_t, step_index, generators)
-                finite.see(f"the sampler's latents after {step}", z_t)
-                progress.update(len(text))
-            finite.check()
-            return adapter.decode(z_t).cpu()
+        pure = pure.to(adapter.device)
+        finite, sampler = Finite(adapter.name), self._sampler_of(rows)
+        num_steps = len(sampler.timesteps)
+        z_t = self._first_latents(rows, pure, sampler)
+        keep_region = self._region(rows, pure, sampler)
+        reached = {0: z_t}
+        for step_index, timestep in enumerate(sampler.timesteps[: max(steps)]):
+            latents, text = guide.inputs(step_index)
+            seen = sampler.network_input(z_t, step_index)[latents.to(z_t.device)]
+            output = adapter.predict(seen, timestep, text)
+            step = f"step {step_index + 1} of {num_steps}"
+            finite.see(f"the denoiser's output in {step}", output, adapter.denoiser)
+            z_t = sampler.step(guide.combine(output, step_index), z_t, step_index, generators)
+            finite.see(f"the sampler's latents after {step}", z_t)
+            z_t = keep_region(z_t, step_index)
+            if step_index + 1 in steps:
+                reached[step_index + 1] = z_t
+            progress.update(len(text))
+        finite.check()
+        return {step: reached[step] for step in steps}
 
-    def _clean(self, rows: Batch) -> Tensor | None:
-        """Return the latents of the pictures that image-to-image starts from, or None from pure noise."""
-        if self.start is None:
-            return None
-        return self.adapter.encode_images(self.start.images(rows, self.adapter.side))
+    def _sampler_of(self, rows: Batch) -> Sampler:
+        """Return the run's sampler, or one that adds these images' noise."""
+        noisy = self.variation.scheduler
+        if isinstance(noisy, NoisyDdim) and isinstance(self.sampler, Deterministic):
+            return Noisy(self.sampler.schedule, self.sampler.skipped, *noisy.of(rows))
+        return self.sampler
+
+    def _first_latents(self, rows: Batch, pure: Tensor, sampler: Sampler) -> Tensor:
+        """Return noise, given latents, or pictures' latents with noise in them."""
+        adapter, start = self.adapter, self.variation.start
+        if isinstance(start, Start):
+            return sampler.start(pure, adapter.encode_images(start.images(rows, adapter.side)))
+        given = None if start is None else start.of("latents", rows, adapter.latent_shape, adapter.device)
+        return sampler.start(pure, None) if given is None else given
+
+    def _region(self, rows: Batch, pure: Tensor, sampler: Sampler) -> Callable[[Tensor, int], Tensor]:
+        """Return what puts the known latents in after a step: nothing, unless a region is kept."""
+        adapter, start = self.adapter, self.variation.latent_start
+        if start is None or start.known is None:
+            return lambda z_t, step_index: z_t
+        known = start.of("known", rows, adapter.latent_shape, adapter.device)
+        mask = start.of("mask", rows, (1, *adapter.latent_shape[1:]), adapter.device)
+        assert known is not None and mask is not None
+        assert isinstance(sampler, Deterministic)
+        return lambda z_t, step_index: torch.lerp(sampler.reached(known, pure, step_index), z_t, mask)
 
 
 def _batches(records: Sequence[PromptRecord], batch_size: int) -> list[Batch]:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from trce_lightning.adapters import Adapter
 from trce_lightning.errors import InputError
-from trce_lightning.sampling import Schedule, denoise_step, mix
+from trce_lightning.losses import per_image
+from trce_lightning.sampling import DIFFUSION_PREDICTIONS, Schedule, clean_and_eps, denoise_step, mix, noise
 
 
 class Sampler(Protocol):
@@ -45,6 +46,7 @@ def make_sampler(
     scheduler: str | None = None,
     timestep_spacing: str | None = None,
     strength: float = 1.0,
+    first_step: int = 0,
 ) -> Sampler:
     """Return the deterministic sampler, or diffusers' scheduler of the named class.
 
@@ -57,6 +59,7 @@ def make_sampler(
             further below with fewer steps.
         strength: the share of the steps that image-to-image takes. It takes the last
             ⌊``num_steps`` · ``strength``⌋.
+        first_step: where the deterministic sampler begins; at ``num_steps`` it takes no step.
 
     Raises:
         InputError: no step is taken, the model has fewer timesteps than ``num_steps``, or the scheduler is
@@ -68,28 +71,78 @@ def make_sampler(
         raise InputError(
             f"robustness.strengths: expected at least one of {num_steps} steps, got {strength} of them"
         )
+    if not 0 <= first_step <= num_steps:
+        raise InputError(f"variation.start: expected a first step from 0 to {num_steps}, got {first_step}")
     if scheduler is None:
-        return _Deterministic(schedule, skipped)
+        return Deterministic(schedule, max(skipped, first_step))
+    if first_step:
+        raise InputError(
+            f"variation.scheduler: expected none where sampling begins with given latents, got {scheduler}"
+        )
     return _Scheduler(adapter, scheduler, timestep_spacing, num_steps, skipped)
 
 
-class _Deterministic:
+class Deterministic:
+    """This project's DDIM, or Euler's method for flows; ``skipped`` steps are left out at the beginning."""
+
     def __init__(self, schedule: Schedule, skipped: int) -> None:
         self.schedule, self.skipped = schedule, skipped
         self.timesteps = schedule.timesteps[skipped:]
 
     def start(self, noise: Tensor, clean: Tensor | None) -> Tensor:
+        """Return the first step's latents."""
         if clean is None:
             return noise
         return mix(clean, noise, self.schedule.signal[self.skipped], self.schedule.sigma[self.skipped])
 
     def network_input(self, z_t: Tensor, step_index: int) -> Tensor:
+        """Return the latents as they are."""
         return z_t
 
     def step(
         self, prediction: Tensor, z_t: Tensor, step_index: int, generators: Sequence[torch.Generator]
     ) -> Tensor:
+        """Return the latents after a step, which needs no noise."""
         return denoise_step(prediction, z_t, self.schedule, self.skipped + step_index)
+
+    def reached(self, clean: Tensor, noise: Tensor, step_index: int) -> Tensor:
+        """Return clean latents with noise at the level that a step leads to; the last leads to none."""
+        following = self.skipped + step_index + 1
+        if following == len(self.schedule.timesteps):
+            return clean
+        return mix(clean, noise, self.schedule.signal[following], self.schedule.sigma[following])
+
+
+class Noisy(Deterministic):
+    """DDIM whose every step adds noise of the image's own generator.
+
+    z' = a' z_0 + √|σ'² − s²| ε + k s n with s = η (σ' / σ) √(1 − (a / a')²), n ~ N(0, I) and k the scale.
+    (DDIM: arXiv 2010.02502, equations 12 and 16. Above η = 1 the root's content may be negative; its size is
+    taken, as published probes do.)
+    """
+
+    def __init__(self, schedule: Schedule, skipped: int, eta: Tensor, scale: Tensor) -> None:
+        """Take η and scale of each image of a batch, ``[B]``. ``InputError`` for a model of flows."""
+        super().__init__(schedule, skipped)
+        if schedule.prediction_type not in DIFFUSION_PREDICTIONS:
+            raise InputError(
+                "variation.scheduler: expected a model that predicts ε or v for DDIM with noise, got one of "
+                f"{schedule.prediction_type}"
+            )
+        self.eta, self.scale = eta, scale
+
+    def step(
+        self, prediction: Tensor, z_t: Tensor, step_index: int, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Return the latents after a step."""
+        at, schedule = self.skipped + step_index, self.schedule
+        signal, sigma = schedule.signal[at], schedule.sigma[at]
+        next_signal, next_sigma = schedule.next_signal[at], schedule.next_sigma[at]
+        z_0, eps = clean_and_eps(prediction, z_t, signal, sigma, schedule.prediction_type)
+        spread = self.eta * next_sigma / sigma * (1 - (signal / next_signal).square()).clamp_min(0).sqrt()
+        direction = (next_sigma.square() - spread.square()).abs().sqrt()
+        fresh = torch.stack([noise(z_t.shape[1:], generator) for generator in generators]).to(z_t.device)
+        return mix(z_0, eps, next_signal, direction) + per_image(self.scale * spread, z_t) * fresh
 
 
 class _Scheduler:
