@@ -77,6 +77,18 @@ def denoise_step(prediction: Tensor, z_t: Tensor, schedule: Schedule, step_index
     return mix(z_0, eps, schedule.next_signal[step_index], schedule.next_sigma[step_index])
 
 
+def invert_step(prediction: Tensor, z_next: Tensor, schedule: Schedule, step_index: int) -> Tensor:
+    """Return the latents from which a step with this prediction arrives at `z_next`: z with z' = z_next.
+
+    A step is linear, z' = p z + q prediction, so z = (z' − q prediction) / p. The prediction is that for the
+    latents before the step, which DDIM inversion takes to be that for `z_next` (arXiv 2010.02502, section
+    4.3). [B, C, H, W] twice → [B, C, H, W] float32. ValueError as `denoise_step` says.
+    """
+    pushed = denoise_step(prediction, torch.zeros_like(z_next), schedule, step_index)
+    one = torch.ones(1, 1, 1, 1, device=z_next.device)
+    return (z_next.float() - pushed) / denoise_step(torch.zeros_like(one), one, schedule, step_index)
+
+
 def mix(z_0: Tensor, eps: Tensor, signal: float | Tensor, sigma: float | Tensor) -> Tensor:
     """Return a z_0 + σ ε, [B, C, H, W] float32. `signal` and `sigma` are values as in `per_image`."""
     return per_image(signal, z_0) * z_0.float() + per_image(sigma, z_0) * eps.float()
