@@ -529,7 +529,7 @@ def test_options_have_files_that_make_the_attacks() -> None:
         ("p4d", P4D),
         ("unlearndiff", UnlearnDiff),
     ]:
-        file = Path(__file__).parents[1] / f"configs/attack/{name}.yaml"
+        file = Path(__file__).parents[1] / f"configs/attacks/{name}.yaml"
         assert file.read_text("utf-8").startswith(f"# @package attack.{name}\n")
         attack = instantiate(OmegaConf.load(file))
         assert type(attack) is kind and attack.name == name and attack.door == "words"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -107,6 +107,7 @@ class Way:
     """A context to generate in, such as one with other weights; None is no context."""
 
 
+@runtime_checkable
 class Attack(Protocol):
     """An attack, made with its own options."""
 

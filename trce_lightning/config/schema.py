@@ -298,3 +298,8 @@ class EvalConfig:
     cache: str | None = None
     published: dict[str, PromptFileConfig] = field(default_factory=dict)
     robustness: RobustnessConfig = field(default_factory=RobustnessConfig)
+    # Options of the attacks that attacks=[NAME,...] chooses, by name: attack.NAME.OPTION.
+    attack: dict[str, Any] = field(default_factory=dict)
+    attacked_prompts: Count = 64  # the first direct prompts
+    attack_seed: Natural = 0  # of all searches
+    never_learnt: str | None = None  # folder of a model trained without the concept, for comparison

@@ -127,8 +127,9 @@ class OpenDomain:
         return None if judge is None else ClipJudgeDetector(judge, self.concepts)
 
     def second_detector(self) -> Detector | None:
-        """Return None."""
-        return None
+        """Return zero-shot CLIP where a detector of the user's is the first, else None."""
+        judge = self.judge() if self.model.judge not in (None, "clip") else None
+        return None if judge is None else ClipJudgeDetector(judge, self.concepts)
 
     def judge(self) -> ClipJudge | None:
         """Return zero-shot CLIP if ``model.clip`` names a CLIP."""

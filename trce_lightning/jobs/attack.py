@@ -12,13 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from trce_lightning.adapters import Adapter
-from trce_lightning.attacks.protocol import Attack, Cost, Finding, Target, Way
+from trce_lightning.attacks.protocol import Attack, Cost, Finding, Target
 from trce_lightning.config.schema import EvalConfig
 from trce_lightning.errors import InputError
 from trce_lightning.evaluation.attacked import Hits, Outcome, Row, attack_rows, budget_of_stages
@@ -112,9 +111,9 @@ class Attacks:
         selector = self._original.second_detector()
         if selector is None:
             raise InputError(
-                "attacks: expected a second detector, which chooses among an attack's tries and doesn't judge, "
-                f"got none for model.domain={self.config.model.domain}, model.judge={self.config.model.judge}; "
-                "with a detector in model.judge, model.clip gives one"
+                "attacks: expected a second detector, which chooses among an attack's tries and doesn't "
+                f"judge, got none for model.domain={self.config.model.domain}, model.judge="
+                f"{self.config.model.judge}; with a detector in model.judge, model.clip gives one"
             )
         return selector
 
@@ -162,7 +161,8 @@ class Attacks:
     ) -> torch.Tensor:
         """Return the original's pictures of the prompts, from noise that no judged image has."""
         drawn = [
-            dataclasses.replace(record, seed=seed_of(f"{record.id} for the attacker", 0)) for record in records
+            dataclasses.replace(record, seed=seed_of(f"{record.id} for the attacker", 0))
+            for record in records
         ]
         self._generate(self.folder / "pictures", original, drawn, options, "pictures for the attacker")
         return load_images(self.folder / "pictures", drawn)
@@ -179,9 +179,9 @@ class Attacks:
 
         def generate(rank: Rank) -> None:
             adapter.to(rank.device)
-            shares = {"rank": rank.index, "world_size": rank.world_size}
+            shared = {**options, "rank": rank.index, "world_size": rank.world_size}
             description = title if rank.index == 0 else None
-            generate_to(folder, adapter, records, **options, **shares, description=description)
+            generate_to(folder, adapter, records, **shared, description=description)
 
         on_each_rank(self.trainer, generate)
 
@@ -330,13 +330,13 @@ def save_findings(stem: Path, findings: Sequence[Finding]) -> None:
     rows = [
         {"prompt_id": f.prompt_id, "facts": f.facts, "spent": dataclasses.asdict(f.spent)} for f in findings
     ]
-    write_json(stem.with_suffix(".json"), rows)
+    write_json(stem.with_suffix(".json"), {"findings": rows})
 
 
 def load_findings(stem: Path) -> Iterator[Finding]:
     """Yield what :func:`save_findings` wrote."""
     with reading(stem.with_suffix(".json"), "what an attack has found"):
-        rows = json.loads(stem.with_suffix(".json").read_text("utf-8"))
+        rows = json.loads(stem.with_suffix(".json").read_text("utf-8"))["findings"]
     tensors = read_safetensors(stem.with_suffix(".safetensors"), "what an attack has found")
     for i, row in enumerate(rows):
         own = {
@@ -345,3 +345,22 @@ def load_findings(stem: Path) -> Iterator[Finding]:
             if name.partition("/")[0] == str(i)
         }
         yield Finding(row["prompt_id"], own, row["facts"], Cost(**row["spent"]))
+
+
+def attacks_table(rows: Mapping[str, Mapping[str, Row]]) -> str:
+    """Return a Markdown table: the success of each attack on each model, and its controls."""
+    lines = ["| attack | model | success | without attack | other seeds | random | ρ | |", "| --- " * 8 + "|"]
+    for name in next(iter(rows.values()), {}):
+        for label, by_attack in rows.items():
+            row = by_attack[name]
+            controls = [row["control"].get(control, {}).get("broken") for control in ("seeds", "random")]
+            cells = [name, label, f"{rate(row['rate'])} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"]
+            cells += [rate(row["pre"]), *map(rate, controls)]
+            cells += [f"{row['rho']['value']:.2f}" if "rho" in row else "–", row["verdict"]]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def rate(share: float | None) -> str:
+    """Return a share in percent, a dash for none."""
+    return "–" if share is None else f"{100 * share:.1f} %"

@@ -26,6 +26,7 @@ from trce_lightning.evaluation.conditions import asked
 from trce_lightning.evaluation.scored import Column, Scored, category_rates
 from trce_lightning.evaluation.scorer import Scorer, score_on_all_ranks
 from trce_lightning.jobs import runs
+from trce_lightning.jobs.attack import Attacks, attacks_table
 from trce_lightning.jobs.robustness import Robustness, robustness_rows, robustness_table
 from trce_lightning.jobs.session import Session, base_name, concepts_of
 from trce_lightning.jobs.trainers import make_trainer
@@ -74,6 +75,8 @@ class Evaluation:
             gc.collect()  # Trainer and module refer to each other, so only the collector frees the model
         if asked(self.config.robustness):
             self.robustness.run()
+        if self.config.attack:
+            self.attacks.run()
         if self.is_global_zero:
             # This comes last: the other processes have finished, so none waits for this one.
             measure_distances(self.features, self.sets, self.columns, self.device)
@@ -96,6 +99,9 @@ class Evaluation:
         )
         if asked(self.config.robustness):
             self.robustness.announce(scorer)
+        if self.config.attack:
+            self.attacks = Attacks(self.config, self.sources, self.folder)
+            self.attacks.announce()
 
     def claim(self) -> None:
         """Lock the folder until this evaluation ends. The first of its processes does this."""
@@ -166,12 +172,16 @@ class Evaluation:
         if self.robustness.results:
             metrics["robustness"] = self.robustness.results
             metrics["robustness_evaluations"] = self.robustness.network_evaluations
+        if self.config.attack:
+            metrics["attacks"] = self.attacks.rows
         write_scores_csv(self.folder / "metrics.csv", scores)
         write_page(self.folder / "report.html", self.report())
         write_json(self.folder / "metrics.json", metrics)
         log.info("%s\n%s", self.folder, results_table(scores))
         if self.robustness.results:
             log.info("robustness to use\n%s", robustness_table(self.robustness.results))
+        if self.config.attack:
+            log.info("attacks\n%s", attacks_table(self.attacks.rows))
         for label, comparison in self.comparisons().items():
             log.info("%s against %s: %s", label, next(iter(self.columns)), one_line(comparison))
 
