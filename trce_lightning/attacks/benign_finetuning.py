@@ -40,7 +40,6 @@ from trce_lightning.attacks.fine_tuning import (
     differences,
     drawn_rows,
     fine_tuned,
-    fresh,
     losses,
     moved,
     restored,
@@ -48,6 +47,7 @@ from trce_lightning.attacks.fine_tuning import (
     under,
 )
 from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Target, Way
+from trce_lightning.attacks.tries import fresh_record
 from trce_lightning.errors import InputError
 from trce_lightning.generation.loop import generate, network_steps, planned_evaluations
 from trce_lightning.metrics.asr import shows_concept
@@ -172,7 +172,7 @@ class BenignFinetuning:
         for seed in range(self.seeds):
             yield Way(
                 name=f"seed {seed + 1}" if seed else "",
-                records=fresh(target.records, self.name),
+                records=tuple(fresh_record(record, self.name) for record in target.records),
                 adapter=target.adapter,
                 variation=target.variation,
                 spent=self.steps * self.batch_size,
@@ -185,7 +185,7 @@ class BenignFinetuning:
                 f"{self.option}: expected at least 2 benign prompts to generate pictures from, got "
                 f"{len(target.benign)}"
             )
-        return fresh(target.benign[: self.pictures], self.name)
+        return tuple(fresh_record(record, self.name) for record in target.benign[: self.pictures])
 
     def _training(self, target: Target) -> Training:
         return training_of(

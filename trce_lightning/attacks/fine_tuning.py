@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from trce_lightning.adapters import Adapter
 from trce_lightning.attacks.objectives import Noised, denoising_loss, noised
 from trce_lightning.attacks.protocol import Progress, Target
 from trce_lightning.errors import InputError
-from trce_lightning.prompts.records import PromptRecord
 from trce_lightning.tokens import Text
 
 MAX_NORM = 1.0
@@ -81,14 +80,6 @@ def check_trainable(option: str, adapter: Adapter) -> None:
                 f"{option}: expected weights that can be trained, in float32, got {parameter.dtype} in "
                 f"{name}; set model.dtype=float32"
             )
-
-
-def fresh(records: Iterable[PromptRecord], attack: str) -> tuple[PromptRecord, ...]:
-    """Return the records with noise of their own for this attack, each as a sample of its prompt."""
-    return tuple(
-        replace(record, id=f"{record.id}~{attack}", seed=None, sample_of=record.prompt_id)
-        for record in records
-    )
 
 
 def fine_tuned(

@@ -39,13 +39,13 @@ from trce_lightning.attacks.fine_tuning import (
     check_trainable,
     differences,
     fine_tuned,
-    fresh,
     moved,
     restored,
     training_of,
     under,
 )
 from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Target, Way
+from trce_lightning.attacks.tries import fresh_record, pictures_of
 from trce_lightning.errors import InputError
 from trce_lightning.prompts.records import PromptRecord, seed_of
 from trce_lightning.sampling import seeded
@@ -134,15 +134,18 @@ class Relearning:
         return [self._learnt(target, taught, captions, generator, lambda _: None)]
 
     def ways(self, target: Target, findings: Mapping[str, Finding]) -> Iterator[Way]:
-        """Yield a way for each number of pictures and of steps; the last of all is the result.
+        """Yield a way for no steps, and one for each number of pictures and of steps; the last is the result.
 
         ``spent`` counts the steps on this number of pictures alone.
         """
         tensors = findings["all"].tensors
         taught = {record.prompt for record in self._taught(target)}
-        records = fresh((record for record in target.records if record.prompt not in taught), self.name)
+        held_out = (record for record in target.records if record.prompt not in taught)
+        records = tuple(fresh_record(record, self.name) for record in held_out)
+        if self.steps[0] == 0:
+            yield Way("0 steps", records, target.adapter, target.variation)
         for count in self.pictures:
-            for steps in self.steps:
+            for steps in filter(None, self.steps):
                 last = count == self.pictures[-1] and steps == self.steps[-1]
                 yield Way(
                     name="" if last else f"{count} pictures, {steps} steps",
@@ -150,9 +153,7 @@ class Relearning:
                     adapter=target.adapter,
                     variation=target.variation,
                     spent=steps * self.batch_size,
-                    entered=moved(target.adapter, partial(changes_in, tensors, f"{count}/{steps}/"))
-                    if steps
-                    else None,
+                    entered=moved(target.adapter, partial(changes_in, tensors, f"{count}/{steps}/")),
                 )
 
     def _taught(self, target: Target) -> list[PromptRecord]:
@@ -190,8 +191,7 @@ class Relearning:
             learning_rate=self.learning_rate,
             noise_levels=self.noise_levels,
         )
-        place = {record.id: index for index, record in enumerate(target.records)}
-        pictures = target.pictures[[place[record.id] for record in taught]]
+        pictures = pictures_of(target, taught, self.name)
         lesson = Lesson(adapter.encode_images(pictures), adapter.encode(captions).to(adapter.device))
         tensors: dict[str, Tensor] = {}
         curves: dict[str, list[float]] = {}
