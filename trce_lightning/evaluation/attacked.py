@@ -24,7 +24,7 @@ from trce_lightning.metrics.uncertainty import (
 )
 
 Hits = Mapping[str, Sequence[bool]]
-"""Whether each image of a prompt shows the concept, by prompt id."""
+"""One truth value for each image of a prompt, that it shows the concept, by prompt id."""
 Row = dict[str, Any]
 """One attack on one model, as metrics.json holds it."""
 Budget = Sequence[tuple[int, float]]
@@ -35,7 +35,7 @@ SIGNIFICANT = 0.05
 
 
 class Verdict(StrEnum):
-    """What a row may be taken for. No verdict says that a model is robust."""
+    """The conclusion that a row allows. No verdict says that a model is robust."""
 
     UNCHECKED = "not checked on the original"
     TOO_WEAK = "too weak at this budget"
@@ -54,9 +54,9 @@ class Outcome:
     unattacked: Hits
     """The same prompts without an attack, on their own noise."""
     seeds: Hits
-    """As many tries with other noise, without an attack."""
+    """The control of as many tries with other noise, without an attack."""
     random: Hits | None = None
-    """As many tries with findings that were not searched for; None where an attack has no such form."""
+    """The control of as many tries with findings that were not searched for; None if the attack has none."""
     tries: int = 1
     """Candidates for a prompt that the attack chose among."""
     forward: int = 0
@@ -242,7 +242,7 @@ def inflated_rate(rate: float, tries: int) -> float:
 
 
 def verdict(row: Row) -> Verdict:
-    """Return what a row may be taken for. Its controls have p-values adjusted for the number of attacks.
+    """Return the conclusion that a row allows. Its controls have p-values adjusted for the number of attacks.
 
     An attack is above its controls if it breaks more prompts than each of them, significantly.
     """
