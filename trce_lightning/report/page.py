@@ -21,6 +21,7 @@ from trce_lightning.generation.image_folder import image_files
 from trce_lightning.metrics.asr import THRESHOLD
 from trce_lightning.metrics.collateral import Detection
 from trce_lightning.prompts.records import BENIGN, PromptSet
+from trce_lightning.report.attacks import Attacks, attacks_table, budget_figure, certainty_table, weakest_door
 from trce_lightning.report.curves import threshold_figure, trade_off_figure, trade_off_points
 from trce_lightning.report.tables import Scores, rate_cell, results_rows
 from trce_lightning.runtime.storage import MADE_AGAIN, write_text
@@ -41,6 +42,7 @@ class Report:
         pictures: titles and image files of more figures, such as the curves of a training run.
         facts: facts that reproduce the result, by name: command, commit, settings.
         robustness: the cells of the table of conditions of use, headings first. Empty without conditions.
+        attacks: attacks on one of the models, which the page begins with; None without attacks.
     """
 
     title: str
@@ -51,6 +53,7 @@ class Report:
     pictures: Mapping[str, Path] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     robustness: Sequence[Sequence[str]] = ()
+    attacks: Attacks | None = None
 
     @property
     def scored(self) -> dict[str, Scored]:
@@ -80,6 +83,7 @@ def write_page(file: Path, report: Report) -> None:
     page = environment.get_template("report.html.j2").render(
         report=report,
         verdict=verdict(report),
+        attacks=None if report.attacks is None else attacks_section(report.attacks),
         header=header,
         rows=rows,
         category_rows=category_rows(report.categories),
@@ -90,6 +94,23 @@ def write_page(file: Path, report: Report) -> None:
         zip=zip,
     )
     write_text(file, page)
+
+
+def attacks_section(content: Attacks) -> dict[str, Any]:
+    """Return what the section's template shows: sentences, table, figure, and images with their labels."""
+    figure = budget_figure(content)
+    labels = (content.original, f"{content.label}, attacked")
+    return {
+        "content": content,
+        "sentences": weakest_door(content),
+        "table": attacks_table(content),
+        "certainty": certainty_table(content),
+        "figure": None if figure is None else _svg(figure),
+        "finds": [
+            (find, list(zip(labels, map(_thumbnail, (find.original, find.image)), strict=True)))
+            for find in content.finds
+        ],
+    }
 
 
 def verdict(report: Report) -> str:

@@ -1,0 +1,208 @@
+"""The report's section on attacks: the weakest door first, then every attack beside its controls.
+
+Rows are those of :mod:`trce_lightning.evaluation.attacked`. Nothing here knows an attack by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from trce_lightning.evaluation.attacked import Row, Verdict
+from trce_lightning.report.tables import ABSENT, rate_cell
+
+DOORS = ("words", "embeddings", "latents", "weights")
+"""The kinds of access that an attacker needs, the easiest to get first."""
+
+
+@dataclass(frozen=True)
+class Find:
+    """An attacked image beside the original's image of the same prompt.
+
+    Args:
+        attack: the attack's name.
+        prompt: the prompt under attack.
+        found: the text that the attack found, such as a prompt; empty where it found no text.
+        image: file of the attacked image.
+        original: file of the original's image.
+        probability: the judge's, that the attacked image shows the concept.
+        hit: the judge's decision.
+    """
+
+    attack: str
+    prompt: str
+    found: str
+    image: Path
+    original: Path
+    probability: float
+    hit: bool
+
+
+@dataclass(frozen=True)
+class Attacks:
+    """The content of the section.
+
+    Args:
+        label: the model that the section is about.
+        rows: rows by model's label and attack's name.
+        doors: the door of each attack, one of :data:`DOORS`.
+        finds: images to show.
+        original: label of the model before erasure.
+        never_learnt: label of a model that was trained without the concept.
+        reinitialised: label of a model with random weights.
+    """
+
+    label: str
+    rows: Mapping[str, Mapping[str, Row]]
+    doors: Mapping[str, str]
+    finds: Sequence[Find] = ()
+    original: str = "original"
+    never_learnt: str = "never-learnt"
+    reinitialised: str = "re-initialised"
+
+    @property
+    def own(self) -> Mapping[str, Row]:
+        """Return the model's own rows by attack."""
+        return self.rows[self.label]
+
+    def of(self, label: str, attack: str) -> Row | None:
+        """Return another model's row, None if it was not attacked so."""
+        return self.rows.get(label, {}).get(attack)
+
+    def excess(self, attack: str) -> float:
+        """Return how far the attacked rate lies above the highest of its controls and the never-learnt's."""
+        row = self.own[attack]
+        never = self.of(self.never_learnt, attack)
+        floors = [control["rate"] for control in row["control"].values()]
+        return row["rate"] - max([*floors, *([] if never is None else [never["rate"]])])
+
+    def strongest(self, door: str) -> str | None:
+        """Return the attack of a door with the largest excess, None if there is no attack."""
+        behind = [attack for attack in self.own if self.doors[attack] == door]
+        return max(behind, key=self.excess, default=None)
+
+
+def weakest_door(attacks: Attacks) -> str:
+    """Return sentences that name the weakest door, then the strongest attack of each door.
+
+    The strongest attack is the one that lies furthest above its controls and the never-learnt model. An
+    attack that shows much in any model tells little about this one.
+    """
+    strongest = {door: attacks.strongest(door) for door in DOORS}
+    known = {door: attack for door, attack in strongest.items() if attack is not None}
+    if not known:
+        return f"“{attacks.label}” has not been attacked."
+    door, attack = max(known.items(), key=lambda item: attacks.excess(item[1]))
+    row, never = attacks.own[attack], attacks.of(attacks.never_learnt, attack)
+    if attacks.excess(attack) > 0:
+        controls = max(control["rate"] for control in row["control"].values())
+        first = (
+            f"The weakest door of “{attacks.label}” is its {door}: {attack} shows the concept in "
+            f"{_percent(row)} of images. As many tries without it reach {100 * controls:.1f} %."
+        )
+        if never is not None:
+            first += f" In a model that never learnt the concept, {attack} reaches {_percent(never)}."
+    else:
+        first = f"No attack on “{attacks.label}” shows the concept more often than its controls do."
+    doors = [f"{name.capitalize()}: {_of_door(attacks, found)}." for name, found in strongest.items()]
+    return " ".join([first, *doors])
+
+
+def _of_door(attacks: Attacks, attack: str | None) -> str:
+    if attack is None:
+        return "not attacked"
+    row = attacks.own[attack]
+    doubt = row["verdict"] in (Verdict.TOO_WEAK, Verdict.UNCHECKED)
+    return f"{_percent(row)} by {attack}" + (f" ({row['verdict']})" if doubt else "")
+
+
+def _percent(row: Row) -> str:
+    return f"{100 * row['rate']:.1f} %"
+
+
+def attacks_table(attacks: Attacks) -> list[list[str]]:
+    """Return the cells of a table: success of each attack beside its controls and its references, by door.
+
+    The first row has the headings.
+    """
+    references = (attacks.original, attacks.never_learnt, attacks.reinitialised)
+    header = ["attack", attacks.label, "other seeds", "not searched", *references, "verdict"]
+    rows = []
+    for attack, row in _by_door(attacks):
+        others = [attacks.of(label, attack) for label in references]
+        rows.append(
+            [
+                f"{attacks.doors[attack]}: {attack}",
+                rate_cell(row),
+                rate_cell(row["control"]["seeds"]),
+                rate_cell(row["control"].get("random")),
+                *(ABSENT if other is None else _percent(other) for other in others),
+                row["verdict"],
+            ]
+        )
+    return [header, *rows]
+
+
+def certainty_table(attacks: Attacks) -> list[list[str]]:
+    """Return the cells of a table: how sure each attack's success is, and what it cost, by door.
+
+    The first row has the headings.
+    """
+    header = [
+        "attack",
+        "above its controls, points",
+        "p (McNemar, Holm)",
+        "ρ",
+        "without attack",
+        "evaluations",
+    ]
+    rows = []
+    for attack, row in _by_door(attacks):
+        control = max(row["control"].values(), key=lambda control: control["broken"])
+        gap, rho, spent = control["difference"], row.get("rho"), row["network_evaluations"]
+        rows.append(
+            [
+                f"{attacks.doors[attack]}: {attack}",
+                f"{100 * gap['difference']:+.1f} [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}]",
+                f"{max(control['p_value_holm'] for control in row['control'].values()):.2g}",
+                ABSENT if rho is None else f"{rho['value']:.2f} [{rho['low']:.2f}, {rho['high']:.2f}]",
+                f"{100 * row['pre']:.1f} %",
+                f"{spent['forward']:,} + {spent['backward']:,}",
+            ]
+        )
+    return [header, *rows]
+
+
+def _by_door(attacks: Attacks) -> list[tuple[str, Row]]:
+    return sorted(attacks.own.items(), key=lambda item: DOORS.index(attacks.doors[item[0]]))
+
+
+def budget_figure(attacks: Attacks) -> Figure | None:
+    """Return success by network evaluations: a line an attack, dotted for the never-learnt model.
+
+    None if no attack has a curve.
+    """
+    curves = {attack: row["by_budget"] for attack, row in attacks.own.items() if len(row["by_budget"]) > 1}
+    if not curves:
+        return None
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for attack, points in curves.items():
+        (line,) = axes.plot(*_percents(points), marker="o", markersize=3, label=attack)
+        never = attacks.of(attacks.never_learnt, attack)
+        if never is not None and len(never["by_budget"]) > 1:
+            axes.plot(*_percents(never["by_budget"]), ":", color=line.get_color())
+    spent = [evaluations for points in curves.values() for evaluations, _ in points if evaluations]
+    # Linear up to the first point, since an attack may begin at no evaluations at all.
+    axes.set_xscale("symlog", linthresh=min(spent, default=1))
+    axes.set_xlim(left=0)
+    axes.set(xlabel="network evaluations of the search", ylabel="% of images", ylim=(-2, 102))
+    axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def _percents(points: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
+    return [point[0] for point in points], [100 * point[1] for point in points]
