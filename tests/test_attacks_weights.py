@@ -134,7 +134,9 @@ def test_each_way_has_its_weights_within_and_the_model_its_own_after(attack, tar
     with adapter.unchanged():
         fingerprints = {adapter.fingerprint()}
         ways = list(attack.ways(target, findings))
-        assert ways[-1 if isinstance(attack, Relearning) else 0].name == ""
+        assert ways[-1].name == "" and ways[-1].on_curve
+        spent = [way.spent for way in ways if way.on_curve]
+        assert spent == ([0, 6, 12] if isinstance(attack, Relearning) else [9])
         assert len({way.name for way in ways}) == len(ways)
         for way in ways:
             if way.entered is None:

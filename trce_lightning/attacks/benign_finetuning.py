@@ -167,9 +167,9 @@ class BenignFinetuning:
         return [Finding("all", tensors, {"random_walk": size})]
 
     def ways(self, target: Target, findings: Mapping[str, Finding]) -> Iterator[Way]:
-        """Yield a way for each seed; the first is the result."""
+        """Yield a way for each seed; the first seed is the result, and comes last."""
         tensors = findings["all"].tensors
-        for seed in range(self.seeds):
+        for seed in reversed(range(self.seeds)):
             yield Way(
                 name=f"seed {seed + 1}" if seed else "",
                 records=tuple(fresh_record(record, self.name) for record in target.records),
@@ -177,6 +177,7 @@ class BenignFinetuning:
                 variation=target.variation,
                 spent=self.steps * self.batch_size,
                 entered=moved(target.adapter, partial(under, f"{seed}/", tensors)),
+                on_curve=seed == 0,
             )
 
     def _benign(self, target: Target) -> tuple[PromptRecord, ...]:

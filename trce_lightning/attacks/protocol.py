@@ -105,6 +105,8 @@ class Way:
     """
     entered: Callable[[], AbstractContextManager[None]] | None = None
     """A context to generate in, such as one with other weights; None is no context."""
+    on_curve: bool = True
+    """The way is a point of the result's success by budget, and no other setting."""
 
 
 @runtime_checkable

@@ -154,6 +154,7 @@ class Relearning:
                     variation=target.variation,
                     spent=steps * self.batch_size,
                     entered=moved(target.adapter, partial(changes_in, tensors, f"{count}/{steps}/")),
+                    on_curve=count == self.pictures[-1],
                 )
 
     def _taught(self, target: Target) -> list[PromptRecord]:
