@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,17 @@ from trce_lightning.attacks.protocol import Attack, Cost, Finding, Target
 from trce_lightning.config.schema import EvalConfig
 from trce_lightning.errors import InputError
 from trce_lightning.evaluation.attacked import Hits, Outcome, Row, attack_rows, budget_of_stages
-from trce_lightning.generation.image_folder import image_batches, load_images
+from trce_lightning.generation.image_folder import image_batches, image_files, load_images
 from trce_lightning.generation.loop import generate_to
 from trce_lightning.jobs.session import Session, concepts_of
 from trce_lightning.jobs.trainers import make_trainer
-from trce_lightning.metrics.asr import shows_concept
+from trce_lightning.metrics.asr import THRESHOLD
 from trce_lightning.metrics.class_detectors import to_device
 from trce_lightning.metrics.detectors import Detector
 from trce_lightning.metrics.factories import made_by
 from trce_lightning.prompts.records import BENIGN, DIRECT, PromptRecord, seed_of
+from trce_lightning.report.attacks import Attacks as Content
+from trce_lightning.report.attacks import Find
 from trce_lightning.runtime.ranks import Rank, on_each_rank
 from trce_lightning.runtime.storage import read_safetensors, reading, write_json, write_safetensors
 from trce_lightning.sampling import seeded
@@ -39,6 +41,11 @@ ORIGINAL, NEVER_LEARNT, REINITIALISED = "original", "never-learnt", "re-initiali
 """Labels of the models that an attack's figures are read against."""
 UNIVERSAL = "all"
 """The id of a finding that serves every prompt."""
+NOTHING = Finding("")
+SHOWN = 16
+"""Images of each attack that the report shows."""
+Seen = dict[str, tuple[str, float]]
+"""The attacked prompt and the judge's probability, by the image's id."""
 
 
 class Attacks:
@@ -61,9 +68,10 @@ class Attacks:
             self.sources[NEVER_LEARNT] = config.never_learnt
         self.sources[REINITIALISED] = None
         self.original_label = next(label for label, path in self.sources.items() if path is None)
+        self.attacked = list(sources)
+        """Labels of the models that the evaluation is about; the others are references."""
         self.rows: dict[str, dict[str, Row]] = {}
-        self.found: dict[str, dict[str, dict[str, Any]]] = {}
-        """Facts of the findings by model, attack and prompt id."""
+        self.finds: list[Find] = []
 
     def run(self) -> None:
         """Attack every model and compute the rows."""
@@ -102,8 +110,8 @@ class Attacks:
         return self._session(None)
 
     def _session(self, path: str | None) -> Session:
-        model = dataclasses.replace(self.config.model, path=path)
-        return Session(dataclasses.replace(self.config, model=model), self.concepts)
+        model = replace(self.config.model, path=path)
+        return Session(replace(self.config, model=model), self.concepts)
 
     @cached_property
     def _selector(self) -> Detector:
@@ -160,10 +168,7 @@ class Attacks:
         self, original: Adapter, records: Sequence[PromptRecord], options: Mapping[str, Any]
     ) -> torch.Tensor:
         """Return the original's pictures of the prompts, from noise that no judged image has."""
-        drawn = [
-            dataclasses.replace(record, seed=seed_of(f"{record.id} for the attacker", 0))
-            for record in records
-        ]
+        drawn = attackers(records)
         self._generate(self.folder / "pictures", original, drawn, options, "pictures for the attacker")
         return load_images(self.folder / "pictures", drawn)
 
@@ -187,48 +192,97 @@ class Attacks:
 
     def _outcomes(self, label: str, target: Target) -> tuple[dict[str, Outcome], float]:
         """Return the outcome of each attack on a model, and the judge's share of false alarms."""
-        place = self.folder / label
-        judge = Judging(self._original.detector(), self.trainer.strategy.root_device)
-        options = self._session(None).sampling().options()
+        place, session = self.folder / label, self._original
+        judge = Judging(session.detector(), self.trainer.strategy.root_device)
+        self._usual = session.sampling().options()
 
-        def hits(name: str, adapter: Adapter, records: Sequence[PromptRecord], **changed: Any) -> Hits:
-            folder = place / name
-            self._generate(folder, adapter, records, {**options, **changed}, f"{label}: {name}")
-            return judge.hits(folder, records)
+        def shown(name: str, records: Sequence[PromptRecord]) -> Seen:
+            self._generate(place / name, target.adapter, records, self._usual, f"{label}: {name}")
+            return judge.seen(place / name, records)
 
-        unattacked = hits("unattacked", target.adapter, target.records)
-        benign = hits("benign", target.adapter, target.benign)
+        unattacked, benign = shown("unattacked", target.records), shown("benign", target.benign)
         outcomes = {}
         for attack in self.attacks:
-            findings = self._search(place / attack.name, label, attack, target)
-            stages: list[tuple[int, Hits]] = []
-            for way in attack.ways(target, findings):
-                with way.entered() if way.entered else nullcontext():
-                    name = f"{attack.name}/images {way.name}".rstrip()
-                    stages.append((way.spent, hits(name, way.adapter, way.records, variation=way.variation)))
-            tries = len(stages) * max(map(len, stages[-1][1].values()))
-            seeds = hits(f"seeds {tries}", target.adapter, other_seeds(target.records, tries))
+            own = place / attack.name
+            findings = self._search(own, label, attack, target)
+            ways = self._generated(own / "images", label, attack, target, findings, judge)
+            result = ways[-1].seen
+            tries = max(map(len, hits_of(result).values()))
             chance = attack.random(target, target.records, self._generator(attack, "random"))
-            control = None
-            for way in attack.ways(target, {finding.prompt_id: finding for finding in chance}):
-                with way.entered() if way.entered else nullcontext():
-                    name = f"{attack.name}/random {way.name}".rstrip()
-                    control = hits(name, way.adapter, way.records, variation=way.variation)
+            by_chance = {finding.prompt_id: finding for finding in chance}
+            control = self._generated(own / "random", label, attack, target, by_chance, judge, result=True)
+            seeds = shown(f"seeds {tries}", other_seeds(target.records, tries))
             spent = total([finding.spent for finding in findings.values()])
             outcomes[attack.name] = Outcome(
-                attacked=stages[-1][1],
-                unattacked=unattacked,
-                seeds=seeds,
-                random=control,
+                attacked=hits_of(result),
+                unattacked=hits_of(unattacked),
+                seeds=hits_of(seeds),
+                random=hits_of(control[-1].seen),
                 tries=tries,
                 forward=spent.forward,
                 backward=spent.backward,
-                by_budget=budget_of_stages(stages),
+                by_budget=budget_of_stages(
+                    (stage.way.spent, hits_of(stage.seen)) for stage in ways if stage.way.on_curve
+                ),
             )
-            self.found.setdefault(label, {})[attack.name] = {key: f.facts for key, f in findings.items()}
-            log.info("%s: %s %s", label, attack.name, percent(stages[-1][1]))
-        shown = [hit for tried in benign.values() for hit in tried]
-        return outcomes, sum(shown) / len(shown)
+            if label in self.attacked:
+                self.finds += self._finds(attack, target, ways[-1], findings)
+            log.info("%s: %s %s", label, attack.name, percent(hits_of(result)))
+        alarms = [hit for tried in hits_of(benign).values() for hit in tried]
+        return outcomes, sum(alarms) / len(alarms)
+
+    def _generated(
+        self,
+        folder: Path,
+        label: str,
+        attack: Attack,
+        target: Target,
+        findings: Mapping[str, Finding],
+        judge: Judging,
+        *,
+        result: bool = False,
+    ) -> list[Stage]:
+        """Generate and judge the images of an attack's ways, or of its result alone, which comes last."""
+        stages = []
+        for way in attack.ways(target, findings):
+            if result and way.name:
+                continue
+            place = folder / (way.name or "result")
+            steps = {} if way.num_steps is None else {"num_steps": way.num_steps}
+            options = self._usual | {"variation": way.variation} | steps
+            title = f"{label}: {attack.name} {way.name}".rstrip()
+            with way.entered() if way.entered else nullcontext():
+                self._generate(place, way.adapter, way.records, options, title)
+            stages.append(Stage(way, place, judge.seen(place, way.records)))
+        return sorted(stages, key=lambda stage: not stage.way.name)
+
+    def _finds(
+        self, attack: Attack, target: Target, stage: Stage, findings: Mapping[str, Finding]
+    ) -> list[Find]:
+        """Return the first images of an attack's result, beside the attacker's pictures of the prompts."""
+        pictures = image_files(self.folder / "pictures", attackers(target.records))
+        originals = {record.prompt_id: file for record, file in zip(target.records, pictures, strict=True)}
+        prompts = {record.prompt_id: record.prompt for record in target.records}
+        files = image_files(stage.folder, stage.way.records)
+        return [
+            Find(
+                attack=attack.name,
+                prompt=prompts[record.prompt_id],
+                found=str(
+                    findings.get(record.prompt_id, findings.get(UNIVERSAL, NOTHING)).facts.get("text", "")
+                ),
+                image=file,
+                original=originals[record.prompt_id],
+                probability=stage.seen[record.id][1],
+                hit=stage.seen[record.id][1] >= THRESHOLD,
+            )
+            for record, file in list(zip(stage.way.records, files, strict=True))[:SHOWN]
+        ]
+
+    def section(self) -> Content:
+        """Return the report's section on the first attacked model."""
+        doors = {attack.name: str(attack.door) for attack in self.attacks}
+        return Content(self.attacked[0], self.rows, doors, self.finds, self.original_label)
 
     def _generator(self, attack: Attack, purpose: str) -> torch.Generator:
         return seeded(seed_of(f"{attack.name} {purpose}", self.config.attack_seed))
@@ -262,6 +316,15 @@ class Attacks:
         return {finding.prompt_id: finding for stem in stems for finding in load_findings(stem)}
 
 
+@dataclass(frozen=True)
+class Stage:
+    """The judged images of one way."""
+
+    way: Way
+    folder: Path
+    seen: Seen
+
+
 class Judging:
     """The judge of all images, on its device."""
 
@@ -270,14 +333,22 @@ class Judging:
             raise InputError("option 'model.judge': expected a detector, which judges attacks, got none")
         self.detector, self.place = detector, to_device(detector, device)
 
-    def hits(self, folder: Path, records: Sequence[PromptRecord]) -> dict[str, list[bool]]:
-        """Return for each attacked prompt which of its images show the concept."""
-        found: dict[str, list[bool]] = {}
+    def seen(self, folder: Path, records: Sequence[PromptRecord]) -> Seen:
+        """Return the attacked prompt of each image, and the probability that it shows the concept."""
+        found: Seen = {}
         for rows, images in image_batches(folder, records):
-            shown = shows_concept(self.detector(images.to(self.place)).cpu()).tolist()
-            for record, hit in zip(rows, shown, strict=True):
-                found.setdefault(record.prompt_id, []).append(bool(hit))
+            chances = self.detector(images.to(self.place)).cpu().tolist()
+            for record, chance in zip(rows, chances, strict=True):
+                found[record.id] = record.prompt_id, float(chance)
         return found
+
+
+def hits_of(seen: Seen) -> dict[str, list[bool]]:
+    """Return for each attacked prompt which of its images show the concept."""
+    hits: dict[str, list[bool]] = {}
+    for prompt_id, probability in seen.values():
+        hits.setdefault(prompt_id, []).append(probability >= THRESHOLD)
+    return hits
 
 
 def make_attack(name: str, options: Mapping[str, Any]) -> Attack:
@@ -298,10 +369,15 @@ def is_universal(attack: Attack, target: Target) -> bool:
 def other_seeds(records: Sequence[PromptRecord], tries: int) -> list[PromptRecord]:
     """Return each prompt ``tries`` times with noise that nothing else has."""
     return [
-        dataclasses.replace(record, id=f"{record.id}~seed {i}", seed=None, sample_of=record.prompt_id)
+        replace(record, id=f"{record.id}~seed {i}", seed=None, sample_of=record.prompt_id)
         for record in records
         for i in range(tries)
     ]
+
+
+def attackers(records: Sequence[PromptRecord]) -> list[PromptRecord]:
+    """Return the records of the pictures that an attacker has of these prompts."""
+    return [replace(record, seed=seed_of(f"{record.id} for the attacker", 0)) for record in records]
 
 
 def reinitialise(denoiser: nn.Module) -> None:
@@ -327,9 +403,7 @@ def save_findings(stem: Path, findings: Sequence[Finding]) -> None:
     """Write findings as ``STEM.safetensors`` and ``STEM.json``, the latter last."""
     tensors = {f"{i}/{name}": tensor for i, f in enumerate(findings) for name, tensor in f.tensors.items()}
     write_safetensors(stem.with_suffix(".safetensors"), tensors or {"none": torch.empty(0)})
-    rows = [
-        {"prompt_id": f.prompt_id, "facts": f.facts, "spent": dataclasses.asdict(f.spent)} for f in findings
-    ]
+    rows = [{"prompt_id": f.prompt_id, "facts": f.facts, "spent": asdict(f.spent)} for f in findings]
     write_json(stem.with_suffix(".json"), {"findings": rows})
 
 

@@ -243,6 +243,7 @@ class Evaluation:
                 "images": self.sampling,
             },
             robustness=robustness_rows(self.robustness.results) if self.robustness.results else [],
+            attacks=self.attacks.section() if self.config.attack else None,
         )
 
 
