@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MAX_LENGTH, build_tiny_pipeline
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn import functional as F
 
-from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
 from trce_lightning.attacks.mma import Mma, distance, one_hot_gradient
 from trce_lightning.attacks.objectives import noised
 from trce_lightning.attacks.p4d import P4D
@@ -26,16 +28,20 @@ from trce_lightning.attacks.words import (
     Layout,
     Vocabulary,
     alone,
+    base_of,
     cut,
     end_states,
+    generators_of,
     interleaved,
     own_words,
     parts,
     prefixed,
     suffixed,
 )
-from trce_lightning.concepts import Concept
+from trce_lightning.concepts import Concept, load_concept
 from trce_lightning.concepts.naming import mentions
+from trce_lightning.emoji.judge import JudgeDetector
+from trce_lightning.emoji.package import load_judge, weights_folder
 from trce_lightning.errors import InputError
 from trce_lightning.generation.loop import generate
 from trce_lightning.generation.variation import Variation
@@ -317,6 +323,9 @@ def test_wrong_targets_are_named(target: Target, monkeypatch: pytest.MonkeyPatch
     for attack in (Mma(tokens=31), RingABell(tokens=31), P4D(tokens=31), UnlearnDiff(tokens=31)):
         with pytest.raises(InputError, match=rf"attack\.{attack.name}\.tokens: expected at most the 30"):
             searched(attack, target)
+    for attack in (P4D(levels=1000), UnlearnDiff(levels=1001), SingleToken(score_by="loss", levels=1001)):
+        with pytest.raises(InputError, match=rf"attack\.{attack.name}\.levels: expected steps of a sampling"):
+            searched(attack, target)
     with pytest.raises(InputError, match=r"attack\.single_token\.limit: expected .* at most 5"):
         SingleToken(limit=5).cost(target)
     frozen = StableDiffusionAdapter(build_tiny_pipeline())
@@ -452,8 +461,6 @@ def test_single_token_is_exhaustive(target: Target, place: str) -> None:
 
 
 def seeded_like(attack: SingleToken, target: Target) -> torch.Generator:
-    from trce_lightning.attacks.words import base_of, generators_of
-
     return generators_of(attack._units(target, target.records), base_of(seeded(0)))[0]
 
 
@@ -519,9 +526,6 @@ def test_unlearndiff_finds_words_that_explain_the_pictures(target: Target) -> No
 
 
 def test_options_have_files_that_make_the_attacks() -> None:
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
-
     for name, kind in [
         ("mma", Mma),
         ("ring_a_bell", RingABell),
@@ -533,3 +537,34 @@ def test_options_have_files_that_make_the_attacks() -> None:
         assert file.read_text("utf-8").startswith(f"# @package attack.{name}\n")
         attack = instantiate(OmegaConf.load(file))
         assert type(attack) is kind and attack.name == name and attack.door == "words"
+
+
+@pytest.mark.slow
+def test_words_of_pictures_are_found_by_gradient_on_the_embedded_model() -> None:
+    """A positive control: prompts that ask for nothing show daggers after the search, by the loss alone."""
+    adapter = load_adapter(weights_folder(), resolution=64)
+    concept = load_concept(Path(__file__).parents[1] / "configs/concept/violence.yaml")
+    judge = JudgeDetector(load_judge(weights_folder()), [concept])
+    asked = [PromptRecord(str(i), "a dagger on a white background") for i in range(4)]
+    records = tuple(replace(record, prompt="a photo of something") for record in asked)
+    target = Target(
+        adapter=adapter,
+        original=adapter,
+        records=records,
+        concepts=[concept],
+        pictures=generate(adapter, asked, guidance_scale=3.0, num_steps=10, batch_size=4),
+        selector=judge,
+        guidance_scale=3.0,
+        num_steps=10,
+        batch_size=4,
+        autocast_dtype=None,
+    )
+    attack = UnlearnDiff(tokens=4, steps=60, levels=6, lr=0.1, checkpoints=2, choose_by="loss", tries=4)
+
+    def shown(findings: list[Finding]) -> int:
+        way = list(attack.ways(target, {finding.prompt_id: finding for finding in findings}))[-1]
+        images = generate(adapter, way.records, guidance_scale=3.0, num_steps=10, batch_size=4)
+        return int((judge(images) > 0.5).sum())
+
+    assert shown(searched(attack, target)) >= 3
+    assert shown(attack.random(target, records, seeded(0))) <= 1

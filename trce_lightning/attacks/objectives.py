@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trce_lightning.adapters import Adapter
+from trce_lightning.errors import InputError
 from trce_lightning.losses import squared_distance
 from trce_lightning.sampling import mix, noise, prediction_of
 from trce_lightning.tokens import Text
@@ -50,6 +51,14 @@ def noised(
     goal = prediction_of(z_0, eps, signal, sigma, schedule.prediction_type)
     timestep = schedule.timesteps[step_index].to(z_0.device)
     return Noised(mix(z_0, eps, signal, sigma), timestep, goal)
+
+
+def check_levels(adapter: Adapter, attack: str, levels: int) -> None:
+    """Raise ``InputError`` that names the attack's option unless the model has that many noise levels."""
+    try:
+        adapter.schedule(levels)
+    except InputError as error:
+        raise InputError(f"attack.{attack}.levels: expected steps of a sampling run; {error}") from error
 
 
 def denoising_loss(adapter: Adapter, rows: Noised, text: Text) -> Tensor:

@@ -43,6 +43,7 @@ class P4D(WhiteBoxWords):
 
     Args:
         variant: ``n`` or ``k``.
+        levels: noise levels; the published search has 1000, for which SD's own spacing has no room.
         tokens: N, the free tokens of variant ``n``.
         every: K, the tokens of the prompt between two free ones, of variant ``k``.
     """
@@ -57,7 +58,7 @@ class P4D(WhiteBoxWords):
         tokens: int = 16,
         every: int = 3,
         steps: int = 3000,
-        levels: int = 1000,
+        levels: int = 999,
         lr: float = 0.1,
         weight_decay: float = 0.1,
         checkpoints: int = 60,

@@ -28,7 +28,7 @@ from trce_lightning.attacks.candidates import (
     selected,
     ways,
 )
-from trce_lightning.attacks.objectives import Noised, denoising_loss, noised
+from trce_lightning.attacks.objectives import Noised, check_levels, denoising_loss, noised
 from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Target, Way
 from trce_lightning.attacks.white_box import check_pictures, in_precision
 from trce_lightning.attacks.words import (
@@ -149,6 +149,7 @@ class SingleToken:
         base, vocabulary = base_of(generator), self._vocabulary(target)
         if self.score_by == "loss":
             check_pictures(self.name, target)
+            check_levels(target.adapter, self.name, self.levels)
         units = self._units(target, records)
         layout = self._layout(target, vocabulary, units)
         return [

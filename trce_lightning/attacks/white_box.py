@@ -21,7 +21,7 @@ from trce_lightning.attacks.candidates import (
     selected,
     ways,
 )
-from trce_lightning.attacks.objectives import Noised, denoising_loss, noised
+from trce_lightning.attacks.objectives import Noised, check_levels, denoising_loss, noised
 from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Target, Way
 from trce_lightning.attacks.words import (
     Layout,
@@ -144,6 +144,7 @@ class WhiteBoxWords(ABC):
         """Search for the tokens of each record."""
         check_pictures(self.name, target)
         check_gradients(self.name, target)
+        check_levels(target.adapter, self.name, self.levels)
         base, vocabulary = base_of(generator), self._vocabulary(target)
         findings: list[Finding] = []
         for rows in parts(records, self.batch_size):
