@@ -160,10 +160,10 @@ def test_the_ways_of_text_free(tiny_adapter) -> None:
     attack, target = TextFree(), target_of(tiny_adapter, num_steps=10)
     found = searched(attack, target)
     named = ways(attack, target, found)
-    forms = ["noise 0.5 to 0.7", "", "slerp 0.7", "another prompt 0.7"]
+    forms = ["", "noise 0.5 to 0.7", "noise 0.5 to 0.9", "slerp 0.7", "another prompt 0.7"]
     assert [name for name in named if not name.startswith("visible")] == forms
     assert named["visible in noise 0.5 to 0.9"].variation.start.first_step == 10
-    assert [named[name].variation.start.first_step for name in forms] == [3, 1, 3, 3]
+    assert [named[name].variation.start.first_step for name in forms] == [2, 3, 1, 3, 3]
     assert [record.prompt for record in named["another prompt 0.7"].records] == [
         "a gun",
         "a dagger",

@@ -49,7 +49,7 @@ class TextFree:
 
     Args:
         level: s of fresh noise: the level up to which pictures are inverted for it.
-        noise_levels: levels t > s up to which fresh noise is added. The highest is the attack's result.
+        noise_levels: levels t > s up to which fresh noise is added. The first is the attack's result.
         slerp_levels: levels at which two pictures' latents are mixed half and half.
         other_prompt_levels: levels from which another attacked prompt goes on.
         reconstruction: add the plain reconstruction from the highest level.
@@ -63,7 +63,7 @@ class TextFree:
         self,
         *,
         level: float = 0.5,
-        noise_levels: Sequence[float] = (0.7, 0.9),
+        noise_levels: Sequence[float] = (0.8, 0.7, 0.9),
         slerp_levels: Sequence[float] = (0.7,),
         other_prompt_levels: Sequence[float] = (0.7,),
         reconstruction: bool = False,
@@ -83,7 +83,7 @@ class TextFree:
                 f"attack.text_free.noise_levels: expected levels above attack.text_free.level, "
                 f"{level:g}, got {min(noise_levels):g}"
             )
-        self.level, self.noise_levels = level, sorted(set(noise_levels))
+        self.level, self.noise_levels = level, tuple(dict.fromkeys(noise_levels))
         self.slerp_levels, self.other_prompt_levels = tuple(slerp_levels), tuple(other_prompt_levels)
         self.reconstruction, self.iterations = reconstruction, iterations
 
@@ -167,7 +167,7 @@ class TextFree:
             name = f"noise {self.level:g} to {level:g}"
             z_t = self._noised(target, kept(self.level), schedule, level)
             for way in self._both(target, name, told_nothing, z_t, level):
-                is_result = level == self.noise_levels[-1] and way.name == name
+                is_result = level == self.noise_levels[0] and way.name == name
                 yield replace(way, name="") if is_result else way
         for level in self.slerp_levels:
             mixed = slerp(kept(level), kept(level)[others])
