@@ -29,6 +29,7 @@ from trce_lightning.attacks.state_pgd import StatePgd
 from trce_lightning.closed_form import apply_edits
 from trce_lightning.errors import InputError
 from trce_lightning.generation.loop import generate, generate_to
+from trce_lightning.generation.variation import Variation
 
 LEARN = {"steps": 6, "batch_size": 3, "pictures": 2, "lr": 0.02, "checkpoints": (0, 2)}
 
@@ -99,6 +100,13 @@ def test_the_key_of_an_edit_gives_the_originals_images(tiny_adapter, tmp_path, g
     assert largest_difference(images(target, unlucky), original) > 1
     shift = [key - torch.eye(32) for key in (found["all"].tensors["context"], unlucky_key(attack, target))]
     assert torch.allclose(shift[0].norm(), shift[1].norm())
+
+
+def test_images_are_made_as_the_target_says(tiny_adapter) -> None:
+    variation = Variation("EulerDiscreteScheduler")
+    target = target_of(tiny_adapter, variation=variation)
+    for attack in (InverseEdit(), Inversion(**LEARN), StatePgd(steps=1)):
+        assert all(way.variation == variation for way in attack.ways(target, control(attack, target)))
 
 
 def unlucky_key(attack, target):

@@ -99,7 +99,7 @@ class InverseEdit:
         streams, tensors = target.adapter.streams(), findings["all"].tensors
         keys = {segment: key for name, key in tensors.items() for segment in streams[name].segments}
         records = tuple(fresh_record(record, self.name) for record in target.records)
-        yield Way("", records, with_mapped_states(target.adapter, keys))
+        yield Way("", records, with_mapped_states(target.adapter, keys), target.variation)
 
 
 def _weights(adapter: Adapter, name: str) -> dict[str, Tensor]:

@@ -307,7 +307,7 @@ class Inversion:
                 for row, sentence in enumerate(sentences)
             }
             name = "" if step == steps[-1] else f"{step} steps"
-            yield Way(name, records, with_states(adapter, states), spent=spent)
+            yield Way(name, records, with_states(adapter, states), target.variation, spent)
 
 
 def _sentences(target: Target) -> tuple[Sequence[str], Sequence[str]]:

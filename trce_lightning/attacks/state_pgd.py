@@ -153,7 +153,7 @@ class StatePgd:
                 delta = findings[record.id].tensors
                 states[prompt] = {name: own[row].cpu() + delta[name] for name, own in text.states.items()}
                 records.append(fresh_record(record, self.name, prompt=prompt))
-        yield Way("", tuple(records), with_states(target.adapter, states))
+        yield Way("", tuple(records), with_states(target.adapter, states), target.variation)
 
 
 def _rms(text: Text) -> dict[str, Tensor]:
