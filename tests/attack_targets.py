@@ -83,7 +83,7 @@ def images(target: Target, way: Way) -> Tensor:
         way.adapter,
         way.records,
         guidance_scale=target.guidance_scale,
-        num_steps=target.num_steps,
+        num_steps=way.num_steps or target.num_steps,
         batch_size=target.batch_size,
         variation=way.variation,
     )
@@ -93,7 +93,7 @@ def plain(target: Target, way: Way, adapter: Adapter) -> Tensor:
     """Return the images of another model at a way's seeds, for the prompts that are attacked."""
     prompts = {record.prompt_id: record.prompt for record in target.records}
     records = [replace(record, prompt=prompts[record.prompt_id]) for record in way.records]
-    return images(target, Way("", tuple(records), adapter))
+    return images(target, Way("", tuple(records), adapter, num_steps=way.num_steps))
 
 
 def largest_difference(a: Tensor, b: Tensor) -> int:

@@ -28,10 +28,10 @@ from trce_lightning.losses import squared_distance
 from trce_lightning.sampling import denoise_step, invert_step, mix, noise
 
 ATTACKS = (
-    Completion(steps=(1, 2)),
-    TextFree(),
-    Inpainting(box="subject"),
-    Noise(etas=(1.0,), scales=(1.0, 1.04)),
+    Completion(steps=(1, 2), num_steps=4),
+    TextFree(num_steps=4),
+    Inpainting(box="subject", num_steps=4),
+    Noise(etas=(1.0,), scales=(1.0, 1.04), num_steps=4),
 )
 
 
@@ -70,12 +70,14 @@ def test_findings_repeat_and_do_not_depend_on_batches(tiny_adapter, erased, atta
     assert {way.name for way in attack.ways(target, by_random)} == set(ways(attack, target, whole))
 
 
-@pytest.mark.parametrize("attack", ATTACKS[:3], ids=lambda attack: attack.name)
-def test_pictures_and_steps_must_be_there(tiny_adapter, attack) -> None:
-    if attack.name == "completion":
-        with pytest.raises(InputError, match=r"attack\.completion\.steps: expected at most 1 of 2"):
-            searched(attack, target_of(tiny_adapter, num_steps=2))
-        return
+def test_what_completion_refuses() -> None:
+    for steps, num_steps in (((), 4), ((0, 1), 4), ((1, 4), 4)):
+        with pytest.raises(InputError, match=r"attack\.completion\.steps: expected"):
+            Completion(steps=steps, num_steps=num_steps)
+
+
+@pytest.mark.parametrize("attack", ATTACKS[1:3], ids=lambda attack: attack.name)
+def test_pictures_must_be_there(tiny_adapter, attack) -> None:
     with pytest.raises(InputError, match=rf"attack\.{attack.name}: expected a picture .* got 0"):
         searched(attack, target_of(tiny_adapter, pictures=torch.zeros(0, 3, 16, 16, dtype=torch.uint8)))
 
@@ -84,7 +86,7 @@ def test_pictures_and_steps_must_be_there(tiny_adapter, attack) -> None:
 
 
 def test_a_planted_hole_finishes_what_the_original_has_begun(tiny_adapter, erased) -> None:
-    attack = Completion(steps=(1, 3))
+    attack = Completion(steps=(1, 3), num_steps=4)
     hole = target_of(tiny_adapter)
     named = ways(attack, hole, searched(attack, hole))
     assert list(named) == [
@@ -133,7 +135,7 @@ def test_a_step_is_inverted_exactly_where_the_prediction_is_known(prediction_typ
 def test_any_silent_model_reconstructs_so_reconstruction_is_no_evidence() -> None:
     adapter = silent_adapter()
     attack, target = (
-        TextFree(level=0.5, noise_levels=(0.9,), reconstruction=True),
+        TextFree(level=0.5, noise_levels=(0.9,), reconstruction=True, num_steps=4),
         target_of(silent_adapter()),
     )
     named = ways(attack, target, searched(attack, target))
@@ -143,11 +145,11 @@ def test_any_silent_model_reconstructs_so_reconstruction_is_no_evidence() -> Non
 
 
 def test_an_inverted_picture_returns_and_fixed_points_return_it_better(tiny_adapter) -> None:
-    target = target_of(tiny_adapter, num_steps=20)
+    target = target_of(tiny_adapter)
     z_0 = tiny_adapter.encode_images(target.pictures)
     gaps = []
     for iterations in (1, 4):
-        attack = TextFree(reconstruction=True, iterations=iterations)
+        attack = TextFree(reconstruction=True, iterations=iterations, num_steps=20)
         found = searched(attack, target)
         way = ways(attack, target, found)["reconstruction 0.7"]
         gaps.append(squared_distance(images(target, way), tiny_adapter.decode(z_0)).mean())
@@ -157,7 +159,7 @@ def test_an_inverted_picture_returns_and_fixed_points_return_it_better(tiny_adap
 
 
 def test_the_ways_of_text_free(tiny_adapter) -> None:
-    attack, target = TextFree(), target_of(tiny_adapter, num_steps=10)
+    attack, target = TextFree(num_steps=10), target_of(tiny_adapter)
     found = searched(attack, target)
     named = ways(attack, target, found)
     forms = ["", "noise 0.5 to 0.7", "noise 0.5 to 0.9", "slerp 0.7", "another prompt 0.7"]
@@ -220,7 +222,7 @@ def test_the_subjects_box_is_found_and_painted_over() -> None:
 
 
 def test_the_rim_stays_and_has_not_seen_the_subject(tiny_adapter) -> None:
-    attack, target = Inpainting(box="subject"), target_of(tiny_adapter)
+    attack, target = Inpainting(box="subject", num_steps=4), target_of(tiny_adapter)
     found = searched(attack, target)
     assert found["a/0"].facts["box"] == [2, 2, 6, 6]  # rows 4 to 10 and columns 5 to 11 in pixels
     blank = torch.full((1, 3, 16, 16), 20, dtype=torch.uint8)
@@ -251,7 +253,7 @@ def test_what_inpainting_refuses(tiny_adapter) -> None:
 
 
 def test_every_point_of_the_grid_is_a_try_and_the_control_has_as_many_plain_seeds(tiny_adapter) -> None:
-    attack, target = Noise(etas=(1.0, 1.85), scales=(1.0, 1.04)), target_of(tiny_adapter)
+    attack, target = Noise(etas=(1.0, 1.85), scales=(1.0, 1.04), num_steps=4), target_of(tiny_adapter)
     way = ways(attack, target, searched(attack, target))[""]
     assert len(way.records) == len({record.id for record in way.records}) == 3 * 4
     usual = plain(target, way, tiny_adapter)

@@ -66,9 +66,9 @@ def facts(original, judge):
     [
         configured("inverse_edit"),
         StatePgd(steps=2),
-        Completion(steps=(2,)),
-        Noise(etas=(1.0,), scales=(1.0,)),
-        TextFree(noise_levels=(0.7,), slerp_levels=(), other_prompt_levels=()),
+        Completion(steps=(2,), num_steps=20),
+        Noise(etas=(1.0,), scales=(1.0,), num_steps=20),
+        TextFree(noise_levels=(0.7,), slerp_levels=(), other_prompt_levels=(), num_steps=20),
         configured("inpainting"),
     ],
     ids=lambda attack: attack.name,

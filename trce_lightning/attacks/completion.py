@@ -13,7 +13,6 @@ of a benign prompt. (The completion probe of "When Are Concepts Erased From Diff
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -33,17 +32,27 @@ class Completion:
     Args:
         steps: numbers of steps that the original takes. The largest is the attack's result.
         benign_prompt: the prompt of the control's first steps.
+        num_steps: steps of DDIM in which the images are generated.
     """
 
     name = "completion"
     door = Door.LATENTS
 
     def __init__(
-        self, *, steps: Sequence[int] = (1, 2, 3), benign_prompt: str = "a picture of a tree"
+        self,
+        *,
+        steps: Sequence[int] = (1, 2, 3),
+        benign_prompt: str = "a picture of a tree",
+        num_steps: int = 50,
     ) -> None:
         if not steps or min(steps) < 1:
             raise InputError(f"attack.completion.steps: expected numbers of at least 1, got {list(steps)}")
-        self.steps, self.benign_prompt = sorted(set(steps)), benign_prompt
+        if max(steps) >= num_steps:
+            raise InputError(
+                f"attack.completion.steps: expected fewer than attack.completion.num_steps, {num_steps}, got "
+                f"{max(steps)}"
+            )
+        self.steps, self.benign_prompt, self.num_steps = sorted(set(steps)), benign_prompt, num_steps
 
     def cost(self, target: Target) -> Cost:
         """Return the original's first steps for all prompts."""
@@ -72,17 +81,12 @@ class Completion:
     def _handed_over(
         self, target: Target, records: Sequence[PromptRecord], prompt: str | None, progress: Progress
     ) -> list[Finding]:
-        if self.steps[-1] >= target.num_steps:
-            raise InputError(
-                f"attack.completion.steps: expected at most {target.num_steps - 1} of {target.num_steps} "
-                f"steps, got {self.steps[-1]}"
-            )
         if target.original.latent_shape != target.adapter.latent_shape:
             raise InputError(
                 f"attack.completion: expected models of one latent shape, got {target.original.latent_shape} "
                 f"of the original and {target.adapter.latent_shape}"
             )
-        schedule, findings = target.original.schedule(target.num_steps), []
+        schedule, findings = target.original.schedule(self.num_steps), []
         for rows in batches(target, records):
             images = [fresh_record(row, self.name, prompt=prompt or row.prompt) for row in rows]
             reached = latents_after(
@@ -90,7 +94,7 @@ class Completion:
                 images,
                 {step - lag for step in self.steps for lag in (0, 1)},
                 guidance_scale=target.guidance_scale,
-                num_steps=target.num_steps,
+                num_steps=self.num_steps,
                 batch_size=target.batch_size,
                 autocast_dtype=target.autocast_dtype,
             )
@@ -112,16 +116,16 @@ class Completion:
             pairs = zip(records, target.records, strict=True)
             return {image.id: findings[record.id].tensors[what] for image, record in pairs}
 
-        yield Way("0 steps", records, target.adapter)
+        yield Way("0 steps", records, target.adapter, num_steps=self.num_steps)
         for step in steps:
             spent = planned_evaluations(target.records, step, target.guidance_scale)
             start = LatentStart(step, handed(f"latents.{step}"))
-            way = Way(f"{step} steps", records, target.adapter, Variation(start=start), spent)
-            yield replace(way, name="") if step == steps[-1] else way
-            shown = LatentStart(target.num_steps, handed(f"implied.{step}"))
-            yield Way(
-                f"handed over after {step} steps", records, target.adapter, Variation(start=shown), spent
-            )
+            variation = Variation(start=start)
+            name = "" if step == steps[-1] else f"{step} steps"
+            yield Way(name, records, target.adapter, variation, spent, num_steps=self.num_steps)
+            shown = LatentStart(self.num_steps, handed(f"implied.{step}"))
+            name, variation = f"handed over after {step} steps", Variation(start=shown)
+            yield Way(name, records, target.adapter, variation, spent, num_steps=self.num_steps)
 
 
 def implied_picture(before: Tensor, after: Tensor, schedule: Schedule, step_index: int) -> Tensor:

@@ -45,12 +45,15 @@ class Inpainting:
             in which nothing stands out gets the centre too.
         threshold: how much a pixel of the subject differs from the background, in any channel, out of 1.
         rim: cells of the latent at every side that stay, whatever the subject's box.
+        num_steps: steps of DDIM in which the images are generated.
     """
 
     name = "inpainting"
     door = Door.LATENTS
 
-    def __init__(self, *, box: str = "center", threshold: float = 0.15, rim: int = 1) -> None:
+    def __init__(
+        self, *, box: str = "center", threshold: float = 0.15, rim: int = 1, num_steps: int = 50
+    ) -> None:
         if box not in BOXES:
             raise InputError(f"attack.inpainting.box: expected one of {BOXES}, got '{box}'")
         if not 0 < threshold < 1:
@@ -58,7 +61,8 @@ class Inpainting:
                 f"attack.inpainting.threshold: expected a number between 0 and 1, got {threshold:g}"
             )
         check_at_least("inpainting.rim", rim, 0)
-        self.box, self.threshold, self.rim = box, threshold, rim
+        check_at_least("inpainting.num_steps", num_steps, 1)
+        self.box, self.threshold, self.rim, self.num_steps = box, threshold, rim, num_steps
 
     def cost(self, target: Target) -> Cost:
         """Return nothing: the box is found in the picture."""
@@ -104,9 +108,10 @@ class Inpainting:
             }
             for part in ("mask", "known")
         )
-        yield Way("", records, target.adapter, Variation(start=LatentStart(known=known, mask=mask)))
-        rim = Variation(start=LatentStart(target.num_steps, latents=known))
-        yield Way("rim alone", records, target.adapter, rim)
+        painted = Variation(start=LatentStart(known=known, mask=mask))
+        yield Way("", records, target.adapter, painted, num_steps=self.num_steps)
+        rim = Variation(start=LatentStart(self.num_steps, latents=known))
+        yield Way("rim alone", records, target.adapter, rim, num_steps=self.num_steps)
 
     def _box(self, target: Target, picture: Tensor) -> Box:
         """Return the box of a picture, with a rim around it."""

@@ -30,6 +30,7 @@ class Noise:
     Args:
         etas: values of η.
         scales: values of the noise's scale k.
+        num_steps: steps of DDIM in which the images are generated.
     """
 
     name = "noise"
@@ -40,7 +41,10 @@ class Noise:
         *,
         etas: Sequence[float] = (1.0, 1.17, 1.34, 1.51, 1.68, 1.85),
         scales: Sequence[float] = (1.0, 1.02, 1.03, 1.04),
+        num_steps: int = 50,
     ) -> None:
+        check_at_least("noise.num_steps", num_steps, 1)
+        self.num_steps = num_steps
         for option, values in (("etas", etas), ("scales", scales)):
             if not values:
                 raise InputError(f"attack.noise.{option}: expected at least one value, got none")
@@ -74,4 +78,5 @@ class Noise:
                 image = fresh_record(record, f"{self.name}{point}")
                 records.append(image)
                 settings[image.id] = (eta, scale)
-        yield Way("", tuple(records), target.adapter, Variation(NoisyDdim(settings)))
+        noisy = Variation(NoisyDdim(settings))
+        yield Way("", tuple(records), target.adapter, noisy, num_steps=self.num_steps)

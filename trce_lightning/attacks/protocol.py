@@ -107,6 +107,8 @@ class Way:
     """A context to generate in, such as one with other weights; None is no context."""
     on_curve: bool = True
     """The way is a point of the result's success by budget, and no other setting."""
+    num_steps: int | None = None
+    """Sampling steps of these images; None is the target's. The variation is meant for that many."""
 
 
 @runtime_checkable

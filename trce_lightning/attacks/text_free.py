@@ -54,6 +54,7 @@ class TextFree:
         other_prompt_levels: levels from which another attacked prompt goes on.
         reconstruction: add the plain reconstruction from the highest level.
         iterations: evaluations of each inverted step; above 1, those of a fixed-point iteration.
+        num_steps: steps of DDIM in which the images are generated.
     """
 
     name = "text_free"
@@ -68,7 +69,9 @@ class TextFree:
         other_prompt_levels: Sequence[float] = (0.7,),
         reconstruction: bool = False,
         iterations: int = 1,
+        num_steps: int = 50,
     ) -> None:
+        check_at_least("text_free.num_steps", num_steps, 1)
         check_at_least("text_free.iterations", iterations, 1)
         if not noise_levels:
             raise InputError("attack.text_free.noise_levels: expected at least one level, got none")
@@ -85,7 +88,7 @@ class TextFree:
             )
         self.level, self.noise_levels = level, tuple(dict.fromkeys(noise_levels))
         self.slerp_levels, self.other_prompt_levels = tuple(slerp_levels), tuple(other_prompt_levels)
-        self.reconstruction, self.iterations = reconstruction, iterations
+        self.reconstruction, self.iterations, self.num_steps = reconstruction, iterations, num_steps
 
     def _levels(self) -> list[float]:
         """Return the levels at which latents are kept, the lowest first."""
@@ -96,7 +99,7 @@ class TextFree:
         return self._cost(target, len(target.records))
 
     def _cost(self, target: Target, pictures: int) -> Cost:
-        inverted = target.num_steps - first_step(self._levels()[-1], target.num_steps)
+        inverted = self.num_steps - first_step(self._levels()[-1], self.num_steps)
         return Cost(forward=pictures * inverted * self.iterations)
 
     def search(
@@ -114,9 +117,9 @@ class TextFree:
     @torch.no_grad()
     def _inverted(self, target: Target, z_0: Tensor) -> dict[int, Tensor]:
         """Return the latents before each step from the highest kept level on, by step index."""
-        adapter, schedule = target.adapter, target.adapter.schedule(target.num_steps)
+        adapter, schedule = target.adapter, target.adapter.schedule(self.num_steps)
         nothing, z_t, reached = adapter.empty().expand(len(z_0)), z_0, {}
-        for step_index in reversed(range(first_step(self._levels()[-1], target.num_steps), target.num_steps)):
+        for step_index in reversed(range(first_step(self._levels()[-1], self.num_steps), self.num_steps)):
             arrived, timestep = z_t, schedule.timesteps[step_index]
             for _ in range(self.iterations):
                 with autocast_of(target):
@@ -128,7 +131,7 @@ class TextFree:
     def _findings(
         self, target: Target, rows: Sequence[PromptRecord], reached: Mapping[int, Tensor], spent: Cost
     ) -> list[Finding]:
-        steps = {level: first_step(level, target.num_steps) for level in self._levels()}
+        steps = {level: first_step(level, self.num_steps) for level in self._levels()}
         return [
             Finding(
                 record.id,
@@ -142,13 +145,13 @@ class TextFree:
         self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator
     ) -> list[Finding]:
         """Return latents of the model's own unconditional images at the same levels."""
-        steps = {first_step(level, target.num_steps) for level in self._levels()}
+        steps = {first_step(level, self.num_steps) for level in self._levels()}
         reached = latents_after(
             target.adapter,
             [fresh_record(record, f"{self.name}~unconditional", **NOTHING) for record in records],
             steps,
             guidance_scale=1.0,
-            num_steps=target.num_steps,
+            num_steps=self.num_steps,
             batch_size=target.batch_size,
             autocast_dtype=target.autocast_dtype,
         )
@@ -156,7 +159,7 @@ class TextFree:
 
     def ways(self, target: Target, findings: Mapping[str, Finding]) -> Iterator[Way]:
         """Yield each form of going on from a picture's latents, and what was visible in them."""
-        schedule, records = target.adapter.schedule(target.num_steps), target.records
+        schedule, records = target.adapter.schedule(self.num_steps), target.records
         told_nothing = tuple(fresh_record(record, self.name, **NOTHING) for record in records)
         others = _partners(records)
 
@@ -186,27 +189,27 @@ class TextFree:
         """Return latents with fresh noise up to a level, of each prompt's own generator."""
         generators = [own_generator(record, f"{self.name} {level:g}", target) for record in target.records]
         fresh = torch.stack([noise(z_s.shape[1:], own) for own in generators])
-        lower, higher = (first_step(value, target.num_steps) for value in (self.level, level))
+        lower, higher = (first_step(value, self.num_steps) for value in (self.level, level))
         return more_noise(z_s, fresh, schedule, lower, higher)
 
     def _both(
         self, target: Target, name: str, records: tuple[PromptRecord, ...], z_t: Tensor, level: float
     ) -> Iterator[Way]:
         """Yield the images from these latents, and the clean pictures that the model sees in them."""
-        step = first_step(level, target.num_steps)
+        step = first_step(level, self.num_steps)
         spent = self.cost(target).forward
         for way_name, first, latents in (
             (name, step, z_t),
-            (f"visible in {name}", target.num_steps, self._visible(target, z_t, step)),
+            (f"visible in {name}", self.num_steps, self._visible(target, z_t, step)),
         ):
             by_id = {record.id: row for record, row in zip(records, latents, strict=True)}
             variation = Variation(start=LatentStart(first, by_id))
-            yield Way(way_name, records, target.adapter, variation, spent)
+            yield Way(way_name, records, target.adapter, variation, spent, num_steps=self.num_steps)
 
     @torch.no_grad()
     def _visible(self, target: Target, z_t: Tensor, step: int) -> Tensor:
         """Return the clean latents that one evaluation under ∅ implies; it is not among the search's."""
-        adapter, schedule, seen = target.adapter, target.adapter.schedule(target.num_steps), []
+        adapter, schedule, seen = target.adapter, target.adapter.schedule(self.num_steps), []
         for rows in z_t.split(target.batch_size):
             with autocast_of(target):
                 latents = rows.to(adapter.device)
