@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from trce_lightning.adapters import Adapter
-from trce_lightning.attacks.protocol import Attack, Cost, Finding, Target
+from trce_lightning.attacks.protocol import Attack, Cost, Finding, Target, Way
 from trce_lightning.config.schema import EvalConfig
 from trce_lightning.errors import InputError
 from trce_lightning.evaluation.attacked import Hits, Outcome, Row, attack_rows, budget_of_stages
