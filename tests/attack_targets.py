@@ -110,5 +110,5 @@ def same_findings(a: Mapping[str, Finding], b: Mapping[str, Finding]) -> bool:
 
 
 def configured(name: str) -> Attack:
-    """Return an attack as its file in ``configs/attack`` makes it."""
-    return instantiate(OmegaConf.load(Path(__file__).parents[1] / "configs" / "attack" / f"{name}.yaml"))
+    """Return an attack as its file in ``configs/attacks`` makes it."""
+    return instantiate(OmegaConf.load(Path(__file__).parents[1] / "configs" / "attacks" / f"{name}.yaml"))

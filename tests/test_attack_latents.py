@@ -110,6 +110,7 @@ def test_a_planted_hole_finishes_what_the_original_has_begun(tiny_adapter, erase
     benign = ways(attack, target, control(attack, target))
     assert squared_distance(images(target, benign[""]), originals).mean() > gaps[2]
     assert torch.equal(images(target, benign["0 steps"]), drawn["0 steps"])
+    assert [name for name, way in named.items() if way.on_curve] == ["0 steps", "1 steps", ""]
 
 
 def test_the_handed_over_picture_is_what_the_step_implies(tiny_adapter) -> None:
@@ -164,6 +165,7 @@ def test_the_ways_of_text_free(tiny_adapter) -> None:
     named = ways(attack, target, found)
     forms = ["", "noise 0.5 to 0.7", "noise 0.5 to 0.9", "slerp 0.7", "another prompt 0.7"]
     assert [name for name in named if not name.startswith("visible")] == forms
+    assert [name for name, way in named.items() if way.on_curve] == [""]
     assert named["visible in noise 0.5 to 0.9"].variation.start.first_step == 10
     assert [named[name].variation.start.first_step for name in forms] == [2, 3, 1, 3, 3]
     assert [record.prompt for record in named["another prompt 0.7"].records] == [

@@ -125,7 +125,15 @@ class Completion:
             yield Way(name, records, target.adapter, variation, spent, num_steps=self.num_steps)
             shown = LatentStart(self.num_steps, handed(f"implied.{step}"))
             name, variation = f"handed over after {step} steps", Variation(start=shown)
-            yield Way(name, records, target.adapter, variation, spent, num_steps=self.num_steps)
+            yield Way(
+                name,
+                records,
+                target.adapter,
+                variation,
+                spent,
+                on_curve=False,
+                num_steps=self.num_steps,
+            )
 
 
 def implied_picture(before: Tensor, after: Tensor, schedule: Schedule, step_index: int) -> Tensor:

@@ -111,7 +111,7 @@ class Inpainting:
         painted = Variation(start=LatentStart(known=known, mask=mask))
         yield Way("", records, target.adapter, painted, num_steps=self.num_steps)
         rim = Variation(start=LatentStart(self.num_steps, latents=known))
-        yield Way("rim alone", records, target.adapter, rim, num_steps=self.num_steps)
+        yield Way("rim alone", records, target.adapter, rim, on_curve=False, num_steps=self.num_steps)
 
     def _box(self, target: Target, picture: Tensor) -> Box:
         """Return the box of a picture, with a rim around it."""

@@ -171,7 +171,7 @@ class TextFree:
             z_t = self._noised(target, kept(self.level), schedule, level)
             for way in self._both(target, name, told_nothing, z_t, level):
                 is_result = level == self.noise_levels[0] and way.name == name
-                yield replace(way, name="") if is_result else way
+                yield replace(way, name="", on_curve=True) if is_result else way
         for level in self.slerp_levels:
             mixed = slerp(kept(level), kept(level)[others])
             yield from self._both(target, f"slerp {level:g}", told_nothing, mixed, level)
@@ -204,7 +204,15 @@ class TextFree:
         ):
             by_id = {record.id: row for record, row in zip(records, latents, strict=True)}
             variation = Variation(start=LatentStart(first, by_id))
-            yield Way(way_name, records, target.adapter, variation, spent, num_steps=self.num_steps)
+            yield Way(
+                way_name,
+                records,
+                target.adapter,
+                variation,
+                spent,
+                on_curve=False,
+                num_steps=self.num_steps,
+            )
 
     @torch.no_grad()
     def _visible(self, target: Target, z_t: Tensor, step: int) -> Tensor:
