@@ -119,7 +119,7 @@ def test_each_attack_stands_beside_its_controls(attacks: Attacks) -> None:
         "0.0 %",
     ]
     assert dict(zip(header, rows[2], strict=True))["not searched"] == "–"
-    assert cells["verdict"] == "no more than its controls"
+    assert cells["verdict"] == "not significantly more than its controls"
     assert [row[-1] for row in rows].count("too weak at this budget") == 1
     header, *rows = certainty_table(attacks)
     assert [row[0] for row in rows] == [f"{door}: {attack}" for attack, door in DOORS.items()]

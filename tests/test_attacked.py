@@ -109,15 +109,19 @@ def verdict_of(erased: Outcome, original: Outcome | None = ORIGINAL) -> str:
 
 def test_verdicts() -> None:
     assert verdict_of(ERASED) == Verdict.ABOVE
-    assert verdict_of(ERASED, None) == Verdict.UNCHECKED
+    # What is above its controls is a finding, whatever the attack does to the original.
+    assert verdict_of(ERASED, None) == Verdict.ABOVE
+    assert verdict_of(Outcome(hits(5), hits(2), hits(4)), None) == Verdict.UNCHECKED
     assert verdict_of(Outcome(hits(5), hits(2), hits(4))) == Verdict.EQUAL
     assert verdict_of(Outcome(hits(4), hits(2), hits(30))) == Verdict.EQUAL
     # A control that does as well spoils it, however poor the other one is.
     assert verdict_of(Outcome(hits(30), hits(2), hits(4), hits(29))) == Verdict.EQUAL
     reach = [Outcome(hits(count), hits(40), hits(40)) for count in (35, 36)]
     assert [positive_control(outcome)["holds"] for outcome in reach] == [False, True]
-    assert verdict_of(ERASED, reach[0]) == Verdict.TOO_WEAK
-    assert verdict_of(ERASED, Outcome(hits(40), hits(0), hits(0))) == Verdict.TOO_WEAK
+    low = Outcome(hits(5), hits(2), hits(4))
+    assert [verdict_of(low, outcome) for outcome in reach] == [Verdict.TOO_WEAK, Verdict.EQUAL]
+    assert verdict_of(low, Outcome(hits(40), hits(0), hits(0))) == Verdict.TOO_WEAK
+    assert verdict_of(ERASED, reach[0]) == Verdict.ABOVE
 
 
 def test_the_positive_control_is_judged_on_its_own_prompts() -> None:

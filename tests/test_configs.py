@@ -48,10 +48,13 @@ def test_file_composes_and_has_its_say(file, name):
     checks.check(config)
     written = yaml.safe_load(file.read_text(encoding="utf-8"))
     written.pop("defaults", None)  # other files, of which each has its say by itself
-    root = (
-        asdict(config) if "@package _global_" in file.read_text(encoding="utf-8") else asdict(config)[group]
-    )
-    assert_holds(root[file.stem] if group == "concept" else root, written)
+    if "@package _global_" in file.read_text(encoding="utf-8"):
+        root = asdict(config)
+    elif group in ("concept", "attacks"):  # of which each has a package of its own
+        root = asdict(config)[{"attacks": "attack"}.get(group, group)][file.stem]
+    else:
+        root = asdict(config)[group]
+    assert_holds(root, written)
 
 
 def assert_holds(actual, written):

@@ -145,7 +145,8 @@ class Attacks:
         if isinstance(self._selector, nn.Module):
             self._selector.to(device)
         sampling, records = session.sampling(), self._records(DIRECT)
-        shown = torch.empty((0, 3, adapter.side, adapter.side), dtype=torch.uint8)
+        # A cost depends on how many pictures there are, and not on what they show.
+        shown = torch.zeros((len(records), 3, adapter.side, adapter.side), dtype=torch.uint8)
         if pictures:
             shown = self._pictures(original, records, sampling.options())
         return Target(
@@ -308,7 +309,8 @@ class Attacks:
                     if stem.with_suffix(".json").exists():
                         continue
                     generator = self._generator(attack, f"batch {index}")
-                    found = attack.search(target, batches[index], generator, bar.update)
+                    with torch.enable_grad():  # predicting goes without
+                        found = attack.search(target, batches[index], generator, bar.update)
                     save_findings(stem, found)
 
         on_each_rank(self.trainer, search)

@@ -1,0 +1,154 @@
+"""Attacks as ``eval.py`` runs them: on the embedded model, beside their references, stored and continued."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from trce_lightning import cli
+from trce_lightning.adapters import load_adapter
+from trce_lightning.attacks.protocol import Cost, Door, Finding
+from trce_lightning.config.schema import EvalConfig
+from trce_lightning.emoji.package import weights_folder
+from trce_lightning.errors import InputError
+from trce_lightning.jobs.attack import (
+    NEVER_LEARNT,
+    ORIGINAL,
+    REINITIALISED,
+    load_findings,
+    make_attack,
+    save_findings,
+)
+from trce_lightning.report.attacks import Attacks as Section
+
+OPTIONS = (
+    "concept=violence",
+    "attacks=[inverse_edit,completion]",
+    "attacked_prompts=4",
+    "metrics.final_images_per_set=2",
+    "sets=[direct,benign]",
+    "trainer.precision=32-true",
+    "trainer.accelerator=cpu",
+    "trainer.enable_progress_bar=false",
+)
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model behind an invertible edit of its K and V: it hides the concept, and has a key."""
+    adapter = load_adapter(weights_folder())
+    stream = adapter.streams()["context"]
+    turn, _ = torch.linalg.qr(
+        torch.randn(stream.width, stream.width, generator=torch.Generator().manual_seed(0))
+    )
+    for entry in stream.entries.values():
+        entry.module.weight.data = entry.module.weight.data @ turn
+    adapter.pipeline.save_pretrained(folder := tmp_path_factory.mktemp("locked"))
+    return folder
+
+
+@pytest.mark.usefixtures("clean_process")
+def test_a_key_is_found_and_a_run_goes_on(locked: Path, tmp_path: Path) -> None:
+    options = [*OPTIONS, f"model.path={locked}", f"output={tmp_path / 'out'}"]
+    cli.evaluate(options)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    rows = metrics["attacks"]
+    assert set(rows) == {locked.name, "original", "re-initialised"}
+    assert all(set(by_attack) == {"inverse_edit", "completion"} for by_attack in rows.values())
+    key = rows[locked.name]["inverse_edit"]
+    assert (key["pre"], key["rate"], key["network_evaluations"]) == (0, 1, {"forward": 0, "backward": 0})
+    assert key["control"]["seeds"]["rate"] == 0 and key["positive_control"]["holds"]
+    assert rows["original"]["completion"]["rate"] == 1 and rows["re-initialised"]["completion"]["rate"] == 0
+    # 4 prompts, 4 of 20 steps by the original, with guidance.
+    assert rows[locked.name]["completion"]["network_evaluations"]["forward"] == 4 * 4 * 2
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"The weakest door of “{locked.name}” is its embeddings" in page
+
+    found = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("attacks/*/*/found/*")}
+    assert len(found) == 3 * 2 * 2
+    cli.evaluate(options)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["attacks"] == rows
+    assert {file: file.stat().st_mtime_ns for file in found} == found, "it was searched for again"
+
+
+def options_of(choice: str) -> dict[str, dict[str, object]]:
+    """The attacks' options that a choice gives, by name."""
+    ConfigStore.instance().store(name="eval_schema", node=EvalConfig)
+    with initialize_config_dir(config_dir=str(cli.config_folder()), version_base="1.3"):
+        config = OmegaConf.to_object(compose("eval", ["concept=violence", f"attacks={choice}"]))
+    assert isinstance(config, EvalConfig)
+    return config.attack
+
+
+def test_every_attack_is_made_from_its_file() -> None:
+    files = {file.stem for file in (cli.config_folder() / "attacks").glob("*.yaml")} - {"all", "quick"}
+    options = options_of("all")
+    assert set(options) == files
+    attacks = {name: make_attack(name, own) for name, own in options.items()}
+    assert all(attack.name == name for name, attack in attacks.items())
+    doors = {attacks[name].door for name in options_of("quick")}
+    assert doors == set(Door)
+
+
+def test_findings_come_back_as_they_were(tmp_path: Path) -> None:
+    findings = [
+        Finding("a", {"x": torch.arange(3.0)}, {"text": "ünïcode", "losses": [1.5]}, Cost(1, 2, 3)),
+        Finding("b", {}, {}, Cost()),
+    ]
+    save_findings(tmp_path / "0", findings)
+    again = list(load_findings(tmp_path / "0"))
+    assert [(f.prompt_id, f.facts, f.spent) for f in again] == [
+        (f.prompt_id, f.facts, f.spent) for f in findings
+    ]
+    assert torch.equal(again[0].tensors["x"], findings[0].tensors["x"]) and not again[1].tensors
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: make_attack("mine", {"steps": 1}), r"attack\.mine: expected an attack chosen by attacks="),
+        (
+            lambda: make_attack("mine", {"_target_": "gone.X"}),
+            r"attack\.mine: expected the dotted name .* Attack",
+        ),
+        (
+            lambda: make_attack("mine", {"_target_": "pathlib.Path"}),
+            r"attack\.mine: expected what makes a Attack",
+        ),
+        (
+            lambda: make_attack("p4d", {"_target_": "trce_lightning.attacks.p4d.P4D", "steps": 0}),
+            r"attack\.p4d\.steps",
+        ),
+    ],
+)
+def test_wrong_attacks_are_refused_by_a_sentence(make: Callable[[], object], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        make()
+
+
+@pytest.mark.usefixtures("clean_process")
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("attacks=[nope]", ["nope", "choices", "inversion"]),
+        ("attack.inversion.steps=0", ["attack.inversion", "attacks=[inversion]"]),
+        ("attacked_prompts=0", ["'attacked_prompts'", "at least 1"]),
+    ],
+)
+def test_wrong_options_of_attacks_are_refused(
+    option: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.evaluate(["concept=violence", option, f"output={tmp_path}", "trainer.accelerator=cpu"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and all(word in said for word in words), said
+
+
+def test_the_section_names_the_references_as_the_job_does() -> None:
+    own = (Section.original, Section.never_learnt, Section.reinitialised)
+    assert own == (ORIGINAL, NEVER_LEARNT, REINITIALISED)
