@@ -22,6 +22,7 @@ from hydra.version import VersionBase
 from tiny_runs import KEEP_PROMPTS
 
 from trce_lightning import cli
+from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.api import compose, erase
 from trce_lightning.concepts import Concept
 from trce_lightning.errors import InputError
@@ -259,3 +260,12 @@ def test_stage_1_alone_edits_half_precision_in_any_precision_of_passes(options: 
     changed = {name for name, t in half.unet.state_dict().items() if not torch.equal(t, before[name])}
     assert {name.split(".")[-2] for name in changed} == {"to_k", "to_v"}
     assert {tensor.dtype for tensor in half.unet.state_dict().values()} == {torch.float16}
+
+
+def test_a_pipeline_that_was_opened_from_a_path_is_named_by_it(tmp_path: Path, options: list[str]) -> None:
+    build_tiny_pipeline().save_pretrained(tmp_path / "tiny")
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        tmp_path / "tiny", safety_checker=None, requires_safety_checker=False
+    )
+    assert StableDiffusionAdapter(pipeline).name == str(tmp_path / "tiny")
+    erase(pipeline, WEAPONS, *options)

@@ -45,7 +45,7 @@ class StableDiffusionAdapter:
         """Take a pipeline's networks. Messages call it ``name``; None means the place it was opened from."""
         refuse_what_the_method_does_not_fit(pipeline)
         self.pipeline = pipeline
-        self.name = name or pipeline.name_or_path or "the pipeline in memory"
+        self.name = str(name or pipeline.name_or_path or "the pipeline in memory")  # diffusers keeps a Path
         self.denoiser: UNet2DConditionModel = pipeline.unet
         self.tokenizer, self.text_encoder, self.vae = pipeline.tokenizer, pipeline.text_encoder, pipeline.vae
         self.ddim = ddim_of(pipeline.scheduler)
