@@ -39,6 +39,7 @@ def train(folder: Path, limit_bytes: int | None = None) -> subprocess.CompletedP
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_gets_advice_and_the_command_goes_on(tmp_path: Path) -> None:
     full = train(tmp_path, limit_bytes=1_200_000)  # room for trajectories, not for the erased model
     assert full.returncode == 2, full.stderr
