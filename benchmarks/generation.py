@@ -38,7 +38,7 @@ class Generation:
         self.adapter = load_adapter(weights_folder(), channels_last=True)
         self.other_layout = load_adapter(weights_folder())
         self.pipeline = self.other_layout.pipeline
-        self.pipeline.scheduler = self.adapter.scheduler
+        self.pipeline.scheduler = self.adapter.ddim
         subjects = benign_subjects([])[:IMAGES]
         self.records = [PromptRecord(id=name, prompt=f"a picture of {name}") for name in subjects]
 
