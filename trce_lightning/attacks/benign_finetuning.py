@@ -78,6 +78,7 @@ class BenignFinetuning:
 
     name = "benign_finetuning"
     door = Door.WEIGHTS
+    universal = True
     option = "attack.benign_finetuning"
 
     def __init__(

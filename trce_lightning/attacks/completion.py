@@ -37,6 +37,7 @@ class Completion:
 
     name = "completion"
     door = Door.LATENTS
+    universal = False
 
     def __init__(
         self,

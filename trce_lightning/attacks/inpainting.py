@@ -50,6 +50,7 @@ class Inpainting:
 
     name = "inpainting"
     door = Door.LATENTS
+    universal = False
 
     def __init__(
         self, *, box: str = "center", threshold: float = 0.15, rim: int = 1, num_steps: int = 50

@@ -40,6 +40,7 @@ class InverseEdit:
 
     name = "inverse_edit"
     door = Door.EMBEDDINGS
+    universal = True
 
     def __init__(self, *, edit: str | None = None) -> None:
         self.edit = edit

@@ -111,6 +111,7 @@ class Inversion:
 
     name = "inversion"
     door = Door.EMBEDDINGS
+    universal = True
 
     def __init__(
         self,

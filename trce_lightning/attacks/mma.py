@@ -61,6 +61,7 @@ class Mma:
 
     name = "mma"
     door = Door.WORDS
+    universal = False
 
     def __init__(
         self,

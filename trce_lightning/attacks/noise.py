@@ -35,6 +35,7 @@ class Noise:
 
     name = "noise"
     door = Door.LATENTS
+    universal = False
 
     def __init__(
         self,

@@ -117,6 +117,8 @@ class Attack(Protocol):
 
     name: str
     door: Door
+    universal: bool
+    """The search has one finding for all prompts, and not one for each."""
 
     def cost(self, target: Target) -> Cost:
         """Return the exact cost of :meth:`search` over all records, before it starts."""

@@ -73,6 +73,7 @@ class Relearning:
     """
 
     door = Door.WEIGHTS
+    universal = True
 
     def __init__(
         self,

@@ -64,6 +64,7 @@ class RingABell:
 
     name = "ring_a_bell"
     door = Door.WORDS
+    universal = False
 
     def __init__(
         self,

@@ -99,6 +99,7 @@ class SingleToken:
             limit=limit,
         )
         self.place, self.score_by, self.tries, self.finalists = place, score_by, tries, finalists
+        self.universal = place == "alone"
         self.final_tries, self.sampling_steps, self.levels = final_tries, sampling_steps, levels
         self.checkpoints, self.limit, self.blocked = checkpoints, limit, blocked
 
@@ -125,7 +126,7 @@ class SingleToken:
 
     def _units(self, target: Target, records: Sequence[PromptRecord]) -> list[PromptRecord]:
         """Return whose tokens are searched for: one for all, or each record's."""
-        return [PromptRecord("all", "")] if self.place == "alone" else list(records)
+        return [PromptRecord("all", "")] if self.universal else list(records)
 
     def _vocabulary(self, target: Target) -> Vocabulary:
         vocabulary = Vocabulary.of(target.adapter, self.name, target.concepts if self.blocked else ())

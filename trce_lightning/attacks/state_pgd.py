@@ -47,6 +47,7 @@ class StatePgd:
 
     name = "state_pgd"
     door = Door.EMBEDDINGS
+    universal = False
 
     def __init__(
         self, *, epsilon: float = 0.1, step_size: float | None = None, steps: int = 10, samples: int = 1

@@ -59,6 +59,7 @@ class TextFree:
 
     name = "text_free"
     door = Door.LATENTS
+    universal = False
 
     def __init__(
         self,

@@ -59,6 +59,7 @@ class WhiteBoxWords(ABC):
 
     name: str
     door = Door.WORDS
+    universal = False
     taught: bool
     """The goal is the original's prediction under the prompt; else it is the noise in the picture."""
 

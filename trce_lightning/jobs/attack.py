@@ -296,7 +296,7 @@ class Attacks:
         """
         size = max(target.batch_size, 1)
         batches = [target.records[i : i + size] for i in range(0, len(target.records), size)]
-        if is_universal(attack, target):
+        if attack.universal:
             batches = [target.records]
         cost = attack.cost(target)
 
@@ -360,12 +360,6 @@ def make_attack(name: str, options: Mapping[str, Any]) -> Attack:
     if path is None:
         raise InputError(f"attack.{name}: expected an attack chosen by attacks=[{name}], got options alone")
     return made_by(f"attack.{name}", path, Attack, **given)  # type: ignore[type-abstract]
-
-
-def is_universal(attack: Attack, target: Target) -> bool:
-    """Return whether an attack has one finding for all prompts: its control says so, without a search."""
-    found = attack.random(target, target.records[:2], seeded(0))
-    return [finding.prompt_id for finding in found] == [UNIVERSAL]
 
 
 def other_seeds(records: Sequence[PromptRecord], tries: int) -> list[PromptRecord]:
