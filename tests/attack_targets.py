@@ -1,4 +1,4 @@
-"""What the tests of attacks have in common: a tiny target, and how a search and its images are run."""
+"""The tests of attacks share these: a tiny target, and the way to run a search and generate its images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

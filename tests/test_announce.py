@@ -1,4 +1,4 @@
-"""What a run says of the time ahead."""
+"""A run says how much time and work lies ahead."""
 
 import logging
 import time
