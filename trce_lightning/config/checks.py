@@ -71,6 +71,8 @@ def _check_evaluation(config: EvalConfig) -> None:
         check_fid(config.model, "metrics.final_images_per_set", images)
     for path in config.models:
         check_model(dataclasses.replace(config.model, path=path), "models")
+    if config.never_learnt is not None:
+        check_model(dataclasses.replace(config.model, path=config.never_learnt), "never_learnt")
     for name, file in prompt_files(config.prompts, config.published):
         check_file(name, file, list(config.published))
     _check_robustness(config)
