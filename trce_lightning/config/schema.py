@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 from annotated_types import Ge, Gt, Interval, IsFinite, Len
 from omegaconf import MISSING
 
 from trce_lightning.concepts.defaults import DEFAULT_TEMPLATES, KINDS
 from trce_lightning.prompts.files import PromptFileConfig
+from trce_lightning.prompts.phrasings import Split
 from trce_lightning.prompts.records import BENIGN, DIRECT, IMPLICIT, MIXED, NEIGHBOURS, UNERASED
 
 Item = TypeVar("Item")
@@ -301,5 +302,7 @@ class EvalConfig:
     # Options of the attacks that attacks=[NAME,...] chooses, by name: attack.NAME.OPTION.
     attack: dict[str, Any] = field(default_factory=dict)
     attacked_prompts: Count = 64  # the first direct prompts
+    # Prompts and noise of the attacks: "tune" to choose their settings, "report" for figures.
+    attacked_split: Annotated[str, OneOf(get_args(Split))] = "report"
     attack_seed: Natural = 0  # of all searches
     never_learnt: str | None = None  # folder of a model trained without the concept, for comparison

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from trce_lightning.metrics.asr import THRESHOLD
 from trce_lightning.metrics.class_detectors import to_device
 from trce_lightning.metrics.detectors import Detector
 from trce_lightning.metrics.factories import made_by
+from trce_lightning.prompts.own import Split
 from trce_lightning.prompts.records import BENIGN, DIRECT, PromptRecord, seed_of
 from trce_lightning.report.attacks import Attacks as Content
 from trce_lightning.report.attacks import Find
@@ -128,7 +129,8 @@ class Attacks:
     def _records(self, name: str) -> tuple[PromptRecord, ...]:
         """Return the first attacked prompts of one of the concepts' own sets."""
         count = self.config.attacked_prompts
-        (prompts,) = self._original.domain.prompt_sets(count, "report", [name])
+        split = cast(Split, self.config.attacked_split)
+        (prompts,) = self._original.domain.prompt_sets(count, split, [name])
         return prompts.records[:count]
 
     def _target(self, label: str, *, pictures: bool = True) -> Target:
