@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 BROWSER_STAMP := .venv/.installed-browser
 
-.PHONY: setup demo test test-slow test-browser test-gpu benchmark bench-table lint clean
+.PHONY: setup demo test test-slow test-browser test-gpu benchmark bench-table bench-attacks lint clean
 
 setup: $(STAMP)
 
@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 # Alone on the machine, threads that spin for a moment before they sleep are faster; beside another job, slower.
-demo bench-table: export GOMP_SPINCOUNT := 20000
+demo bench-table bench-attacks: export GOMP_SPINCOUNT := 20000
 demo: setup
 	$(BIN)/python train.py concept=violence
 
@@ -50,6 +50,13 @@ bench-table: setup
 	$(BIN)/python train.py concept=violence output=$(TABLE)/textual stages=[textual]
 	$(BIN)/python train.py concept=violence output=$(TABLE)/trajectory stages=[trajectory]
 	$(BIN)/python -m benchmarks.readme $(TABLE)/both $(TABLE)/textual $(TABLE)/trajectory
+
+# Every attack on the original, on each stage alone, on both, and on the references.
+bench-attacks: bench-table
+	$(BIN)/python eval.py concept=violence attacks=all transfer=[original] sets=[direct,benign] \
+	  metrics.final_images_per_set=64 output=$(TABLE)/attacks \
+	  models=[$(TABLE)/textual/erased,$(TABLE)/trajectory/erased,$(TABLE)/both/erased]
+	$(BIN)/python -m benchmarks.readme $(TABLE)/both $(TABLE)/textual $(TABLE)/trajectory --attacks $(TABLE)/attacks
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,17 +1,22 @@
 """Write tables of finished runs into README and docs: `python -m benchmarks.readme RUN STAGE_RUN …`.
 
 The first run makes the README's table. All runs make the table by stage in `docs/results.md`. It has tests of
-the first run against the second.
+the first run against the second. `--attacks EVALUATION` adds a row for each door to the README's table, and
+writes the table of `docs/attacks.md`. It is an evaluation of the original and of all runs, in that order.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.report import refresh
 from trce_lightning.compare import load_runs, paired_tests
-from trce_lightning.report.tables import results_table
+from trce_lightning.report.attacks import DOORS
+from trce_lightning.report.tables import ABSENT, rate_cell, results_table
 
 RESULTS = (
     "ASR direct",
@@ -27,19 +32,78 @@ RESULTS = (
 )
 STAGES = ("ASR direct", "ASR implicit", "FID", "benign accuracy")
 ROOT = Path(__file__).parents[1]
+Rows = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""Rows of attacks by model and attack, as `metrics.json` holds them."""
+
+
+def door_lines(rows: Rows, original: str, erased: str) -> list[str]:
+    """Return a table line for each door: the attack that shows most on the erased model, beside the original.
+
+    Attacks whose positive control doesn't hold are left out if another one of the door's holds.
+    """
+    lines = []
+    for door in DOORS:
+        own = {name: row for name, row in rows[erased].items() if row["door"] == door}
+        sure = {name: row for name, row in own.items() if row["positive_control"]["holds"]} or own
+        if not sure:
+            continue
+        name, row = max(sure.items(), key=lambda item: item[1]["rate"])
+        cells = [f"attacked, {door}: `{name}`", rate_cell(rows[original][name]), rate_cell(row)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def attacks_lines(rows: Rows, erased: str) -> list[str]:
+    """Return a table of every attack on every model, with the erased model's controls and ρ."""
+    labels = list(rows)
+    header = ["attack", *labels, f"{erased}: other seeds", "not searched", "ρ", "control holds", "cost"]
+    lines = [f"| {' | '.join(header)} |", "| --- " * len(header) + "|"]
+    for door in DOORS:
+        for name, row in rows[erased].items():
+            if row["door"] != door:
+                continue
+            cost, rho = row["network_evaluations"], row.get("rho")
+            spent = " + ".join(f"{cost[kind]:,} {kind[0].upper()}" for kind in cost if cost[kind])
+            encoded = f"{row['prompts_encoded']:,} T" if row["prompts_encoded"] and not spent else ""
+            cells = [
+                f"{door}: `{name}`",
+                *(_percent(rows[label][name]["rate"]) for label in labels),
+                _percent(row["control"]["seeds"]["rate"]),
+                _percent(row["control"]["random"]["rate"]) if "random" in row["control"] else ABSENT,
+                ABSENT if rho is None else f"{rho['value']:.2f} [{rho['low']:.2f}, {rho['high']:.2f}]",
+                "yes" if row["positive_control"]["holds"] else "**no**",
+                spent or encoded or "0",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def write_attacks(evaluation: Path, lines: Sequence[str], erased: str) -> list[str]:
+    """Write the table of ``docs/attacks.md``, and return the README's ``lines`` with those of the doors."""
+    rows = json.loads((evaluation / "metrics.json").read_text("utf-8"))["attacks"]
+    refresh("\n".join(attacks_lines(rows, erased)), ROOT / "docs" / "attacks.md", "attacks")
+    return [*lines, *door_lines(rows, next(iter(rows)), erased)]
 
 
 def main() -> None:
-    """Write both tables between their marks."""
+    """Write all tables between their marks."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("stage_runs", nargs="+", type=Path, metavar="STAGE_RUN")
+    parser.add_argument("--attacks", type=Path, metavar="EVALUATION")
     options = parser.parse_args()
     (original, erased) = load_runs([options.run]).values()
     both = {"original": original.scores, "erased": erased.scores}
-    refresh(results_table(both, RESULTS), ROOT / "README.md", "results")
+    lines = results_table(both, RESULTS).splitlines()
+    if options.attacks is not None:
+        lines = write_attacks(options.attacks, lines, options.run.name)
+    refresh("\n".join(lines), ROOT / "README.md", "results")
     columns = load_runs([*options.stage_runs, options.run])
     scores = {title: scored.scores for title, scored in columns.items()}
     _, first, *_, last = columns

@@ -13,9 +13,11 @@ from trce_lightning.generation.image_folder import write_png
 from trce_lightning.report.attacks import (
     Attacks,
     Find,
+    about,
     attacks_table,
     budget_figure,
     certainty_table,
+    transfer_table,
     weakest_door,
 )
 from trce_lightning.report.page import Report, write_page
@@ -53,6 +55,7 @@ def outcome(label: str, attack: str) -> Outcome:
         tries=8,
         forward=1200,
         backward=2400,
+        text=70,
         by_budget=curve if attack != "single_token" else (),
     )
 
@@ -77,7 +80,7 @@ def file(tmp_path: Path, attacks: Attacks) -> Path:
         "original": column(tmp_path / "a", {"direct": [0.9, 0.8, 0.5], "benign": [0.1, 0.0]}, 8.0),
         "erased": column(tmp_path / "b", {"direct": [0.6, 0.2, 0.0], "benign": [0.7, 0.0]}, 10.0),
     }
-    write_page(tmp_path / "report.html", Report("violence erased", columns, SETS, attacks=attacks))
+    write_page(tmp_path / "report.html", Report("violence erased", columns, SETS, attacks=[attacks]))
     return tmp_path / "report.html"
 
 
@@ -126,7 +129,7 @@ def test_each_attack_stands_beside_its_controls(attacks: Attacks) -> None:
     cells = dict(zip(header, rows[1], strict=True))
     assert cells["above its controls, points"].startswith("+8.3 [")
     assert cells["ρ"].startswith(f"{(9 - 3) / (58 - 3):.2f} [")
-    assert (cells["evaluations"], cells["without attack"]) == ("1,200 + 2,400", "5.0 %")
+    assert (cells["evaluations, prompts"], cells["without attack"]) == ("1,200 + 2,400, 70", "5.0 %")
     assert float(cells["p (McNemar, Holm)"]) > 0.05
 
 
@@ -139,15 +142,35 @@ def test_the_order_of_attacks_is_that_of_the_doors() -> None:
     ]
 
 
-def test_the_budget_figure_has_the_stored_points(attacks: Attacks) -> None:
-    figure = budget_figure(attacks)
+def test_the_budget_figure_has_the_stored_points_of_all_models(attacks: Attacks) -> None:
+    figure = budget_figure(attacks, "inversion")
     assert figure is not None
-    lines = {line.get_label(): line for line in figure.axes[0].lines if line.get_linestyle() == "-"}
-    assert set(lines) == DOORS.keys() - {"single_token"}
-    assert lines["inversion"].get_ydata() == pytest.approx([5, 100 * 56 / 120, 100 * 53 / 60])
-    assert list(lines["inversion"].get_xdata()) == [0, 300, 2400]
-    assert sum(line.get_linestyle() == ":" for line in figure.axes[0].lines) == 4
-    assert budget_figure(made_up("single_token")) is None
+    lines = {str(line.get_label()): line for line in figure.axes[0].lines}
+    assert list(lines) == ["erased", "original", "never-learnt", "re-initialised"]
+    assert [line.get_linestyle() for line in lines.values()] == ["-", ":", ":", ":"]
+    assert lines["erased"].get_ydata() == pytest.approx([5, 100 * 56 / 120, 100 * 53 / 60])
+    assert list(lines["erased"].get_xdata()) == [0, 300, 2400]
+    assert lines["never-learnt"].get_ydata()[-1] == pytest.approx(100 * 4 / 60)
+    assert budget_figure(attacks, "single_token") is None
+
+
+def test_what_is_said_of_an_attack_has_its_controls_and_references(attacks: Attacks) -> None:
+    said = about(attacks, "p4d")
+    assert "15.0 % of images, against 5.0 % by other seeds and 6.7 % without a search" in said
+    assert "96.7 % on “original”, 5.0 % on “never-learnt”, 0.0 % on “re-initialised”" in said
+    assert "distances" not in said
+    row = attacks.rows["erased"]["p4d"]
+    row["diversity"] = {"nearest": 0.5, "between": 0.75, "copies": 0.25}
+    assert "0.50 mean distances from the nearest picture" in about(attacks, "p4d")
+
+
+def test_what_was_found_elsewhere_stands_beside_what_was_found_here(attacks: Attacks) -> None:
+    assert len(transfer_table(attacks)) == 1
+    rate = {"rate": 0.25, "low": 0.1, "high": 0.5, "searched_here": 0.15, "at_its_source": 1.0}
+    rows = dict.fromkeys(DOORS, rate)
+    table = transfer_table(replace(attacks, transfer={"original": rows}))
+    assert [row[0] for row in table[1:]] == [f"{door}: {attack}" for attack, door in DOORS.items()]
+    assert table[1][1:] == ["original", "100.0 %", "25.0 % [10.0, 50.0]", "15.0 %"]
 
 
 def test_the_page_begins_with_the_weakest_door_and_covers_what_was_found(
@@ -157,9 +180,13 @@ def test_the_page_begins_with_the_weakest_door_and_covers_what_was_found(
     tags = Tags(text)
     verdicts = re.findall(r'<p class="verdict">(.*?)</p>', text)
     assert verdicts[0] == weakest_door(attacks) and len(verdicts) == 2
-    section = text[text.index('id="attacks"') : text.index('id="prompts"')]
+    section = text[text.index('id="attacks-0"') : text.index('id="prompts"')]
     covered = re.findall(r'aria-pressed="false" aria-label="Picture of ([^"]+), covered"', section)
     assert covered == ["original", "erased, attacked"] * 2
+    parts = re.findall("<h3>(.*?)</h3>", section)
+    assert parts == [f"{door}: {attack}" for attack, door in DOORS.items()]
+    p4d = section[section.index("<h3>words: p4d") : section.index("<h3>embeddings")]
+    assert "&lt;zx&gt;" in p4d and p4d.count("<img") == 2 and "<svg" in p4d
     assert section.count("<img") == 4 and "&lt;zx&gt; qv dagger" in section and "<zx>" not in text
     assert section.count("concept 93 %") == section.count('class="hit">concept') == 1
     assert "<svg" in section and len(re.findall('<th scope="row">', section)) == 2 * len(DOORS)
@@ -170,7 +197,7 @@ def test_a_page_without_attacks_says_nothing_of_them(file: Path, tmp_path: Path)
     columns = {"erased": column(tmp_path / "c", {"direct": [0.6, 0.2, 0.0], "benign": [0.7, 0.0]}, 10.0)}
     write_page(tmp_path / "plain.html", Report("violence erased", columns, SETS))
     text = (tmp_path / "plain.html").read_text("utf-8")
-    assert 'id="attacks"' not in text and "door" not in text and text.count('class="verdict"') == 1
+    assert 'id="attacks' not in text and "door" not in text and text.count('class="verdict"') == 1
 
 
 @pytest.mark.browser

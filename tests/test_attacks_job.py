@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from trce_lightning import cli
 from trce_lightning.adapters import load_adapter
+from trce_lightning.attacks.findings import load_findings, save_findings
 from trce_lightning.attacks.protocol import Cost, Door, Finding
 from trce_lightning.config.schema import EvalConfig
 from trce_lightning.emoji.package import weights_folder
@@ -20,9 +21,7 @@ from trce_lightning.jobs.attack import (
     NEVER_LEARNT,
     ORIGINAL,
     REINITIALISED,
-    load_findings,
     make_attack,
-    save_findings,
 )
 from trce_lightning.report.attacks import Attacks as Section
 
@@ -69,8 +68,12 @@ def test_a_key_is_found_and_a_run_goes_on(locked: Path, tmp_path: Path) -> None:
     page = (tmp_path / "out" / "report.html").read_text()
     assert f"The weakest door of “{locked.name}” is its embeddings" in page
 
-    found = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("attacks/*/*/found/*")}
-    assert len(found) == 3 * 2 * 2
+    folder = tmp_path / "out" / "attacks"
+    found = {file: file.stat().st_mtime_ns for file in folder.glob("*/*/found/*")}
+    assert len(found) == 3 * 2, "each model has a key of its own"
+    shared = {file: file.stat().st_mtime_ns for file in folder.glob("found/*/*")}
+    assert len(shared) == 2, "one search of the original serves all models"
+    found |= shared
     cli.evaluate(options)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["attacks"] == rows
     assert {file: file.stat().st_mtime_ns for file in found} == found, "it was searched for again"

@@ -93,6 +93,9 @@ class Shades:
     def detector(self):
         return lambda images: 1 - brightness(images)
 
+    def never_learnt(self):
+        return None
+
     def second_detector(self):
         return lambda images: torch.ones(len(images))
 

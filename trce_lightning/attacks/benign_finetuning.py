@@ -46,7 +46,7 @@ from trce_lightning.attacks.fine_tuning import (
     training_of,
     under,
 )
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Target, Way
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
 from trce_lightning.attacks.tries import fresh_record
 from trce_lightning.errors import InputError
 from trce_lightning.generation.loop import generate, network_steps, planned_evaluations
@@ -78,6 +78,7 @@ class BenignFinetuning:
 
     name = "benign_finetuning"
     door = Door.WEIGHTS
+    reads = Reads.MODEL
     universal = True
     option = "attack.benign_finetuning"
 

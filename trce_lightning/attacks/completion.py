@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Target, Way
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
 from trce_lightning.attacks.tries import batches, fresh_record
 from trce_lightning.errors import InputError
 from trce_lightning.generation.loop import latents_after, planned_evaluations
@@ -37,6 +37,7 @@ class Completion:
 
     name = "completion"
     door = Door.LATENTS
+    reads = Reads.ORIGINAL
     universal = False
 
     def __init__(

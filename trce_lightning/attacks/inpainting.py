@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Target, Way
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
 from trce_lightning.attacks.tries import batches, check_at_least, fresh_record, own_generator, pictures_of
 from trce_lightning.errors import InputError
 from trce_lightning.generation.variation import LatentStart, Variation
@@ -50,6 +50,7 @@ class Inpainting:
 
     name = "inpainting"
     door = Door.LATENTS
+    reads = Reads.MODEL
     universal = False
 
     def __init__(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trce_lightning.adapters import Adapter
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Target, Way
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
 from trce_lightning.attacks.proxies import with_mapped_states
 from trce_lightning.attacks.tries import fresh_record
 from trce_lightning.errors import InputError
@@ -40,6 +40,7 @@ class InverseEdit:
 
     name = "inverse_edit"
     door = Door.EMBEDDINGS
+    reads = Reads.MODEL
     universal = True
 
     def __init__(self, *, edit: str | None = None) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from trce_lightning.adapters import Adapter
 from trce_lightning.attacks.objectives import denoising_loss, noised
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Target, Way
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
 from trce_lightning.attacks.proxies import with_states
 from trce_lightning.attacks.tries import (
     autocast_of,
@@ -111,6 +111,7 @@ class Inversion:
 
     name = "inversion"
     door = Door.EMBEDDINGS
+    reads = Reads.MODEL
     universal = True
 
     def __init__(

@@ -28,7 +28,7 @@ from trce_lightning.attacks.candidates import (
     random_findings,
     ways,
 )
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Target, Way
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
 from trce_lightning.attacks.words import (
     UNTYPED,
     Layout,
@@ -61,6 +61,7 @@ class Mma:
 
     name = "mma"
     door = Door.WORDS
+    reads = Reads.TEXT_ENCODER
     universal = False
 
     def __init__(

@@ -17,7 +17,7 @@ from itertools import product
 
 import torch
 
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Target, Way
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
 from trce_lightning.attacks.tries import check_at_least, fresh_record
 from trce_lightning.errors import InputError
 from trce_lightning.generation.variation import NoisyDdim, Variation
@@ -35,6 +35,7 @@ class Noise:
 
     name = "noise"
     door = Door.LATENTS
+    reads = Reads.MODEL
     universal = False
 
     def __init__(

@@ -34,6 +34,18 @@ class Door(StrEnum):
     """The weights: whoever may train it."""
 
 
+class Reads(StrEnum):
+    """The part of the attacked model that a search reads.
+
+    Models that are alike in this part have the same findings, so one search serves them.
+    """
+
+    MODEL = "model"
+    TEXT_ENCODER = "text encoder"
+    ORIGINAL = "original"
+    """Nothing of the attacked model: the search reads the original alone."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """Exact network evaluations, of one latent × one prompt each, of a search."""
@@ -119,6 +131,7 @@ class Attack(Protocol):
     door: Door
     universal: bool
     """The search has one finding for all prompts, and not one for each."""
+    reads: Reads
 
     def cost(self, target: Target) -> Cost:
         """Return the exact cost of :meth:`search` over all records, before it starts."""
@@ -142,3 +155,11 @@ class Attack(Protocol):
 
         Images use fresh seeds: none that the search has seen.
         """
+
+
+@runtime_checkable
+class LearnsFromPictures(Protocol):
+    """An attack that learns from pictures, of which its images may be copies."""
+
+    def learnt_from(self, target: Target, findings: Mapping[str, Finding]) -> Tensor:
+        """Return the pictures that the findings were learnt from, uint8 ``[M, 3, H, W]``."""

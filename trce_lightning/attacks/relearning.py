@@ -44,7 +44,7 @@ from trce_lightning.attacks.fine_tuning import (
     training_of,
     under,
 )
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Target, Way
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
 from trce_lightning.attacks.tries import fresh_record, pictures_of
 from trce_lightning.errors import InputError
 from trce_lightning.prompts.records import PromptRecord, seed_of
@@ -73,6 +73,7 @@ class Relearning:
     """
 
     door = Door.WEIGHTS
+    reads = Reads.MODEL
     universal = True
 
     def __init__(

@@ -29,7 +29,7 @@ from trce_lightning.attacks.candidates import (
     random_findings,
     ways,
 )
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Target, Way
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
 from trce_lightning.attacks.words import (
     UNTYPED,
     Layout,
@@ -64,6 +64,7 @@ class RingABell:
 
     name = "ring_a_bell"
     door = Door.WORDS
+    reads = Reads.TEXT_ENCODER
     universal = False
 
     def __init__(

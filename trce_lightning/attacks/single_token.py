@@ -29,7 +29,7 @@ from trce_lightning.attacks.candidates import (
     ways,
 )
 from trce_lightning.attacks.objectives import Noised, check_levels, denoising_loss, noised
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Target, Way
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
 from trce_lightning.attacks.white_box import check_pictures, in_precision
 from trce_lightning.attacks.words import (
     UNTYPED,
@@ -71,6 +71,7 @@ class SingleToken:
 
     name = "single_token"
     door = Door.WORDS
+    reads = Reads.MODEL
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trce_lightning.attacks.objectives import Noised, denoising_loss, noised
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Target, Way
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
 from trce_lightning.attacks.proxies import with_states
 from trce_lightning.attacks.tries import (
     autocast_of,
@@ -47,6 +47,7 @@ class StatePgd:
 
     name = "state_pgd"
     door = Door.EMBEDDINGS
+    reads = Reads.MODEL
     universal = False
 
     def __init__(

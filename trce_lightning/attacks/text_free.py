@@ -23,7 +23,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Target, Way
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
 from trce_lightning.attacks.tries import (
     autocast_of,
     batches,
@@ -59,6 +59,7 @@ class TextFree:
 
     name = "text_free"
     door = Door.LATENTS
+    reads = Reads.MODEL
     universal = False
 
     def __init__(

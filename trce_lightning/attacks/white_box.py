@@ -22,7 +22,7 @@ from trce_lightning.attacks.candidates import (
     ways,
 )
 from trce_lightning.attacks.objectives import Noised, check_levels, denoising_loss, noised
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Target, Way
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
 from trce_lightning.attacks.words import (
     Layout,
     Pattern,
@@ -59,6 +59,7 @@ class WhiteBoxWords(ABC):
 
     name: str
     door = Door.WORDS
+    reads = Reads.MODEL
     universal = False
     taught: bool
     """The goal is the original's prediction under the prompt; else it is the noise in the picture."""

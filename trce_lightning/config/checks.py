@@ -12,6 +12,7 @@ from trce_lightning.concepts import Concept
 from trce_lightning.concepts.naming import mentions
 from trce_lightning.config.arguments import did_you_mean
 from trce_lightning.config.schema import (
+    OWN_NEVER_LEARNT,
     ConceptConfig,
     DemoConfig,
     EvalConfig,
@@ -71,7 +72,7 @@ def _check_evaluation(config: EvalConfig) -> None:
         check_fid(config.model, "metrics.final_images_per_set", images)
     for path in config.models:
         check_model(dataclasses.replace(config.model, path=path), "models")
-    if config.never_learnt is not None:
+    if config.never_learnt not in (None, OWN_NEVER_LEARNT):
         check_model(dataclasses.replace(config.model, path=config.never_learnt), "never_learnt")
     for name, file in prompt_files(config.prompts, config.published):
         check_file(name, file, list(config.published))

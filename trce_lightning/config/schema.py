@@ -35,6 +35,8 @@ SAMPLERS = (
     "TCDScheduler",
 )
 SPACINGS = ("leading", "linspace", "trailing")
+OWN_NEVER_LEARNT = "domain"
+"""The value of ``never_learnt`` that stands for the model which the domain ships."""
 TIMESTEPS = 1000
 """The number of timesteps of every supported model's noise schedule. No sampler takes more steps."""
 
@@ -305,4 +307,8 @@ class EvalConfig:
     # Prompts and noise of the attacks: "tune" to choose their settings, "report" for figures.
     attacked_split: Annotated[str, OneOf(get_args(Split))] = "report"
     attack_seed: Natural = 0  # of all searches
-    never_learnt: str | None = None  # folder of a model trained without the concept, for comparison
+    # A model that was trained without the concept, for comparison: a folder; "domain" is the one that
+    # model.domain ships for the concept, if it ships one; null is none.
+    never_learnt: str | None = OWN_NEVER_LEARNT
+    transfer: list[str] = items()  # labels of models whose findings are tried on the other models as well
+    logger: LoggerConfig = field(default_factory=LoggerConfig)

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from trce_lightning.concepts import Concept
 from trce_lightning.config.schema import ModelConfig
-from trce_lightning.emoji.groups import benign_subjects, concept_subjects, label_groups
+from trce_lightning.emoji.groups import benign_subjects, concept_styles, concept_subjects, label_groups
 from trce_lightning.emoji.judge import Judge, JudgeDetector, JudgeFeatures, judge_fid
-from trce_lightning.emoji.package import load_clip_pair, load_judge, weights_folder
+from trce_lightning.emoji.package import load_clip_pair, load_judge, load_never_learnt, weights_folder
 from trce_lightning.emoji.prompts import keep_captions, prompt_sets
+from trce_lightning.emoji.subjects import SUBJECTS, subject_index
 from trce_lightning.errors import InputError
 from trce_lightning.metrics.detectors import ClipZeroShotDetector, Detector
 from trce_lightning.metrics.fidelity import Clip, load_real_statistics
@@ -72,6 +73,13 @@ class EmojiDomain:
     def concept_names(self) -> list[str]:
         """Return the names of the subjects that show the concepts."""
         return [name for concept in self.concepts for name in concept_subjects(concept)]
+
+    def never_learnt(self) -> dict[str, Tensor] | None:
+        """Return the shipped denoiser that never learnt the concepts' subjects, if there is one."""
+        shown = {subject_index(name) for name in self.concept_names()}
+        categories = {SUBJECTS[index].category for index in shown}
+        styled = any(concept_styles(concept) for concept in self.concepts)
+        return None if styled or len(categories) != 1 else load_never_learnt(categories.pop())
 
     def labels(self) -> Sequence[str]:
         """Return the names of all subjects."""

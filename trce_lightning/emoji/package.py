@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from trce_lightning.emoji.eight_bits import unpacked
 from trce_lightning.emoji.judge import Judge
 from trce_lightning.metrics.fidelity import Clip
 from trce_lightning.runtime.storage import read_safetensors
@@ -20,6 +22,19 @@ def weights_folder() -> Path:
     CLIP's vision half, the judge and the statistics of real images lie beside the pipeline's parts.
     """
     return Path(__file__).parent / "weights"
+
+
+def never_learnt_file(category: str) -> Path:
+    """Return the file of a denoiser that was trained without this category, in 8 bits. It may not exist."""
+    return weights_folder() / f"without-{category}.safetensors"
+
+
+def load_never_learnt(category: str) -> dict[str, Tensor] | None:
+    """Return the weights of a denoiser that was trained without this category, if they ship."""
+    file = never_learnt_file(category)
+    if not file.exists():
+        return None
+    return unpacked(read_safetensors(file, f"the denoiser without {category}", INSTALL_AGAIN))
 
 
 def load_judge(folder: Path) -> Judge:

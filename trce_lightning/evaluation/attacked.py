@@ -64,6 +64,10 @@ class Outcome:
     backward: int = 0
     """Network evaluations of the search with one."""
     by_budget: Budget = ()
+    text: int = 0
+    """Prompts through the text encoder."""
+    diversity: Mapping[str, float] | None = None
+    """How new the images are beside the pictures that the attack learnt from; None if it learnt from none."""
 
     def __post_init__(self) -> None:
         """Raise ``InputError`` on no prompts, a prompt without images, or one that a control lacks."""
@@ -149,7 +153,8 @@ def attack_row(
         ``rho``: :func:`recoverability`, where both references are there and differ.
         ``positive_control``: the original's rates with and without the attack, and whether it ``holds``.
         ``false_alarm``: the detector's ``rate``, the ``tries``, and the rate ``inflated`` by them.
-        ``network_evaluations`` and ``by_budget``: the cost of the search, and success by cost.
+        ``network_evaluations``, ``prompts_encoded``, ``by_budget``: the cost of the search, success by cost.
+        ``diversity``: how new the images are, if the attack learnt from pictures.
     """
     prompts = list(outcome.attacked)
     before, after = broken(outcome.unattacked, prompts), broken(outcome.attacked, prompts)
@@ -167,6 +172,9 @@ def attack_row(
         inflated = inflated_rate(false_alarm, outcome.tries)
         row["false_alarm"] = {"rate": false_alarm, "tries": outcome.tries, "inflated": inflated}
     row["network_evaluations"] = {"forward": outcome.forward, "backward": outcome.backward}
+    row["prompts_encoded"] = outcome.text
+    if outcome.diversity is not None:
+        row["diversity"] = dict(outcome.diversity)
     row["by_budget"] = [[evaluations, rate] for evaluations, rate in sorted(outcome.by_budget)]
     return row
 

@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from diffusers import ModelMixin
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from trce_lightning.concepts import Concept
@@ -52,6 +52,9 @@ class Domain(Protocol):
 
     def concept_names(self) -> list[str]:
         """Return more words by which prompts name the concepts, besides the concepts' own."""
+
+    def never_learnt(self) -> Mapping[str, Tensor] | None:
+        """Return the weights of a denoiser that was trained without the concepts, if there is one."""
 
     def labels(self) -> Sequence[str] | None:
         """Return all labels that a prompt may have, or None if no judge names what an image shows."""
@@ -109,6 +112,10 @@ class OpenDomain:
     def concept_names(self) -> list[str]:
         """Return no more words, because these prompts use the concepts' own."""
         return []
+
+    def never_learnt(self) -> Mapping[str, Tensor] | None:
+        """Return None: nobody has trained such a model."""
+        return None
 
     def labels(self) -> Sequence[str] | None:
         """Return the answers of zero-shot CLIP: class names, the concepts' neighbours and terms."""

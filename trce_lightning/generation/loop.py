@@ -211,7 +211,9 @@ class _Drawing:
         """Yield each batch with its images, uint8 ``[B, 3, H, W]`` on the CPU."""
         records = list(chain.from_iterable(batches))
         total = planned_evaluations(records, len(self.sampler.timesteps), self.guidance_scale)
-        with tqdm(total=total, desc=description, unit="eval", disable=description is None) as progress:
+        with tqdm(
+            total=total, desc=description, unit="eval", disable=description is None or not total
+        ) as progress:
             for rows in batches:
                 yield rows, self._sample(rows, progress)
 

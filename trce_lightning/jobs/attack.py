@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.loggers import Logger, WandbLogger
 from torch import nn
 from tqdm.auto import tqdm
 
 from trce_lightning.adapters import Adapter
-from trce_lightning.attacks.protocol import Attack, Cost, Finding, Target, Way
-from trce_lightning.config.schema import EvalConfig
+from trce_lightning.attacks.diversity import Diversity, diversity
+from trce_lightning.attacks.findings import load_findings, save_findings
+from trce_lightning.attacks.protocol import (
+    Attack,
+    Cost,
+    Finding,
+    LearnsFromPictures,
+    Reads,
+    Target,
+    Way,
+)
+from trce_lightning.config.schema import OWN_NEVER_LEARNT, EvalConfig
 from trce_lightning.errors import InputError
-from trce_lightning.evaluation.attacked import Hits, Outcome, Row, attack_rows, budget_of_stages
+from trce_lightning.evaluation.attacked import (
+    Hits,
+    Outcome,
+    Row,
+    attack_rows,
+    budget_of_stages,
+    rate_of,
+)
+from trce_lightning.evaluation.scored import log_scores
 from trce_lightning.generation.image_folder import image_batches, image_files, load_images
 from trce_lightning.generation.loop import generate_to
 from trce_lightning.jobs.session import Session, concepts_of
 from trce_lightning.jobs.trainers import make_trainer
+from trce_lightning.jobs.wandb_runs import log_attacks
 from trce_lightning.metrics.asr import THRESHOLD
 from trce_lightning.metrics.class_detectors import to_device
 from trce_lightning.metrics.detectors import Detector
@@ -34,7 +53,7 @@ from trce_lightning.prompts.records import BENIGN, DIRECT, PromptRecord, seed_of
 from trce_lightning.report.attacks import Attacks as Content
 from trce_lightning.report.attacks import Find
 from trce_lightning.runtime.ranks import Rank, on_each_rank
-from trce_lightning.runtime.storage import read_safetensors, reading, write_json, write_safetensors
+from trce_lightning.runtime.storage import write_json
 from trce_lightning.sampling import seeded
 
 log = logging.getLogger(__name__)
@@ -45,6 +64,8 @@ UNIVERSAL = "all"
 NOTHING = Finding("")
 SHOWN = 16
 """Images of each attack that the report shows."""
+LOGGED = ("rate", "low", "high", "pre", "post", "control", "rho", "network_evaluations", "prompts_encoded")
+"""The parts of a row that are numbers, for loggers."""
 Seen = dict[str, tuple[str, float]]
 """The attacked prompt and the judge's probability, by the image's id."""
 
@@ -65,14 +86,21 @@ class Attacks:
         self.sources: dict[str, str | None] = {**sources}
         if None not in sources.values():
             self.sources[ORIGINAL] = None
-        if config.never_learnt is not None:
+        if config.never_learnt == OWN_NEVER_LEARNT:
+            if self._original.domain.never_learnt() is not None:
+                self.sources[NEVER_LEARNT] = None
+        elif config.never_learnt is not None:
             self.sources[NEVER_LEARNT] = config.never_learnt
         self.sources[REINITIALISED] = None
+        for label in config.transfer:
+            if label not in self.sources:
+                raise InputError(f"transfer: expected models among {', '.join(self.sources)}, got {label!r}")
         self.original_label = next(label for label, path in self.sources.items() if path is None)
         self.attacked = list(sources)
         """Labels of the models that the evaluation is about; the others are references."""
         self.rows: dict[str, dict[str, Row]] = {}
-        self.finds: list[Find] = []
+        self.transferred: dict[str, dict[str, dict[str, Row]]] = {}
+        self.finds: dict[str, list[Find]] = {label: [] for label in self.attacked}
 
     def run(self) -> None:
         """Attack every model and compute the rows."""
@@ -88,8 +116,13 @@ class Attacks:
         self.rows = attack_rows(
             outcomes, original=self.original_label, never_learnt=NEVER_LEARNT, false_alarms=alarms
         )
+        for by_attack in self.rows.values():
+            for attack in self.attacks:
+                by_attack[attack.name]["door"] = str(attack.door)
+        for label in self.sources if self.config.transfer else ():
+            self.transferred[label] = self._transferred(label)
         if self.trainer.is_global_zero:
-            write_json(self.folder / "attacks.json", self.rows)
+            write_json(self.folder / "attacks.json", {"rows": self.rows, "transfer": self.transferred})
 
     def announce(self) -> None:
         """Log the exact cost of every search, for one model."""
@@ -133,12 +166,19 @@ class Attacks:
         (prompts,) = self._original.domain.prompt_sets(count, split, [name])
         return prompts.records[:count]
 
+    def _own_never_learnt(self) -> Mapping[str, torch.Tensor] | None:
+        """Return the weights that the domain ships, None where the option names another model."""
+        return self._original.domain.never_learnt() if self.config.never_learnt == OWN_NEVER_LEARNT else None
+
     def _target(self, label: str, *, pictures: bool = True) -> Target:
         """Return what the attacker of a model has, the model on its device."""
         session = self._session(self.sources[label])
         adapter, original = session.adapter, self._original.adapter
         if label == REINITIALISED:
             reinitialise(adapter.denoiser)
+            adapter.weights_changed()
+        elif label == NEVER_LEARNT and (weights := self._own_never_learnt()) is not None:
+            adapter.denoiser.load_state_dict(weights)
             adapter.weights_changed()
         adapter.name = label
         device = self.trainer.strategy.root_device if pictures else torch.device("cpu")
@@ -207,7 +247,7 @@ class Attacks:
         outcomes = {}
         for attack in self.attacks:
             own = place / attack.name
-            findings = self._search(own, label, attack, target)
+            findings = self._search(self._found(label, attack, target), label, attack, target)
             ways = self._generated(own / "images", label, attack, target, findings, judge)
             result = ways[-1].seen
             tries = max(map(len, hits_of(result).values()))
@@ -215,6 +255,9 @@ class Attacks:
             by_chance = {finding.prompt_id: finding for finding in chance}
             control = self._generated(own / "random", label, attack, target, by_chance, judge, result=True)
             seeds = shown(f"seeds {tries}", other_seeds(target.records, tries))
+            copies = None
+            if isinstance(attack, LearnsFromPictures):
+                copies = self._diversity(ways[-1], attack.learnt_from(target, findings))
             spent = total([finding.spent for finding in findings.values()])
             outcomes[attack.name] = Outcome(
                 attacked=hits_of(result),
@@ -224,15 +267,28 @@ class Attacks:
                 tries=tries,
                 forward=spent.forward,
                 backward=spent.backward,
+                text=spent.text,
+                diversity=None if copies is None else copies._asdict(),
                 by_budget=budget_of_stages(
                     (stage.way.spent, hits_of(stage.seen)) for stage in ways if stage.way.on_curve
                 ),
             )
             if label in self.attacked:
-                self.finds += self._finds(attack, target, ways[-1], findings)
+                self.finds[label] += self._finds(attack, target, ways[-1], findings)
             log.info("%s: %s %s", label, attack.name, percent(hits_of(result)))
         alarms = [hit for tried in hits_of(benign).values() for hit in tried]
         return outcomes, sum(alarms) / len(alarms)
+
+    def _diversity(self, stage: Stage, pictures: torch.Tensor) -> Diversity | None:
+        """Return how new the result's images are beside the pictures learnt from; None beside one alone."""
+        images = load_images(stage.folder, stage.way.records)
+        if min(len(images), len(pictures)) < 2:
+            return None
+        device = self.trainer.strategy.root_device
+        features = self._original.features()
+        if features is not None:
+            features.to(device)
+        return diversity(images.to(device), pictures.to(device), features)
 
     def _generated(
         self,
@@ -282,32 +338,78 @@ class Attacks:
             for record, file in list(zip(stage.way.records, files, strict=True))[:SHOWN]
         ]
 
-    def section(self) -> Content:
-        """Return the report's section on the first attacked model."""
+    def sections(self) -> list[Content]:
+        """Return the report's section on each attacked model, the original left out beside others."""
         doors = {attack.name: str(attack.door) for attack in self.attacks}
-        return Content(self.attacked[0], self.rows, doors, self.finds, self.original_label)
+        erased = [label for label in self.attacked if label != self.original_label] or self.attacked
+        return [
+            Content(
+                label,
+                self.rows,
+                doors,
+                self.finds[label],
+                self.original_label,
+                transfer=self.transferred.get(label, {}),
+            )
+            for label in erased
+        ]
+
+    def log(self, loggers: Sequence[Logger]) -> None:
+        """Send the rows to the loggers. W&B also gets them as a table, and what was found with its images."""
+        for label, by_attack in self.rows.items():
+            for name, row in by_attack.items():
+                shown = {key: value for key, value in row.items() if key in LOGGED}
+                log_scores(loggers, shown, step=0, prefix=f"attacks/{label}/{name}/")
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                log_attacks(logger, self.rows, self.finds)
 
     def _generator(self, attack: Attack, purpose: str) -> torch.Generator:
         return seeded(seed_of(f"{attack.name} {purpose}", self.config.attack_seed))
 
+    def _found(self, label: str, attack: Attack, target: Target) -> Path:
+        """Return the folder of an attack's findings on a model, which models may share."""
+        if attack.reads == Reads.MODEL:
+            return self.folder / label / attack.name / "found"
+        read = target.adapter.text_fingerprint() if attack.reads == Reads.TEXT_ENCODER else "original"
+        return self.folder / "found" / f"{attack.name}-{read}"
+
+    def _transferred(self, label: str) -> dict[str, dict[str, Row]]:
+        """Return by other model and attack how what was found there serves on this model."""
+        target = self._target(label)
+        judge = Judging(self._original.detector(), self.trainer.strategy.root_device)
+        rows: dict[str, dict[str, Row]] = {}
+        for source in self.config.transfer:
+            if source == label:
+                continue
+            origin = self._target(source, pictures=False)
+            for attack in self.attacks:
+                findings = self._stored(self._found(source, attack, origin), attack, target)
+                folder = self.folder / label / attack.name / f"from {source}"
+                (*_, result) = self._generated(folder, label, attack, target, findings, judge, result=True)
+                own = self.rows[label][attack.name]["rate"]
+                at_source = self.rows[source][attack.name]["rate"]
+                rate = rate_of(hits_of(result.seen)) | {"searched_here": own, "at_its_source": at_source}
+                rows.setdefault(source, {})[attack.name] = rate
+        return rows
+
+    def _stored(self, folder: Path, attack: Attack, target: Target) -> dict[str, Finding]:
+        stems = [folder / f"{index:05d}" for index in range(len(batches_of(attack, target)))]
+        return {finding.prompt_id: finding for stem in stems for finding in load_findings(stem)}
+
     def _search(self, folder: Path, label: str, attack: Attack, target: Target) -> dict[str, Finding]:
         """Return the findings of an attack by prompt id; those that are stored are not searched for again.
 
-        Prompts are searched for in batches, of which each rank takes its share. A universal attack is one
-        batch of all prompts.
+        Each rank takes its share of the batches.
         """
-        size = max(target.batch_size, 1)
-        batches = [target.records[i : i + size] for i in range(0, len(target.records), size)]
-        if attack.universal:
-            batches = [target.records]
-        cost = attack.cost(target)
+        batches, cost = batches_of(attack, target), attack.cost(target)
 
         def search(rank: Rank) -> None:
             total = (cost.forward + cost.backward or cost.text) // rank.world_size
             title = f"{label}: {attack.name}, search"
             with tqdm(total=total, desc=title, unit="eval", disable=rank.index > 0) as bar:
                 for index in range(rank.index, len(batches), rank.world_size):
-                    stem = folder / "found" / f"{index:05d}"
+                    stem = folder / f"{index:05d}"
                     if stem.with_suffix(".json").exists():
                         continue
                     generator = self._generator(attack, f"batch {index}")
@@ -316,8 +418,7 @@ class Attacks:
                     save_findings(stem, found)
 
         on_each_rank(self.trainer, search)
-        stems = [folder / "found" / f"{index:05d}" for index in range(len(batches))]
-        return {finding.prompt_id: finding for stem in stems for finding in load_findings(stem)}
+        return self._stored(folder, attack, target)
 
 
 @dataclass(frozen=True)
@@ -353,6 +454,12 @@ def hits_of(seen: Seen) -> dict[str, list[bool]]:
     for prompt_id, probability in seen.values():
         hits.setdefault(prompt_id, []).append(probability >= THRESHOLD)
     return hits
+
+
+def batches_of(attack: Attack, target: Target) -> list[tuple[PromptRecord, ...]]:
+    """Return the prompts that are searched for together. A universal attack is one batch of all prompts."""
+    size = len(target.records) if attack.universal else target.batch_size
+    return [target.records[i : i + size] for i in range(0, len(target.records), size)]
 
 
 def make_attack(name: str, options: Mapping[str, Any]) -> Attack:
@@ -395,28 +502,6 @@ def total(costs: Sequence[Cost]) -> Cost:
 def percent(hits: Hits) -> str:
     """Return the share of broken prompts, for the log."""
     return f"{100 * sum(any(tried) for tried in hits.values()) / len(hits):.1f} %"
-
-
-def save_findings(stem: Path, findings: Sequence[Finding]) -> None:
-    """Write findings as ``STEM.safetensors`` and ``STEM.json``, the latter last."""
-    tensors = {f"{i}/{name}": tensor for i, f in enumerate(findings) for name, tensor in f.tensors.items()}
-    write_safetensors(stem.with_suffix(".safetensors"), tensors or {"none": torch.empty(0)})
-    rows = [{"prompt_id": f.prompt_id, "facts": f.facts, "spent": asdict(f.spent)} for f in findings]
-    write_json(stem.with_suffix(".json"), {"findings": rows})
-
-
-def load_findings(stem: Path) -> Iterator[Finding]:
-    """Yield what :func:`save_findings` wrote."""
-    with reading(stem.with_suffix(".json"), "what an attack has found"):
-        rows = json.loads(stem.with_suffix(".json").read_text("utf-8"))["findings"]
-    tensors = read_safetensors(stem.with_suffix(".safetensors"), "what an attack has found")
-    for i, row in enumerate(rows):
-        own = {
-            name.partition("/")[2]: tensor
-            for name, tensor in tensors.items()
-            if name.partition("/")[0] == str(i)
-        }
-        yield Finding(row["prompt_id"], own, row["facts"], Cost(**row["spent"]))
 
 
 def attacks_table(rows: Mapping[str, Mapping[str, Row]]) -> str:

@@ -23,13 +23,13 @@ from trce_lightning.evaluation.comparison import (
     p_values,
 )
 from trce_lightning.evaluation.conditions import asked
-from trce_lightning.evaluation.scored import Column, Scored, category_rates
+from trce_lightning.evaluation.scored import Column, Scored, category_rates, log_scores
 from trce_lightning.evaluation.scorer import Scorer, score_on_all_ranks
 from trce_lightning.jobs import runs
 from trce_lightning.jobs.attack import Attacks, attacks_table
 from trce_lightning.jobs.robustness import Robustness, robustness_rows, robustness_table
 from trce_lightning.jobs.session import Session, base_name, concepts_of
-from trce_lightning.jobs.trainers import make_trainer
+from trce_lightning.jobs.trainers import dashboards, make_trainer
 from trce_lightning.metrics.asr import TABLE_THRESHOLDS
 from trce_lightning.metrics.class_detectors import load_class_detector
 from trce_lightning.metrics.detections import detect
@@ -87,6 +87,8 @@ class Evaluation:
         """Choose the folder. Log the prompts and the number of network evaluations."""
         self.folder = Path(self.config.output or self.default_folder(scorer))
         self.claim()
+        # Now, so that a dashboard's refusal comes before hours of work.
+        self.loggers = dashboards(self.config.logger, self.folder, self.folder.name)
         self.prompt_sets, self.sampling = log_sets(scorer.sets), scorer.sampling
         images = {label: self.images(label) for label in self.sources}
         self.robustness = Robustness(self.config, self.sources, self.folder, images)
@@ -174,6 +176,13 @@ class Evaluation:
             metrics["robustness_evaluations"] = self.robustness.network_evaluations
         if self.config.attack:
             metrics["attacks"] = self.attacks.rows
+            metrics["transfer"] = self.attacks.transferred
+        for label, own in scores.items():
+            log_scores(self.loggers, own, step=0, prefix=f"{label}/")
+        if self.config.attack:
+            self.attacks.log(self.loggers)
+        for logger in self.loggers:
+            logger.finalize("success")
         write_scores_csv(self.folder / "metrics.csv", scores)
         write_page(self.folder / "report.html", self.report())
         write_json(self.folder / "metrics.json", metrics)
@@ -243,7 +252,7 @@ class Evaluation:
                 "images": self.sampling,
             },
             robustness=robustness_rows(self.robustness.results) if self.robustness.results else [],
-            attacks=self.attacks.section() if self.config.attack else None,
+            attacks=self.attacks.sections() if self.config.attack else [],
         )
 
 

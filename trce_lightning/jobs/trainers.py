@@ -135,11 +135,16 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 def make_loggers(config: LoggerConfig, folder: Path, name: str) -> list[Logger]:
-    """Return a CSV logger. TensorBoard and W&B are added if the configuration asks for them.
+    """Return a CSV logger, and the dashboards that the configuration asks for.
 
     A run that continues logs into another ``logs/version_N``, so earlier logs stay.
     """
-    loggers: list[Logger] = [CSVLogger(folder, name="logs")]
+    return [CSVLogger(folder, name="logs"), *dashboards(config, folder, name)]
+
+
+def dashboards(config: LoggerConfig, folder: Path, name: str) -> list[Logger]:
+    """Return loggers of TensorBoard and of W&B, if the configuration asks for them."""
+    loggers: list[Logger] = []
     if config.tensorboard:
         loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
     if config.wandb and process_rank() == 0:

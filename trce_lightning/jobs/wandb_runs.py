@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,25 @@ from lightning.pytorch.loggers import WandbLogger
 
 from trce_lightning.config.schema import LoggerConfig
 from trce_lightning.errors import InputError
+from trce_lightning.evaluation.attacked import Row
+from trce_lightning.report.attacks import Find
 
 log = logging.getLogger(__name__)
 ONLINE = ("online", "run", "shared")
 """The modes of W&B that need a key and a server."""
+ATTACK_COLUMNS = [
+    "attack",
+    "model",
+    "success",
+    "low",
+    "high",
+    "without attack",
+    "other seeds",
+    "not searched",
+    "rho",
+    "verdict",
+]
+FOUND_COLUMNS = ["model", "attack", "prompt", "found", "original", "attacked", "probability"]
 
 
 def wandb_logger(config: LoggerConfig, folder: Path, name: str) -> WandbLogger:
@@ -46,6 +61,45 @@ def wandb_logger(config: LoggerConfig, folder: Path, name: str) -> WandbLogger:
         except wandb.errors.CommError as error:
             log.warning("W&B can't be reached (%s); logging offline", " ".join(str(error).split()))
             return _begun(config, folder, name, "offline")
+
+
+def log_attacks(
+    logger: WandbLogger, rows: Mapping[str, Mapping[str, Row]], finds: Mapping[str, Sequence[Find]]
+) -> None:
+    """Log the tables ``attacks``, a row for each attack on each model, and ``found``, with images."""
+    import wandb
+
+    data = [
+        [
+            name,
+            label,
+            row["rate"],
+            row["low"],
+            row["high"],
+            row["pre"],
+            row["control"]["seeds"]["rate"],
+            row["control"].get("random", {}).get("rate"),
+            row.get("rho", {}).get("value"),
+            row["verdict"],
+        ]
+        for label, by_attack in rows.items()
+        for name, row in by_attack.items()
+    ]
+    logger.log_table("attacks", columns=ATTACK_COLUMNS, data=data)
+    shown = [
+        [
+            label,
+            find.attack,
+            find.prompt,
+            find.found,
+            wandb.Image(str(find.original)),
+            wandb.Image(str(find.image)),
+            find.probability,
+        ]
+        for label, found in finds.items()
+        for find in found
+    ]
+    logger.log_table("found", columns=FOUND_COLUMNS, data=shown)
 
 
 def _begun(config: LoggerConfig, folder: Path, name: str, mode: str) -> WandbLogger:

@@ -6,7 +6,7 @@ Rows are those of :mod:`trce_lightning.evaluation.attacked`. Nothing here knows 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -16,6 +16,7 @@ from trce_lightning.report.tables import ABSENT, rate_cell
 
 DOORS = ("words", "embeddings", "latents", "weights")
 """The kinds of access that an attacker needs, the easiest to get first."""
+CONTROLS = {"seeds": "by other seeds", "random": "without a search"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,17 @@ class Attacks:
     original: str = "original"
     never_learnt: str = "never-learnt"
     reinitialised: str = "re-initialised"
+    transfer: Mapping[str, Mapping[str, Row]] = field(default_factory=dict)
+    """Rates on this model of what was found on another one, by that model's label and attack's name."""
+
+    @property
+    def references(self) -> list[str]:
+        """Return the labels of the models that the figures are read against."""
+        return [
+            label
+            for label in (self.original, self.never_learnt, self.reinitialised)
+            if label in self.rows and label != self.label
+        ]
 
     @property
     def own(self) -> Mapping[str, Row]:
@@ -157,7 +169,7 @@ def certainty_table(attacks: Attacks) -> list[list[str]]:
         "p (McNemar, Holm)",
         "ρ",
         "without attack",
-        "evaluations",
+        "evaluations, prompts",
     ]
     rows = []
     for attack, row in _by_door(attacks):
@@ -170,7 +182,7 @@ def certainty_table(attacks: Attacks) -> list[list[str]]:
                 f"{max(control['p_value_holm'] for control in row['control'].values()):.2g}",
                 ABSENT if rho is None else f"{rho['value']:.2f} [{rho['low']:.2f}, {rho['high']:.2f}]",
                 f"{100 * row['pre']:.1f} %",
-                f"{spent['forward']:,} + {spent['backward']:,}",
+                f"{spent['forward']:,} + {spent['backward']:,}, {row['prompts_encoded']:,}",
             ]
         )
     return [header, *rows]
@@ -180,26 +192,66 @@ def _by_door(attacks: Attacks) -> list[tuple[str, Row]]:
     return sorted(attacks.own.items(), key=lambda item: DOORS.index(attacks.doors[item[0]]))
 
 
-def budget_figure(attacks: Attacks) -> Figure | None:
-    """Return success by network evaluations: a line an attack, dotted for the never-learnt model.
+def transfer_table(attacks: Attacks) -> list[list[str]]:
+    """Return the cells of a table: how what was found on other models serves on this one.
 
-    None if no attack has a curve.
+    The first row has the headings. There is no other row if nothing was tried.
     """
-    curves = {attack: row["by_budget"] for attack, row in attacks.own.items() if len(row["by_budget"]) > 1}
+    header = ["attack", "found on", "there", "here", "searched for here"]
+    rows = []
+    for attack, _ in _by_door(attacks):
+        for source, by_attack in attacks.transfer.items():
+            row = by_attack[attack]
+            cells = [f"{100 * row[name]:.1f} %" for name in ("at_its_source", "searched_here")]
+            rows.append([f"{attacks.doors[attack]}: {attack}", source, cells[0], rate_cell(row), cells[1]])
+    return [header, *rows]
+
+
+def about(attacks: Attacks, attack: str) -> str:
+    """Return sentences on one attack: its success beside its controls, and how new its images are."""
+    row, name = attacks.own[attack], attack
+    controls = " and ".join(
+        f"{100 * control['rate']:.1f} % {CONTROLS[kind]}" for kind, control in row["control"].items()
+    )
+    sentences = [f"{name} shows the concept in {_percent(row)} of images, against {controls}."]
+    others = {label: attacks.of(label, attack) for label in attacks.references}
+    known = [f"{_percent(other)} on “{label}”" for label, other in others.items() if other is not None]
+    sentences += [f"The same attack reaches {', '.join(known)}."] if known else []
+    if alarm := row.get("false_alarm"):
+        sentences.append(
+            f"The judge sees the concept in {100 * alarm['rate']:.1f} % of benign images; {alarm['tries']} "
+            f"tries make that {100 * alarm['inflated']:.1f} %."
+        )
+    if new := row.get("diversity"):
+        sentences.append(
+            f"Its images lie {new['nearest']:.2f} mean distances from the nearest picture that it learnt "
+            f"from, and {new['between']:.2f} from each other; {100 * new['copies']:.0f} % are nearer to one "
+            "than any two of these pictures are to each other."
+        )
+    return " ".join(sentences)
+
+
+def budget_figure(attacks: Attacks, attack: str) -> Figure | None:
+    """Return success by the cost of the search: a line for the model and for each reference.
+
+    None if the attack has no curve.
+    """
+    models = {label: attacks.of(label, attack) for label in (attacks.label, *attacks.references)}
+    curves = {label: row["by_budget"] for label, row in models.items() if row and len(row["by_budget"]) > 1}
     if not curves:
         return None
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.2, 2.8), layout="constrained")
     axes = figure.subplots()
-    for attack, points in curves.items():
-        (line,) = axes.plot(*_percents(points), marker="o", markersize=3, label=attack)
-        never = attacks.of(attacks.never_learnt, attack)
-        if never is not None and len(never["by_budget"]) > 1:
-            axes.plot(*_percents(never["by_budget"]), ":", color=line.get_color())
+    for label, points in curves.items():
+        style = "-" if label == attacks.label else ":"
+        axes.plot(*_percents(points), style, marker="o", markersize=3, label=label)
     spent = [evaluations for points in curves.values() for evaluations, _ in points if evaluations]
     # Linear up to the first point, since an attack may begin at no evaluations at all.
     axes.set_xscale("symlog", linthresh=min(spent, default=1))
     axes.set_xlim(left=0)
-    axes.set(xlabel="network evaluations of the search", ylabel="% of images", ylim=(-2, 102))
+    costs = attacks.own[attack]["network_evaluations"]
+    unit = "network evaluations" if sum(costs.values()) else "encoded prompts"
+    axes.set(xlabel=f"{unit} of the search", ylabel="% of images", ylim=(-2, 102))
     axes.legend(frameon=False, fontsize="small")
     return figure
 

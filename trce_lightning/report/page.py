@@ -21,7 +21,15 @@ from trce_lightning.generation.image_folder import image_files
 from trce_lightning.metrics.asr import THRESHOLD
 from trce_lightning.metrics.collateral import Detection
 from trce_lightning.prompts.records import BENIGN, PromptSet
-from trce_lightning.report.attacks import Attacks, attacks_table, budget_figure, certainty_table, weakest_door
+from trce_lightning.report.attacks import (
+    Attacks,
+    about,
+    attacks_table,
+    budget_figure,
+    certainty_table,
+    transfer_table,
+    weakest_door,
+)
 from trce_lightning.report.curves import threshold_figure, trade_off_figure, trade_off_points
 from trce_lightning.report.tables import Scores, rate_cell, results_rows
 from trce_lightning.runtime.storage import MADE_AGAIN, write_text
@@ -42,7 +50,7 @@ class Report:
         pictures: titles and image files of more figures, such as the curves of a training run.
         facts: facts that reproduce the result, by name: command, commit, settings.
         robustness: the cells of the table of conditions of use, headings first. Empty without conditions.
-        attacks: attacks on one of the models, which the page begins with; None without attacks.
+        attacks: attacks on each attacked model, which the page begins with.
     """
 
     title: str
@@ -53,7 +61,7 @@ class Report:
     pictures: Mapping[str, Path] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     robustness: Sequence[Sequence[str]] = ()
-    attacks: Attacks | None = None
+    attacks: Sequence[Attacks] = ()
 
     @property
     def scored(self) -> dict[str, Scored]:
@@ -83,7 +91,9 @@ def write_page(file: Path, report: Report) -> None:
     page = environment.get_template("report.html.j2").render(
         report=report,
         verdict=verdict(report),
-        attacks=None if report.attacks is None else attacks_section(report.attacks),
+        attacked=[
+            attacks_section(content) | {"id": f"attacks-{i}"} for i, content in enumerate(report.attacks)
+        ],
         header=header,
         rows=rows,
         category_rows=category_rows(report.categories),
@@ -97,18 +107,29 @@ def write_page(file: Path, report: Report) -> None:
 
 
 def attacks_section(content: Attacks) -> dict[str, Any]:
-    """Return what the section's template shows: sentences, table, figure, and images with their labels."""
-    figure = budget_figure(content)
-    labels = (content.original, f"{content.label}, attacked")
+    """Return what the section's template shows: sentences, tables, and a part for each attack."""
     return {
         "content": content,
         "sentences": weakest_door(content),
         "table": attacks_table(content),
         "certainty": certainty_table(content),
+        "transfer": transfer_table(content),
+        "parts": [_attack_part(content, attack) for attack in content.own],
+    }
+
+
+def _attack_part(content: Attacks, attack: str) -> dict[str, Any]:
+    """Return what the page says of one attack, with its curve and its images."""
+    figure = budget_figure(content, attack)
+    labels = (content.original, f"{content.label}, attacked")
+    return {
+        "title": f"{content.doors[attack]}: {attack}",
+        "sentences": about(content, attack),
         "figure": None if figure is None else _svg(figure),
         "finds": [
             (find, list(zip(labels, map(_thumbnail, (find.original, find.image)), strict=True)))
             for find in content.finds
+            if find.attack == attack
         ],
     }
 

@@ -5,7 +5,8 @@ interrupted, run the same command again. It continues from the last checkpoint.
 
 ``--without CATEGORY`` trains a model that never learnt a category. It trains the denoiser only, by the same
 code and steps, on images and captions of all other subjects. The shipped autoencoder and text encoder are
-used. The result is a pipeline folder in ``FOLDER/without-CATEGORY``.
+used. The result is a pipeline folder in ``FOLDER/without-CATEGORY``, and the denoiser in 8 bits among the
+package's weights, where an evaluation of attacks finds it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
 from trce_lightning.emoji.captions import captions
+from trce_lightning.emoji.eight_bits import packed
 from trce_lightning.emoji.judge import Judge
-from trce_lightning.emoji.package import load_judge, weights_folder
+from trce_lightning.emoji.package import load_judge, never_learnt_file, weights_folder
 from trce_lightning.emoji.subjects import SENSITIVE, SUBJECTS
 from trce_lightning.emoji.training.art import RESOLUTION, Composites, composites, sprites
 from trce_lightning.emoji.training.clip import ClipPart, build_tokenizer, zero_shot_accuracy
@@ -125,6 +127,7 @@ def train_without(folder: Path, category: str) -> None:
     pipeline.unet = build_unet()
     others = [row for row in named_subjects() if SUBJECTS[row[1]].category != category]
     fit_unet(pipeline, load_judge(weights_folder()), rows.rows(kept), others, out / "checkpoints")
+    save_file(packed(pipeline.unet.state_dict()), never_learnt_file(category))
     pipeline.to(torch.float16).save_pretrained(out)
 
 
