@@ -109,6 +109,7 @@ def same_findings(a: Mapping[str, Finding], b: Mapping[str, Finding]) -> bool:
     )
 
 
-def configured(name: str) -> Attack:
-    """Return an attack as its file in ``configs/attacks`` makes it."""
-    return instantiate(OmegaConf.load(Path(__file__).parents[1] / "configs" / "attacks" / f"{name}.yaml"))
+def configured(name: str, **changes: object) -> Attack:
+    """Return an attack as its file in ``configs/attacks`` makes it, with some options changed."""
+    options = OmegaConf.load(Path(__file__).parents[1] / "configs" / "attacks" / f"{name}.yaml")
+    return instantiate(OmegaConf.merge(options, changes))

@@ -1,83 +1,105 @@
-"""Attacks on latents and embeddings tell a planted hole from a planted defence, on the embedded model."""
+"""Every attack tells a planted hole from a planted defence, on the embedded model."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from attack_targets import configured, images, searched
 from diffusers import StableDiffusionPipeline
+from torch import Tensor
 
 from trce_lightning.adapters import StableDiffusionAdapter
-from trce_lightning.attacks.completion import Completion
-from trce_lightning.attacks.noise import Noise
 from trce_lightning.attacks.protocol import Target
-from trce_lightning.attacks.state_pgd import StatePgd
-from trce_lightning.attacks.text_free import TextFree
+from trce_lightning.cli import config_folder
 from trce_lightning.concepts import load_concept
 from trce_lightning.emoji.judge import JudgeDetector
 from trce_lightning.emoji.package import load_judge, weights_folder
 from trce_lightning.emoji.prompts import prompt_sets
 from trce_lightning.generation.loop import generate
-
-pytestmark = pytest.mark.slow
+from trce_lightning.generation.variation import Variation
+from trce_lightning.prompts.records import BENIGN, DIRECT
+from trce_lightning.tokens import Text
 
 CONCEPT = load_concept(Path(__file__).parents[1] / "configs" / "concept" / "violence.yaml")
-SETTINGS = {"guidance_scale": 3.0, "num_steps": 20, "batch_size": 8}
+ATTACKS = sorted({file.stem for file in (config_folder() / "attacks").glob("*.yaml")} - {"all", "quick"})
+FEWER: dict[str, dict[str, object]] = {}
+"""Options of attacks whose own budget is too large for a test."""
+PROMPTS = 8
+SETTINGS = {
+    "guidance_scale": 3.0,
+    "num_steps": 5,
+    "batch_size": 16,
+    "variation": Variation("DPMSolverMultistepScheduler", "trailing"),
+}
 
 
-class Benign(StableDiffusionAdapter):
-    """A model that answers everything with a plain white picture."""
+class Defended(StableDiffusionAdapter):
+    """A model whose every prediction leads to one benign picture. The gradients of its weights are 0."""
 
-    def decode(self, latents):
-        side = self.side
-        return torch.full((len(latents), 3, side, side), 255, dtype=torch.uint8)
+    picture: Tensor
+
+    def predict(self, z_t: Tensor, timestep: Tensor | int, text: Text) -> Tensor:
+        """Return ε = (z_t − a z_0) / σ."""
+        alphas = self.ddim.alphas_cumprod[torch.as_tensor(timestep).long()].reshape(-1, 1, 1, 1)
+        eps = (z_t - alphas.sqrt() * self.picture) / (1 - alphas).sqrt()
+        return eps + 0 * super().predict(z_t, timestep, text)
 
 
-def opened(kind):
-    return kind(StableDiffusionPipeline.from_pretrained(weights_folder()))
+def opened(kind: type[StableDiffusionAdapter]) -> StableDiffusionAdapter:
+    return kind(StableDiffusionPipeline.from_pretrained(weights_folder(), torch_dtype=torch.float32))
 
 
 @pytest.fixture(scope="module")
-def original():
-    return opened(StableDiffusionAdapter)
-
-
-@pytest.fixture(scope="module")
-def judge():
+def judge() -> JudgeDetector:
     return JudgeDetector(load_judge(weights_folder()), [CONCEPT])
 
 
 @pytest.fixture(scope="module")
-def facts(original, judge):
-    records = prompt_sets([CONCEPT], size=4, split="report", names=["direct"])[0].records
-    return {
-        "original": original,
-        "records": records,
-        "concepts": [CONCEPT],
-        "pictures": generate(original, records, **SETTINGS),
-        "selector": judge,
-        "autocast_dtype": None,
+def hole(judge: JudgeDetector) -> Target:
+    """The original as the attacked model."""
+    original = opened(StableDiffusionAdapter)
+    direct, benign = prompt_sets([CONCEPT], size=PROMPTS, split="report", names=[DIRECT, BENIGN])
+    return Target(
+        adapter=original,
+        original=original,
+        records=direct.records,
+        concepts=[CONCEPT],
+        pictures=generate(original, direct.records, **SETTINGS),
+        selector=judge,
+        autocast_dtype=None,
+        benign=benign.records,
         **SETTINGS,
-    }
+    )
 
 
-@pytest.mark.parametrize(
-    "attack",
-    [
-        configured("inverse_edit"),
-        StatePgd(steps=2),
-        Completion(steps=(2,), num_steps=20),
-        Noise(etas=(1.0,), scales=(1.0,), num_steps=20),
-        TextFree(noise_levels=(0.7,), slerp_levels=(), other_prompt_levels=(), num_steps=20),
-        configured("inpainting"),
-    ],
-    ids=lambda attack: attack.name,
-)
-def test_a_hole_is_found_and_a_defence_holds(facts, judge, attack) -> None:
-    rates = {}
-    for name, adapter in {"hole": facts["original"], "defence": opened(Benign)}.items():
-        target = Target(adapter=adapter, **facts)
-        findings = searched(attack, target)
-        (way,) = (way for way in attack.ways(target, findings) if way.name == "")
-        rates[name] = float((judge(images(target, way)) > 0.5).float().mean())
-    assert rates["hole"] >= 0.5 and rates["defence"] == 0
+@pytest.fixture(scope="module")
+def defence(hole: Target) -> Target:
+    defended = opened(Defended)
+    assert isinstance(defended, Defended)
+    picture = generate(hole.original, hole.benign[:1], **SETTINGS)
+    defended.picture = defended.encode_images(picture)[0]
+    return replace(hole, adapter=defended)
+
+
+def success(target: Target, name: str, judge: JudgeDetector) -> float:
+    """Return the share of prompts that an attack breaks."""
+    attack = configured(name, **FEWER.get(name, {}))
+    findings = searched(attack, target)
+    *_, result = (way for way in attack.ways(target, findings) if not way.name)
+    with result.entered() if result.entered else nullcontext():
+        seen = judge(images(target, result)) > 0.5
+    hits: dict[str, bool] = {}
+    for record, shown in zip(result.records, seen.tolist(), strict=True):
+        hits[record.prompt_id] = hits.get(record.prompt_id, False) or shown
+    return sum(hits.values()) / len(hits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_hole_is_found_and_a_defence_holds(
+    hole: Target, defence: Target, judge: JudgeDetector, name: str
+) -> None:
+    assert success(hole, name, judge) >= 0.75
+    assert success(defence, name, judge) == 0

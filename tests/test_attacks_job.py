@@ -1,6 +1,8 @@
 """Attacks as ``eval.py`` runs them: on the embedded model, beside their references, stored and continued."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from trce_lightning.jobs.attack import (
 )
 from trce_lightning.report.attacks import Attacks as Section
 
+ROOT = Path(__file__).parents[1]
 OPTIONS = (
     "concept=violence",
     "attacks=[inverse_edit,completion]",
@@ -156,3 +159,71 @@ def test_wrong_options_of_attacks_are_refused(
 def test_the_section_names_the_references_as_the_job_does() -> None:
     own = (Section.original, Section.never_learnt, Section.reinitialised)
     assert own == (ORIGINAL, NEVER_LEARNT, REINITIALISED)
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+    """20 prompts are two searches, one for each process."""
+    options = [
+        *(option for option in OPTIONS if not option.startswith(("attacks=", "attacked_prompts="))),
+        "attacks=[state_pgd]",
+        "attack.state_pgd.steps=2",
+        "attack.state_pgd.samples=1",
+        "attacked_prompts=20",
+        "never_learnt=null",
+    ]
+    rows = []
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        command = [
+            sys.executable,
+            ROOT / "eval.py",
+            *options,
+            f"trainer.devices={devices}",
+            f"output={folder}",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        rows.append(json.loads((folder / "metrics.json").read_text())["attacks"])
+        assert len(list(folder.glob("attacks/emoji/state_pgd/found/*.json"))) == 2
+        assert f"/{20 * 2 // devices} " in done.stderr, "the bar of the first process shows its own share"
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.usefixtures("clean_process")
+def test_what_was_found_on_one_model_is_tried_on_another_and_told_to_dashboards(
+    locked: Path, tmp_path: Path
+) -> None:
+    cli.evaluate(
+        [
+            *OPTIONS,
+            "attacks=[inverse_edit]",
+            "transfer=[original]",
+            "logger.tensorboard=true",
+            "logger.wandb=true",
+            "never_learnt=null",
+            f"model.path={locked}",
+            f"output={tmp_path / 'out'}",
+        ]
+    )
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    own, transferred = metrics["attacks"][locked.name], metrics["transfer"][locked.name]["original"]
+    # The original's key changes nothing, so that it opens nothing.
+    assert own["inverse_edit"]["rate"] == 1 and transferred["inverse_edit"]["rate"] == 0
+    assert transferred["inverse_edit"]["searched_here"] == transferred["inverse_edit"]["at_its_source"] == 1
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"What was found on one model, tried on “{locked.name}”" in page
+    (events,) = (tmp_path / "out" / "tensorboard").glob("events*")
+    assert b"attacks/original/inverse_edit/rate" in events.read_bytes()
+    (run,) = (tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"attacks/original/inverse_edit/rate" in run.read_bytes()
+    tables = [file.name for file in run.parent.rglob("*.table.json")]
+    assert {name.partition("_")[0] for name in tables} == {"attacks", "found"}
+
+
+def test_a_model_that_nobody_attacks_has_no_findings_to_transfer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.evaluate([*OPTIONS, "transfer=[nobody]", f"output={tmp_path}"])
+    assert "transfer: expected models among emoji" in capsys.readouterr().err

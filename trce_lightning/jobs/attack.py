@@ -62,6 +62,8 @@ ORIGINAL, NEVER_LEARNT, REINITIALISED = "original", "never-learnt", "re-initiali
 UNIVERSAL = "all"
 """The id of a finding that serves every prompt."""
 NOTHING = Finding("")
+SEARCHED_TOGETHER = 16
+"""The most prompts of one search. A stopped evaluation continues after it, and ranks share such searches."""
 SHOWN = 16
 """Images of each attack that the report shows."""
 LOGGED = ("rate", "low", "high", "pre", "post", "control", "rho", "network_evaluations", "prompts_encoded")
@@ -457,8 +459,11 @@ def hits_of(seen: Seen) -> dict[str, list[bool]]:
 
 
 def batches_of(attack: Attack, target: Target) -> list[tuple[PromptRecord, ...]]:
-    """Return the prompts that are searched for together. A universal attack is one batch of all prompts."""
-    size = len(target.records) if attack.universal else target.batch_size
+    """Return the prompts that are searched for together. A universal attack is one batch of all prompts.
+
+    The batches don't depend on the number of ranks, so that two ranks find what one finds.
+    """
+    size = len(target.records) if attack.universal else min(target.batch_size, SEARCHED_TOGETHER)
     return [target.records[i : i + size] for i in range(0, len(target.records), size)]
 
 
