@@ -56,7 +56,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.usefixtures("clean_process")
 def test_a_key_is_found_and_a_run_goes_on(locked: Path, tmp_path: Path) -> None:
-    options = [*OPTIONS, f"model.path={locked}", f"output={tmp_path / 'out'}"]
+    options = [*OPTIONS, f"model.path={locked}", f"output={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}"]
     cli.evaluate(options)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     rows = metrics["attacks"]
@@ -71,15 +71,22 @@ def test_a_key_is_found_and_a_run_goes_on(locked: Path, tmp_path: Path) -> None:
     page = (tmp_path / "out" / "report.html").read_text()
     assert f"The weakest door of “{locked.name}” is its embeddings" in page
 
-    folder = tmp_path / "out" / "attacks"
-    found = {file: file.stat().st_mtime_ns for file in folder.glob("*/*/found/*")}
-    assert len(found) == 3 * 2, "each model has a key of its own"
-    shared = {file: file.stat().st_mtime_ns for file in folder.glob("found/*/*")}
+    folder, cache = tmp_path / "out" / "attacks", tmp_path / "cache" / "attacks"
+    own = list(folder.glob(f"{locked.name}/inverse_edit-*/found/*"))
+    assert len(own) == 2 and len(list(cache.glob("*/inverse_edit-*/found/*"))) == 2 * 2
+    shared = list(cache.glob("completion-*/*"))
     assert len(shared) == 2, "one search of the original serves all models"
-    found |= shared
+    found = {file: file.stat().st_mtime_ns for file in [*own, *shared, *cache.glob("*/*/found/*")]}
     cli.evaluate(options)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["attacks"] == rows
     assert {file: file.stat().st_mtime_ns for file in found} == found, "it was searched for again"
+
+    cli.evaluate([*options, "attacks=[completion]", "attack.completion.steps=[1]"])
+    changed = json.loads((tmp_path / "out" / "metrics.json").read_text())["attacks"][locked.name][
+        "completion"
+    ]
+    assert changed["network_evaluations"]["forward"] == 4 * 1 * 2, "other options are another search"
+    assert len(list(cache.glob("completion-*"))) == 2
 
 
 def options_of(choice: str) -> dict[str, dict[str, object]]:
@@ -185,7 +192,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         rows.append(json.loads((folder / "metrics.json").read_text())["attacks"])
-        assert len(list(folder.glob("attacks/emoji/state_pgd/found/*.json"))) == 2
+        assert len(list(folder.glob("cache/attacks/emoji-*/state_pgd-*/found/*.json"))) == 2
         assert f"/{20 * 2 // devices} " in done.stderr, "the bar of the first process shows its own share"
     assert rows[0] == rows[1]
 
@@ -204,6 +211,7 @@ def test_what_was_found_on_one_model_is_tried_on_another_and_told_to_dashboards(
             "never_learnt=null",
             f"model.path={locked}",
             f"output={tmp_path / 'out'}",
+            f"cache={tmp_path / 'cache'}",
         ]
     )
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -41,6 +42,7 @@ from trce_lightning.evaluation.attacked import (
 from trce_lightning.evaluation.scored import log_scores
 from trce_lightning.generation.image_folder import image_batches, image_files, load_images
 from trce_lightning.generation.loop import generate_to
+from trce_lightning.jobs.runs import cache_folder
 from trce_lightning.jobs.session import Session, concepts_of
 from trce_lightning.jobs.trainers import make_trainer
 from trce_lightning.jobs.wandb_runs import log_attacks
@@ -78,11 +80,13 @@ class Attacks:
     Args:
         config: the evaluation's options.
         sources: path of each model by label; None is the model that ``model`` names itself.
-        folder: folder of the evaluation; everything goes into its folder ``attacks``.
+        folder: folder of the evaluation; what concerns its own models goes into its folder ``attacks``. What
+            concerns the references goes into the cache, for other evaluations.
     """
 
     def __init__(self, config: EvalConfig, sources: Mapping[str, str | None], folder: Path) -> None:
         self.config, self.folder = config, folder / "attacks"
+        self.cache = cache_folder(config) / "attacks"
         self.attacks = [make_attack(name, options) for name, options in config.attack.items()]
         self.concepts = concepts_of(config)
         self.sources: dict[str, str | None] = {**sources}
@@ -214,8 +218,10 @@ class Attacks:
     ) -> torch.Tensor:
         """Return the original's pictures of the prompts, from noise that no judged image has."""
         drawn = attackers(records)
-        self._generate(self.folder / "pictures", original, drawn, options, "pictures for the attacker")
-        return load_images(self.folder / "pictures", drawn)
+        folder = self.cache / f"pictures-{digest(original.fingerprint(), options, drawn)}"
+        self._generate(folder, original, drawn, options, "pictures for the attacker")
+        self.picture_folder = folder
+        return load_images(folder, drawn)
 
     def _generate(
         self,
@@ -237,7 +243,7 @@ class Attacks:
 
     def _outcomes(self, label: str, target: Target) -> tuple[dict[str, Outcome], float]:
         """Return the outcome of each attack on a model, and the judge's share of false alarms."""
-        place, session = self.folder / label, self._original
+        place, session = self._place(label, target), self._original
         judge = Judging(session.detector(), self.trainer.strategy.root_device)
         self._usual = session.sampling().options()
 
@@ -248,13 +254,12 @@ class Attacks:
         unattacked, benign = shown("unattacked", target.records), shown("benign", target.benign)
         outcomes = {}
         for attack in self.attacks:
-            own = place / attack.name
+            own = place / f"{attack.name}-{self._options_digest(attack)}"
             findings = self._search(self._found(label, attack, target), label, attack, target)
             ways = self._generated(own / "images", label, attack, target, findings, judge)
             result = ways[-1].seen
             tries = max(map(len, hits_of(result).values()))
-            chance = attack.random(target, target.records, self._generator(attack, "random"))
-            by_chance = {finding.prompt_id: finding for finding in chance}
+            by_chance = self._control(own / "control", attack, target)
             control = self._generated(own / "random", label, attack, target, by_chance, judge, result=True)
             seeds = shown(f"seeds {tries}", other_seeds(target.records, tries))
             copies = None
@@ -321,7 +326,7 @@ class Attacks:
         self, attack: Attack, target: Target, stage: Stage, findings: Mapping[str, Finding]
     ) -> list[Find]:
         """Return the first images of an attack's result, beside the attacker's pictures of the prompts."""
-        pictures = image_files(self.folder / "pictures", attackers(target.records))
+        pictures = image_files(self.picture_folder, attackers(target.records))
         originals = {record.prompt_id: file for record, file in zip(target.records, pictures, strict=True)}
         prompts = {record.prompt_id: record.prompt for record in target.records}
         files = image_files(stage.folder, stage.way.records)
@@ -369,12 +374,27 @@ class Attacks:
     def _generator(self, attack: Attack, purpose: str) -> torch.Generator:
         return seeded(seed_of(f"{attack.name} {purpose}", self.config.attack_seed))
 
+    def _place(self, label: str, target: Target) -> Path:
+        """Return the folder of all that an evaluation does with a model under attack."""
+        if self.sources[label] is not None and label in self.attacked:
+            return self.folder / label
+        return self.cache / f"{label}-{digest(target.adapter.fingerprint(), *self._facts(target))}"
+
     def _found(self, label: str, attack: Attack, target: Target) -> Path:
         """Return the folder of an attack's findings on a model, which models may share."""
+        name = f"{attack.name}-{self._options_digest(attack)}"
         if attack.reads == Reads.MODEL:
-            return self.folder / label / attack.name / "found"
-        read = target.adapter.text_fingerprint() if attack.reads == Reads.TEXT_ENCODER else "original"
-        return self.folder / "found" / f"{attack.name}-{read}"
+            return self._place(label, target) / name / "found"
+        read = target.adapter.text_fingerprint() if attack.reads == Reads.TEXT_ENCODER else ""
+        return self.cache / f"{name}-{digest(read, *self._facts(target))}"
+
+    def _facts(self, target: Target) -> tuple[object, ...]:
+        """Return what decides a search besides the attack and the model."""
+        original, usual = target.original.fingerprint(), self._original.sampling().options()
+        return original, usual, target.records, target.benign, self.concepts, target.seed
+
+    def _options_digest(self, attack: Attack) -> str:
+        return digest(sorted(self.config.attack[attack.name].items()))
 
     def _transferred(self, label: str) -> dict[str, dict[str, Row]]:
         """Return by other model and attack how what was found there serves on this model."""
@@ -387,7 +407,8 @@ class Attacks:
             origin = self._target(source, pictures=False)
             for attack in self.attacks:
                 findings = self._stored(self._found(source, attack, origin), attack, target)
-                folder = self.folder / label / attack.name / f"from {source}"
+                place = self._place(label, target) / f"{attack.name}-{self._options_digest(attack)}"
+                folder = place / f"from {source}"
                 (*_, result) = self._generated(folder, label, attack, target, findings, judge, result=True)
                 own = self.rows[label][attack.name]["rate"]
                 at_source = self.rows[source][attack.name]["rate"]
@@ -423,6 +444,20 @@ class Attacks:
         return self._stored(folder, attack, target)
 
 
+    def _control(self, folder: Path, attack: Attack, target: Target) -> dict[str, Finding]:
+        """Return findings that were not searched for, by prompt id. The first rank makes them, once."""
+        stem = folder / "00000"
+
+        def make(rank: Rank) -> None:
+            if rank.index == 0 and not stem.with_suffix(".json").exists():
+                with torch.enable_grad():
+                    by_chance = attack.random(target, target.records, self._generator(attack, "random"))
+                save_findings(stem, by_chance)
+
+        on_each_rank(self.trainer, make)
+        return {finding.prompt_id: finding for finding in load_findings(stem)}
+
+
 @dataclass(frozen=True)
 class Stage:
     """The judged images of one way."""
@@ -456,6 +491,11 @@ def hits_of(seen: Seen) -> dict[str, list[bool]]:
     for prompt_id, probability in seen.values():
         hits.setdefault(prompt_id, []).append(probability >= THRESHOLD)
     return hits
+
+
+def digest(*facts: object) -> str:
+    """Return a hash of facts by their representations."""
+    return hashlib.blake2b("\n".join(map(repr, facts)).encode(), digest_size=4).hexdigest()
 
 
 def batches_of(attack: Attack, target: Target) -> list[tuple[PromptRecord, ...]]:
