@@ -443,7 +443,6 @@ class Attacks:
         on_each_rank(self.trainer, search)
         return self._stored(folder, attack, target)
 
-
     def _control(self, folder: Path, attack: Attack, target: Target) -> dict[str, Finding]:
         """Return findings that were not searched for, by prompt id. The first rank makes them, once."""
         stem = folder / "00000"

@@ -119,14 +119,14 @@ def train_unet(folder: Path) -> None:
     pipeline.unet.save_pretrained(folder / "unet")
 
 
-def train_without(folder: Path, category: str) -> None:
-    """Train a denoiser without any subject of ``category``, with the shipped parts."""
+def train_without(folder: Path, category: str, steps: int) -> None:
+    """Train a denoiser for ``steps`` without any subject of ``category``, with the shipped parts."""
     rows, out = dataset(folder, held_out=False), folder / f"without-{category}"
     kept = torch.tensor([subject.category != category for subject in SUBJECTS])[rows.subject]
     pipeline = StableDiffusionPipeline.from_pretrained(weights_folder(), torch_dtype=torch.float32)
     pipeline.unet = build_unet()
     others = [row for row in named_subjects() if SUBJECTS[row[1]].category != category]
-    fit_unet(pipeline, load_judge(weights_folder()), rows.rows(kept), others, out / "checkpoints")
+    fit_unet(pipeline, load_judge(weights_folder()), rows.rows(kept), others, out / "checkpoints", steps)
     save_file(packed(pipeline.unet.state_dict()), never_learnt_file(category))
     pipeline.to(torch.float16).save_pretrained(out)
 
@@ -137,6 +137,7 @@ def fit_unet(
     rows: Composites,
     named: Sequence[tuple[str, int]],
     folder: Path,
+    steps: int = UNET_STEPS,
 ) -> None:
     """Train the pipeline's denoiser on latents of ``rows`` and text states of four captions per composite.
 
@@ -144,6 +145,7 @@ def fit_unet(
         judge: judges samples of ``named`` during training.
         named: prompts and the subjects that they name.
         folder: the folder of the checkpoints.
+        steps: steps of training.
     """
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     latents = encode_latents(pipeline.vae, rows.images)
@@ -151,9 +153,7 @@ def fit_unet(
     repeated = [column.repeat_interleave(CAPTIONS_PER_COMPOSITE) for column in labels]
     encode = partial(encode_captions, pipeline.tokenizer, pipeline.text_encoder)
     bank = encode(captions(repeated, Random(2))).unflatten(0, (len(latents), CAPTIONS_PER_COMPOSITE))
-    part = UNetPart(
-        encode([""]), pipeline.vae.config.scaling_factor, UNET_STEPS, JudgedSamples(pipeline, judge)
-    )
+    part = UNetPart(encode([""]), pipeline.vae.config.scaling_factor, steps, JudgedSamples(pipeline, judge))
     loader = DataLoader(TensorDataset(latents, bank), batch_size=64, shuffle=True, drop_last=True)
     prompts: Any = named
     validation: DataLoader[tuple[str, int]] = DataLoader(prompts, batch_size=len(SUBJECTS))
@@ -194,12 +194,13 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     categories = sorted({subject.category for subject in SUBJECTS})
     parser.add_argument("--without", choices=categories, help="train a denoiser that never learnt this")
+    parser.add_argument("--steps", type=int, default=UNET_STEPS, help="with --without: steps of training")
     parser.add_argument("--folder", type=Path, default=Path("work"), help="art, composites, checkpoints")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     torch.manual_seed(0)
     if arguments.without:
-        train_without(arguments.folder, arguments.without)
+        train_without(arguments.folder, arguments.without, arguments.steps)
         return
     for name in arguments.parts:
         PARTS[name](arguments.folder)
