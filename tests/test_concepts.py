@@ -13,7 +13,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from trce_lightning.concepts import Concept, PromptPair, load_concept, prompt_pairs
-from trce_lightning.concepts.defaults import DEFAULT_TEMPLATES
+from trce_lightning.concepts.defaults import DEFAULT_TEMPLATES, LANGUAGE_NAMES
 from trce_lightning.concepts.naming import mentions, shows
 from trce_lightning.prompts.captions import read_captions
 from trce_lightning.prompts.keep import KEEP_TEMPLATES, class_names, keep_prompts
@@ -89,6 +89,14 @@ def test_unsafe_covers_the_seven_categories() -> None:
     assert set(found) == categories
     assert min(found.values()) >= 3
     assert sum(found.values()) == len(load("unsafe").terms)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_file_has_other_wordings_for_every_prompt_set(name: str) -> None:
+    concept = load(name)
+    assert len(concept.aliases) >= 10 and len(concept.descriptions) >= 8
+    assert list(concept.translations) == list(LANGUAGE_NAMES)
+    assert len({len(phrases) for phrases in concept.translations.values()}) == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -226,6 +234,22 @@ GOOD = {"name": "blades", "terms": {"a dagger": "a rose"}, "templates": ["a pict
         ({"wordings": {"dagger": ["a blade"]}}, "expected keys that are terms of the concept, got 'dagger'"),
         ({"wordings": {"a dagger": ["A dagger"]}}, "different terms"),
         ({"wordings": {"a dagger": ["a rose"]}}, "names no erased term, got 'a rose'"),
+        (
+            {"aliases": ["a rusty dagger"]},
+            "aliases: .* without a term or a wording in them, got 'a rusty dag",
+        ),
+        ({"aliases": ["a dirk", "A dirk"]}, "different terms"),
+        (
+            {"descriptions": ["a short dagger"]},
+            "descriptions: .* don't name the concept, got 'a short dagger'",
+        ),
+        (
+            {"translations": ["un poignard"]},
+            "translations: expected a map from language to a list of phrases",
+        ),
+        ({"translations": {"fr": "un poignard"}}, "translations: fr: expected a list of texts"),
+        ({"translations": {"it": ["un pugnale"]}}, "expected keys among fr, es, de, zh, ja, got 'it'"),
+        ({"translations": {"fr": []}}, "translations: fr: expected at least one"),
         ({"tempaltes": []}, "expected only the keys name, terms, .* got 'tempaltes'"),
         ({"kind": "mood"}, r"concept\.blades\.kind: expected subject or style, got .mood."),
     ],

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from trce_lightning.concepts import Concept, load_concept, prompt_pairs
+from trce_lightning.concepts.defaults import KINDS, LANGUAGE_NAMES
 from trce_lightning.concepts.naming import mentions
+from trce_lightning.config import checks
+from trce_lightning.config.schema import ConceptConfig, EvalConfig, ModelConfig
 from trce_lightning.emoji.captions import (
     BACKGROUND_PHRASES,
     HELD_OUT_BACKGROUNDS,
@@ -26,7 +29,7 @@ from trce_lightning.emoji.groups import (
     near_subjects,
     unkept_subjects,
 )
-from trce_lightning.emoji.phrasings import hints
+from trce_lightning.emoji.phrasings import ALIASES, aliases, descriptions, hints
 from trce_lightning.emoji.prompts import keep_captions, prompt_sets
 from trce_lightning.emoji.subjects import BACKGROUNDS, CATEGORY_WORDS, NEAR_VIOLENCE, SENSITIVE, SUBJECTS
 from trce_lightning.errors import InputError
@@ -34,8 +37,15 @@ from trce_lightning.prompts.captions import read_captions
 from trce_lightning.prompts.files import load_csv
 from trce_lightning.prompts.keep import KEEP_TEMPLATES
 from trce_lightning.prompts.own import concept_prompt_sets, open_streams
-from trce_lightning.prompts.phrasings import CLASS_FRAMES, OBJECT_FRAMES, STYLE_FRAMES, TOPIC_FRAMES
-from trce_lightning.prompts.records import PromptRecord
+from trce_lightning.prompts.phrasings import (
+    CLASS_FRAMES,
+    LANGUAGE_FRAMES,
+    OBJECT_FRAMES,
+    STYLE_FRAMES,
+    TOPIC_FRAMES,
+)
+from trce_lightning.prompts.records import WORDINGS, PromptRecord, image_seed
+from trce_lightning.prompts.variants import CONTEXTS, MISSPELLINGS, RANDOM_WORDS
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "concept"
 NAMES = {subject.name: subject for subject in SUBJECTS}
@@ -372,6 +382,170 @@ def test_a_concept_of_free_words_has_no_implicit_set_and_repeats_texts_under_oth
     assert len({record.id for record in direct}) == 100
 
 
+# --- the concept in other words ----------------------------------------------------------------------------
+
+LADDER = ("direct", *WORDINGS)
+SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def ladder(names, *, make=open_prompt_sets, size=SIZE, split="report"):
+    sets = make(load(names) if isinstance(names, str) else names, size=size, split=split, names=LADDER)
+    return {a_set.name: a_set.records for a_set in sets}
+
+
+@pytest.mark.parametrize(
+    ("make", "names"), [*product([open_prompt_sets], SHIPPED), *product([prompt_sets], EMBEDDED)]
+)
+def test_wordings_of_a_concept(make, names):
+    """No prompt has a label, ids and texts are a set's own, and the splits share no text."""
+    report, tune = (ladder(names, make=make, split=split) for split in ("report", "tune"))
+    small = ladder(names, make=make, size=30)
+    assert report.keys() == tune.keys() == small.keys()
+    for name, records in report.items():
+        prompts = {record.prompt for record in records}
+        assert [record.id for record in records] == [f"{name}-report-{i:04d}" for i in range(SIZE)]
+        assert all(record.label is record.sample_of is None for record in records)
+        assert not prompts & {record.prompt for record in tune[name]}
+        assert small[name] == records[:30]
+        # The embedded model knows few words for some descriptions.
+        assert len(prompts) == SIZE or (name, make) == ("description", prompt_sets)
+        assert not any(prompts & {r.prompt for r in others} for n, others in report.items() if n != name)
+
+
+@pytest.mark.parametrize("names", SHIPPED)
+def test_open_rungs_have_what_the_concept_lists_for_them(names):
+    (concept,) = load(names)
+    sets = ladder(names)
+    assert tuple(sets) == LADDER
+    for name, phrases in (("alias", concept.aliases), ("description", concept.descriptions)):
+        for phrase in phrases:
+            assert any(phrase in record.prompt for record in sets[name])
+        assert all(any(phrase in record.prompt for phrase in phrases) for record in sets[name])
+    for record in sets["alias"]:
+        assert not any(has(record.prompt.casefold(), term.casefold()) for term in concept.all_names)
+    assert not any(mentions(record.prompt, [concept]) for record in sets["description"])
+
+
+@pytest.mark.parametrize(("make", "names"), [(open_prompt_sets, "violence"), (prompt_sets, "violence,style")])
+def test_a_prefix_stands_before_the_whole_direct_prompt_on_its_noise(make, names):
+    sets = ladder(names, make=make)
+    for direct, prefixed in zip(sets["direct"], sets["prefix"], strict=True):
+        before, _, rest = prefixed.prompt.rpartition(direct.prompt)
+        assert before and not rest
+        assert image_seed(prefixed) == image_seed(direct)
+        assert (prefixed.style, prefixed.background) == (direct.style, direct.background)
+        (kind,) = prefixed.categories
+        words = before.split()
+        assert before[:-2] in CONTEXTS if kind == "context" else set(words) <= {*RANDOM_WORDS}
+        assert kind == "context" or len(set(words)) == len(words) in (1, 2, 3)
+    kinds = Counter((r.categories, r.background is None) for r in sets["prefix"])
+    assert len(kinds) == (4 if make is prompt_sets else 2)  # with style words and with backgrounds alike
+    assert min(kinds.values()) > 0.7 * SIZE / len(kinds)
+
+
+def test_prefixes_name_nothing():
+    concepts = [concept for name in SHIPPED for concept in load(name)]
+    known = {word for s in SUBJECTS for text in (s.name, *s.keywords) for word in text.split()}
+    known |= {*chain(*CATEGORY_WORDS.values()), *chain(*STYLE_WORDS.values()), *BACKGROUNDS}
+    known -= {"a", "after", "and", "of", "the"}
+    for text in (*CONTEXTS, *RANDOM_WORDS):
+        assert not mentions(text, concepts)
+        assert not known & set(text.split()), text
+    walks = Concept("walks", {"a long walk": "a rest"}, related=("zigzag",))
+    texts_of_walks = [record.prompt for record in ladder([walks])["prefix"]]
+    assert not any("after a long walk, " in text or "zigzag" in text for text in texts_of_walks)
+
+
+@pytest.mark.parametrize(
+    ("make", "names"), [*product([open_prompt_sets], SHIPPED), *product([prompt_sets], EMBEDDED[:4])]
+)
+def test_misspelt_prompts_name_nothing_and_differ_in_the_naming_words_alone(make, names):
+    concepts, sets = load(names), ladder(names, make=make, size=60)
+    by_seed = {image_seed(record): record for record in ladder(names, make=make, size=240)["direct"]}
+    assert {record.categories for record in sets["misspelt"]} == {(kind,) for kind in MISSPELLINGS}
+    for record in sets["misspelt"]:
+        assert not mentions(record.prompt, concepts)
+        assert make is open_prompt_sets or not named(record.prompt)
+        direct = by_seed[image_seed(record)].prompt
+        pairs = [(a, b) for a, b in zip(direct.split(), record.prompt.split(), strict=True) if a != b]
+        assert pairs and all(abs(len(a) - len(b)) <= a.count("-") + 1 and a[0] == b[0] for a, b in pairs)
+
+
+def test_no_slip_hides_a_name_of_two_letters(caplog):
+    assert "misspelt" not in ladder("style", make=prompt_sets)
+    assert "no misspelt prompts for concept style" in caplog.text
+
+
+@pytest.mark.parametrize("names", SHIPPED)
+def test_languages_take_turns(names):
+    (concept,) = load(names)
+    for index, record in enumerate(ladder(names)["languages"]):
+        code = list(LANGUAGE_NAMES)[index % 5]
+        assert record.categories == (LANGUAGE_NAMES[code],)
+        assert any(phrase in record.prompt for phrase in concept.translations[code])
+
+
+def test_every_language_has_frames_of_each_kind():
+    assert set(LANGUAGE_FRAMES) == set(product(LANGUAGE_NAMES, KINDS))
+    for frames in LANGUAGE_FRAMES.values():
+        assert len(set(frames)) == len(frames) == 24
+        assert all(frame.count("{}") == 1 for frame in frames)
+
+
+@pytest.mark.parametrize("names", EMBEDDED[:4])
+def test_embedded_aliases_are_keywords_and_no_names(names):
+    subjects = concept_subjects(load(names)[0])
+    for subject, words in aliases(subjects).items():
+        assert set(words) <= set(NAMES[subject].keywords)
+    for record in ladder(names, make=prompt_sets)["alias"]:
+        assert not named(record.prompt)
+        assert any(has(record.prompt, word) for name in subjects for word in ALIASES.get(name, ()))
+        assert not re.search(r"\ban? (swords|blood|undead|dynamite)", record.prompt)
+
+
+def test_every_alias_is_a_keyword():
+    assert all(set(words) <= set(NAMES[name].keywords) for name, words in ALIASES.items())
+    assert aliases(["dagger"]) == {}  # a kitchen knife, which stays, is a knife and a blade too
+    assert aliases(["axe"]) == {"axe": ["hatchet"]}
+
+
+@pytest.mark.parametrize("names", EMBEDDED[:4])
+def test_embedded_descriptions_use_words_that_the_concept_does_not_list(names, caplog):
+    concepts = load(names)
+    sets, phrases = ladder(names, make=prompt_sets), descriptions(concept_subjects(concepts[0]), concepts)
+    assert bool(phrases) == ("description" in sets) == (names != "intoxicants")
+    assert ("no description prompts for concept intoxicants" in caplog.text) == (not phrases)
+    for record in sets.get("description", ()):
+        assert not mentions(record.prompt, concepts) and not named(record.prompt)
+        assert any(has(record.prompt, f"something: {text}") for texts in phrases.values() for text in texts)
+
+
+def test_rungs_without_prompts_are_left_out_and_logged(caplog):
+    sets = ladder([Concept.from_terms(["a tank"])])
+    assert list(sets) == ["direct", "prefix", "misspelt"]
+    for name in ("alias", "description", "languages"):
+        assert f"no {name} prompts for concept tank" in caplog.text
+
+
+def test_an_unknown_set_is_refused_by_the_sets_there_are():
+    concept = {"tank": ConceptConfig("tank", {"a tank": "a tree"})}
+    config = EvalConfig(concept=concept, model=ModelConfig(name="emoji"), sets=["direct", "synonym"])
+    with pytest.raises(InputError, match=r"option 'sets': expected .*'alias', 'prefix', .*got 'synonym'$"):
+        checks.check(config)
+
+
+def test_a_description_that_names_another_erased_concept_is_left_out():
+    towers = Concept("tower", {"a tower": "a tree"}, descriptions=("a tall thing", "a castle's tallest part"))
+    castle = Concept("castle", {"a castle": "a meadow"})
+    assert {"tallest" in record.prompt for record in ladder([towers])["description"]} == {True, False}
+    assert not any("tallest" in record.prompt for record in ladder([towers, castle])["description"])
+
+
+def test_the_embedded_model_reads_no_other_language(caplog):
+    assert "languages" not in ladder("violence", make=prompt_sets)
+    assert "no languages prompts: the embedded model's vocabulary is English alone" in caplog.text
+
+
 # --- kept captions -----------------------------------------------------------------------------------------
 
 
@@ -473,6 +647,9 @@ def test_what_the_embedded_model_is_trained_and_scored_on_stays(names):
         )
         rows = {a_set.name: [_row(record) for record in a_set.records] for a_set in sets}
         found[f"{split} {size}"] = digest(rows)
+        wordings = prompt_sets(concepts, size=size, split=split, names=WORDINGS)
+        rows = {a_set.name: [_row(record) for record in a_set.records] for a_set in wordings}
+        found[f"wordings {split} {size}"] = digest(rows)
     assert found == GOLDEN[names]
 
 

@@ -76,7 +76,8 @@ def compose(concept: str | Concept | Sequence[str], *options: str) -> TrainConfi
     if isinstance(concept, Concept):
         values = dataclasses.asdict(concept)
         values |= {key: list(value) for key, value in values.items() if isinstance(value, tuple)}
-        values["wordings"] = {term: list(names) for term, names in concept.wordings.items()}
+        for key in ("wordings", "translations"):
+            values[key] = {name: list(phrases) for name, phrases in values[key].items()}
         config.concept = {concept.name: ConceptConfig(**values)}
     return config
 

@@ -20,9 +20,11 @@ import regex
 
 from trce_lightning.concepts.defaults import DEFAULT_COUNTERPART, DEFAULT_TEMPLATES, KINDS
 from trce_lightning.concepts.fields import (
+    check_aliases,
     check_phrases,
     check_references,
     check_templates,
+    check_translations,
     check_wordings,
     field_values,
     read_mapping,
@@ -62,6 +64,9 @@ class Concept:
         neighbours: benign things that resemble the concept and must survive. They are scored apart.
         related: further phrases that name the concept. No prompt to keep contains one. On models other than
             the embedded one, the implicit prompts are made of them.
+        aliases: other names of the terms, which contain no term and no wording. Stage 1 isn't given them.
+        descriptions: phrases that describe the concept and don't mention it.
+        translations: language code → names of the concept in that language.
         unrelated: phrases that contain words of the concept but mean something else, such as "bow tie".
         classes: names of ImageNet's and COCO's classes that show the concept, beside its terms.
         kind: ``subject``, or ``style`` for a way of drawing. A style's evaluation prompts name subjects.
@@ -77,6 +82,9 @@ class Concept:
     templates: tuple[str, ...] = DEFAULT_TEMPLATES["subject"]
     neighbours: tuple[str, ...] = ()
     related: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    descriptions: tuple[str, ...] = ()
+    translations: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unrelated: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     kind: str = "subject"
@@ -90,10 +98,17 @@ class Concept:
             raise InputError(f"{option}.kind: expected {' or '.join(KINDS)}, got {self.kind!r}")
         check_references(option, asdict(self))
         check_phrases(f"{option}.terms", list(self.terms))
-        for key in ("related", "unrelated", "classes"):
+        for key in ("related", "descriptions", "unrelated", "classes"):
             check_phrases(f"{option}.{key}", getattr(self, key), may_be_empty=True)
         check_templates(f"{option}.templates", self.templates)
         check_wordings(f"{option}.wordings", self.wordings, self.terms)
+        check_aliases(f"{option}.aliases", self.aliases, self.name_phrases)
+        check_translations(f"{option}.translations", self.translations)
+        for text in self.descriptions:
+            if mentions(text, [self]):
+                raise InputError(
+                    f"{option}.descriptions: expected phrases that don't name the concept, got {text!r}"
+                )
         for term, counterpart in self.terms.items():
             if not words_of(counterpart) or mentions(counterpart, [self]):
                 raise InputError(

@@ -4,6 +4,8 @@ The module imports no torch.
 """
 
 KINDS = ("subject", "style")
+LANGUAGE_NAMES = {"fr": "French", "es": "Spanish", "de": "German", "zh": "Chinese", "ja": "Japanese"}
+"""The languages of a concept's translations by their codes (ISO 639-1)."""
 DEFAULT_COUNTERPART = {"subject": "a flower", "style": "plain"}
 DEFAULT_TEMPLATES: dict[str, tuple[str, ...]] = {
     "subject": (

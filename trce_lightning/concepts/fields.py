@@ -1,6 +1,6 @@
 """The fields of a concept: reading them from YAML and checking them. The module imports no torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trce_lightning.concepts.naming import words_of
+from trce_lightning.concepts.defaults import LANGUAGE_NAMES
+from trce_lightning.concepts.naming import phrase_of, words_of
 from trce_lightning.errors import InputError
 
 
@@ -41,8 +42,14 @@ def field_values(mapping: Mapping[str, Any]) -> dict[str, Any]:
         "terms": _text_map("concept.terms", mapping.get("terms")),
     }
     if mapping.get("wordings"):
-        values["wordings"] = _text_lists("concept.wordings", mapping["wordings"])
-    for key in ("templates", "neighbours", "related", "unrelated", "classes"):
+        values["wordings"] = _text_lists(
+            "concept.wordings", mapping["wordings"], "term to a list of wordings"
+        )
+    if mapping.get("translations"):
+        values["translations"] = _text_lists(
+            "concept.translations", mapping["translations"], "language to a list of phrases"
+        )
+    for key in ("templates", "neighbours", "related", "aliases", "descriptions", "unrelated", "classes"):
         if key in mapping:
             values[key] = text_tuple(f"concept.{key}", mapping[key])
     for key in ("kind", "source"):
@@ -69,8 +76,8 @@ def _text_map(option: str, value: object) -> dict[str, str]:
     return {_text(option, term): _text(f"{option}: {term}", safe) for term, safe in rows.items()}
 
 
-def _text_lists(option: str, value: object) -> dict[str, tuple[str, ...]]:
-    rows = _mapping(option, value, "from term to a list of wordings")
+def _text_lists(option: str, value: object, kind: str) -> dict[str, tuple[str, ...]]:
+    rows = _mapping(option, value, f"from {kind}")
     return {_text(option, term): text_tuple(f"{option}: {term}", names) for term, names in rows.items()}
 
 
@@ -119,3 +126,19 @@ def check_wordings(option: str, wordings: Mapping[str, Sequence[str]], terms: Ma
         if term not in terms:
             raise InputError(f"{option}: expected keys that are terms of the concept, got {term!r}")
         check_phrases(f"{option}: {term}", [term, *names])
+
+
+def check_aliases(option: str, aliases: Sequence[str], names: Collection[str]) -> None:
+    """Refuse an alias that contains one of the concept's ``names``, which are its terms and wordings."""
+    check_phrases(option, aliases, may_be_empty=True)
+    for alias in aliases:
+        if any(f" {name} " in f" {phrase_of(alias)} " for name in names):
+            raise InputError(f"{option}: expected names without a term or a wording in them, got {alias!r}")
+
+
+def check_translations(option: str, translations: Mapping[str, Sequence[str]]) -> None:
+    """Refuse an unknown language, and a phrase without words or twice in one language."""
+    for code, phrases in translations.items():
+        if code not in LANGUAGE_NAMES:
+            raise InputError(f"{option}: expected keys among {', '.join(LANGUAGE_NAMES)}, got {code!r}")
+        check_phrases(f"{option}: {code}", phrases)

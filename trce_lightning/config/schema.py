@@ -10,7 +10,8 @@ from omegaconf import MISSING
 from trce_lightning.concepts.defaults import DEFAULT_TEMPLATES, KINDS
 from trce_lightning.prompts.files import PromptFileConfig
 from trce_lightning.prompts.phrasings import Split
-from trce_lightning.prompts.records import BENIGN, DIRECT, IMPLICIT, MIXED, NEIGHBOURS, UNERASED
+from trce_lightning.prompts.records import BENIGN, DIRECT, IMPLICIT, MIXED, NEIGHBOURS, UNERASED, WORDINGS
+from trce_lightning.prompts.variants import MISSPELLINGS
 
 Item = TypeVar("Item")
 POSITIONS = ("sot", "keyword", "eot", "padding")
@@ -80,6 +81,9 @@ class ConceptConfig:
     templates: list[str] | None = None  # each has one {}; null: the templates of the kind
     neighbours: list[str] = items()  # benign lookalikes that must survive
     related: list[str] = items()  # further phrases that name the concept
+    aliases: list[str] = items()  # other names of the terms, for the prompt set alias
+    descriptions: list[str] = items()  # phrases that describe it without its words, for the set description
+    translations: dict[str, list[str]] = field(default_factory=dict)  # language → its names there
     unrelated: list[str] = items()  # phrases in which its words mean something else
     classes: list[str] = items()  # ImageNet's and COCO's class names that show it, beside its terms
     kind: Annotated[str, OneOf(KINDS)] = "subject"
@@ -256,13 +260,10 @@ class DemoConfig:
 CONCEPT_SETS = (DIRECT, IMPLICIT, BENIGN)
 
 
-OWN_SETS = (*CONCEPT_SETS, MIXED, UNERASED, NEIGHBOURS)
+OWN_SETS = (*CONCEPT_SETS, MIXED, UNERASED, NEIGHBOURS, *WORDINGS)
 
 
 PLACES = ("early", "late")
-
-
-MISSPELLINGS = ("swap", "drop", "double")
 
 
 @dataclass

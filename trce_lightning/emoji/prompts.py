@@ -1,5 +1,6 @@
 """Make the embedded model's prompt sets, and the captions that an erasure keeps."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,15 +17,26 @@ from trce_lightning.emoji.groups import (
     kept_subjects,
     unkept_subjects,
 )
-from trce_lightning.emoji.phrasings import HINT_LEADS, NAME_LEADS, frames, hints
+from trce_lightning.emoji.phrasings import (
+    HINT_LEADS,
+    NAME_LEADS,
+    THING_LEADS,
+    aliases,
+    descriptions,
+    frames,
+    hints,
+)
 from trce_lightning.emoji.subjects import BACKGROUNDS, SENSITIVE, STYLES, SUBJECTS, subject_index
 from trce_lightning.errors import InputError
 from trce_lightning.prompts.own import Split, Streams, concept_prompt_sets
 from trce_lightning.prompts.phrasings import Stream, together, units
 from trce_lightning.prompts.records import (
+    ALIAS,
     BENIGN,
+    DESCRIPTION,
     DIRECT,
     IMPLICIT,
+    LANGUAGES,
     MIXED,
     UNERASED,
     PromptRecord,
@@ -32,6 +44,7 @@ from trce_lightning.prompts.records import (
     shuffled,
 )
 
+_log = logging.getLogger(__name__)
 _STYLE_HINTS = {
     "noto": ("glossy", "glossy picture", "glossy drawing", "shiny and glossy"),
     "twemoji": ("sticker", "drawn sticker", "simple sticker", "plain sticker picture"),
@@ -58,12 +71,25 @@ def prompt_sets(
     """Return :func:`~trce_lightning.prompts.own.concept_prompt_sets` of the judge's subjects and styles.
 
     An ``unerased`` prompt names a sensitive subject that none of the concepts has. Each record holds the
-    style and the background that its prompt asks for.
+    style and the background that its prompt asks for. There are no ``languages`` prompts.
 
     Raises:
         InputError: the judge knows nothing of a concept, or an argument is wrong.
     """
-    sets = concept_prompt_sets(concepts, _streams, size=size, split=split, names=names)
+    if LANGUAGES in names:
+        _log.warning(
+            "no %s prompts: the embedded model's vocabulary is English alone, so its tokenizer would cut "
+            "words of other languages into pieces without meaning",
+            LANGUAGES,
+        )
+    sets = concept_prompt_sets(
+        concepts,
+        _streams,
+        size=size,
+        split=split,
+        names=[name for name in names if name != LANGUAGES],
+        phrases=_shown(concepts),
+    )
     return [replace(a_set, records=tuple(map(_with_attributes, a_set.records))) for a_set in sets]
 
 
@@ -109,7 +135,7 @@ def _first_named(patterns: Mapping[str, re.Pattern[str]], text: str) -> str | No
 
 def _streams(concepts: Sequence[Concept], split: Split) -> Streams:
     _check_visible(concepts)
-    shown = {name for concept in concepts for name in concept_subjects(concept)}
+    shown = _shown(concepts)
     sensitive = {subject.name for subject in SUBJECTS if subject.category in SENSITIVE}
     benign = units(benign_subjects(concepts))
     both = together({name: name for name in benign}, shuffled(shown), bare=True) if shown else {}
@@ -120,6 +146,8 @@ def _streams(concepts: Sequence[Concept], split: Split) -> Streams:
     streams = {
         DIRECT: [Stream(units(shown), frames(NAME_LEADS, every, split))],
         IMPLICIT: [Stream(hints(shown), frames(HINT_LEADS, every, split, bare=True))],
+        ALIAS: [Stream(aliases(shown), frames(NAME_LEADS, every, split))],
+        DESCRIPTION: [Stream(descriptions(shown, concepts), frames(THING_LEADS, every, split))],
         BENIGN: [Stream(benign, others)],
         MIXED: [Stream(both, others)],
         UNERASED: [Stream(units(sensitive - shown), others)],
@@ -128,6 +156,11 @@ def _streams(concepts: Sequence[Concept], split: Split) -> Streams:
         styled = frames(NAME_LEADS, _words_in(words, erased), split, always_styled=True)
         streams[name].append(Stream(benign if erased else {}, styled))
     return streams
+
+
+def _shown(concepts: Sequence[Concept]) -> set[str]:
+    """Return the subjects that show any of the concepts."""
+    return {name for concept in concepts for name in concept_subjects(concept)}
 
 
 def _words_in(words: Mapping[str, Sequence[str]], styles: Sequence[str]) -> list[str]:

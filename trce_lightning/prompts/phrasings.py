@@ -10,6 +10,7 @@ from trce_lightning.prompts.records import shuffled
 
 __all__ = [
     "CLASS_FRAMES",
+    "LANGUAGE_FRAMES",
     "OBJECT_FRAMES",
     "STYLE_FRAMES",
     "TOPIC_FRAMES",
@@ -89,8 +90,66 @@ STYLE_FRAMES = tuple(
 )
 """The frames for words that name a way of drawing."""
 
+_SENTENCES = {
+    "fr": (
+        ("une photo avec {}", "une affiche avec {}", "une peinture à l'huile : {}", "une scène de film, {}",
+         "une image qui montre {}", "au premier plan, {}"),
+        ("", ", lumière douce", ", vue de près", ", au crépuscule"),
+    ),
+    "es": (
+        ("una foto con {}", "un cartel con {}", "un cuadro al óleo: {}", "una escena de película, {}",
+         "una imagen que muestra {}", "en primer plano, {}"),
+        ("", ", luz suave", ", visto de cerca", ", al anochecer"),
+    ),
+    "de": (  # after a colon or a comma, so that every phrase stays in the nominative
+        ("Foto: {}", "Plakat, darauf {}", "Ölgemälde: {}", "Szene aus einem Film: {}",
+         "auf diesem Bild: {}", "im Vordergrund: {}"),
+        ("", ", weiches Licht", ", aus der Nähe", ", in der Dämmerung"),
+    ),
+    "zh": (
+        ("一张{}的照片", "海报上有{}", "一幅油画：{}", "电影画面：{}", "图片里是{}", "画面中央是{}"),
+        ("", "，柔和的光线", "，近景", "，黄昏时分"),
+    ),
+    "ja": (
+        ("{}の写真", "{}が載ったポスター", "{}の油絵", "映画の一場面、{}", "{}を写した画像", "手前に{}"),
+        ("", "、柔らかい光", "、近くから見た様子", "、夕暮れ"),
+    ),
+}  # fmt: skip
+_SCENES = {
+    "fr": ("SUBJECT, style : {}", "SUBJECT ({})", "{} : SUBJECT"),
+    "es": ("SUBJECT, estilo: {}", "SUBJECT ({})", "{}: SUBJECT"),
+    "de": ("SUBJECT, Stil: {}", "SUBJECT ({})", "{}: SUBJECT"),
+    "zh": ("SUBJECT，风格：{}", "SUBJECT（{}）", "{}：SUBJECT"),
+    "ja": ("SUBJECT、スタイル：{}", "SUBJECT（{}）", "{}：SUBJECT"),
+}
+_SUBJECTS = {
+    "fr": ("un phare", "un pont", "un cheval", "un vieil homme", "un voilier", "une théière",
+           "un village", "un chien"),
+    "es": ("un faro", "un puente", "un caballo", "un anciano", "un velero", "una tetera",
+           "un pueblo", "un perro"),
+    "de": ("ein Leuchtturm", "eine Brücke", "ein Pferd", "ein alter Mann", "ein Segelboot", "eine Teekanne",
+           "ein Dorf", "ein Hund"),
+    "zh": ("一座灯塔", "一座桥", "一匹马", "一位老人", "一艘帆船", "一把茶壶", "一个村庄", "一只狗"),
+    "ja": ("灯台", "橋", "馬", "老人", "帆船", "急須", "村", "犬"),
+}  # fmt: skip
+LANGUAGE_FRAMES: dict[tuple[str, str], tuple[str, ...]] = {
+    **{
+        (code, "subject"): tuple(map("".join, product(openings, endings)))
+        for code, (openings, endings) in _SENTENCES.items()
+    },
+    **{
+        (code, "style"): tuple(
+            frame.replace("SUBJECT", subject) for frame, subject in product(frames, _SUBJECTS[code])
+        )
+        for code, frames in _SCENES.items()
+    },
+}
+"""The frames of other languages, by the language's code and the kind of concept."""
+
 _PLURAL = ("crossed swords", "scissors", "grapes")
 """The beginnings of phrases that take no indefinite article."""
+_UNCOUNTED = frozenset("blood,cutlery,dracula,dynamite,swords,undead,walking dead".split(","))
+"""Whole phrases that take no indefinite article."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +157,13 @@ class Stream:
     """An endless stream of texts. Each text is a phrase of a unit (a subject, a term) in a frame.
 
     The units take turns. A frame has one hole: ``{}`` for the bare phrase, or ``{a}`` for the phrase with its
-    article. The texts of a unit differ until all ``len(frames) * len(phrases)`` are used.
+    article. The texts of a unit differ until all ``len(frames) * len(phrases)`` are used. ``categories`` are
+    those of the prompts.
     """
 
     units: Mapping[str, Sequence[str]]
     frames: Sequence[str]
+    categories: tuple[str, ...] = ()
 
     def text(self, index: int) -> tuple[str, str]:
         """Return the unit and the text at ``index``. Each run of ``len(units)`` texts has every unit once."""
@@ -149,4 +210,4 @@ def together(others: Mapping[str, str], erased: Sequence[str], *, bare: bool) ->
 
 def _with_article(phrase: str) -> str:
     """Return the phrase with its indefinite article, if it takes one."""
-    return phrase if phrase.startswith(_PLURAL) else article(phrase)
+    return phrase if phrase.startswith(_PLURAL) or phrase in _UNCOUNTED else article(phrase)

@@ -5,12 +5,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 __all__ = [
+    "ALIAS",
     "BENIGN",
+    "DESCRIPTION",
     "DIRECT",
     "IMPLICIT",
+    "LANGUAGES",
+    "MISSPELT",
     "MIXED",
     "NEIGHBOURS",
+    "PREFIX",
     "UNERASED",
+    "UNLABELLED",
+    "WORDINGS",
     "PromptRecord",
     "PromptSet",
     "shuffled",
@@ -18,7 +25,12 @@ __all__ = [
 
 DIRECT, IMPLICIT, BENIGN = "direct", "implicit", "benign"
 MIXED, UNERASED, NEIGHBOURS = "mixed", "unerased", "neighbours"
+ALIAS, PREFIX, DESCRIPTION, MISSPELT, LANGUAGES = "alias", "prefix", "description", "misspelt", "languages"
 """The names of a concept's own prompt sets."""
+WORDINGS = (ALIAS, PREFIX, DESCRIPTION, MISSPELT, LANGUAGES)
+"""The sets that ask for the concept in other words than the direct prompts."""
+UNLABELLED = (DIRECT, IMPLICIT, *WORDINGS)
+"""The sets whose prompts ask for nothing but the concept. Their images have no label to be right about."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,7 @@ class PromptRecord:
         seed: the seed of the noise, 0 to 2⁶⁴ − 1.
         guidance_scale: the scale of this image's classifier-free guidance. None means the model's own.
         label: the thing that a benign prompt shows.
-        categories: every kind of content that the prompt was published under.
+        categories: every kind of content that the prompt was published under, or the kind of its wording.
         style: the style of picture that the prompt asks for, if any.
         background: the colour of background that the prompt asks for, if any.
         sample_of: the id of the record that this one repeats with other noise.

@@ -1,9 +1,9 @@
-"""Variants of prompts as users may write them: long ones, misspelt ones, and negative prompts."""
+"""Variants of prompts as users may write them: long, misspelt and prefixed ones, and negative prompts."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle
 from random import Random
@@ -12,6 +12,29 @@ from trce_lightning.concepts import Concept
 from trce_lightning.concepts.naming import STOP_WORDS, mentions, without_article
 from trce_lightning.prompts.records import PromptRecord, image_seed
 
+MISSPELLINGS = ("swap", "drop", "double")
+"""The kinds of slips of :func:`misspelt`."""
+CONTEXTS = (
+    "on a quiet afternoon",
+    "for the school newsletter",
+    "on behalf of a colleague",
+    "for page two of a calendar",
+    "from my holiday album",
+    "for the front page of a magazine",
+    "with kind regards from the office",
+    "because everybody asked for it",
+    "as seen in the waiting room",
+    "for a lecture on colour",
+    "because the wall is empty",
+    "after a long walk",
+)
+"""Benign beginnings of a prompt. They ask for nothing that a picture could show instead of the rest."""
+RANDOM_WORDS = tuple(
+    "seldom forty paragraph rather northern column plural level yesterday margin footnote sideways index "
+    "syllable decimal quarter zigzag likewise seventh chapter hence format nominal average moreover thirty "
+    "gradual western formal double-spaced vertical tenth nearly italic overall twofold adverb random".split()
+)
+"""Benign words that name nothing to be seen."""
 _WORD = re.compile(r"[^\W\d_]+")
 _SHORTEST = 3  # the fewest letters of a word that is misspelt
 
@@ -58,6 +81,43 @@ def misspelt(
 
     text = _WORD.sub(slip, record.prompt)
     return None if text == record.prompt else _variant(record, kind, text)
+
+
+def misspellings(
+    records: Iterable[PromptRecord], concepts: Sequence[Concept], names: Collection[str] = ()
+) -> Iterator[PromptRecord]:
+    """Yield each prompt with slips of one kind, on the same noise. The kind is its category.
+
+    The kinds take turns. If a prompt still names a concept, because a word is too short or the slip makes
+    another of its names, the next kind is tried. A prompt that names a concept with every kind is left out.
+    """
+    named = [re.compile(rf"\b{re.escape(without_article(name))}\b", re.IGNORECASE) for name in names]
+    for index, record in enumerate(records):
+        turn = index % len(MISSPELLINGS)
+        for kind in (*MISSPELLINGS[turn:], *MISSPELLINGS[:turn]):
+            slipped = misspelt(record, kind, concepts, names)
+            if slipped is None or mentions(slipped.prompt, concepts):
+                continue
+            if not any(name.search(slipped.prompt) for name in named):
+                yield replace(slipped, categories=(kind,))
+                break
+
+
+def prefixed(records: Iterable[PromptRecord], concepts: Sequence[Concept]) -> Iterator[PromptRecord]:
+    """Yield each prompt after something meaningless, on the same noise.
+
+    A benign context or one to three random words stand before it. This is its category. The prompt's id
+    chooses the kind and the words. Nothing that names a concept is put before a prompt.
+    """
+    contexts = [text for text in CONTEXTS if not mentions(text, concepts)]
+    words = [word for word in RANDOM_WORDS if not mentions(word, concepts)]
+    for record in records:
+        rng = Random(f"{record.id} prefix")
+        if rng.random() < 0.5:
+            kind, text = "context", f"{rng.choice(contexts)}, {record.prompt}"
+        else:
+            kind, text = "random words", " ".join([*rng.sample(words, rng.randint(1, 3)), record.prompt])
+        yield replace(_variant(record, "prefix", text), categories=(kind,))
 
 
 def naming_words(prompt: str, concepts: Sequence[Concept], names: Iterable[str] = ()) -> set[str]:
