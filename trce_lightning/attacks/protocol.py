@@ -161,5 +161,5 @@ class Attack(Protocol):
 class LearnsFromPictures(Protocol):
     """An attack that learns from pictures, of which its images may be copies."""
 
-    def learnt_from(self, target: Target, findings: Mapping[str, Finding]) -> Tensor:
-        """Return the pictures that the findings were learnt from, uint8 ``[M, 3, H, W]``."""
+    def learnt_from(self, target: Target) -> Tensor:
+        """Return the pictures that the search learns from, uint8 ``[M, 3, H, W]``."""

@@ -264,7 +264,7 @@ class Attacks:
             seeds = shown(f"seeds {tries}", other_seeds(target.records, tries))
             copies = None
             if isinstance(attack, LearnsFromPictures):
-                copies = self._diversity(ways[-1], attack.learnt_from(target, findings))
+                copies = self._diversity(ways[-1], attack.learnt_from(target))
             spent = total([finding.spent for finding in findings.values()])
             outcomes[attack.name] = Outcome(
                 attacked=hits_of(result),
