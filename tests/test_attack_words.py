@@ -22,19 +22,17 @@ from trce_lightning.attacks.p4d import P4D
 from trce_lightning.attacks.protocol import Attack, Cost, Finding, Target
 from trce_lightning.attacks.ring_a_bell import RingABell, concept_direction
 from trce_lightning.attacks.single_token import SingleToken
+from trce_lightning.attacks.tries import own_generator, parts
 from trce_lightning.attacks.unlearndiff import UnlearnDiff, on_simplex
 from trce_lightning.attacks.white_box import embedding_gradient
 from trce_lightning.attacks.words import (
     Layout,
     Vocabulary,
     alone,
-    base_of,
     cut,
     end_states,
-    generators_of,
     interleaved,
     own_words,
-    parts,
     prefixed,
     suffixed,
 )
@@ -45,6 +43,7 @@ from trce_lightning.emoji.package import load_judge, weights_folder
 from trce_lightning.errors import InputError
 from trce_lightning.generation.loop import generate
 from trce_lightning.generation.variation import Variation
+from trce_lightning.jobs.attack import total
 from trce_lightning.prompts.records import PromptRecord, image_seed
 from trce_lightning.sampling import seeded
 
@@ -90,7 +89,9 @@ def target(erased: StableDiffusionAdapter, tiny_adapter: StableDiffusionAdapter)
 
 ATTACKS: dict[str, Callable[[], Attack]] = {
     "mma": lambda: Mma(tokens=3, steps=3, candidates=7, top_k=5, checkpoints=2, texts_at_once=8),
-    "mma of fewer candidates": lambda: Mma(tokens=4, steps=2, candidates=2, top_k=500, checkpoints=2),
+    "mma of fewer candidates": lambda: Mma(
+        tokens=4, steps=2, restarts=2, candidates=2, top_k=500, checkpoints=4
+    ),
     "ring_a_bell": lambda: RingABell(tokens=3, population=8, generations=3, checkpoints=2, texts_at_once=9),
     "single_token": lambda: SingleToken(finalists=3, final_tries=2, checkpoints=3, sampling_steps=1),
     "single_token by loss": lambda: SingleToken(score_by="loss", tries=2, finalists=3, checkpoints=3),
@@ -109,8 +110,8 @@ def ignore(_: int) -> None:
     pass
 
 
-def searched(attack: Attack, target: Target, seed: int = 0) -> list[Finding]:
-    return attack.search(target, target.records, seeded(seed), ignore)
+def searched(attack: Attack, target: Target) -> list[Finding]:
+    return attack.search(target, target.records, seeded(0), ignore)
 
 
 @contextmanager
@@ -213,11 +214,24 @@ def test_the_cost_is_what_is_spent(attack: Attack, target: Target) -> None:
         after = target.adapter.network_evaluations + target.original.network_evaluations
     cost = attack.cost(target)
     assert cost == Cost(counts["forward"], counts["backward"], counts["text"])
-    assert cost.forward + cost.backward == after - before == sum(told)
-    for name in ("forward", "backward"):
-        assert sum(getattr(finding.spent, name) for finding in findings) == getattr(cost, name)
-    shared = 2 * len(CONCEPT.pairs()) if attack.name == "ring_a_bell" else 0
-    assert sum(finding.spent.text for finding in findings) + shared == cost.text
+    assert cost.forward + cost.backward == after - before
+    assert sum(told) == (cost.forward + cost.backward or cost.text)
+    assert total([finding.spent for finding in findings]) == cost
+
+
+@every_attack
+def test_the_cost_does_not_depend_on_batches(attack: Attack, target: Target) -> None:
+    told: list[int] = []
+    with counted(target.adapter, target.original) as counts:
+        findings = [
+            found
+            for rows in parts(RECORDS, 1)
+            for found in attack.search(target, rows, seeded(0), told.append)
+        ]
+    cost, times = attack.cost(target), len(RECORDS) if attack.universal else 1
+    assert Cost(counts["forward"], counts["backward"], counts["text"]) == total([cost] * times)
+    assert total([finding.spent for finding in findings]) == total([cost] * times)
+    assert sum(told) == times * (cost.forward + cost.backward or cost.text)
 
 
 @every_attack
@@ -244,7 +258,7 @@ def test_findings_can_be_typed_and_told(attack: Attack, target: Target) -> None:
 def test_equal_generators_give_equal_findings_in_any_batches(attack: Attack, target: Target) -> None:
     findings = searched(attack, target)
     assert searched(attack, target) == findings
-    assert searched(attack, target, seed=1) != findings
+    assert searched(attack, replace(target, seed=1)) != findings
     one_by_one = [
         found for rows in parts(RECORDS, 1) for found in attack.search(target, rows, seeded(0), ignore)
     ]
@@ -333,7 +347,10 @@ def test_wrong_targets_are_named(target: Target, monkeypatch: pytest.MonkeyPatch
         "quantised", torch.nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
     )
     for attack in (P4D(), UnlearnDiff()):
-        with pytest.raises(InputError, match=rf"attack\.{attack.name}: expected weights that give gradients"):
+        with pytest.raises(
+            InputError,
+            match=rf"attack\.{attack.name}: expected weights that gradients go through, got int8 in the",
+        ):
             searched(attack, replace(target, adapter=frozen))
     monkeypatch.setattr(type(target.adapter), "vocabulary", lambda _: {})
     with pytest.raises(InputError, match=r"attack\.mma: expected a model of one tokenizer, got 0"):
@@ -461,7 +478,7 @@ def test_single_token_is_exhaustive(target: Target, place: str) -> None:
 
 
 def seeded_like(attack: SingleToken, target: Target) -> torch.Generator:
-    return generators_of(attack._units(target, target.records), base_of(seeded(0)))[0]
+    return own_generator(attack.units(target.records)[0], attack.name, target)
 
 
 def test_single_token_by_loss_is_the_least_loss(target: Target) -> None:

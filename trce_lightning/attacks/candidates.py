@@ -1,19 +1,21 @@
-"""The prompts that a search for words has found by its checkpoints, and the images that they are drawn as.
+"""The parts that all searches for words share: what is found by each checkpoint, the control, and the images.
 
 The search sees images of search seeds alone, and the selector. The judged images have other seeds.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trce_lightning.attacks.protocol import Cost, Finding, Target, Way
-from trce_lightning.attacks.words import Layout, Vocabulary, generators_of
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Reads, Target, Way
+from trce_lightning.attacks.tries import fresh_record, own_generator
+from trce_lightning.attacks.words import Layout, Vocabulary
 from trce_lightning.errors import InputError
 from trce_lightning.generation.loop import generate, network_steps, planned_evaluations
 from trce_lightning.prompts.records import PromptRecord, seed_of
@@ -58,59 +60,85 @@ def finding_of(record_id: str, prompt: str, best: Sequence[Candidate], spent: Co
     return Finding(record_id, facts=facts, spent=spent)
 
 
-def random_findings(
-    records: Sequence[PromptRecord], layout: Layout, vocabulary: Vocabulary, base: int
-) -> list[Finding]:
-    """Return findings of random tokens in the free places."""
-    ids = torch.stack(
-        [
-            vocabulary.ids[torch.randint(len(vocabulary), (layout.free.shape[1],), generator=generator)]
-            for generator in generators_of(records, base)
-        ]
-    )
-    return [
-        finding_of(record.id, record.prompt, [], Cost())
-        if text is None
-        else Finding(record.id, facts={"text": text, "ids": row[:count].tolist(), "checkpoints": []})
-        for record, text, row, count in zip(records, layout.texts(ids), ids, layout.counts, strict=True)
-    ]
+@dataclass(kw_only=True, eq=False)
+class WordSearch(ABC):
+    """A search for words in the free places of prompts: its control, and the ways to generate its images.
 
-
-def ways(attack: str, target: Target, findings: Mapping[str, Finding], unit: str = "steps") -> Iterator[Way]:
-    """Yield the prompts that were best by each earlier checkpoint, then the attack's result.
-
-    A finding "all" is every prompt's. All ways draw a prompt with the same fresh seed.
+    Args:
+        checkpoints: looks at the best so far, evenly spread over the search.
+        blocked: no token may name the concept.
     """
-    found = {record: findings.get(record.id, findings.get("all")) for record in target.records}
-    pairs = [(record, finding) for record, finding in found.items() if finding is not None]
-    shown = [finding.facts["checkpoints"] for _, finding in pairs]
-    unique = list({id(finding): finding for _, finding in pairs}.values())
-    for step in sorted({one["step"] for checkpoints in shown for one in checkpoints})[:-1]:
-        texts = [_text_by(record, finding, step) for record, finding in pairs]
-        spent = sum(_spent_by(finding, step) for finding in unique)
-        records = tuple(_judged(attack, record, text) for (record, _), text in zip(pairs, texts, strict=True))
-        yield Way(f"{step} {unit}", records, target.adapter, target.variation, spent)
-    records = tuple(_judged(attack, record, finding.facts["text"]) for record, finding in pairs)
-    spent = sum(_evaluations(finding.spent) for finding in unique)
-    yield Way("", records, target.adapter, target.variation, spent)
+
+    checkpoints: int
+    blocked: bool = False
+
+    name = ""
+    door = Door.WORDS
+    reads = Reads.MODEL
+    universal = False
+    unit = "steps"
+    """The measure of a search's length."""
+
+    @abstractmethod
+    def layout(self, target: Target, vocabulary: Vocabulary, records: Sequence[PromptRecord]) -> Layout:
+        """Return the prompts with their free places."""
+
+    def vocabulary(self, target: Target) -> Vocabulary:
+        """Return the tokens that the attack may use."""
+        return Vocabulary.of(target.adapter, self.name, target.concepts if self.blocked else ())
+
+    def units(self, records: Sequence[PromptRecord]) -> Sequence[PromptRecord]:
+        """Return the prompts that each have a finding: the records, or one for all of them."""
+        return [PromptRecord("all", "")] if self.universal else records
+
+    def random(
+        self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator
+    ) -> list[Finding]:
+        """Return random tokens in the free places."""
+        vocabulary, units = self.vocabulary(target), self.units(records)
+        layout = self.layout(target, vocabulary, units)
+        size = (layout.free.shape[1],)
+        generators = [own_generator(unit, f"{self.name} at random", target) for unit in units]
+        ids = torch.stack(
+            [vocabulary.ids[torch.randint(len(vocabulary), size, generator=own)] for own in generators]
+        )
+        return [
+            finding_of(unit.id, unit.prompt, [], Cost())
+            if text is None
+            else Finding(unit.id, facts={"text": text, "ids": row[:count].tolist(), "checkpoints": []})
+            for unit, text, row, count in zip(units, layout.texts(ids), ids, layout.counts, strict=True)
+        ]
+
+    def ways(self, target: Target, findings: Mapping[str, Finding]) -> Iterator[Way]:
+        """Yield the prompts that were best by each earlier checkpoint, then the attack's result.
+
+        A finding "all" is every prompt's. All ways generate from a prompt with the same fresh seed.
+        """
+        found = {record: findings.get(record.id, findings.get("all")) for record in target.records}
+        pairs = [(record, finding) for record, finding in found.items() if finding is not None]
+        unique = list({id(finding): finding for _, finding in pairs}.values())
+        shown = {one["step"] for finding in unique for one in finding.facts["checkpoints"]}
+        for step in [*sorted(shown)[:-1], None]:
+            records = tuple(
+                fresh_record(record, self.name, prompt=_text_by(record, finding, step))
+                for record, finding in pairs
+            )
+            spent = sum(_spent_by(finding, step) for finding in unique)
+            name = "" if step is None else f"{step} {self.unit}"
+            yield Way(name, records, target.adapter, target.variation, spent)
 
 
-def _text_by(record: PromptRecord, finding: Finding, step: int) -> str:
+def _text_by(record: PromptRecord, finding: Finding, step: int | None) -> str:
+    if step is None:
+        return str(finding.facts["text"])
     texts = [one["text"] for one in finding.facts["checkpoints"] if one["step"] <= step]
     return texts[-1] if texts else record.prompt
 
 
-def _spent_by(finding: Finding, step: int) -> int:
+def _spent_by(finding: Finding, step: int | None) -> int:
+    if step is None:
+        return finding.spent.forward + finding.spent.backward or finding.spent.text
     return max((one["spent"] for one in finding.facts["checkpoints"] if one["step"] <= step), default=0)
-
-
-def _evaluations(cost: Cost) -> int:
-    return cost.forward + cost.backward or cost.text
-
-
-def _judged(attack: str, record: PromptRecord, text: str) -> PromptRecord:
-    """Return the record whose image is judged: with noise of its own, which no search has seen."""
-    return replace(record, id=f"{record.id}~{attack}", prompt=text, seed=None, sample_of=record.prompt_id)
 
 
 def drawn_evaluations(target: Target, guidance_scale: float | None, num_steps: int, images: int) -> int:

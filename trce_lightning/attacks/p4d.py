@@ -18,11 +18,11 @@ failure says that this budget of gradient steps found none, not that there is no
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trce_lightning.attacks.protocol import Target
 from trce_lightning.attacks.white_box import WhiteBoxWords
 from trce_lightning.attacks.words import (
     Layout,
@@ -31,13 +31,13 @@ from trce_lightning.attacks.words import (
     alone,
     check_choice,
     check_positive,
-    check_room,
     interleaved,
 )
 
 VARIANTS = ("n", "k")
 
 
+@dataclass(kw_only=True, eq=False)
 class P4D(WhiteBoxWords):
     """The attack; see :class:`~.white_box.WhiteBoxWords` for the other options.
 
@@ -48,48 +48,25 @@ class P4D(WhiteBoxWords):
         every: K, the tokens of the prompt between two free ones, of variant ``k``.
     """
 
+    variant: str = "n"
+    tokens: int = 16
+    every: int = 3
+    steps: int = 3000
+    levels: int = 999
+    lr: float = 0.1
+    checkpoints: int = 60
+
     name = "p4d"
     taught = True
 
-    def __init__(
-        self,
-        *,
-        variant: str = "n",
-        tokens: int = 16,
-        every: int = 3,
-        steps: int = 3000,
-        levels: int = 999,
-        lr: float = 0.1,
-        weight_decay: float = 0.1,
-        checkpoints: int = 60,
-        choose_by: str = "selector",
-        tries: int = 1,
-        blocked: bool = False,
-        batch_size: int = 16,
-    ) -> None:
-        super().__init__(
-            steps=steps,
-            levels=levels,
-            lr=lr,
-            weight_decay=weight_decay,
-            checkpoints=checkpoints,
-            choose_by=choose_by,
-            tries=tries,
-            blocked=blocked,
-            batch_size=batch_size,
-        )
-        check_choice(self.name, "variant", variant, VARIANTS)
-        check_positive(self.name, tokens=tokens, every=every)
-        self.variant, self.free, self.every = variant, tokens, every
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.name, "variant", self.variant, VARIANTS)
+        check_positive(self.name, every=self.every)
 
     def pattern(self, words: Sequence[int], room: int, typed: Collection[int]) -> Pattern:
         """Return N free places, or the prompt with a free place before every K tokens."""
-        return alone(self.free) if self.variant == "n" else interleaved(words, self.every, typed)
-
-    def _layout(self, target: Target, vocabulary: Vocabulary, records: Sequence) -> Layout:
-        if self.variant == "n":
-            check_room(self.name, target.adapter, self.free)
-        return super()._layout(target, vocabulary, records)
+        return alone(self.tokens) if self.variant == "n" else interleaved(words, self.every, typed)
 
     def start(self, layout: Layout, vocabulary: Vocabulary, generators: Sequence[torch.Generator]) -> Tensor:
         """Return the embeddings of random tokens; places that a prompt doesn't have stay zero."""
@@ -104,9 +81,7 @@ class P4D(WhiteBoxWords):
         """Return AdamW."""
         return torch.optim.AdamW([relaxed], lr=self.lr, weight_decay=self.weight_decay)
 
-    def tokens(
-        self, relaxed: Tensor, vocabulary: Vocabulary, generators: Sequence[torch.Generator]
-    ) -> Tensor:
+    def read(self, relaxed: Tensor, vocabulary: Vocabulary, generators: Sequence[torch.Generator]) -> Tensor:
         """Return the nearest tokens."""
         return vocabulary.nearest(relaxed)
 

@@ -15,139 +15,94 @@ doesn't look at the denoiser: a failure says little about an attacker who does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from trce_lightning.adapters import Adapter
-from trce_lightning.attacks.candidates import (
-    Candidate,
-    check_checkpoints,
-    checkpoint_steps,
-    finding_of,
-    random_findings,
-    ways,
-)
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
-from trce_lightning.attacks.words import (
-    UNTYPED,
-    Layout,
-    Vocabulary,
-    alone,
-    base_of,
-    check_positive,
-    check_room,
-    generators_of,
-    parts,
-)
+from trce_lightning.attacks.protocol import Target
+from trce_lightning.attacks.text_search import Step, TextSearch
+from trce_lightning.attacks.tries import parts
+from trce_lightning.attacks.words import Layout, Vocabulary, check_positive
 from trce_lightning.concepts import Concept, PromptPair, prompt_pairs
 from trce_lightning.errors import InputError
 from trce_lightning.prompts.records import PromptRecord
 from trce_lightning.tokens import Text
 
 
-class RingABell:
-    """The attack.
+@dataclass(kw_only=True, eq=False)
+class RingABell(TextSearch):
+    """The attack; see :class:`~.text_search.TextSearch` for the other options.
 
     Args:
-        tokens: K, the tokens of a prompt that is found.
         eta: η, how much of the concept is added.
         population: individuals for each attacked prompt, a multiple of 4.
         generations: times that the worse half is replaced.
         mutation: share of individuals that get a random token in each generation.
-        checkpoints: looks at the best individual, evenly spread over the generations.
-        blocked: no token may name the concept.
-        batch_size: attacked prompts that are searched for together.
-        texts_at_once: prompts that go through the text encoder together.
     """
 
+    tokens: int = 16
+    eta: float = 3.0
+    population: int = 200
+    generations: int = 3000
+    mutation: float = 0.25
+    checkpoints: int = 10
+    _known: tuple[weakref.ref[Target], Tensor] | None = field(default=None, init=False, repr=False)
+    """The concept's direction for one target."""
+
     name = "ring_a_bell"
-    door = Door.WORDS
-    reads = Reads.TEXT_ENCODER
-    universal = False
+    unit = "generations"
 
-    def __init__(
-        self,
-        *,
-        tokens: int = 16,
-        eta: float = 3.0,
-        population: int = 200,
-        generations: int = 3000,
-        mutation: float = 0.25,
-        checkpoints: int = 10,
-        blocked: bool = False,
-        batch_size: int = 64,
-        texts_at_once: int = 512,
-    ) -> None:
-        check_positive(
-            self.name,
-            tokens=tokens,
-            population=population,
-            generations=generations,
-            batch_size=batch_size,
-            texts_at_once=texts_at_once,
-        )
-        check_checkpoints(self.name, generations, checkpoints)
-        if population % 4:
-            raise InputError(f"attack.{self.name}.population: expected a multiple of 4, got {population}")
-        if not 0 <= mutation <= 1:
-            raise InputError(f"attack.{self.name}.mutation: expected a share in [0, 1], got {mutation}")
-        self.tokens, self.eta, self.population, self.generations = tokens, eta, population, generations
-        self.mutation, self.checkpoints, self.blocked = mutation, checkpoints, blocked
-        self.batch_size, self.texts_at_once = batch_size, texts_at_once
+    def __post_init__(self) -> None:
+        check_positive(self.name, population=self.population, generations=self.generations)
+        super().__post_init__()
+        if self.population % 4:
+            raise InputError(
+                f"attack.{self.name}.population: expected a multiple of 4, got {self.population}"
+            )
+        if not 0 <= self.mutation <= 1:
+            raise InputError(f"attack.{self.name}.mutation: expected a share in [0, 1], got {self.mutation}")
 
-    def cost(self, target: Target) -> Cost:
-        """Return the prompts through the text encoder: the concept's pairs once, then each record's."""
-        pairs = len(_pairs(target.concepts))
-        return Cost(text=2 * pairs + len(target.records) * self._texts_by(self.generations))
+    @property
+    def length(self) -> int:
+        """Return the generations."""
+        return self.generations
 
-    def _texts_by(self, generation: int) -> int:
+    def texts_by(self, step: int) -> int:
         """Return the texts of a record: its own, the first population, all but the best of later ones."""
-        return 1 + self.population + generation * (self.population - 1)
+        return 1 + self.population + step * (self.population - 1)
 
-    def search(
-        self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator, progress: Progress
-    ) -> list[Finding]:
-        """Search for a prompt in each record's place. No network evaluations are made.
+    def shared_texts(self, target: Target) -> int:
+        """Return both prompts of the concept's pairs."""
+        return 2 * len(_pairs(target.concepts))
 
-        The concept's pairs are encoded once for all; a finding's cost leaves them out.
-        """
-        base, vocabulary = base_of(generator), self._vocabulary(target)
+    def prepare(self, target: Target) -> int:
+        """Encode the concept's pairs, once for a target."""
+        if self._known is not None and self._known[0]() is target:
+            return 0
         direction = concept_direction(target.original, target.concepts, self.texts_at_once)
-        findings: list[Finding] = []
-        for rows in parts(records, self.batch_size):
-            findings += self._search(target, rows, vocabulary, direction, base)
-        return findings
+        self._known = weakref.ref(target), direction
+        return self.shared_texts(target)
 
-    def _vocabulary(self, target: Target) -> Vocabulary:
-        check_room(self.name, target.adapter, self.tokens)
-        return Vocabulary.of(target.adapter, self.name, target.concepts if self.blocked else ())
-
-    def _layout(self, target: Target, vocabulary: Vocabulary, count: int) -> Layout:
-        return Layout.of(target.adapter, vocabulary, [alone(self.tokens)] * count)
-
-    def _search(
+    def steps_of(
         self,
         target: Target,
         records: Sequence[PromptRecord],
+        layout: Layout,
         vocabulary: Vocabulary,
-        direction: Tensor,
-        base: int,
-    ) -> list[Finding]:
-        layout, generators = self._layout(target, vocabulary, len(records)), generators_of(records, base)
+        generators: Sequence[torch.Generator],
+    ) -> Iterator[Step]:
+        """Yield the best individual of each generation."""
+        assert self._known is not None
+        direction = self._known[1]
         goal = _flat(target.original.encode([record.prompt for record in records])) + self.eta * direction
-        population = torch.stack(
-            [
-                torch.randint(len(vocabulary), (self.population, self.tokens), generator=generator)
-                for generator in generators
-            ]
-        )
+        size = (self.population, self.tokens)
+        population = torch.stack([torch.randint(len(vocabulary), size, generator=own) for own in generators])
         losses = self._losses(target, layout, vocabulary, population, goal)
-        looks = set(checkpoint_steps(self.generations, self.checkpoints))
-        shown: list[list[Candidate]] = [[] for _ in records]
-        curves: list[list[float | None]] = [[] for _ in records]
-        for generation in range(1, self.generations + 1):
+        for _ in range(self.generations):
             order = losses.argsort(dim=1, stable=True)
             kept = losses.gather(1, order[:, :1])
             ranked = population.gather(1, order[..., None].expand_as(population))
@@ -159,19 +114,7 @@ class RingABell:
             )
             losses = torch.cat([kept, self._losses(target, layout, vocabulary, population[:, 1:], goal)], 1)
             least, index = losses.min(1)
-            for row, loss in enumerate(least.tolist()):
-                curves[row].append(loss if loss < torch.inf else None)
-            if generation in looks:
-                ids = vocabulary.ids[population[torch.arange(len(records)), index]]
-                for row, text in enumerate(layout.texts(ids)):
-                    if text is not None:
-                        by_now, score = self._texts_by(generation), -float(least[row])
-                        shown[row].append(Candidate(generation, by_now, text, ids[row].tolist(), score))
-        spent = Cost(text=self._texts_by(self.generations))
-        return [
-            finding_of(record.id, record.prompt, candidates, spent, losses=curves[row])
-            for row, (record, candidates) in enumerate(zip(records, shown, strict=True))
-        ]
+            yield Step(least, population[torch.arange(len(records)), index])
 
     def _next(self, ranked: Tensor, vocabulary: int, generator: torch.Generator) -> Tensor:
         """Return the next generation ``[population, K]`` of a sorted one. The best comes first in both."""
@@ -198,30 +141,15 @@ class RingABell:
         """
         count = population.shape[1]
         texts = layout.repeated(count).texts(vocabulary.ids[population].flatten(0, 1))
-        rows = torch.arange(len(population)).repeat_interleave(count)
-        losses = [
-            (_flat(target.adapter.encode([text or UNTYPED for text in part])) - goal[row.to(goal.device)])
-            .square()
-            .sum(1)
-            .cpu()
-            for part, row in zip(
-                parts(texts, self.texts_at_once), rows.split(self.texts_at_once), strict=True
-            )
-        ]
+        of = torch.arange(len(population), device=goal.device).repeat_interleave(count)
+        losses = torch.cat(
+            [
+                (_flat(text) - goal[of[rows]]).square().sum(1).cpu()
+                for text, rows in self.encoded(target, texts)
+            ]
+        )
         unread = torch.tensor([text is None for text in texts])
-        return torch.cat(losses).masked_fill(unread, torch.inf).reshape(len(population), count)
-
-    def random(
-        self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator
-    ) -> list[Finding]:
-        """Return as many random tokens."""
-        vocabulary = self._vocabulary(target)
-        layout = self._layout(target, vocabulary, len(records))
-        return random_findings(records, layout, vocabulary, base_of(generator))
-
-    def ways(self, target: Target, findings: Mapping[str, Finding]) -> Iterator[Way]:
-        """Yield the best prompts by each checkpoint."""
-        return ways(self.name, target, findings, unit="generations")
+        return losses.masked_fill(unread, torch.inf).reshape(len(population), count)
 
 
 def concept_direction(adapter: Adapter, concepts: Sequence[Concept], texts_at_once: int) -> Tensor:

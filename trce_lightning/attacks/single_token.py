@@ -13,35 +13,32 @@ about parts of words, which nobody can type alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from trce_lightning.attacks.candidates import (
     Candidate,
+    WordSearch,
     check_checkpoints,
     checkpoint_steps,
     drawn_evaluations,
     finding_of,
-    random_findings,
     selected,
-    ways,
 )
 from trce_lightning.attacks.objectives import Noised, check_levels, denoising_loss, noised
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
-from trce_lightning.attacks.white_box import check_pictures, in_precision
+from trce_lightning.attacks.protocol import Cost, Finding, Progress, Target
+from trce_lightning.attacks.tries import autocast_of, own_generator, parts, pictures_of
 from trce_lightning.attacks.words import (
     UNTYPED,
     Layout,
     Vocabulary,
     alone,
-    base_of,
     check_choice,
     check_positive,
-    generators_of,
     own_words,
-    parts,
     prefixed,
 )
 from trce_lightning.errors import InputError
@@ -51,7 +48,8 @@ PLACES = ("alone", "prefix")
 SCORES = ("selector", "loss")
 
 
-class SingleToken:
+@dataclass(kw_only=True, eq=False)
+class SingleToken(WordSearch):
     """The search.
 
     Args:
@@ -69,45 +67,38 @@ class SingleToken:
         blocked: no token may name the concept.
     """
 
-    name = "single_token"
-    door = Door.WORDS
-    reads = Reads.MODEL
+    place: str = "alone"
+    score_by: str = "selector"
+    tries: int = 1
+    finalists: int = 32
+    final_tries: int = 8
+    sampling_steps: int | None = None
+    levels: int = 50
+    checkpoints: int = 4
+    limit: int = 2000
 
-    def __init__(
-        self,
-        *,
-        place: str = "alone",
-        score_by: str = "selector",
-        tries: int = 1,
-        finalists: int = 32,
-        final_tries: int = 8,
-        sampling_steps: int | None = None,
-        levels: int = 50,
-        checkpoints: int = 4,
-        limit: int = 2000,
-        blocked: bool = False,
-    ) -> None:
-        check_choice(self.name, "place", place, PLACES)
-        check_choice(self.name, "score_by", score_by, SCORES)
+    name = "single_token"
+    unit = "tokens"
+
+    def __post_init__(self) -> None:
+        check_choice(self.name, "place", self.place, PLACES)
+        check_choice(self.name, "score_by", self.score_by, SCORES)
         check_positive(
             self.name,
-            tries=tries,
-            finalists=finalists,
-            final_tries=final_tries,
-            sampling_steps=1 if sampling_steps is None else sampling_steps,
-            levels=levels,
-            checkpoints=checkpoints,
-            limit=limit,
+            tries=self.tries,
+            finalists=self.finalists,
+            final_tries=self.final_tries,
+            sampling_steps=1 if self.sampling_steps is None else self.sampling_steps,
+            levels=self.levels,
+            checkpoints=self.checkpoints,
+            limit=self.limit,
         )
-        self.place, self.score_by, self.tries, self.finalists = place, score_by, tries, finalists
-        self.universal = place == "alone"
-        self.final_tries, self.sampling_steps, self.levels = final_tries, sampling_steps, levels
-        self.checkpoints, self.limit, self.blocked = checkpoints, limit, blocked
+        self.universal = self.place == "alone"
 
     def cost(self, target: Target) -> Cost:
         """Return a forward for every token and try, times those that an image takes."""
-        tokens = len(self._vocabulary(target))
-        costs = [self._spent(target, unit, tokens) for unit in self._units(target, target.records)]
+        tokens = len(self.vocabulary(target))
+        costs = [self._spent(target, unit, tokens) for unit in self.units(target.records)]
         return Cost(forward=sum(cost.forward for cost in costs), text=sum(cost.text for cost in costs))
 
     def _spent(self, target: Target, unit: PromptRecord, tokens: int) -> Cost:
@@ -125,12 +116,9 @@ class SingleToken:
     def _sampling_steps(self, target: Target) -> int:
         return self.sampling_steps or target.num_steps
 
-    def _units(self, target: Target, records: Sequence[PromptRecord]) -> list[PromptRecord]:
-        """Return whose tokens are searched for: one for all, or each record's."""
-        return [PromptRecord("all", "")] if self.universal else list(records)
-
-    def _vocabulary(self, target: Target) -> Vocabulary:
-        vocabulary = Vocabulary.of(target.adapter, self.name, target.concepts if self.blocked else ())
+    def vocabulary(self, target: Target) -> Vocabulary:
+        """Return the tokens that are tried. ``InputError`` if there are too many."""
+        vocabulary = super().vocabulary(target)
         if len(vocabulary) > self.limit:
             raise InputError(
                 f"attack.{self.name}.limit: expected a vocabulary of at most {self.limit} tokens, got "
@@ -139,8 +127,9 @@ class SingleToken:
         check_checkpoints(self.name, len(vocabulary), self.checkpoints)
         return vocabulary
 
-    def _layout(self, target: Target, vocabulary: Vocabulary, units: Sequence[PromptRecord]) -> Layout:
-        words = own_words(target.adapter, vocabulary.segment, [unit.prompt for unit in units])
+    def layout(self, target: Target, vocabulary: Vocabulary, records: Sequence[PromptRecord]) -> Layout:
+        """Return a free place alone or before each prompt."""
+        words = own_words(target.adapter, vocabulary.segment, [record.prompt for record in records])
         patterns = [alone(1) if self.place == "alone" else prefixed(row, 1) for row in words]
         return Layout.of(target.adapter, vocabulary, patterns)
 
@@ -148,15 +137,14 @@ class SingleToken:
         self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator, progress: Progress
     ) -> list[Finding]:
         """Go through the vocabulary; ``place: alone`` gives one finding, "all"."""
-        base, vocabulary = base_of(generator), self._vocabulary(target)
+        vocabulary = self.vocabulary(target)
         if self.score_by == "loss":
-            check_pictures(self.name, target)
+            pictures_of(target, target.records, self.name)
             check_levels(target.adapter, self.name, self.levels)
-        units = self._units(target, records)
-        layout = self._layout(target, vocabulary, units)
+        units = self.units(records)
+        layout = self.layout(target, vocabulary, units)
         return [
-            self._search(target, unit, layout.row(i), vocabulary, own, progress)
-            for i, (unit, own) in enumerate(zip(units, generators_of(units, base), strict=True))
+            self._search(target, unit, layout.row(i), vocabulary, progress) for i, unit in enumerate(units)
         ]
 
     def _search(
@@ -165,9 +153,9 @@ class SingleToken:
         unit: PromptRecord,
         layout: Layout,
         vocabulary: Vocabulary,
-        generator: torch.Generator,
         progress: Progress,
     ) -> Finding:
+        generator = own_generator(unit, self.name, target)
         order = torch.randperm(len(vocabulary), generator=generator)
         ids = vocabulary.ids[order]
         texts = layout.repeated(len(ids)).texts(ids[:, None])
@@ -233,18 +221,6 @@ class SingleToken:
             progress(len(part) * len(tries) * self._evaluations(target, unit))
         return torch.cat(found).masked_fill(torch.tensor([text is None for text in texts]), -torch.inf)
 
-    def random(
-        self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator
-    ) -> list[Finding]:
-        """Return a random token."""
-        vocabulary, units = self._vocabulary(target), self._units(target, records)
-        layout = self._layout(target, vocabulary, units)
-        return random_findings(units, layout, vocabulary, base_of(generator))
-
-    def ways(self, target: Target, findings: Mapping[str, Finding]) -> Iterator[Way]:
-        """Yield the best token by each checkpoint."""
-        return ways(self.name, target, findings, unit="tokens")
-
 
 def _losses(target: Target, texts: Sequence[str], rows: Noised) -> Tensor:
     """Return the mean loss of each text over all rows, on the CPU."""
@@ -253,7 +229,7 @@ def _losses(target: Target, texts: Sequence[str], rows: Noised) -> Tensor:
     repeated = Noised(*(value.repeat(len(texts), *[1] * (value.ndim - 1)) for value in rows))
     losses = []
     for part in torch.arange(len(each)).split(target.batch_size):
-        with in_precision(target):
+        with autocast_of(target):
             losses.append(
                 denoising_loss(
                     target.adapter, Noised(*(value[part] for value in repeated)), encoded.rows(each[part])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,6 +12,8 @@ from trce_lightning.attacks.protocol import Target
 from trce_lightning.errors import InputError
 from trce_lightning.prompts.records import PromptRecord, seed_of
 from trce_lightning.sampling import seeded
+
+T = TypeVar("T")
 
 
 def fresh_record(record: PromptRecord, attack: str, **changes: Any) -> PromptRecord:
@@ -26,8 +28,12 @@ def own_generator(record: PromptRecord, attack: str, target: Target) -> torch.Ge
 
 def batches(target: Target, records: Sequence[PromptRecord]) -> Iterator[Sequence[PromptRecord]]:
     """Yield the records in batches of the target's size."""
-    for start in range(0, len(records), target.batch_size):
-        yield records[start : start + target.batch_size]
+    return parts(records, target.batch_size)
+
+
+def parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Yield the items, ``size`` at a time."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def pictures_of(target: Target, records: Sequence[PromptRecord], attack: str) -> torch.Tensor:
@@ -54,11 +60,12 @@ def autocast_of(target: Target) -> torch.autocast:
 
 
 def check_gradients(target: Target, attack: str) -> None:
-    """Raise ``InputError`` if the denoiser's weights are quantised: no gradient goes through them."""
-    for name, weight in target.adapter.denoiser.named_parameters():
-        if not weight.is_floating_point():
-            dtype = str(weight.dtype).removeprefix("torch.")
-            raise InputError(
-                f"attack.{attack}: expected weights that gradients go through, got {dtype} in {name}; open "
-                "the model without quantisation"
-            )
+    """Raise ``InputError`` unless gradients go through all weights of the attacked model."""
+    for name, network in target.adapter.networks().items():
+        for weight in network.parameters():
+            if not weight.is_floating_point() or weight.is_inference():
+                dtype = str(weight.dtype).removeprefix("torch.")
+                raise InputError(
+                    f"attack.{attack}: expected weights that gradients go through, got {dtype} in the {name} "
+                    f"of '{target.adapter.name}'; open the model without quantisation"
+                )

@@ -19,19 +19,17 @@ bring it back. A failure says that this budget of gradient steps found none, not
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trce_lightning.attacks.protocol import Target
 from trce_lightning.attacks.white_box import WhiteBoxWords
 from trce_lightning.attacks.words import (
     Layout,
     Pattern,
     Vocabulary,
     check_choice,
-    check_positive,
-    check_room,
     prefixed,
     suffixed,
 )
@@ -39,6 +37,7 @@ from trce_lightning.attacks.words import (
 PLACES = ("prefix", "suffix")
 
 
+@dataclass(kw_only=True, eq=False)
 class UnlearnDiff(WhiteBoxWords):
     """The attack; see :class:`~.white_box.WhiteBoxWords` for the other options.
 
@@ -47,61 +46,35 @@ class UnlearnDiff(WhiteBoxWords):
         place: ``prefix`` or ``suffix``: where they stand.
     """
 
-    name = "unlearndiff"
-    taught = False
+    tokens: int = 5
+    place: str = "prefix"
+    steps: int = 2000
+    levels: int = 50
+    lr: float = 0.01
+    checkpoints: int = 50
 
-    def __init__(
-        self,
-        *,
-        tokens: int = 5,
-        place: str = "prefix",
-        steps: int = 2000,
-        levels: int = 50,
-        lr: float = 0.01,
-        weight_decay: float = 0.1,
-        checkpoints: int = 50,
-        choose_by: str = "selector",
-        tries: int = 1,
-        blocked: bool = False,
-        batch_size: int = 16,
-    ) -> None:
-        super().__init__(
-            steps=steps,
-            levels=levels,
-            lr=lr,
-            weight_decay=weight_decay,
-            checkpoints=checkpoints,
-            choose_by=choose_by,
-            tries=tries,
-            blocked=blocked,
-            batch_size=batch_size,
-        )
-        check_choice(self.name, "place", place, PLACES)
-        check_positive(self.name, tokens=tokens)
-        self.free, self.place = tokens, place
+    name = "unlearndiff"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.name, "place", self.place, PLACES)
 
     def pattern(self, words: Sequence[int], room: int, typed: Collection[int]) -> Pattern:
         """Return the prompt with the free places before or after it."""
         if self.place == "prefix":
-            return prefixed(words, self.free)
-        return suffixed(words, self.free, room, typed)
-
-    def _layout(self, target: Target, vocabulary: Vocabulary, records: Sequence) -> Layout:
-        check_room(self.name, target.adapter, self.free)
-        return super()._layout(target, vocabulary, records)
+            return prefixed(words, self.tokens)
+        return suffixed(words, self.tokens, room, typed)
 
     def start(self, layout: Layout, vocabulary: Vocabulary, generators: Sequence[torch.Generator]) -> Tensor:
         """Return the middle of the simplex."""
-        shape = (len(generators), self.free, len(vocabulary))
+        shape = (len(generators), self.tokens, len(vocabulary))
         return torch.full(shape, 1 / len(vocabulary), device=vocabulary.embeddings.device)
 
     def optimizer(self, relaxed: Tensor) -> torch.optim.Optimizer:
         """Return Adam, whose weight decay is added to the gradient."""
         return torch.optim.Adam([relaxed], lr=self.lr, weight_decay=self.weight_decay)
 
-    def tokens(
-        self, relaxed: Tensor, vocabulary: Vocabulary, generators: Sequence[torch.Generator]
-    ) -> Tensor:
+    def read(self, relaxed: Tensor, vocabulary: Vocabulary, generators: Sequence[torch.Generator]) -> Tensor:
         """Return one token of each row, drawn by its probabilities."""
         return torch.stack(
             [

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from abc import abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,26 +12,24 @@ from torch import Tensor
 from trce_lightning.adapters.finite import check_finite
 from trce_lightning.attacks.candidates import (
     Candidate,
+    WordSearch,
     check_checkpoints,
     checkpoint_steps,
     drawn_evaluations,
     finding_of,
-    random_findings,
     selected,
-    ways,
 )
 from trce_lightning.attacks.objectives import Noised, check_levels, denoising_loss, noised
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
+from trce_lightning.attacks.protocol import Cost, Finding, Progress, Target
+from trce_lightning.attacks.tries import autocast_of, check_gradients, own_generator, parts, pictures_of
 from trce_lightning.attacks.words import (
     Layout,
     Pattern,
     Vocabulary,
-    base_of,
     check_choice,
     check_positive,
-    generators_of,
+    check_room,
     own_words,
-    parts,
     room_of,
 )
 from trce_lightning.errors import InputError
@@ -42,49 +39,47 @@ from trce_lightning.tokens import Text
 CHOICES = ("selector", "loss")
 
 
-class WhiteBoxWords(ABC):
+@dataclass(kw_only=True, eq=False)
+class WhiteBoxWords(WordSearch):
     """A search that moves relaxed tokens by gradients and looks at the nearest real ones at checkpoints.
 
     Args:
+        tokens: free tokens.
         steps: gradient steps.
         levels: noise levels, the steps of a sampling run.
         lr: learning rate.
         weight_decay: of the optimizer.
-        checkpoints: looks at the tokens that the search has come to, evenly spread over its steps.
-        choose_by: what compares these: ``selector``, on images of search seeds, or ``loss``.
+        choose_by: what compares the tokens of checkpoints: ``selector``, on images of search seeds, or
+            ``loss``.
         tries: images, or noised pictures, by which each is compared.
-        blocked: no token may name the concept.
         batch_size: attacked prompts that are searched for together.
     """
 
-    name: str
-    door = Door.WORDS
-    reads = Reads.MODEL
-    universal = False
-    taught: bool
+    tokens: int
+    steps: int
+    levels: int
+    lr: float
+    weight_decay: float = 0.1
+    choose_by: str = "selector"
+    tries: int = 1
+    batch_size: int = 16
+
+    taught = False
     """The goal is the original's prediction under the prompt; else it is the noise in the picture."""
 
-    def __init__(
-        self,
-        *,
-        steps: int,
-        levels: int,
-        lr: float,
-        weight_decay: float,
-        checkpoints: int,
-        choose_by: str,
-        tries: int,
-        blocked: bool,
-        batch_size: int,
-    ) -> None:
-        check_positive(self.name, steps=steps, levels=levels, tries=tries, batch_size=batch_size)
-        check_checkpoints(self.name, steps, checkpoints)
-        check_choice(self.name, "choose_by", choose_by, CHOICES)
-        if not lr > 0:
-            raise InputError(f"attack.{self.name}.lr: expected more than 0, got {lr}")
-        self.steps, self.levels, self.lr, self.weight_decay = steps, levels, lr, weight_decay
-        self.checkpoints, self.choose_by, self.tries = checkpoints, choose_by, tries
-        self.blocked, self.batch_size = blocked, batch_size
+    def __post_init__(self) -> None:
+        check_positive(
+            self.name,
+            tokens=self.tokens,
+            steps=self.steps,
+            levels=self.levels,
+            tries=self.tries,
+            batch_size=self.batch_size,
+        )
+        check_checkpoints(self.name, self.steps, self.checkpoints)
+        check_choice(self.name, "choose_by", self.choose_by, CHOICES)
+        if not self.lr > 0:
+            raise InputError(f"attack.{self.name}.lr: expected more than 0, got {self.lr}")
 
     @abstractmethod
     def pattern(self, words: Sequence[int], room: int, typed: Collection[int]) -> Pattern:
@@ -99,9 +94,7 @@ class WhiteBoxWords(ABC):
         """Return the optimizer."""
 
     @abstractmethod
-    def tokens(
-        self, relaxed: Tensor, vocabulary: Vocabulary, generators: Sequence[torch.Generator]
-    ) -> Tensor:
+    def read(self, relaxed: Tensor, vocabulary: Vocabulary, generators: Sequence[torch.Generator]) -> Tensor:
         """Return the tokens that the model reads in a step, ``[B, n]``."""
 
     @abstractmethod
@@ -144,20 +137,19 @@ class WhiteBoxWords(ABC):
         self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator, progress: Progress
     ) -> list[Finding]:
         """Search for the tokens of each record."""
-        check_pictures(self.name, target)
-        check_gradients(self.name, target)
+        pictures_of(target, records, self.name)
+        check_gradients(target, self.name)
         check_levels(target.adapter, self.name, self.levels)
-        base, vocabulary = base_of(generator), self._vocabulary(target)
+        vocabulary = self.vocabulary(target)
         findings: list[Finding] = []
         for rows in parts(records, self.batch_size):
-            findings += self._search(target, rows, vocabulary, base, progress)
+            findings += self._search(target, rows, vocabulary, progress)
         return findings
 
-    def _vocabulary(self, target: Target) -> Vocabulary:
-        return Vocabulary.of(target.adapter, self.name, target.concepts if self.blocked else ())
-
-    def _layout(self, target: Target, vocabulary: Vocabulary, records: Sequence[PromptRecord]) -> Layout:
+    def layout(self, target: Target, vocabulary: Vocabulary, records: Sequence[PromptRecord]) -> Layout:
+        """Return the prompts with their free places."""
         room = room_of(target.adapter)
+        check_room(self.name, target.adapter, len(self.pattern([], room, ())))
         words = own_words(target.adapter, vocabulary.segment, [record.prompt for record in records])
         return Layout.of(
             target.adapter, vocabulary, [self.pattern(row, room, vocabulary.typed) for row in words]
@@ -168,16 +160,15 @@ class WhiteBoxWords(ABC):
         target: Target,
         records: Sequence[PromptRecord],
         vocabulary: Vocabulary,
-        base: int,
         progress: Progress,
     ) -> list[Finding]:
-        generators = generators_of(records, base)
-        layout = self._layout(target, vocabulary, records)
+        generators = [own_generator(record, self.name, target) for record in records]
+        layout = self.layout(target, vocabulary, records)
         fixed = layout.fixed()
-        z_0 = _latents(target, records)
+        z_0 = target.adapter.encode_images(pictures_of(target, records, self.name))
         prompts = [record.prompt for record in records]
         teacher = target.original.encode(prompts) if self.taught else None
-        held = [] if self.choose_by == "selector" else self._held(target, records, z_0, teacher, base)
+        held = [] if self.choose_by == "selector" else self._held(target, records, z_0, teacher)
         relaxed = self.start(layout, vocabulary, generators).requires_grad_()
         optimizer = self.optimizer(relaxed)
         looks = set(checkpoint_steps(self.steps, self.checkpoints))
@@ -188,7 +179,7 @@ class WhiteBoxWords(ABC):
         for step in range(1, self.steps + 1):
             levels = torch.tensor([self.level(step - 1, generator) for generator in generators])
             rows = self._noised(target, z_0, levels, generators, teacher)
-            tokens = self.tokens(relaxed.detach(), vocabulary, generators)
+            tokens = self.read(relaxed.detach(), vocabulary, generators)
             loss, slope = embedding_gradient(target, layout, fixed, vocabulary.embeddings[tokens], rows)
             relaxed.grad = self.gradient(slope, vocabulary)
             optimizer.step()
@@ -245,7 +236,7 @@ class WhiteBoxWords(ABC):
         rows = noised(target.adapter, z_0, levels, self.levels, generators)
         if teacher is None:
             return rows
-        with torch.no_grad(), in_precision(target):
+        with torch.no_grad(), autocast_of(target):
             return rows._replace(goal=target.original.predict(rows.z_t, rows.timestep, teacher))
 
     def _held(
@@ -254,10 +245,9 @@ class WhiteBoxWords(ABC):
         records: Sequence[PromptRecord],
         z_0: Tensor,
         teacher: Text | None,
-        base: int,
     ) -> list[Noised]:
         """Return noised pictures by which all checkpoints are compared."""
-        generators = generators_of([replace(record, id=f"{record.id} held") for record in records], base)
+        generators = [own_generator(record, f"{self.name} held", target) for record in records]
         held = []
         for _ in range(self.tries):
             levels = torch.cat([torch.randint(self.levels, (1,), generator=each) for each in generators])
@@ -271,20 +261,8 @@ class WhiteBoxWords(ABC):
         if self.choose_by == "selector":
             return selected(self.name, target, records, texts, target.num_steps, range(self.tries))
         text = target.adapter.encode(texts)
-        with torch.no_grad(), in_precision(target):
+        with torch.no_grad(), autocast_of(target):
             return -torch.stack([denoising_loss(target.adapter, rows, text) for rows in held]).mean(0).cpu()
-
-    def random(
-        self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator
-    ) -> list[Finding]:
-        """Return random tokens in the same places."""
-        vocabulary = self._vocabulary(target)
-        layout = self._layout(target, vocabulary, records)
-        return random_findings(records, layout, vocabulary, base_of(generator))
-
-    def ways(self, target: Target, findings: Mapping[str, Finding]) -> Iterator[Way]:
-        """Yield the best prompts by each checkpoint."""
-        return ways(self.name, target, findings)
 
 
 def embedding_gradient(
@@ -292,39 +270,7 @@ def embedding_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Return the denoising losses ``[B]``, and their gradients at the embeddings in the free places."""
     embeddings = embeddings.detach().requires_grad_()
-    with torch.enable_grad(), in_precision(target):
+    with torch.enable_grad(), autocast_of(target):
         loss = denoising_loss(target.adapter, rows, layout.text(fixed, embeddings))
         (slope,) = torch.autograd.grad(loss.sum(), embeddings)
     return loss.detach(), slope
-
-
-def in_precision(target: Target) -> AbstractContextManager[None]:
-    """Return the context that images are drawn in."""
-    dtype = target.autocast_dtype
-    return torch.autocast(target.adapter.device.type, dtype, enabled=dtype is not None)
-
-
-def check_pictures(attack: str, target: Target) -> None:
-    """Raise ``InputError`` unless there is a picture for each record."""
-    if not target.records or len(target.pictures) != len(target.records):
-        raise InputError(
-            f"attack.{attack}: expected a picture of the concept for each of {len(target.records)} prompts, "
-            f"got {len(target.pictures)}"
-        )
-
-
-def check_gradients(attack: str, target: Target) -> None:
-    """Raise ``InputError`` unless gradients can flow through the attacked model's weights."""
-    for name, network in target.adapter.networks().items():
-        for parameter in network.parameters():
-            if not parameter.is_floating_point() or parameter.is_inference():
-                raise InputError(
-                    f"attack.{attack}: expected weights that give gradients, got {parameter.dtype} in the "
-                    f"{name} of '{target.adapter.name}'; load the model without quantisation"
-                )
-
-
-def _latents(target: Target, records: Sequence[PromptRecord]) -> Tensor:
-    """Return the latents of the records' pictures."""
-    place = {record.id: index for index, record in enumerate(target.records)}
-    return target.adapter.encode_images(target.pictures[[place[record.id] for record in records]])

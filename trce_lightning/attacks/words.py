@@ -7,25 +7,22 @@ out.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from trce_lightning.adapters import Adapter
+from trce_lightning.attacks.tries import check_at_least
 from trce_lightning.concepts import Concept
 from trce_lightning.concepts.naming import mentions
 from trce_lightning.errors import InputError
-from trce_lightning.prompts.records import PromptRecord, seed_of
-from trce_lightning.sampling import seeded
 from trce_lightning.tokens import Role, Text
 
 Pattern = list[int | None]
 """The tokens of a prompt without its start and its end; None is a free place."""
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -123,12 +120,17 @@ class Layout:
         """Return each prompt ``times`` times, one after another."""
         ids, free = (tensor.repeat_interleave(times, 0) for tensor in (self.input_ids, self.free))
         lengths = [length for length in self.lengths for _ in range(times)]
-        return Layout(self.adapter, self.segment, ids, free, lengths)
+        return replace(self, input_ids=ids, free=free, lengths=lengths)
 
     def row(self, index: int) -> Layout:
         """Return one of the prompts."""
         rows = slice(index, index + 1)
-        return Layout(self.adapter, self.segment, self.input_ids[rows], self.free[rows], self.lengths[rows])
+        return replace(self, input_ids=self.input_ids[rows], free=self.free[rows], lengths=self.lengths[rows])
+
+    def trimmed(self) -> Layout:
+        """Return the prompts without the padding that all have. A causal encoder reads the rest alike."""
+        end = 2 + max(self.lengths)
+        return replace(self, input_ids=self.input_ids[:, :end], free=self.free[:, :end])
 
     def filled(self, ids: Tensor) -> Tensor:
         """Return the token ids of prompts with these in their free places: ``[B, n]`` → ``[B, L]``."""
@@ -222,26 +224,10 @@ def end_states(text: Text) -> Tensor:
     return torch.cat([text.states[name][roles == Role.EOT] for name, roles in text.roles.items()], dim=-1)
 
 
-def parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Yield the items, ``size`` at a time."""
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def generators_of(records: Iterable[PromptRecord], base: int) -> list[torch.Generator]:
-    """Return one generator for each record, which doesn't depend on its neighbours."""
-    return [seeded(seed_of(record.id, base)) for record in records]
-
-
-def base_of(generator: torch.Generator) -> int:
-    """Return a number that all generators of a search derive from."""
-    return int(torch.randint(2**31, (), generator=generator))
-
-
 def check_positive(attack: str, **options: float) -> None:
     """Raise ``InputError`` that names the first option below 1."""
     for name, value in options.items():
-        if value < 1:
-            raise InputError(f"attack.{attack}.{name}: expected at least 1, got {value}")
+        check_at_least(f"{attack}.{name}", value, 1)
 
 
 def check_choice(attack: str, name: str, value: str, choices: Sequence[str]) -> None:
