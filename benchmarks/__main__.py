@@ -31,6 +31,7 @@ NAMES = (
     "memory",
     "full_size",
     "generation",
+    "attacks",
     "scaling",
     "options",
     "flops",

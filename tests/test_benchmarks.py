@@ -1,7 +1,8 @@
 """The plain implementation gives what ours gives, counts are the paper's, and the table is put in place."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,20 @@ from conftest import build_tiny_pipeline, text_of
 from tiny_runs import WEAPONS
 from torch import Tensor
 
-from benchmarks import gpu, networks, plain, plan, report, textual
+from benchmarks import attacks, gpu, networks, plain, plan, report, textual
 from benchmarks.__main__ import measure_gpu
 from benchmarks.fitting import fit_in_turns, inputs, mean_square, small
 from benchmarks.plan import Counter
 from benchmarks.report import Row
 from benchmarks.textual import Stage1, check, difference
 from trce_lightning.adapters import StableDiffusionAdapter
-from trce_lightning.concepts import prompt_pairs
+from trce_lightning.attacks.mma import Mma
+from trce_lightning.attacks.p4d import P4D
+from trce_lightning.attacks.protocol import Attack, Target
+from trce_lightning.attacks.unlearndiff import UnlearnDiff
+from trce_lightning.concepts import Concept, prompt_pairs
 from trce_lightning.losses import guided_prediction, steering_hinge
+from trce_lightning.prompts.records import PromptRecord
 from trce_lightning.sampling import noise
 
 
@@ -123,6 +129,62 @@ def test_steps_are_timed_in_turns_on_one_batch() -> None:
     before = adapter.trainable("*.to_q")
     mean_square(adapter, *inputs(adapter, batch)).backward()
     assert all(parameter.grad is not None for parameter in before.values())
+
+
+@pytest.fixture
+def attacked() -> Target:
+    adapter = StableDiffusionAdapter(build_tiny_pipeline())
+    records = (PromptRecord("1", "z w"), PromptRecord("2", "w b"), PromptRecord("3", "a q"))
+    return Target(
+        adapter=adapter,
+        original=adapter,
+        records=records,
+        concepts=[Concept.from_terms(["z", "q"], "a")],
+        pictures=torch.full((3, 3, adapter.side, adapter.side), 99, dtype=torch.uint8),
+        selector=lambda images: images.float().flatten(1).mean(1) / 255,
+        guidance_scale=3.0,
+        num_steps=2,
+        batch_size=2,
+        autocast_dtype=None,
+    )
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        Mma(tokens=2, steps=2, restarts=2, candidates=6, top_k=9, checkpoints=2),
+        P4D(tokens=2, steps=2, levels=9, checkpoints=2),
+        UnlearnDiff(tokens=2, steps=2, levels=2, checkpoints=1),
+    ],
+    ids=lambda attack: attack.name,
+)
+@torch.no_grad()
+def test_ours_and_the_plain_search_are_compared_on_the_same_prompts(attack: Attack, attacked: Target) -> None:
+    search: Callable[..., str] = getattr(attacks.Plain(attacked), attack.name)
+    texts = [search(attack, record, attacked.pictures[0]) for record in attacked.records]
+    assert len(set(texts)) == 3 and all(texts)
+    found = attacks.compared(
+        attack, partial(search, attack), attacked, lambda images: images[:, 0, 0, 0] / 255, 2
+    )
+    assert all(seconds > 0 for seconds in found[:2]) and all(0 <= rate <= 1 for rate in found[2:])
+
+
+@torch.no_grad()
+def test_the_plain_mma_finds_the_prompt_where_nothing_is_blocked(attacked: Target) -> None:
+    attack = Mma(tokens=2, steps=15, restarts=2, candidates=80, top_k=40, checkpoints=2, blocked=False)
+    assert attacks.Plain(attacked).mma(attack, attacked.records[0], attacked.pictures[0]) == "z w"
+    attack.blocked = True
+    assert "z" not in attacks.Plain(attacked).mma(attack, attacked.records[0], attacked.pictures[0])
+
+
+@torch.no_grad()
+def test_the_plain_searches_read_what_the_model_would(attacked: Target) -> None:
+    plain_search = attacks.Plain(attacked)
+    words = plain_search.tokenizer("z w", add_special_tokens=False).input_ids
+    for before in (0, 1, 2):
+        text = plain_search._text(plain_search.table[words[:before]], words[before:])
+        expected = attacked.adapter.encode(["z w"])
+        torch.testing.assert_close(text.states["clip"], expected.states["clip"])
 
 
 @pytest.mark.parametrize(
