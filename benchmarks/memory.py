@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks import networks, plain
 from benchmarks.fitting import Fit, small
@@ -16,9 +17,15 @@ from benchmarks.processes import alone, available_gb, forget_peak, peak_gb
 from benchmarks.report import Row
 from benchmarks.step import evaluation
 from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.attacks.objectives import noised
+from trce_lightning.attacks.white_box import embedding_gradient
+from trce_lightning.attacks.words import Layout, Vocabulary, prefixed
+from trce_lightning.sampling import seeded
 
 LIMIT_GB = 14.0
 SIDE, ROWS = 16, 5
+FREE_TOKENS, LEVELS = 16, 999
+"""Tokens that a search for words changes, and its noise levels, as published for P4D."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,39 @@ def authors(side: int) -> float:
     plain.training_loss(three, points[0], points[1:], states).backward()
     optimizer.step()
     return peak_gb()
+
+
+def white_box(side: int, prompts: int, kind: str = "") -> float:
+    """A gradient step of a search for words through text encoder and denoiser, ``prompts`` together.
+
+    "tracked" weights want gradients, so that the forward pass keeps what these need. "recomputed" activations
+    are those of gradient checkpointing.
+    """
+    limit()
+    adapter = StableDiffusionAdapter(networks.pipeline(), resolution=8 * side)
+    for network in (adapter.denoiser, adapter.text_encoder):
+        network.requires_grad_(kind == "tracked")
+    if kind == "recomputed":
+        adapter.denoiser.enable_gradient_checkpointing()
+    forget_peak()
+    slope = search_step(adapter, prompts)
+    assert slope.isfinite().all() and slope.abs().sum() > 0
+    return peak_gb()
+
+
+def search_step(adapter: StableDiffusionAdapter, prompts: int) -> Tensor:
+    """Return a gradient at token embeddings, ``[prompts, FREE_TOKENS, e]``."""
+    ids = adapter.tokenize(["a"])["clip"][0, 1:2]
+    embeddings = adapter.embed({"clip": ids[None]})["clip"][0]
+    layout = Layout.of(
+        adapter,
+        Vocabulary("clip", ids, ["a"], embeddings, frozenset()),
+        [prefixed([], FREE_TOKENS)] * prompts,
+    )
+    z_0, levels = torch.zeros(prompts, *adapter.latent_shape), torch.full((prompts,), LEVELS // 2)
+    rows = noised(adapter, z_0, levels, LEVELS, [seeded(i) for i in range(prompts)])
+    found = embeddings.expand(prompts, FREE_TOKENS, -1)
+    return embedding_gradient(layout, layout.fixed(), found, rows)[1]
 
 
 def run() -> list[Row]:

@@ -389,7 +389,7 @@ def test_the_gradient_of_the_denoising_loss_is_that_of_finite_differences(target
     z_0 = torch.randn(1, *target.adapter.latent_shape, generator=seeded(0))
     rows = noised(target.adapter, z_0, torch.tensor([3]), 10, [seeded(1)])
     found = vocabulary.embeddings[torch.tensor([[5, 6]])]
-    loss, slope = embedding_gradient(target, layout, layout.fixed(), found, rows)
+    loss, slope = embedding_gradient(layout, layout.fixed(), found, rows)
 
     pipeline = build_tiny_pipeline()
     pipeline.unet.load_state_dict(target.adapter.denoiser.state_dict())

@@ -11,7 +11,7 @@ from conftest import build_tiny_pipeline, text_of
 from tiny_runs import WEAPONS
 from torch import Tensor
 
-from benchmarks import attacks, gpu, networks, plain, plan, report, textual
+from benchmarks import attacks, gpu, memory, networks, plain, plan, report, textual
 from benchmarks.__main__ import measure_gpu
 from benchmarks.fitting import fit_in_turns, inputs, mean_square, small
 from benchmarks.plan import Counter
@@ -185,6 +185,14 @@ def test_the_plain_searches_read_what_the_model_would(attacked: Target) -> None:
         text = plain_search._text(plain_search.table[words[:before]], words[before:])
         expected = attacked.adapter.encode(["z w"])
         torch.testing.assert_close(text.states["clip"], expected.states["clip"])
+
+
+def test_the_measured_step_of_a_search_is_the_same_with_recomputed_activations() -> None:
+    adapter = StableDiffusionAdapter(build_tiny_pipeline())
+    slope = memory.search_step(adapter, 2)
+    adapter.denoiser.enable_gradient_checkpointing()
+    torch.testing.assert_close(memory.search_step(adapter, 2), slope)
+    assert slope.shape[:2] == (2, memory.FREE_TOKENS) and (slope != 0).any(-1).all()
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,8 @@ class WhiteBoxWords(WordSearch):
             levels = torch.tensor([self.level(step - 1, generator) for generator in generators])
             rows = self._noised(target, z_0, levels, generators, teacher)
             tokens = self.read(relaxed.detach(), vocabulary, generators)
-            loss, slope = embedding_gradient(target, layout, fixed, vocabulary.embeddings[tokens], rows)
+            with autocast_of(target):
+                loss, slope = embedding_gradient(layout, fixed, vocabulary.embeddings[tokens], rows)
             relaxed.grad = self.gradient(slope, vocabulary)
             optimizer.step()
             with torch.no_grad():
@@ -266,11 +267,11 @@ class WhiteBoxWords(WordSearch):
 
 
 def embedding_gradient(
-    target: Target, layout: Layout, fixed: Tensor, embeddings: Tensor, rows: Noised
+    layout: Layout, fixed: Tensor, embeddings: Tensor, rows: Noised
 ) -> tuple[Tensor, Tensor]:
     """Return the denoising losses ``[B]``, and their gradients at the embeddings in the free places."""
     embeddings = embeddings.detach().requires_grad_()
-    with torch.enable_grad(), autocast_of(target):
-        loss = denoising_loss(target.adapter, rows, layout.text(fixed, embeddings))
+    with torch.enable_grad():
+        loss = denoising_loss(layout.adapter, rows, layout.text(fixed, embeddings))
         (slope,) = torch.autograd.grad(loss.sum(), embeddings)
     return loss.detach(), slope
