@@ -31,7 +31,7 @@ from trce_lightning.errors import InputError
 from trce_lightning.generation.loop import generate, generate_to
 from trce_lightning.generation.variation import Variation
 
-LEARN = {"steps": 6, "batch_size": 3, "pictures": 2, "lr": 0.02, "checkpoints": (0, 2)}
+LEARN = {"steps": 6, "batch_size": 3, "pictures": 2, "lr": 0.02, "levels": 4, "checkpoints": (0, 2)}
 
 
 def edited(transform, parts=("to_k", "to_v")):
@@ -182,7 +182,8 @@ def test_inversions_gradient_equals_finite_differences(tiny_adapter) -> None:
 
 def test_inversion_lowers_the_loss_counts_and_repeats(tiny_adapter) -> None:
     target = target_of(tiny_adapter)
-    attack = Inversion(steps=40, batch_size=8, pictures=1, lr=0.05, checkpoints=(0, 10), runs=1)
+    options = {"lr": 0.05, "levels": 4, "num_steps": 2}
+    attack = Inversion(steps=40, batch_size=8, pictures=1, checkpoints=(0, 10), **options)
     found = searched(attack, target)
     assert len(found["all"].facts["losses"]) == 40
     slots, z_0 = attack.slots(tiny_adapter, [PLACEHOLDER]), tiny_adapter.encode_images(target.pictures[:1])
@@ -195,15 +196,19 @@ def test_inversion_lowers_the_loss_counts_and_repeats(tiny_adapter) -> None:
     )
     assert last < first
     assert found["all"].facts["pictures"] == ["a/0"]
+    assert torch.equal(attack.learnt_from(target), target.pictures[:1])
+    assert [way.num_steps for way in attack.ways(target, found)] == [2, 2, 2]
     assert found["all"].facts["evaluations"] == [0, 80, 320]
     assert found["all"].facts["norms"]["clip"]["tokens"][0] > 0
     short = Inversion(**LEARN, runs=2)
     twice = [searched(short, target), searched(short, target, target.records[1:])]
     assert same_findings(*twice)  # universal: whatever the records
-    assert len(twice[0]["all"].facts["final losses of the runs"]) == 2
+    final = twice[0]["all"].facts["final losses of the runs"]
+    assert len(set(final)) == 2
     named = ways(short, target, twice[0])
     assert list(named) == ["0 steps", "2 steps", ""]
-    assert [way.spent for way in named.values()] == [0, 12, 36]
+    compared = 2 * 8 * 3  # two runs, eight batches of three
+    assert [way.spent for way in named.values()] == [0, 12 + compared, 36 + compared]
     drawn = {name: images(target, way) for name, way in named.items()}
     assert largest_difference(drawn[""], drawn["0 steps"]) > 0
     by_random = control(short, target)
@@ -228,12 +233,17 @@ def test_what_inversion_refuses(tiny_adapter) -> None:
         ("vectors", 0),
         ("runs", 0),
         ("pictures", 0),
+        ("levels", 0),
+        ("num_steps", 0),
         ("lr", 0.0),
         ("checkpoints", (6,)),
     ):
         with pytest.raises(InputError, match=rf"attack\.inversion\.{option}: expected"):
             Inversion(**LEARN | {option: value})
     target = target_of(tiny_adapter)
+    for attack in (Inversion(**LEARN | {"levels": 2000}), StatePgd(levels=2000)):
+        with pytest.raises(InputError, match=rf"attack\.{attack.name}\.levels: expected .*2000"):
+            searched(attack, target)
     with pytest.raises(InputError, match=r"attack\.inversion\.vectors: .*at most 32 tokens"):
         searched(Inversion(**LEARN, vectors=25), target)
     with pytest.raises(InputError, match=r"attack\.inversion: expected a picture"):
@@ -311,7 +321,7 @@ def test_state_pgd_does_not_depend_on_what_is_attacked_beside_a_prompt(tiny_adap
 
 
 def test_what_state_pgd_refuses() -> None:
-    for option, value in (("steps", 0), ("samples", 0), ("epsilon", 0.0), ("step_size", -1.0)):
+    for option, value in (("steps", 0), ("samples", 0), ("levels", 0), ("epsilon", 0.0), ("step_size", -1.0)):
         with pytest.raises(InputError, match=rf"attack\.state_pgd\.{option}: expected"):
             StatePgd(**{option: value})
 

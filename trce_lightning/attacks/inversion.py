@@ -8,10 +8,11 @@ training has not seen. It shows that the denoiser still draws the concept and th
 encoder's input reaches it: the concept is hidden, not gone. The attacker injects embeddings, and needs
 gradients. It doesn't show that words reach it: the facts compare the vectors' norms with those of the
 attacked prompts' tokens. A model that never learnt the concept can be taught some of it this way, so compare
-with one. Each image's nearest training picture (`trce_lightning.attacks.diversity`) says whether the vector
-has stored pictures. ("Circumventing Concept Erasure Methods For Text-to-Image Generative Models", arXiv
-2308.01508; textual inversion: arXiv 2208.01618. The published runs also mirror pictures at random; here they
-stay as they are.)
+with one. The images' distances to the pictures (`trce_lightning.attacks.diversity`) say whether the vector
+has stored these. One vector stands for the whole concept, and a model mixes the concept's subjects as it does
+under the concept's own name. ("Circumventing Concept Erasure Methods For Text-to-Image Generative Models",
+arXiv 2308.01508; textual inversion: arXiv 2208.01618. The published runs also mirror pictures at random; here
+they stay as they are.)
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from trce_lightning.adapters import Adapter
-from trce_lightning.attacks.objectives import denoising_loss, noised
+from trce_lightning.attacks.objectives import check_levels, denoising_loss, noised
 from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
 from trce_lightning.attacks.proxies import with_states
 from trce_lightning.attacks.tries import (
@@ -35,7 +36,7 @@ from trce_lightning.attacks.tries import (
     pictures_of,
 )
 from trce_lightning.errors import InputError
-from trce_lightning.prompts.records import PromptRecord
+from trce_lightning.prompts.records import PromptRecord, seed_of
 from trce_lightning.sampling import seeded
 from trce_lightning.tokens import Text
 
@@ -73,6 +74,8 @@ HELD_OUT_STYLES = (
     f"art by {PLACEHOLDER}",
 )
 """Sentences of the judged images, for styles."""
+COMPARED = 8
+"""Batches of noised pictures on which several runs are compared."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,10 @@ class Inversion:
         lr: learning rate.
         weight_decay: that of AdamW.
         pictures: number of pictures of the concept, at most.
-        runs: independent runs; the one with the lowest loss over its last tenth is the result.
+        levels: noise levels that are trained on, those of a sampling run of so many steps.
+        runs: independent runs; the one with the lowest loss on the same noised pictures is the result.
         checkpoints: steps before the last at which images are generated too.
+        num_steps: sampling steps of the judged images; None is the target's.
     """
 
     name = "inversion"
@@ -124,15 +129,19 @@ class Inversion:
         lr: float = 0.08,
         weight_decay: float = 0.01,
         pictures: int = 25,
+        levels: int = 999,
         runs: int = 1,
         checkpoints: Sequence[int] = (0,),
+        num_steps: int | None = None,
     ) -> None:
         counts = {
             "vectors": vectors,
             "steps": steps,
             "batch_size": batch_size,
             "pictures": pictures,
+            "levels": levels,
             "runs": runs,
+            "num_steps": 1 if num_steps is None else num_steps,
         }
         for option, value in counts.items():
             check_at_least(f"inversion.{option}", value, 1)
@@ -144,39 +153,68 @@ class Inversion:
             )
         self.vectors, self.initial, self.steps, self.batch_size = vectors, initial, steps, batch_size
         self.lr, self.weight_decay, self.pictures, self.runs = lr, weight_decay, pictures, runs
-        self.checkpoints = sorted(set(checkpoints))
+        self.levels, self.num_steps, self.checkpoints = levels, num_steps, sorted(set(checkpoints))
 
     def cost(self, target: Target) -> Cost:
-        """Return the cost of all runs; every step encodes each training sentence once."""
+        """Return the cost of all runs and of their comparison; each batch encodes all training sentences."""
         sentences = len(_sentences(target)[0])
         # The held-out sentences are encoded when images are generated.
-        each = self.runs * self.steps
-        return Cost(backward=each * self.batch_size, text=each * sentences)
+        steps, compared = self.runs * self.steps, self._compared()
+        return Cost(compared * self.batch_size, steps * self.batch_size, (steps + compared) * sentences)
+
+    def _compared(self) -> int:
+        """Return the number of batches that choose among the runs."""
+        return self.runs * COMPARED if self.runs > 1 else 0
 
     def search(
         self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator, progress: Progress
     ) -> list[Finding]:
         """Return the vectors at each checkpoint, ``segment.step``, ``[n, e]``; the last is the result."""
         check_gradients(target, self.name)
-        sources = target.records[: self.pictures]
+        check_levels(target.adapter, self.name, self.levels)
         adapter, slots = target.adapter, self.slots(target.adapter, _sentences(target)[0])
-        z_0 = adapter.encode_images(pictures_of(target, sources, self.name).to(adapter.device))
+        z_0 = adapter.encode_images(self.learnt_from(target).to(adapter.device))
         seeds = torch.randint(2**32, (self.runs,), generator=generator).tolist()
         runs = [self._learn(target, slots, z_0, seeded(seed), progress) for seed in seeds]
-        last = max(1, self.steps // 10)
-        final = [sum(losses[-last:]) / last for _, losses in runs]
-        best = final.index(min(final))
-        tensors, losses = runs[best]
+        final = [
+            self._final_loss(target, slots, z_0, tensors, seeds[0], progress)
+            for tensors, _ in (runs if self._compared() else ())
+        ]
+        tensors, losses = runs[final.index(min(final)) if final else 0]
         steps = [*self.checkpoints, self.steps]
+        compared = self._compared() * self.batch_size
         facts = {
             "checkpoints": steps,
-            "evaluations": [self.runs * step * self.batch_size for step in steps],
+            "evaluations": [self.runs * step * self.batch_size + (compared if step else 0) for step in steps],
             "losses": losses,
             "final losses of the runs": final,
-            "pictures": [record.id for record in sources],
+            "pictures": [record.id for record in target.records[: self.pictures]],
             "norms": self._norms(target, {name: tensors[f"{name}.{self.steps}"] for name in slots.ids}),
         }
         return [Finding("all", tensors, facts, self.cost(target))]
+
+    def learnt_from(self, target: Target) -> Tensor:
+        """Return the pictures that the vectors are learnt from, uint8 ``[B, 3, H, W]``."""
+        return pictures_of(target, target.records[: self.pictures], self.name)
+
+    @torch.no_grad()
+    def _final_loss(
+        self,
+        target: Target,
+        slots: Slots,
+        z_0: Tensor,
+        tensors: Mapping[str, Tensor],
+        seed: int,
+        progress: Progress,
+    ) -> float:
+        """Return the loss of a run's last vectors on batches that are the same for all runs."""
+        generator = seeded(seed_of("the same for all runs", seed))
+        last = {name: tensors[f"{name}.{self.steps}"].to(z_0.device) for name in slots.ids}
+        total = 0.0
+        for _ in range(COMPARED):
+            total += self.loss(target, slots, z_0, last, generator).item()
+            progress(self.batch_size)
+        return total / COMPARED
 
     def _learn(
         self, target: Target, slots: Slots, z_0: Tensor, generator: torch.Generator, progress: Progress
@@ -212,10 +250,9 @@ class Inversion:
         """Return the objective over a batch that the generator draws: pictures, sentences, levels, noise."""
         count, sentences = self.batch_size, len(next(iter(slots.ids.values())))
         chosen, said, level = (
-            torch.randint(high, (count,), generator=generator)
-            for high in (len(z_0), sentences, target.num_steps)
+            torch.randint(high, (count,), generator=generator) for high in (len(z_0), sentences, self.levels)
         )
-        seen = noised(target.adapter, z_0[chosen.to(z_0.device)], level, target.num_steps, generator)
+        seen = noised(target.adapter, z_0[chosen.to(z_0.device)], level, self.levels, generator)
         with autocast_of(target):
             text = slots.filled(target.adapter, vectors)
             return denoising_loss(target.adapter, seen, text.rows(said)).mean()
@@ -309,7 +346,8 @@ class Inversion:
                 for row, sentence in enumerate(sentences)
             }
             name = "" if step == steps[-1] else f"{step} steps"
-            yield Way(name, records, with_states(adapter, states), target.variation, spent)
+            changed = with_states(adapter, states)
+            yield Way(name, records, changed, target.variation, spent, num_steps=self.num_steps)
 
 
 def _sentences(target: Target) -> tuple[Sequence[str], Sequence[str]]:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from trce_lightning.attacks.objectives import Noised, denoising_loss, noised
+from trce_lightning.attacks.objectives import Noised, check_levels, denoising_loss, noised
 from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
 from trce_lightning.attacks.proxies import with_states
 from trce_lightning.attacks.tries import (
@@ -43,6 +43,7 @@ class StatePgd:
         step_size: α, as such a share; None is a quarter of ``epsilon``.
         steps: gradient steps.
         samples: draws of level and noise that each gradient is the mean of.
+        levels: noise levels that are drawn from, those of a sampling run of so many steps.
     """
 
     name = "state_pgd"
@@ -51,15 +52,21 @@ class StatePgd:
     universal = False
 
     def __init__(
-        self, *, epsilon: float = 0.1, step_size: float | None = None, steps: int = 10, samples: int = 1
+        self,
+        *,
+        epsilon: float = 0.1,
+        step_size: float | None = None,
+        steps: int = 10,
+        samples: int = 1,
+        levels: int = 999,
     ) -> None:
-        check_at_least("state_pgd.steps", steps, 1)
-        check_at_least("state_pgd.samples", samples, 1)
+        for option, count in (("steps", steps), ("samples", samples), ("levels", levels)):
+            check_at_least(f"state_pgd.{option}", count, 1)
         self.step_size = epsilon / 4 if step_size is None else step_size
         for option, value in (("epsilon", epsilon), ("step_size", self.step_size)):
             if not value > 0:
                 raise InputError(f"attack.state_pgd.{option}: expected a positive number, got {value:g}")
-        self.epsilon, self.steps, self.samples = epsilon, steps, samples
+        self.epsilon, self.steps, self.samples, self.levels = epsilon, steps, samples, levels
 
     def cost(self, target: Target) -> Cost:
         """Return the cost over all prompts."""
@@ -76,6 +83,7 @@ class StatePgd:
         Each prompt has random numbers of its own, so ``generator`` is not used.
         """
         check_gradients(target, self.name)
+        check_levels(target.adapter, self.name, self.levels)
         findings = []
         for rows in batches(target, records):
             delta, losses = self._descend(target, rows, progress)
@@ -120,9 +128,9 @@ class StatePgd:
         """Return the pictures at levels and with noise of each prompt's own generator."""
         each = []
         for row, own in enumerate(generators):
-            step_index = torch.randint(target.num_steps, (self.samples,), generator=own)
+            step_index = torch.randint(self.levels, (self.samples,), generator=own)
             pictures = z_0[row : row + 1].expand(self.samples, -1, -1, -1)
-            each.append(noised(target.adapter, pictures, step_index, target.num_steps, own))
+            each.append(noised(target.adapter, pictures, step_index, self.levels, own))
         return Noised(*(torch.cat(parts) for parts in zip(*each, strict=True)))
 
     def _generators(self, target: Target, rows: Sequence[PromptRecord]) -> list[torch.Generator]:
