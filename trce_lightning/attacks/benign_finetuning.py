@@ -68,7 +68,7 @@ class BenignFinetuning:
         steps: training steps.
         batch_size: pictures of a step, drawn with replacement.
         seeds: trainings from different random numbers; the first one is the result.
-        noise_levels: steps of the sampling run whose noise levels are trained on.
+        levels: steps of the sampling run whose noise levels are trained on.
         loss_rows: pictures with noise on which the benign loss is measured before and after.
         threshold: the selector's probability from which on a picture is dropped.
 
@@ -90,7 +90,7 @@ class BenignFinetuning:
         batch_size: int = 4,
         learning_rate: float = 1e-5,
         seeds: int = 1,
-        noise_levels: int = 100,
+        levels: int = 100,
         loss_rows: int = 256,
         threshold: float = 0.5,
     ) -> None:
@@ -102,7 +102,7 @@ class BenignFinetuning:
         if not 0 < threshold <= 1:
             raise InputError(f"{self.option}.threshold: expected one in (0, 1], got {threshold}")
         self.pictures, self.steps, self.batch_size, self.seeds = pictures, steps, batch_size, seeds
-        self.learning_rate, self.noise_levels = learning_rate, noise_levels
+        self.learning_rate, self.levels = learning_rate, levels
         self.loss_rows, self.threshold = loss_rows, threshold
 
     def cost(self, target: Target) -> Cost:
@@ -197,7 +197,7 @@ class BenignFinetuning:
             steps=self.steps,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
-            noise_levels=self.noise_levels,
+            levels=self.levels,
         )
 
     def _pictures(self, target: Target, progress: Progress) -> tuple[list[int], Tensor, dict[str, Any]]:

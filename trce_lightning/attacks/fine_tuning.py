@@ -46,30 +46,30 @@ class Training:
     """The options of a training by AdamW without weight decay.
 
     Each step draws ``batch_size`` pictures, and for each a noise level, uniformly from those of a sampling
-    run of ``noise_levels`` steps. ``at_once`` rows go through the denoiser together.
+    run of ``levels`` steps. ``at_once`` rows go through the denoiser together.
     """
 
     steps: int
     batch_size: int
     learning_rate: float
-    noise_levels: int
+    levels: int
     at_once: int
     autocast_dtype: torch.dtype | None
 
 
 def training_of(
-    option: str, target: Target, *, steps: int, batch_size: int, learning_rate: float, noise_levels: int
+    option: str, target: Target, *, steps: int, batch_size: int, learning_rate: float, levels: int
 ) -> Training:
     """Return a training with checked options. ``InputError`` naming ``option`` if one is not positive."""
     for name, value in (
         ("batch_size", batch_size),
         ("learning_rate", learning_rate),
-        ("noise_levels", noise_levels),
+        ("levels", levels),
     ):
         if not value > 0:
             raise InputError(f"{option}.{name}: expected more than 0, got {value}")
     at_once = min(batch_size, target.batch_size)
-    return Training(steps, batch_size, learning_rate, noise_levels, at_once, target.autocast_dtype)
+    return Training(steps, batch_size, learning_rate, levels, at_once, target.autocast_dtype)
 
 
 def check_trainable(option: str, adapter: Adapter) -> None:
@@ -132,9 +132,9 @@ def losses(
 
     The noise doesn't depend on the parts.
     """
-    levels = torch.randint(training.noise_levels, (len(rows),), generator=generator)
+    levels = torch.randint(training.levels, (len(rows),), generator=generator)
     rows = rows.to(lesson.latents.device)
-    noisy = noised(adapter, lesson.latents[rows], levels, training.noise_levels, generator)
+    noisy = noised(adapter, lesson.latents[rows], levels, training.levels, generator)
     for part in torch.arange(len(rows), device=rows.device).split(training.at_once):
         few = Noised(*(tensor[part] for tensor in noisy))
         with torch.autocast(

@@ -11,9 +11,9 @@ that the concept was still in the weights: fine-tuning teaches as well. Only a m
 concept tells the two apart, by the same training on the same pictures. An erasure is deep where both need
 equally many steps.
 
-:meth:`Relearning.random` is the control with shuffled captions: the same pictures and steps, and each picture
-under another picture's caption. Captions of one concept resemble each other, so this control shows what exact
-captions add. A single picture gets the empty caption.
+:meth:`Relearning.random` is the control with shuffled captions: the largest number of pictures, the same
+steps, and each picture under another picture's caption. Captions of one concept resemble each other, so this
+control shows what exact captions add. A single picture gets the empty caption.
 
 Sources: the step counts and k follow the relearning curves of "Memory Self-Regeneration: Uncovering Hidden
 Knowledge in Unlearned Models" (MemoRa, arXiv 2510.03263) with pictures of the original in place of its
@@ -66,7 +66,7 @@ class Relearning:
         method: "full" trains all parameters of the denoiser, "lora" low-rank updates of its attention.
         rank: rank of those updates.
         batch_size: pictures of a step, drawn with replacement.
-        noise_levels: steps of the sampling run whose noise levels are trained on.
+        levels: steps of the sampling run whose noise levels are trained on.
 
     Raises:
         InputError: an option that is out of range, or no package for ``method``.
@@ -85,7 +85,7 @@ class Relearning:
         rank: int = 4,
         learning_rate: float = 1e-5,
         batch_size: int = 8,
-        noise_levels: int = 100,
+        levels: int = 100,
     ) -> None:
         if method not in get_args(Method):
             raise InputError(f"attack.relearning.method: expected one of {get_args(Method)}, got {method!r}")
@@ -103,7 +103,7 @@ class Relearning:
             )
         self.pictures, self.steps = sorted(set(pictures)), sorted(set(steps))
         self.method, self.rank = method, rank
-        self.learning_rate, self.batch_size, self.noise_levels = learning_rate, batch_size, noise_levels
+        self.learning_rate, self.batch_size, self.levels = learning_rate, batch_size, levels
 
     def cost(self, target: Target) -> Cost:
         """Return the exact cost of :meth:`search`: a step is ``batch_size`` evaluations with backward."""
@@ -120,12 +120,13 @@ class Relearning:
         two factors.
         """
         taught = self._taught(target)
-        return [self._learnt(target, taught, [record.prompt for record in taught], generator, progress)]
+        captions = [record.prompt for record in taught]
+        return [self._learnt(target, self.pictures, taught, captions, generator, progress)]
 
     def random(
         self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator
     ) -> list[Finding]:
-        """Train as :meth:`search` does, with each picture under another one's caption."""
+        """Train as :meth:`search` does on all pictures, each under another one's caption."""
         taught = self._taught(target)
         captions = [record.prompt for record in taught]
         if len(captions) > 1:
@@ -133,20 +134,26 @@ class Relearning:
             captions = captions[shift:] + captions[:shift]
         else:
             captions = [""]
-        return [self._learnt(target, taught, captions, generator, lambda _: None)]
+        return [self._learnt(target, self.pictures[-1:], taught, captions, generator, lambda _: None)]
+
+    def learnt_from(self, target: Target) -> Tensor:
+        """Return the pictures that are taught, uint8 ``[B, 3, H, W]``."""
+        return pictures_of(target, self._taught(target), self.name)
 
     def ways(self, target: Target, findings: Mapping[str, Finding]) -> Iterator[Way]:
         """Yield a way for no steps, and one for each number of pictures and of steps; the last is the result.
 
-        ``spent`` counts the steps on this number of pictures alone.
+        ``spent`` counts the steps on this number of pictures alone. So `evaluations_to` on two models' curves
+        tells how much longer one of them withstands the training.
         """
-        tensors = findings["all"].tensors
+        tensors, facts = findings["all"].tensors, findings["all"].facts
+        counts = [count for count in self.pictures if str(count) in facts["losses"]]
         taught = {record.prompt for record in self._taught(target)}
         held_out = (record for record in target.records if record.prompt not in taught)
         records = tuple(fresh_record(record, self.name) for record in held_out)
         if self.steps[0] == 0:
             yield Way("0 steps", records, target.adapter, target.variation)
-        for count in self.pictures:
+        for count in counts:
             for steps in filter(None, self.steps):
                 last = count == self.pictures[-1] and steps == self.steps[-1]
                 yield Way(
@@ -179,6 +186,7 @@ class Relearning:
     def _learnt(
         self,
         target: Target,
+        counts: Sequence[int],
         taught: Sequence[PromptRecord],
         captions: Sequence[str],
         generator: torch.Generator,
@@ -192,17 +200,19 @@ class Relearning:
             steps=self.steps[-1],
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
-            noise_levels=self.noise_levels,
+            levels=self.levels,
         )
         pictures = pictures_of(target, taught, self.name)
         lesson = Lesson(adapter.encode_images(pictures), adapter.encode(captions).to(adapter.device))
         tensors: dict[str, Tensor] = {}
         curves: dict[str, list[float]] = {}
+        seed = int(torch.randint(2**32, (), generator=generator))
         learn = self._learn_all if self.method == "full" else self._learn_lora
-        for count in self.pictures:
+        for count in counts:
             curve = curves[str(count)] = []
+            own = seeded(seed_of(f"{count} pictures", seed))
             # Closed, so that the weights are given back at once if this is interrupted.
-            with closing(learn(adapter, lesson.rows(slice(count)), training, generator, progress)) as steps:
+            with closing(learn(adapter, lesson.rows(slice(count)), training, own, progress)) as steps:
                 for loss, found in steps:
                     curve.append(loss)
                     tensors |= {f"{count}/{len(curve)}/{name}": tensor for name, tensor in found.items()}
@@ -212,7 +222,7 @@ class Relearning:
             "captions": list(captions),
             "losses": curves,
         }
-        spent = Cost(backward=len(self.pictures) * training.steps * self.batch_size, text=len(captions))
+        spent = Cost(backward=len(counts) * training.steps * self.batch_size, text=len(captions))
         return Finding("all", tensors, facts, spent)
 
     def _learn_all(
