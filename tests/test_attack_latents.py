@@ -173,6 +173,7 @@ def test_the_ways_of_text_free(tiny_adapter) -> None:
         "a dagger",
         "a gun",
     ]
+    assert torch.equal(attack.learnt_from(target), target.pictures)
     drawn = {name: images(target, way) for name, way in named.items()}
     assert all(images_.shape == (3, 3, 16, 16) for images_ in drawn.values())
     # The same findings give the same images, in batches of any size.

@@ -116,6 +116,10 @@ class TextFree:
             progress(self._cost(target, len(rows)).forward)
         return findings
 
+    def learnt_from(self, target: Target) -> Tensor:
+        """Return the pictures that are inverted, uint8 ``[B, 3, H, W]``."""
+        return pictures_of(target, target.records, self.name)
+
     @torch.no_grad()
     def _inverted(self, target: Target, z_0: Tensor) -> dict[int, Tensor]:
         """Return the latents before each step from the highest kept level on, by step index."""
