@@ -46,7 +46,7 @@ from trce_lightning.attacks.fine_tuning import (
     training_of,
     under,
 )
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way, untold
 from trce_lightning.attacks.tries import fresh_record
 from trce_lightning.errors import InputError
 from trce_lightning.generation.loop import generate, network_steps, planned_evaluations
@@ -156,7 +156,11 @@ class BenignFinetuning:
         return [Finding("all", tensors, facts | {"seeds": seeds}, self.cost(target))]
 
     def random(
-        self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator
+        self,
+        target: Target,
+        records: Sequence[PromptRecord],
+        generator: torch.Generator,
+        progress: Progress = untold,
     ) -> list[Finding]:
         """Return weights after a random walk of as many steps, γ √steps N(0, 1) away."""
         check_trainable(self.option, target.adapter)

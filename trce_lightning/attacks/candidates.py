@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Reads, Target, Way
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way, untold
 from trce_lightning.attacks.tries import fresh_record, own_generator
 from trce_lightning.attacks.words import Layout, Vocabulary
 from trce_lightning.errors import InputError
@@ -92,7 +92,11 @@ class WordSearch(ABC):
         return [PromptRecord("all", "")] if self.universal else records
 
     def random(
-        self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator
+        self,
+        target: Target,
+        records: Sequence[PromptRecord],
+        generator: torch.Generator,
+        progress: Progress = untold,
     ) -> list[Finding]:
         """Return random tokens in the free places."""
         vocabulary, units = self.vocabulary(target), self.units(records)

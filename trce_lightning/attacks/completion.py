@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way, untold
 from trce_lightning.attacks.tries import batches, fresh_record
 from trce_lightning.errors import InputError
 from trce_lightning.generation.loop import latents_after, planned_evaluations
@@ -75,10 +75,14 @@ class Completion:
         return self._handed_over(target, records, None, progress)
 
     def random(
-        self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator
+        self,
+        target: Target,
+        records: Sequence[PromptRecord],
+        generator: torch.Generator,
+        progress: Progress = untold,
     ) -> list[Finding]:
         """Return the original's latents of the benign prompt, from the same noise."""
-        return self._handed_over(target, records, self.benign_prompt, lambda evaluations: None)
+        return self._handed_over(target, records, self.benign_prompt, progress)
 
     def _handed_over(
         self, target: Target, records: Sequence[PromptRecord], prompt: str | None, progress: Progress

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way, untold
 from trce_lightning.attacks.tries import batches, check_at_least, fresh_record, own_generator, pictures_of
 from trce_lightning.errors import InputError
 from trce_lightning.generation.variation import LatentStart, Variation
@@ -86,7 +86,11 @@ class Inpainting:
         return findings
 
     def random(
-        self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator
+        self,
+        target: Target,
+        records: Sequence[PromptRecord],
+        generator: torch.Generator,
+        progress: Progress = untold,
     ) -> list[Finding]:
         """Return boxes of the same size at random places of plain pictures."""
         findings = []

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trce_lightning.adapters import Adapter
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way, untold
 from trce_lightning.attacks.proxies import with_mapped_states
 from trce_lightning.attacks.tries import fresh_record
 from trce_lightning.errors import InputError
@@ -90,10 +90,14 @@ class InverseEdit:
         return found.double()
 
     def random(
-        self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator
+        self,
+        target: Target,
+        records: Sequence[PromptRecord],
+        generator: torch.Generator,
+        progress: Progress = untold,
     ) -> list[Finding]:
         """Return keys that move states as much as the true ones, in random directions."""
-        true = self.search(target, records, generator, lambda evaluations: None)[0].tensors
+        true = self.search(target, records, generator, progress)[0].tensors
         return [Finding("all", {name: _turned(key, generator) for name, key in true.items()})]
 
     def ways(self, target: Target, findings: Mapping[str, Finding]) -> Iterator[Way]:

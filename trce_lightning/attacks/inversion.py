@@ -26,7 +26,7 @@ from torch import Tensor
 
 from trce_lightning.adapters import Adapter
 from trce_lightning.attacks.objectives import check_levels, denoising_loss, noised
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way, untold
 from trce_lightning.attacks.proxies import with_states
 from trce_lightning.attacks.tries import (
     autocast_of,
@@ -318,7 +318,11 @@ class Inversion:
         }
 
     def random(
-        self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator
+        self,
+        target: Target,
+        records: Sequence[PromptRecord],
+        generator: torch.Generator,
+        progress: Progress = untold,
     ) -> list[Finding]:
         """Return random directions of the mean norm of the prompts' tokens."""
         tensors = {}

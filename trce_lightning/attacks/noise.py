@@ -17,7 +17,7 @@ from itertools import product
 
 import torch
 
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way, untold
 from trce_lightning.attacks.tries import check_at_least, fresh_record
 from trce_lightning.errors import InputError
 from trce_lightning.generation.variation import NoisyDdim, Variation
@@ -65,7 +65,11 @@ class Noise:
         return [Finding(record.id, facts={"settings": self.grid}) for record in records]
 
     def random(
-        self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator
+        self,
+        target: Target,
+        records: Sequence[PromptRecord],
+        generator: torch.Generator,
+        progress: Progress = untold,
     ) -> list[Finding]:
         """Return as many points without noise: as many plain seeds."""
         plain = [[0.0, 1.0]] * len(self.grid)

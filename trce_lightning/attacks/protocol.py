@@ -21,6 +21,10 @@ Progress = Callable[[int], None]
 """A function that is told how many network evaluations have been made since it was last called."""
 
 
+def untold(evaluations: int) -> None:
+    """Ignore progress."""
+
+
 class Door(StrEnum):
     """The access that an attacker needs."""
 
@@ -146,7 +150,11 @@ class Attack(Protocol):
         """
 
     def random(
-        self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator
+        self,
+        target: Target,
+        records: Sequence[PromptRecord],
+        generator: torch.Generator,
+        progress: Progress = untold,
     ) -> list[Finding]:
         """Return findings of the same form without a search: the control of as many tries."""
 

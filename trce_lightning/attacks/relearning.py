@@ -44,7 +44,7 @@ from trce_lightning.attacks.fine_tuning import (
     training_of,
     under,
 )
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way
+from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way, untold
 from trce_lightning.attacks.tries import fresh_record, pictures_of
 from trce_lightning.errors import InputError
 from trce_lightning.prompts.records import PromptRecord, seed_of
@@ -124,7 +124,11 @@ class Relearning:
         return [self._learnt(target, self.pictures, taught, captions, generator, progress)]
 
     def random(
-        self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator
+        self,
+        target: Target,
+        records: Sequence[PromptRecord],
+        generator: torch.Generator,
+        progress: Progress = untold,
     ) -> list[Finding]:
         """Train as :meth:`search` does on all pictures, each under another one's caption."""
         taught = self._taught(target)
@@ -134,7 +138,7 @@ class Relearning:
             captions = captions[shift:] + captions[:shift]
         else:
             captions = [""]
-        return [self._learnt(target, self.pictures[-1:], taught, captions, generator, lambda _: None)]
+        return [self._learnt(target, self.pictures[-1:], taught, captions, generator, progress)]
 
     def learnt_from(self, target: Target) -> Tensor:
         """Return the pictures that are taught, uint8 ``[B, 3, H, W]``."""

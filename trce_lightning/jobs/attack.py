@@ -259,7 +259,7 @@ class Attacks:
             ways = self._generated(own / "images", label, attack, target, findings, judge)
             result = ways[-1].seen
             tries = max(map(len, hits_of(result).values()))
-            by_chance = self._control(own / "control", attack, target)
+            by_chance = self._control(own / "control", label, attack, target)
             control = self._generated(own / "random", label, attack, target, by_chance, judge, result=True)
             seeds = shown(f"seeds {tries}", other_seeds(target.records, tries))
             copies = None
@@ -443,14 +443,15 @@ class Attacks:
         on_each_rank(self.trainer, search)
         return self._stored(folder, attack, target)
 
-    def _control(self, folder: Path, attack: Attack, target: Target) -> dict[str, Finding]:
+    def _control(self, folder: Path, label: str, attack: Attack, target: Target) -> dict[str, Finding]:
         """Return findings that were not searched for, by prompt id. The first rank makes them, once."""
         stem = folder / "00000"
 
         def make(rank: Rank) -> None:
             if rank.index == 0 and not stem.with_suffix(".json").exists():
-                with torch.enable_grad():
-                    by_chance = attack.random(target, target.records, self._generator(attack, "random"))
+                generator, title = self._generator(attack, "random"), f"{label}: {attack.name}, control"
+                with tqdm(desc=title, unit="eval", delay=1) as bar, torch.enable_grad():
+                    by_chance = attack.random(target, target.records, generator, bar.update)
                 save_findings(stem, by_chance)
 
         on_each_rank(self.trainer, make)
