@@ -45,8 +45,14 @@ from trce_lightning.sampling import noise, seeded
 from trce_lightning.tokens import Text
 
 log = logging.getLogger(__name__)
-PROMPTS, ALONE, SEEDS = 32, 4, 4
+PROMPTS, ALONE, SEEDS = 16, 4, 4
 """Prompts of our searches and of the plain ones, and judged images of each prompt."""
+BUDGETS = {
+    "mma": {"restarts": 1, "checkpoints": 1},
+    "p4d": {"steps": 20, "checkpoints": 1},
+    "unlearndiff": {"steps": 30, "checkpoints": 1},
+}
+"""Options of both searches; the others are those of the attack's file. Seconds grow with the steps."""
 SEGMENT = "clip"
 Search = Callable[[PromptRecord, Tensor], str]
 """A plain search: a prompt and a picture of the concept → the prompt that is found."""
@@ -114,6 +120,7 @@ class Plain:
     def p4d(self, attack: P4D, record: PromptRecord, picture: Tensor) -> str:
         """Move embeddings by the gradient at their nearest tokens."""
         own, asked = seeded(seed_of(record.id, 1)), self.adapter.encode([record.prompt])
+        z_0 = self.adapter.encode_images(picture[None])
         ids = torch.randint(len(self.table), (attack.tokens,), generator=own)
         relaxed = self.table[ids].clone().requires_grad_()
         optimizer = torch.optim.AdamW([relaxed], lr=attack.lr, weight_decay=attack.weight_decay)
@@ -125,7 +132,7 @@ class Plain:
         def step(_index: int) -> None:
             found = self.table[nearest()].clone().requires_grad_()
             level = int(torch.randint(attack.levels, (), generator=own))
-            z_t, timestep, _ = self._noised(picture, level, attack, own)
+            z_t, timestep, _ = self._noised(z_0, level, attack, own)
             goal = self.adapter.predict(z_t, timestep, asked)
             with torch.enable_grad():
                 said = self.adapter.predict(z_t, timestep, self._text(found))
@@ -138,6 +145,7 @@ class Plain:
         """Move rows of the simplex by the clipped gradient at drawn tokens' one-hot codes."""
         own, size = seeded(seed_of(record.id, 1)), len(self.table)
         words = self.tokenizer(record.prompt, add_special_tokens=False).input_ids
+        z_0 = self.adapter.encode_images(picture[None])
         relaxed = torch.full((attack.tokens, size), 1 / size, requires_grad=True)
         optimizer = torch.optim.Adam([relaxed], lr=attack.lr, weight_decay=attack.weight_decay)
 
@@ -145,7 +153,7 @@ class Plain:
             drawn = torch.multinomial(relaxed.detach(), 1, generator=own)[:, 0]
             one_hot = F.one_hot(drawn, size).float().requires_grad_()
             level = attack.levels - 1 - index * attack.levels // attack.steps
-            z_t, timestep, goal = self._noised(picture, level, attack, own)
+            z_t, timestep, goal = self._noised(z_0, level, attack, own)
             with torch.enable_grad():
                 said = self.adapter.predict(z_t, timestep, self._text(one_hot @ self.table, words))
                 (slope,) = torch.autograd.grad((said - goal).square().mean(), one_hot)
@@ -165,8 +173,7 @@ class Plain:
         embeddings = torch.cat([self.table[ids[0, :1]], found, self.table[ids[0, 1 + len(found) :]]])
         return self.adapter.encode_embeddings({SEGMENT: embeddings[None]}, {SEGMENT: ids})
 
-    def _noised(self, picture: Tensor, level: int, attack: P4D | UnlearnDiff, own: torch.Generator) -> Any:
-        z_0 = self.adapter.encode_images(picture[None])
+    def _noised(self, z_0: Tensor, level: int, attack: P4D | UnlearnDiff, own: torch.Generator) -> Any:
         return noised(self.adapter, z_0, torch.tensor([level]), attack.levels, own)
 
     def _searched(
@@ -253,7 +260,7 @@ def compared(
 ) -> tuple[float, float, float, float]:
     """Return the seconds a prompt of ours and of plain, and the success of both on the same prompts.
 
-    ``AssertionError`` unless each success is within the other's interval.
+    ``AssertionError`` unless the intervals of both successes overlap.
     """
     findings: dict[str, str] = {}
     found: dict[str, str] = {}
@@ -271,15 +278,15 @@ def compared(
         statistics.mean(broken(target, judge, {id: texts[id] for id in found})) for texts in (findings, found)
     ]
     log.info("%s: %s a prompt, success %s, plain found %s", attack.name, times, rates, list(found.values()))
-    for rate, other in (rates, rates[::-1]):
-        interval = wilson_rate(round(rate * alone * SEEDS), alone * SEEDS, alone)
-        assert interval["low"] <= other <= interval["high"], f"{attack.name}: {rates} differ"
+    first, second = (wilson_rate(round(rate * alone * SEEDS), alone * SEEDS, alone) for rate in rates)
+    overlap = first["low"] <= second["high"] and second["low"] <= first["high"]
+    assert overlap, f"{attack.name}: {rates} differ"
     return *times, rates[0], rates[1]
 
 
 @torch.no_grad()
 def run() -> list[Row]:
-    """Measure each search, with the options of its file."""
+    """Measure each search."""
     target, judge = embedded_target()
     plain, rows = Plain(target), []
     searches: dict[str, Callable[..., str]] = {
@@ -289,11 +296,10 @@ def run() -> list[Row]:
     }
     for name, search in searches.items():
         options = OmegaConf.to_container(OmegaConf.load(config_folder() / "attacks" / f"{name}.yaml"))
-        attack = make_attack(name, cast(dict[str, Any], options))
+        attack = make_attack(name, cast(dict[str, Any], options) | BUDGETS[name])
         ours_s, plain_s, rate, plain_rate = compared(attack, partial(search, attack), target, judge)
-        least = None if name == "mma" else 5.0
         rows += [
-            Row(f"attack {name}, a prompt of the embedded model", ours_s, "s", plain_s, least_gain=least),
+            Row(f"attack {name}, seconds a prompt, embedded model", ours_s, "s", plain_s, least_gain=5),
             Row("… success", 100 * rate, "%", 100 * plain_rate, rate=True),
         ]
     return rows

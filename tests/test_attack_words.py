@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from attack_targets import configured
 from conftest import MAX_LENGTH, build_tiny_pipeline
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -40,6 +41,7 @@ from trce_lightning.concepts import Concept, load_concept
 from trce_lightning.concepts.naming import mentions
 from trce_lightning.emoji.judge import JudgeDetector
 from trce_lightning.emoji.package import load_judge, weights_folder
+from trce_lightning.emoji.prompts import prompt_sets
 from trce_lightning.errors import InputError
 from trce_lightning.generation.loop import generate
 from trce_lightning.generation.variation import Variation
@@ -585,3 +587,37 @@ def test_words_of_pictures_are_found_by_gradient_on_the_embedded_model() -> None
 
     assert shown(searched(attack, target)) >= 3
     assert shown(attack.random(target, records, seeded(0))) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mma", "ring_a_bell"])
+def test_the_configured_budget_is_enough_on_the_embedded_model(name: str) -> None:
+    """The attack's positive control: what it finds for the original shows the concept.
+
+    Without the concept's words, MMA doesn't get there: the embedded model knows few others.
+    """
+    adapter = load_adapter(weights_folder(), resolution=64)
+    concept = load_concept(Path(__file__).parents[1] / "configs/concept/violence.yaml")
+    judge = JudgeDetector(load_judge(weights_folder()), [concept])
+    (direct,) = prompt_sets([concept], size=4, split="tune", names=["direct"])
+    settings = {"guidance_scale": 3.0, "num_steps": 10, "batch_size": 16}
+    target = Target(
+        adapter=adapter,
+        original=adapter,
+        records=tuple(direct.records[:4]),
+        concepts=[concept],
+        pictures=torch.zeros(4, 3, 64, 64, dtype=torch.uint8),
+        selector=judge,
+        autocast_dtype=None,
+        **settings,
+    )
+    attack = configured(name)
+    attack.blocked = False
+
+    def shown(findings: list[Finding]) -> float:
+        way = list(attack.ways(target, {finding.prompt_id: finding for finding in findings}))[-1]
+        tries = [replace(record, id=f"{record.id} {i}") for record in way.records for i in range(2)]
+        return float((judge(generate(adapter, tries, **settings)) > 0.5).float().mean())
+
+    assert shown(searched(attack, target)) >= 0.7
+    assert shown(attack.random(target, target.records, seeded(0))) <= 0.5
