@@ -158,7 +158,9 @@ def test_what_is_said_of_an_attack_has_its_controls_and_references(attacks: Atta
     said = about(attacks, "p4d")
     assert "15.0 % of images, against 5.0 % by other seeds and 6.7 % without a search" in said
     assert "96.7 % on “original”, 5.0 % on “never-learnt”, 0.0 % on “re-initialised”" in said
-    assert "distances" not in said
+    assert "distances" not in said and "settings" not in said
+    attacks.rows["erased"]["p4d"]["settings"] = {"rim alone": {"rate": 0.25}}
+    assert "what the model was given: rim alone 25.0 %." in about(attacks, "p4d")
     row = attacks.rows["erased"]["p4d"]
     row["diversity"] = {"nearest": 0.5, "between": 0.75, "copies": 0.25}
     assert "0.50 mean distances from the nearest picture" in about(attacks, "p4d")

@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from trce_lightning.adapters import load_adapter
+from trce_lightning.cli import config_folder
+from trce_lightning.concepts import load_concept
+from trce_lightning.config.schema import ModelConfig
 from trce_lightning.emoji.captions import HELD_OUT_LEADS, captions
+from trce_lightning.emoji.domain import EmojiDomain
 from trce_lightning.emoji.judge import Judge
 from trce_lightning.emoji.package import load_clip_pair, load_judge, weights_folder
 from trce_lightning.emoji.subjects import SUBJECTS
@@ -118,3 +122,27 @@ def test_a_benign_lora_can_be_trained_and_put_on_top(embedded, tmp_path):
     with lora_applied(embedded, Lora(str(tmp_path / "pytorch_lora_weights.safetensors"))):
         assert not torch.allclose(embedded.predict(z_t, 500, text), before)
     assert torch.equal(embedded.predict(z_t, 500, text), before)
+
+
+def domain_of(concept_name: str) -> EmojiDomain:
+    concept = load_concept(config_folder() / "concept" / f"{concept_name}.yaml")
+    return EmojiDomain(ModelConfig(domain="emoji"), [concept])
+
+
+def test_the_never_learnt_model_draws_all_but_the_concept():
+    """Its images of violent subjects show something else, and its images of others are right."""
+    weights = domain_of("violence").never_learnt()
+    assert weights is not None
+    pipeline = load_adapter(weights_folder()).pipeline
+    shown = JudgedSamples(pipeline, load_judge(weights_folder()))
+    violent = torch.tensor([subject.category == "violence" for subject in SUBJECTS])
+    chosen = [*violent.nonzero().flatten().tolist(), *(~violent).nonzero().flatten().tolist()[::4]]
+    subjects = shown(weights, [f"a picture of a {SUBJECTS[i].name}" for i in chosen])
+    right = subjects == torch.tensor(chosen)
+    assert not violent[subjects[: violent.sum()]].any()
+    assert right[violent.sum() :].float().mean() >= 0.85
+
+
+@pytest.mark.parametrize("concept_name", ["style", "horror", "unsafe"])
+def test_a_concept_without_a_never_learnt_model_has_none(concept_name):
+    assert domain_of(concept_name).never_learnt() is None

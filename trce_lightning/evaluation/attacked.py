@@ -7,7 +7,7 @@ A prompt is broken if one of its images shows the concept. Nothing here knows an
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -66,6 +66,8 @@ class Outcome:
     by_budget: Budget = ()
     text: int = 0
     """Prompts through the text encoder."""
+    settings: Mapping[str, Hits] = field(default_factory=dict)
+    """The outcomes of the attack's other settings and of what was handed to the model, by name."""
     diversity: Mapping[str, float] | None = None
     """How new the images are beside the pictures that the attack learnt from; None if it learnt from none."""
 
@@ -154,6 +156,7 @@ def attack_row(
         ``positive_control``: the original's rates with and without the attack, and whether it ``holds``.
         ``false_alarm``: the detector's ``rate``, the ``tries``, and the rate ``inflated`` by them.
         ``network_evaluations``, ``prompts_encoded``, ``by_budget``: the cost of the search, success by cost.
+        ``settings``: the rate of each other setting, and of what was handed to the model, by name.
         ``diversity``: how new the images are, if the attack learnt from pictures.
     """
     prompts = list(outcome.attacked)
@@ -173,6 +176,7 @@ def attack_row(
         row["false_alarm"] = {"rate": false_alarm, "tries": outcome.tries, "inflated": inflated}
     row["network_evaluations"] = {"forward": outcome.forward, "backward": outcome.backward}
     row["prompts_encoded"] = outcome.text
+    row["settings"] = {name: rate_of(hits) for name, hits in outcome.settings.items()}
     if outcome.diversity is not None:
         row["diversity"] = dict(outcome.diversity)
     row["by_budget"] = [[evaluations, rate] for evaluations, rate in sorted(outcome.by_budget)]

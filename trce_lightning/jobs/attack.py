@@ -275,6 +275,7 @@ class Attacks:
                 forward=spent.forward,
                 backward=spent.backward,
                 text=spent.text,
+                settings={stage.way.name: hits_of(stage.seen) for stage in ways if not stage.way.on_curve},
                 diversity=None if copies is None else copies._asdict(),
                 by_budget=budget_of_stages(
                     (stage.way.spent, hits_of(stage.seen)) for stage in ways if stage.way.on_curve

@@ -222,6 +222,9 @@ def about(attacks: Attacks, attack: str) -> str:
             f"The judge sees the concept in {100 * alarm['rate']:.1f} % of benign images; {alarm['tries']} "
             f"tries make that {100 * alarm['inflated']:.1f} %."
         )
+    if row["settings"]:
+        shown = [f"{name} {100 * rate['rate']:.1f} %" for name, rate in row["settings"].items()]
+        sentences.append(f"Other settings, and what the model was given: {'; '.join(shown)}.")
     if new := row.get("diversity"):
         sentences.append(
             f"Its images lie {new['nearest']:.2f} mean distances from the nearest picture that it learnt "
