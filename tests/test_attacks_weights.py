@@ -207,6 +207,21 @@ def test_taught_prompts_are_not_scored_and_images_have_fresh_noise(target: Targe
         Relearning(pictures=[6]).cost(doubled)
 
 
+def test_examples_are_taught_and_all_prompts_are_scored(target: Target) -> None:
+    examples = tuple(dataclasses.replace(r, id=f"{r.id} again", prompt=f"{r.prompt}, again") for r in RECORDS)
+    rich = dataclasses.replace(target, examples=examples, example_pictures=255 - target.pictures)
+    attack = Relearning(**FULL)
+    finding = found(attack, rich)
+    ids = [record.id for record in examples]
+    assert set(finding.facts["taught"]) <= set(ids)
+    rows = [ids.index(taught) for taught in finding.facts["taught"]]
+    assert torch.equal(attack.learnt_from(rich), 255 - target.pictures[rows])
+    for way in attack.ways(rich, {"all": finding}):
+        assert [record.prompt for record in way.records] == [record.prompt for record in RECORDS]
+    with pytest.raises(InputError, match=r"attack\.relearning\.pictures: .* the 6 different"):
+        Relearning(pictures=[7]).cost(rich)
+
+
 def test_the_controls_have_the_findings_form(target: Target) -> None:
     for attack in attacks():
         finding = found(attack, target)

@@ -86,6 +86,10 @@ class Target:
     """The sampler and whatever else makes the images that are judged."""
     benign: tuple[PromptRecord, ...] = ()
     """Prompts without the concept, for attacks that need some."""
+    examples: tuple[PromptRecord, ...] = ()
+    """Other prompts of the concept, none of which is attacked, for attacks that teach pictures."""
+    example_pictures: Tensor | None = None
+    """Pictures of the examples by the original, as ``pictures``."""
 
 
 @dataclass(frozen=True)

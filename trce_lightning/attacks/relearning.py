@@ -3,8 +3,8 @@
     min_θ E_{i, t, ε} ‖ε_θ(z_t^i, t, E(p_i)) − ε‖²,   i = 1 … k pictures with their prompts, from θ = erased
 
 The attacker has the weights, k pictures of the concept with captions, and a few seconds of training. The
-pictures are the original model's. Prompts whose pictures were taught are not scored, so that a model which
-learns those pictures by heart gains nothing.
+pictures are the original model's, of other prompts than those under attack where there are such. Prompts
+whose pictures were taught are not scored, so that a model which learns those pictures by heart gains nothing.
 
 The attack shows how many steps hold the concept back from somebody who trains the model. It does not show
 that the concept was still in the weights: fine-tuning teaches as well. Only a model that never learnt the
@@ -26,6 +26,7 @@ import importlib.util
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Literal, get_args
 
@@ -142,7 +143,8 @@ class Relearning:
 
     def learnt_from(self, target: Target) -> Tensor:
         """Return the pictures that are taught, uint8 ``[B, 3, H, W]``."""
-        return pictures_of(target, self._taught(target), self.name)
+        pool = _pool(target)
+        return pictures_of(pool, self._taught(target), self.name)
 
     def ways(self, target: Target, findings: Mapping[str, Finding]) -> Iterator[Way]:
         """Yield a way for no steps, and one for each number of pictures and of steps; the last is the result.
@@ -173,19 +175,22 @@ class Relearning:
     def _taught(self, target: Target) -> list[PromptRecord]:
         """Return the records of the pictures that are taught: of different prompts, in a random order.
 
-        ``InputError`` unless a prompt is left to score.
+        ``InputError`` unless there are enough, and a prompt is left to score.
         """
-        if not len(target.pictures):
+        pool = _pool(target)
+        if not len(pool.pictures):
             raise InputError(f"{self.option}: expected pictures of the concept, got none")
-        order = torch.randperm(len(target.records), generator=seeded(seed_of("relearning", target.seed)))
-        different = {target.records[index].prompt: index for index in order.tolist()[::-1]}
+        order = torch.randperm(len(pool.records), generator=seeded(seed_of("relearning", target.seed)))
+        different = {pool.records[index].prompt: index for index in order.tolist()[::-1]}
         chosen = sorted(different.values(), key=order.tolist().index)
-        if self.pictures[-1] >= len(chosen):
+        taught = [pool.records[index] for index in chosen[: self.pictures[-1]]]
+        captions = {record.prompt for record in taught}
+        if self.pictures[-1] > len(chosen) or all(record.prompt in captions for record in target.records):
             raise InputError(
-                f"{self.option}.pictures: expected fewer than the {len(chosen)} different prompts under "
-                f"attack, since those that are taught are not scored, got {self.pictures[-1]}"
+                f"{self.option}.pictures: expected at most the {len(chosen)} different prompts that may be "
+                f"taught, and a prompt under attack that is not taught, got {self.pictures[-1]}"
             )
-        return [target.records[index] for index in chosen[: self.pictures[-1]]]
+        return taught
 
     def _learnt(
         self,
@@ -206,7 +211,7 @@ class Relearning:
             learning_rate=self.learning_rate,
             levels=self.levels,
         )
-        pictures = pictures_of(target, taught, self.name)
+        pictures = pictures_of(_pool(target), taught, self.name)
         lesson = Lesson(adapter.encode_images(pictures), adapter.encode(captions).to(adapter.device))
         tensors: dict[str, Tensor] = {}
         curves: dict[str, list[float]] = {}
@@ -248,6 +253,14 @@ class Relearning:
             for step, loss in enumerate(steps, 1):
                 now = {name: factor.detach().cpu().clone() for name, factor in factors.items()}
                 yield loss, now if step in self.steps else {}
+
+
+def _pool(target: Target) -> Target:
+    """Return the target with the prompts that may be taught: its examples, or those under attack."""
+    if not target.examples:
+        return target
+    assert target.example_pictures is not None
+    return replace(target, records=target.examples, pictures=target.example_pictures)
 
 
 def changes_in(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

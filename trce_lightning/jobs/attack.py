@@ -66,6 +66,8 @@ UNIVERSAL = "all"
 NOTHING = Finding("")
 SEARCHED_TOGETHER = 16
 """The most prompts of one search. A stopped evaluation continues after it, and ranks share such searches."""
+EXAMPLES = 25
+"""Prompts beside those under attack, whose pictures may be taught: the most that published attacks take."""
 SHOWN = 16
 """Images of each attack that the report shows."""
 LOGGED = ("rate", "low", "high", "pre", "post", "control", "rho", "network_evaluations", "prompts_encoded")
@@ -106,6 +108,7 @@ class Attacks:
         """Labels of the models that the evaluation is about; the others are references."""
         self.rows: dict[str, dict[str, Row]] = {}
         self.transferred: dict[str, dict[str, dict[str, Row]]] = {}
+        self.picture_folders: dict[tuple[PromptRecord, ...], Path] = {}
         self.finds: dict[str, list[Find]] = {label: [] for label in self.attacked}
 
     def run(self) -> None:
@@ -165,12 +168,11 @@ class Attacks:
             )
         return selector
 
-    def _records(self, name: str) -> tuple[PromptRecord, ...]:
-        """Return the first attacked prompts of one of the concepts' own sets."""
-        count = self.config.attacked_prompts
+    def _records(self, name: str, first: int, count: int) -> tuple[PromptRecord, ...]:
+        """Return ``count`` prompts of one of the concepts' own sets from ``first`` on."""
         split = cast(Split, self.config.attacked_split)
-        (prompts,) = self._original.domain.prompt_sets(count, split, [name])
-        return prompts.records[:count]
+        (prompts,) = self._original.domain.prompt_sets(first + count, split, [name])
+        return prompts.records[first : first + count]
 
     def _own_never_learnt(self) -> Mapping[str, torch.Tensor] | None:
         """Return the weights that the domain ships, None where the option names another model."""
@@ -192,11 +194,15 @@ class Attacks:
             model.to(device)
         if isinstance(self._selector, nn.Module):
             self._selector.to(device)
-        sampling, records = session.sampling(), self._records(DIRECT)
+        sampling, count = session.sampling(), self.config.attacked_prompts
+        records, examples = self._records(DIRECT, 0, count), self._records(DIRECT, count, EXAMPLES)
         # A cost depends on how many pictures there are, and not on what they show.
-        shown = torch.zeros((len(records), 3, adapter.side, adapter.side), dtype=torch.uint8)
-        if pictures:
-            shown = self._pictures(original, records, sampling.options())
+        shown, taught = (
+            self._pictures(original, rows, sampling.options())
+            if pictures
+            else torch.zeros((len(rows), 3, adapter.side, adapter.side), dtype=torch.uint8)
+            for rows in (records, examples)
+        )
         return Target(
             adapter=adapter,
             original=original,
@@ -210,7 +216,9 @@ class Attacks:
             autocast_dtype=sampling.autocast_dtype,
             seed=self.config.attack_seed,
             variation=sampling.variation,
-            benign=self._records(BENIGN),
+            benign=self._records(BENIGN, 0, count),
+            examples=examples,
+            example_pictures=taught,
         )
 
     def _pictures(
@@ -220,7 +228,7 @@ class Attacks:
         drawn = attackers(records)
         folder = self.cache / f"pictures-{digest(original.fingerprint(), options, drawn)}"
         self._generate(folder, original, drawn, options, "pictures for the attacker")
-        self.picture_folder = folder
+        self.picture_folders[tuple(records)] = folder
         return load_images(folder, drawn)
 
     def _generate(
@@ -327,7 +335,7 @@ class Attacks:
         self, attack: Attack, target: Target, stage: Stage, findings: Mapping[str, Finding]
     ) -> list[Find]:
         """Return the first images of an attack's result, beside the attacker's pictures of the prompts."""
-        pictures = image_files(self.picture_folder, attackers(target.records))
+        pictures = image_files(self.picture_folders[target.records], attackers(target.records))
         originals = {record.prompt_id: file for record, file in zip(target.records, pictures, strict=True)}
         prompts = {record.prompt_id: record.prompt for record in target.records}
         files = image_files(stage.folder, stage.way.records)
