@@ -19,12 +19,8 @@ from trce_lightning.attacks.protocol import Cost, Door, Finding
 from trce_lightning.config.schema import EvalConfig
 from trce_lightning.emoji.package import weights_folder
 from trce_lightning.errors import InputError
-from trce_lightning.jobs.attack import (
-    NEVER_LEARNT,
-    ORIGINAL,
-    REINITIALISED,
-    make_attack,
-)
+from trce_lightning.jobs.attack import NEVER_LEARNT, ORIGINAL, REINITIALISED, Attacks, make_attack
+from trce_lightning.jobs.evaluate import sources
 from trce_lightning.report.attacks import Attacks as Section
 
 ROOT = Path(__file__).parents[1]
@@ -89,13 +85,57 @@ def test_a_key_is_found_and_a_run_goes_on(locked: Path, tmp_path: Path) -> None:
     assert len(list(cache.glob("completion-*"))) == 2
 
 
-def options_of(choice: str) -> dict[str, dict[str, object]]:
-    """The attacks' options that a choice gives, by name."""
+def config_of(*options: str) -> EvalConfig:
+    """The configuration of an evaluation with these options."""
     ConfigStore.instance().store(name="eval_schema", node=EvalConfig)
     with initialize_config_dir(config_dir=str(cli.config_folder()), version_base="1.3"):
-        config = OmegaConf.to_object(compose("eval", ["concept=violence", f"attacks={choice}"]))
+        config = OmegaConf.to_object(compose("eval", ["concept=violence", *options]))
     assert isinstance(config, EvalConfig)
-    return config.attack
+    return config
+
+
+def options_of(choice: str) -> dict[str, dict[str, object]]:
+    """The attacks' options that a choice gives, by name."""
+    return config_of(f"attacks={choice}").attack
+
+
+@pytest.mark.parametrize(
+    ("options", "original"),
+    [
+        (["model.path=/x/erased"], ("original", None)),
+        (["models=[/x/erased]"], ("original", None)),
+        (["model.path=/y/base", "models=[/x/erased]"], ("original", "/y/base")),
+        ([], ("emoji", None)),
+    ],
+)
+def test_the_original_is_the_model_beside_others(
+    options: list[str], original: tuple[str, str | None], tmp_path: Path
+) -> None:
+    config = config_of(*options, "never_learnt=/z/never")
+    attacks = Attacks(config, sources(config), tmp_path)
+    label, path = original
+    assert attacks.original_label == label
+    assert attacks.sources == sources(config) | {
+        label: path,
+        NEVER_LEARNT: "/z/never",
+        REINITIALISED: path,
+    }
+    assert attacks.attacked == list(sources(config))
+
+
+@pytest.mark.parametrize("label", ["original", "never-learnt", "re-initialised"])
+def test_a_model_can_not_have_a_references_name(label: str, tmp_path: Path) -> None:
+    config = config_of(f"model.path=/x/{label}", "never_learnt=/z/never")
+    with pytest.raises(InputError, match=f"models: expected folders of other names .* '{label}' for /x/"):
+        Attacks(config, sources(config), tmp_path)
+
+
+def test_a_domain_without_the_prompts_is_refused(tmp_path: Path) -> None:
+    config = config_of()
+    with pytest.raises(
+        InputError, match=r"attacks: expected languages prompts of model\.domain=.*, got none"
+    ):
+        Attacks(config, sources(config), tmp_path)._records("languages", 0, 1)
 
 
 def test_every_attack_is_made_from_its_file() -> None:

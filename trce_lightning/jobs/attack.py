@@ -84,6 +84,10 @@ class Attacks:
         sources: path of each model by label; None is the model that ``model`` names itself.
         folder: folder of the evaluation; what concerns its own models goes into its folder ``attacks``. What
             concerns the references goes into the cache, for other evaluations.
+
+    Raises:
+        InputError: a wrong option of an attack, a model with the label of a reference, or an unknown label in
+            ``transfer``.
     """
 
     def __init__(self, config: EvalConfig, sources: Mapping[str, str | None], folder: Path) -> None:
@@ -91,25 +95,38 @@ class Attacks:
         self.cache = cache_folder(config) / "attacks"
         self.attacks = [make_attack(name, options) for name, options in config.attack.items()]
         self.concepts = concepts_of(config)
+        # Beside other models, ``model`` is the original, wherever it lies. Alone, it is under attack.
+        self.original_path = config.model.path if config.models else None
         self.sources: dict[str, str | None] = {**sources}
-        if None not in sources.values():
-            self.sources[ORIGINAL] = None
+        if self.original_path not in sources.values():
+            self._refer(ORIGINAL, self.original_path)
         if config.never_learnt == OWN_NEVER_LEARNT:
             if self._original.domain.never_learnt() is not None:
-                self.sources[NEVER_LEARNT] = None
+                self._refer(NEVER_LEARNT, self.original_path)
         elif config.never_learnt is not None:
-            self.sources[NEVER_LEARNT] = config.never_learnt
-        self.sources[REINITIALISED] = None
+            self._refer(NEVER_LEARNT, config.never_learnt)
+        self._refer(REINITIALISED, self.original_path)
         for label in config.transfer:
             if label not in self.sources:
                 raise InputError(f"transfer: expected models among {', '.join(self.sources)}, got {label!r}")
-        self.original_label = next(label for label, path in self.sources.items() if path is None)
+        self.original_label = next(
+            label for label, path in self.sources.items() if path == self.original_path
+        )
         self.attacked = list(sources)
         """Labels of the models that the evaluation is about; the others are references."""
         self.rows: dict[str, dict[str, Row]] = {}
         self.transferred: dict[str, dict[str, dict[str, Row]]] = {}
         self.picture_folders: dict[tuple[PromptRecord, ...], Path] = {}
         self.finds: dict[str, list[Find]] = {label: [] for label in self.attacked}
+
+    def _refer(self, label: str, path: str | None) -> None:
+        """Add a reference. ``InputError`` if one of the evaluation's own models has its label."""
+        if label in self.sources and self.sources[label] != path:
+            raise InputError(
+                f"models: expected folders of other names than those of the references, got '{label}' for "
+                f"{self.sources[label]}; rename the folder"
+            )
+        self.sources[label] = path
 
     def run(self) -> None:
         """Attack every model and compute the rows."""
@@ -150,7 +167,7 @@ class Attacks:
 
     @cached_property
     def _original(self) -> Session:
-        return self._session(None)
+        return self._session(self.original_path)
 
     def _session(self, path: str | None) -> Session:
         model = replace(self.config.model, path=path)
@@ -171,8 +188,12 @@ class Attacks:
     def _records(self, name: str, first: int, count: int) -> tuple[PromptRecord, ...]:
         """Return ``count`` prompts of one of the concepts' own sets from ``first`` on."""
         split = cast(Split, self.config.attacked_split)
-        (prompts,) = self._original.domain.prompt_sets(first + count, split, [name])
-        return prompts.records[first : first + count]
+        sets = self._original.domain.prompt_sets(first + count, split, [name])
+        if not sets:
+            raise InputError(
+                f"attacks: expected {name} prompts of model.domain={self.config.model.domain}, got none"
+            )
+        return sets[0].records[first : first + count]
 
     def _own_never_learnt(self) -> Mapping[str, torch.Tensor] | None:
         """Return the weights that the domain ships, None where the option names another model."""
@@ -385,7 +406,7 @@ class Attacks:
 
     def _place(self, label: str, target: Target) -> Path:
         """Return the folder of all that an evaluation does with a model under attack."""
-        if self.sources[label] is not None and label in self.attacked:
+        if self.sources[label] != self.original_path and label in self.attacked:
             return self.folder / label
         return self.cache / f"{label}-{digest(target.adapter.fingerprint(), *self._facts(target))}"
 
