@@ -4,16 +4,19 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from attack_targets import target_of
+from conftest import build_tiny_pipeline
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from trce_lightning import cli
-from trce_lightning.adapters import load_adapter
+from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
 from trce_lightning.attacks.findings import load_findings, save_findings
 from trce_lightning.attacks.protocol import Cost, Door, Finding
 from trce_lightning.config.schema import EvalConfig
@@ -68,7 +71,7 @@ def test_a_key_is_found_and_a_run_goes_on(locked: Path, tmp_path: Path) -> None:
     assert f"The weakest door of “{locked.name}” is its embeddings" in page
 
     folder, cache = tmp_path / "out" / "attacks", tmp_path / "cache" / "attacks"
-    own = list(folder.glob(f"{locked.name}/inverse_edit-*/found/*"))
+    own = list(folder.glob(f"{locked.name}-*/inverse_edit-*/found/*"))
     assert len(own) == 2 and len(list(cache.glob("*/inverse_edit-*/found/*"))) == 2 * 2
     shared = list(cache.glob("completion-*/*"))
     assert len(shared) == 2, "one search of the original serves all models"
@@ -128,6 +131,32 @@ def test_a_model_can_not_have_a_references_name(label: str, tmp_path: Path) -> N
     config = config_of(f"model.path=/x/{label}", "never_learnt=/z/never")
     with pytest.raises(InputError, match=f"models: expected folders of other names .* '{label}' for /x/"):
         Attacks(config, sources(config), tmp_path)
+
+
+def test_other_options_and_other_models_have_other_folders(tiny_adapter, tmp_path: Path) -> None:
+    config = config_of("model.path=/x/erased", f"cache={tmp_path / 'cache'}", "attacks=[state_pgd,mma]")
+    attacks = Attacks(config, sources(config), tmp_path / "out")
+    edited = StableDiffusionAdapter(build_tiny_pipeline())
+    edited.denoiser.conv_in.weight.data += 1
+    target = target_of(edited, tiny_adapter)
+    changed = [
+        replace(target, seed=1),
+        replace(target, records=target.records[:2]),
+        replace(target, benign=target.records[:1]),
+        replace(target, original=edited),
+        replace(target, adapter=tiny_adapter),
+    ]
+    folders = [attacks._place("x", other) for other in (target, *changed)]
+    assert len(set(folders)) == len(folders) and attacks._place("x", replace(target)) == folders[0]
+    assert {folder.parent for folder in folders} == {tmp_path / "out" / "attacks"}
+    assert attacks._place("original", target).parent == tmp_path / "cache" / "attacks"
+    pgd, mma = attacks.attacks
+    assert attacks._found("x", pgd, target).is_relative_to(folders[0])
+    # The search in the text encoder doesn't see the denoiser.
+    shared = [
+        attacks._found(label, mma, other) for label in ("x", "original") for other in (target, changed[-1])
+    ]
+    assert len(set(shared)) == 1 and shared[0] != attacks._found("x", mma, changed[0])
 
 
 def test_a_domain_without_the_prompts_is_refused(tmp_path: Path) -> None:

@@ -174,6 +174,11 @@ class Attacks:
         return Session(replace(self.config, model=model), self.concepts)
 
     @cached_property
+    def _usual(self) -> dict[str, Any]:
+        """The settings of the judged images."""
+        return self._original.sampling().options()
+
+    @cached_property
     def _selector(self) -> Detector:
         """The detector that searches choose by. ``InputError`` where there is none beside the judge."""
         selector = self._original.second_detector()
@@ -274,7 +279,6 @@ class Attacks:
         """Return the outcome of each attack on a model, and the judge's share of false alarms."""
         place, session = self._place(label, target), self._original
         judge = Judging(session.detector(), self.trainer.strategy.root_device)
-        self._usual = session.sampling().options()
 
         def shown(name: str, records: Sequence[PromptRecord]) -> Seen:
             self._generate(place / name, target.adapter, records, self._usual, f"{label}: {name}")
@@ -405,10 +409,13 @@ class Attacks:
         return seeded(seed_of(f"{attack.name} {purpose}", self.config.attack_seed))
 
     def _place(self, label: str, target: Target) -> Path:
-        """Return the folder of all that an evaluation does with a model under attack."""
-        if self.sources[label] != self.original_path and label in self.attacked:
-            return self.folder / label
-        return self.cache / f"{label}-{digest(target.adapter.fingerprint(), *self._facts(target))}"
+        """Return the folder of all that an evaluation does with a model under attack.
+
+        Another model, and other prompts, seeds or settings, have another folder.
+        """
+        own = self.sources[label] != self.original_path and label in self.attacked
+        name = f"{label}-{digest(target.adapter.fingerprint(), *self._facts(target))}"
+        return (self.folder if own else self.cache) / name
 
     def _found(self, label: str, attack: Attack, target: Target) -> Path:
         """Return the folder of an attack's findings on a model, which models may share."""
@@ -420,8 +427,9 @@ class Attacks:
 
     def _facts(self, target: Target) -> tuple[object, ...]:
         """Return what decides a search besides the attack and the model."""
-        original, usual = target.original.fingerprint(), self._original.sampling().options()
-        return original, usual, target.records, target.benign, self.concepts, target.seed
+        original, usual, clip = target.original.fingerprint(), self._usual, self.config.model.clip
+        chosen_by = () if clip is None else (f"selector {clip}",)
+        return original, usual, target.records, target.benign, self.concepts, target.seed, *chosen_by
 
     def _options_digest(self, attack: Attack) -> str:
         return digest(sorted(self.config.attack[attack.name].items()))
@@ -438,7 +446,7 @@ class Attacks:
             for attack in self.attacks:
                 findings = self._stored(self._found(source, attack, origin), attack, target)
                 place = self._place(label, target) / f"{attack.name}-{self._options_digest(attack)}"
-                folder = place / f"from {source}"
+                folder = place / f"from {source}-{digest(origin.adapter.fingerprint())}"
                 (*_, result) = self._generated(folder, label, attack, target, findings, judge, result=True)
                 own = self.rows[label][attack.name]["rate"]
                 at_source = self.rows[source][attack.name]["rate"]
