@@ -19,10 +19,18 @@ from trce_lightning import cli
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
 from trce_lightning.attacks.findings import load_findings, save_findings
 from trce_lightning.attacks.protocol import Cost, Door, Finding
+from trce_lightning.attacks.state_pgd import StatePgd
 from trce_lightning.config.schema import EvalConfig
 from trce_lightning.emoji.package import weights_folder
 from trce_lightning.errors import InputError
-from trce_lightning.jobs.attack import NEVER_LEARNT, ORIGINAL, REINITIALISED, Attacks, make_attack
+from trce_lightning.jobs.attack import (
+    NEVER_LEARNT,
+    ORIGINAL,
+    REINITIALISED,
+    Attacks,
+    make_attack,
+    progress_of,
+)
 from trce_lightning.jobs.evaluate import sources
 from trce_lightning.report.attacks import Attacks as Section
 
@@ -159,6 +167,16 @@ def test_other_options_and_other_models_have_other_folders(tiny_adapter, tmp_pat
     assert len(set(shared)) == 1 and shared[0] != attacks._found("x", mma, changed[0])
 
 
+def test_the_bar_counts_what_is_left(tiny_adapter) -> None:
+    target = target_of(tiny_adapter)
+    pgd = StatePgd(steps=2, samples=3)
+    for records in ((), target.records[1:], target.records):
+        told: list[int] = []
+        if records:
+            pgd.search(target, records, torch.Generator(), told.append)
+        assert progress_of(pgd, target, records) == sum(told) == 6 * len(records)
+
+
 def test_a_domain_without_the_prompts_is_refused(tmp_path: Path) -> None:
     config = config_of()
     with pytest.raises(
@@ -262,7 +280,8 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         rows.append(json.loads((folder / "metrics.json").read_text())["attacks"])
         assert len(list(folder.glob("cache/attacks/emoji-*/state_pgd-*/found/*.json"))) == 2
-        assert f"/{20 * 2 // devices} " in done.stderr, "the bar of the first process shows its own share"
+        share = {1: 20, 2: 16}[devices]  # of prompts, since 16 are searched together
+        assert f"/{share * 2} " in done.stderr, "the bar of the first process shows its own share"
     assert rows[0] == rows[1]
 
 

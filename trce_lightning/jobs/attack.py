@@ -151,15 +151,20 @@ class Attacks:
             write_json(self.folder / "attacks.json", {"rows": self.rows, "transfer": self.transferred})
 
     def announce(self) -> None:
-        """Log the exact cost of every search, for one model."""
+        """Log the exact cost of every search, and which models it serves."""
         target = self._target(self.original_label, pictures=False)
+        serves = {
+            Reads.MODEL: f"for each of {len(self.sources)} models",
+            Reads.TEXT_ENCODER: "for all models of one text encoder",
+            Reads.ORIGINAL: "for all models",
+        }
         for attack in self.attacks:
             cost = attack.cost(target)
             log.info(
-                "ahead: %-20s on each of %d models: %9d evaluations forward, %9d with a backward pass, "
+                "ahead: search of %s, %s: %d evaluations forward, %d with a backward pass, "
                 "%d prompts through the text encoder",
                 attack.name,
-                len(self.sources),
+                serves[attack.reads],
                 cost.forward,
                 cost.backward,
                 cost.text,
@@ -463,20 +468,20 @@ class Attacks:
 
         Each rank takes its share of the batches.
         """
-        batches, cost = batches_of(attack, target), attack.cost(target)
+        batches = batches_of(attack, target)
 
         def search(rank: Rank) -> None:
-            total = (cost.forward + cost.backward or cost.text) // rank.world_size
+            own = range(rank.index, len(batches), rank.world_size)
+            stems = {index: folder / f"{index:05d}" for index in own}
+            left = [index for index, stem in stems.items() if not stem.with_suffix(".json").exists()]
+            evaluations = progress_of(attack, target, [record for index in left for record in batches[index]])
             title = f"{label}: {attack.name}, search"
-            with tqdm(total=total, desc=title, unit="eval", disable=rank.index > 0) as bar:
-                for index in range(rank.index, len(batches), rank.world_size):
-                    stem = folder / f"{index:05d}"
-                    if stem.with_suffix(".json").exists():
-                        continue
+            with tqdm(total=evaluations, desc=title, unit="eval", disable=rank.index > 0) as bar:
+                for index in left:
                     generator = self._generator(attack, f"batch {index}")
                     with torch.enable_grad():  # predicting goes without
                         found = attack.search(target, batches[index], generator, bar.update)
-                    save_findings(stem, found)
+                    save_findings(stems[index], found)
 
         on_each_rank(self.trainer, search)
         return self._stored(folder, attack, target)
@@ -543,6 +548,14 @@ def batches_of(attack: Attack, target: Target) -> list[tuple[PromptRecord, ...]]
     """
     size = len(target.records) if attack.universal else min(target.batch_size, SEARCHED_TOGETHER)
     return [target.records[i : i + size] for i in range(0, len(target.records), size)]
+
+
+def progress_of(attack: Attack, target: Target, records: Sequence[PromptRecord]) -> int:
+    """Return what a search of these records tells its progress bar in all."""
+    if not records:
+        return 0
+    cost = attack.cost(replace(target, records=tuple(records)))
+    return cost.forward + cost.backward or cost.text
 
 
 def make_attack(name: str, options: Mapping[str, Any]) -> Attack:
