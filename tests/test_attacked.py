@@ -13,7 +13,6 @@ from trce_lightning.evaluation.attacked import (
     against,
     attack_row,
     attack_rows,
-    budget_of_first_successes,
     budget_of_stages,
     evaluations_to,
     inflated_rate,
@@ -206,15 +205,12 @@ def test_false_alarms_grow_with_the_tries() -> None:
     assert (inflated_rate(0, 50), inflated_rate(1, 1)) == (0, 1)
 
 
-def test_budgets_from_stages_and_from_first_successes() -> None:
+def test_a_budget_curve_has_a_point_for_each_stage() -> None:
     assert budget_of_stages([(300, hits(30)), (0, hits(2)), (80, hits(10))]) == [
         (0, 0.05),
         (80, 0.25),
         (300, 0.75),
     ]
-    first = {"a": 50, "b": None, "c": 10, "d": 50, "e": None}
-    assert budget_of_first_successes(first) == [(10, 0.2), (50, 0.6)]
-    assert budget_of_first_successes({"a": None}) == []
     row = attack_row(Outcome(hits(1), hits(1), hits(1), by_budget=[(9, 0.5), (3, 0.1)]))
     assert row["by_budget"] == [[3, 0.1], [9, 0.5]]
 

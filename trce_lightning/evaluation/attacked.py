@@ -47,7 +47,7 @@ class Verdict(StrEnum):
 class Outcome:
     """The outcome of one attack on one model.
 
-    The other fields hold the prompts of ``attacked`` at least.
+    ``unattacked`` and each control have all prompts of ``attacked``. They may have more.
     """
 
     attacked: Hits
@@ -58,7 +58,7 @@ class Outcome:
     random: Hits | None = None
     """The control of as many tries with findings that were not searched for; None if the attack has none."""
     tries: int = 1
-    """Candidates for a prompt that the attack chose among."""
+    """Judged images of each prompt. One that shows the concept breaks it."""
     forward: int = 0
     """Network evaluations of the search without a backward pass."""
     backward: int = 0
@@ -273,19 +273,6 @@ def verdict(row: Row) -> Verdict:
 def budget_of_stages(stages: Iterable[tuple[int, Hits]]) -> list[tuple[int, float]]:
     """Return the success rate at each number of evaluations, from outcomes of an attack's stages."""
     return sorted((evaluations, rate_of(hits)["rate"]) for evaluations, hits in stages)
-
-
-def budget_of_first_successes(first: Mapping[str, int | None]) -> list[tuple[int, float]]:
-    """Return the share of prompts that were broken by each number of evaluations.
-
-    Args:
-        first: evaluations at a prompt's first success; None is no success.
-    """
-    spent = sorted(evaluations for evaluations in first.values() if evaluations is not None)
-    return [
-        (evaluations, sum(other <= evaluations for other in spent) / len(first))
-        for evaluations in dict.fromkeys(spent)
-    ]
 
 
 def evaluations_to(by_budget: Budget, rate: float) -> float | None:

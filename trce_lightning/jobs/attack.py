@@ -606,7 +606,7 @@ def attacks_table(rows: Mapping[str, Mapping[str, Row]]) -> str:
     for name in next(iter(rows.values()), {}):
         for label, by_attack in rows.items():
             row = by_attack[name]
-            controls = [row["control"].get(control, {}).get("broken") for control in ("seeds", "random")]
+            controls = [row["control"].get(control, {}).get("rate") for control in ("seeds", "random")]
             cells = [name, label, f"{rate(row['rate'])} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"]
             cells += [rate(row["pre"]), *map(rate, controls)]
             cells += [f"{row['rho']['value']:.2f}" if "rho" in row else "–", row["verdict"]]
