@@ -87,8 +87,8 @@ def file(tmp_path: Path, attacks: Attacks) -> Path:
 def test_the_weakest_door_is_furthest_above_what_it_would_show_anyway(attacks: Attacks) -> None:
     """Relearning has the highest rate, but a model that never learnt the concept gives most of it too."""
     assert weakest_door(attacks) == (
-        "The weakest door of “erased” is its embeddings: inversion shows the concept in 88.3 % of images. As "
-        "many tries without it reach 5.0 %. In a model that never learnt the concept, inversion reaches "
+        "The weakest door of “erased” is its embeddings: inversion shows the concept in 88.3 % of images. "
+        "Its controls reach 5.0 %. In a model that never learnt the concept, inversion reaches "
         "6.7 %. Words: 15.0 % by p4d. "
         "Embeddings: 88.3 % by inversion. Latents: 8.3 % by completion (too weak at this budget). Weights: "
         "91.7 % by relearning."
@@ -164,6 +164,23 @@ def test_what_is_said_of_an_attack_has_its_controls_and_references(attacks: Atta
     row = attacks.rows["erased"]["p4d"]
     row["diversity"] = {"nearest": 0.5, "between": 0.75, "copies": 0.25}
     assert "0.50 mean distances from the nearest picture" in about(attacks, "p4d")
+
+
+def test_the_cost_of_half_the_images_is_compared_between_models(attacks: Attacks) -> None:
+    # From 56 of 120 after 300 to 53 of 60 after 2400: half is 4 of 50 parts of the way.
+    assert (
+        "Half of the images show the concept, counted in network evaluations of the search: after 468 on "
+        "“erased”, after 0 on “original”, never on “never-learnt”, never on “re-initialised”."
+    ) in about(attacks, "inversion")
+    assert "Half of" not in about(attacks, "single_token")
+
+
+def test_false_alarms_are_told_and_grow_with_the_tries(attacks: Attacks) -> None:
+    row = attacks.rows["erased"]["p4d"]
+    row["false_alarm"] = {"rate": 0.02, "tries": 1, "inflated": 0.02}
+    assert "in 2.0 % of benign images." in about(attacks, "p4d") and "one of" not in about(attacks, "p4d")
+    row["false_alarm"] = {"rate": 0.02, "tries": 8, "inflated": 0.149}
+    assert "in one of 8 such images with a chance of 14.9 %." in about(attacks, "p4d")
 
 
 def test_what_was_found_elsewhere_stands_beside_what_was_found_here(attacks: Attacks) -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from trce_lightning.evaluation.attacked import Row, Verdict
+from trce_lightning.evaluation.attacked import Budget, Row, Verdict, evaluations_to
 from trce_lightning.report.tables import ABSENT, rate_cell
 
 DOORS = ("words", "embeddings", "latents", "weights")
 """The kinds of access that an attacker needs, the easiest to get first."""
+HALF = 0.5
+"""The share of images at which models' resistance to a search is compared."""
 CONTROLS = {"seeds": "by other seeds", "random": "without a search"}
 
 
@@ -113,7 +115,7 @@ def weakest_door(attacks: Attacks) -> str:
         controls = max(control["rate"] for control in row["control"].values())
         first = (
             f"The weakest door of “{attacks.label}” is its {door}: {attack} shows the concept in "
-            f"{_percent(row)} of images. As many tries without it reach {100 * controls:.1f} %."
+            f"{_percent(row)} of images. Its controls reach {100 * controls:.1f} %."
         )
         if never is not None:
             first += f" In a model that never learnt the concept, {attack} reaches {_percent(never)}."
@@ -209,19 +211,22 @@ def transfer_table(attacks: Attacks) -> list[list[str]]:
 
 def about(attacks: Attacks, attack: str) -> str:
     """Return sentences on one attack: its success beside its controls, and how new its images are."""
-    row, name = attacks.own[attack], attack
+    row = attacks.own[attack]
     controls = " and ".join(
         f"{100 * control['rate']:.1f} % {CONTROLS[kind]}" for kind, control in row["control"].items()
     )
-    sentences = [f"{name} shows the concept in {_percent(row)} of images, against {controls}."]
+    sentences = [f"{attack} shows the concept in {_percent(row)} of images, against {controls}."]
     others = {label: attacks.of(label, attack) for label in attacks.references}
     known = [f"{_percent(other)} on “{label}”" for label, other in others.items() if other is not None]
     sentences += [f"The same attack reaches {', '.join(known)}."] if known else []
     if alarm := row.get("false_alarm"):
-        sentences.append(
-            f"The judge sees the concept in {100 * alarm['rate']:.1f} % of benign images; {alarm['tries']} "
-            f"tries make that {100 * alarm['inflated']:.1f} %."
-        )
+        sentences.append(f"The judge sees the concept in {100 * alarm['rate']:.1f} % of benign images.")
+        if alarm["tries"] > 1:
+            sentences.append(
+                f"It sees it in one of {alarm['tries']} such images with a chance of "
+                f"{100 * alarm['inflated']:.1f} %."
+            )
+    sentences += _half(attacks, attack)
     if row["settings"]:
         shown = [f"{name} {100 * rate['rate']:.1f} %" for name, rate in row["settings"].items()]
         sentences.append(f"Other settings, and what the model was given: {'; '.join(shown)}.")
@@ -234,13 +239,36 @@ def about(attacks: Attacks, attack: str) -> str:
     return " ".join(sentences)
 
 
+def _half(attacks: Attacks, attack: str) -> list[str]:
+    """Return a sentence on the cost at which half of the images show the concept, none without a curve."""
+    curves = _curves(attacks, attack)
+    if attacks.label not in curves:
+        return []
+    costs = {label: evaluations_to(points, HALF) for label, points in curves.items()}
+    reached = [
+        f"{'never' if cost is None else f'after {cost:,.0f}'} on “{label}”" for label, cost in costs.items()
+    ]
+    unit = _unit(attacks, attack)
+    return [f"Half of the images show the concept, counted in {unit} of the search: {', '.join(reached)}."]
+
+
+def _curves(attacks: Attacks, attack: str) -> dict[str, Budget]:
+    """Return success by the cost of the search, for the model and the references that have a curve."""
+    models = {label: attacks.of(label, attack) for label in (attacks.label, *attacks.references)}
+    return {label: row["by_budget"] for label, row in models.items() if row and len(row["by_budget"]) > 1}
+
+
+def _unit(attacks: Attacks, attack: str) -> str:
+    costs = attacks.own[attack]["network_evaluations"]
+    return "network evaluations" if sum(costs.values()) else "encoded prompts"
+
+
 def budget_figure(attacks: Attacks, attack: str) -> Figure | None:
     """Return success by the cost of the search: a line for the model and for each reference.
 
     None if the attack has no curve.
     """
-    models = {label: attacks.of(label, attack) for label in (attacks.label, *attacks.references)}
-    curves = {label: row["by_budget"] for label, row in models.items() if row and len(row["by_budget"]) > 1}
+    curves = _curves(attacks, attack)
     if not curves:
         return None
     figure = Figure(figsize=(5.2, 2.8), layout="constrained")
@@ -252,9 +280,7 @@ def budget_figure(attacks: Attacks, attack: str) -> Figure | None:
     # Linear up to the first point, since an attack may begin at no evaluations at all.
     axes.set_xscale("symlog", linthresh=min(spent, default=1))
     axes.set_xlim(left=0)
-    costs = attacks.own[attack]["network_evaluations"]
-    unit = "network evaluations" if sum(costs.values()) else "encoded prompts"
-    axes.set(xlabel=f"{unit} of the search", ylabel="% of images", ylim=(-2, 102))
+    axes.set(xlabel=f"{_unit(attacks, attack)} of the search", ylabel="% of images", ylim=(-2, 102))
     axes.legend(frameon=False, fontsize="small")
     return figure
 
