@@ -172,7 +172,7 @@ def test_relearning_lowers_the_loss_on_what_was_taught_and_changes_what_it_says(
     images = target.pictures[[RECORDS.index(record) for record in taught]]
     texts = [record.prompt for record in taught]
     lesson = Lesson(target.adapter.encode_images(images), target.adapter.encode(texts))
-    training = training_of("x", target, steps=1, batch_size=64, learning_rate=1.0, levels=100)
+    training = training_of(target, steps=1, batch_size=64, learning_rate=1.0, levels=100)
 
     def loss() -> float:
         rows = torch.arange(64) % 2
@@ -296,7 +296,7 @@ def test_gradients_of_the_weights_equal_finite_differences(target: Target) -> No
     adapter = target.adapter
     adapter.denoiser.double()
     lesson = Lesson(adapter.encode_images(target.pictures), adapter.encode([r.prompt for r in RECORDS]))
-    training = training_of("x", target, steps=1, batch_size=4, learning_rate=1.0, levels=50)
+    training = training_of(target, steps=1, batch_size=4, learning_rate=1.0, levels=50)
     rows = torch.arange(4)
     parameters = [p for _, p in adapter.denoiser.named_parameters() if p.ndim > 1]
 
@@ -353,6 +353,11 @@ def test_moved_weights_are_the_sum(target: Target) -> None:
         (lambda: Relearning(pictures=[0]), r"attack\.relearning\.pictures: .* got \[0\]"),
         (lambda: Relearning(steps=[0]), r"attack\.relearning\.steps: .* got \[0\]"),
         (lambda: Relearning(method="lora", rank=0), r"attack\.relearning_lora\.rank: .* got 0"),
+        (lambda: Relearning(learning_rate=0), r"attack\.relearning\.learning_rate: .* more than 0, got 0"),
+        (lambda: Relearning(batch_size=0), r"attack\.relearning\.batch_size: .* got 0"),
+        (lambda: Relearning(levels=0), r"attack\.relearning\.levels: .* got 0"),
+        (lambda: BenignFinetuning(batch_size=0), r"attack\.benign_finetuning\.batch_size: .* got 0"),
+        (lambda: BenignFinetuning(learning_rate=-1), r"attack\.benign_finetuning\.learning_rate: .* got -1"),
         (lambda: BenignFinetuning(steps=0), r"attack\.benign_finetuning\.steps: .* got 0"),
         (lambda: BenignFinetuning(pictures=1), r"attack\.benign_finetuning\.pictures: .* got 1"),
         (lambda: BenignFinetuning(threshold=0), r"attack\.benign_finetuning\.threshold: .* got 0"),
@@ -369,8 +374,6 @@ def test_wrong_targets_name_the_attack(target: Target) -> None:
         Relearning(**FULL).cost(none)
     with pytest.raises(InputError, match=r"attack\.benign_finetuning: expected at least 2 benign prompts"):
         BenignFinetuning(**TUNING).cost(none)
-    with pytest.raises(InputError, match=r"attack\.relearning\.learning_rate: expected more than 0, got 0"):
-        found(Relearning(**FULL | {"learning_rate": 0}), target)
     target.adapter.denoiser.half()
     for attack in attacks():
         with pytest.raises(InputError, match=rf"{attack.option}: expected weights that can be trained"):

@@ -47,7 +47,7 @@ from trce_lightning.attacks.fine_tuning import (
     under,
 )
 from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way, untold
-from trce_lightning.attacks.tries import fresh_record
+from trce_lightning.attacks.tries import check_above_zero, check_at_least, check_positive, fresh_record
 from trce_lightning.errors import InputError
 from trce_lightning.generation.loop import generate, network_steps, planned_evaluations
 from trce_lightning.metrics.asr import shows_concept
@@ -94,11 +94,11 @@ class BenignFinetuning:
         loss_rows: int = 256,
         threshold: float = 0.5,
     ) -> None:
-        for name, value in (("steps", steps), ("seeds", seeds), ("loss_rows", loss_rows)):
-            if value < 1:
-                raise InputError(f"{self.option}.{name}: expected at least 1, got {value}")
-        if pictures < 2:
-            raise InputError(f"{self.option}.pictures: expected at least 2, got {pictures}")
+        check_positive(
+            self.name, steps=steps, seeds=seeds, loss_rows=loss_rows, batch_size=batch_size, levels=levels
+        )
+        check_above_zero(self.name, learning_rate=learning_rate)
+        check_at_least(f"{self.name}.pictures", pictures, 2)
         if not 0 < threshold <= 1:
             raise InputError(f"{self.option}.threshold: expected one in (0, 1], got {threshold}")
         self.pictures, self.steps, self.batch_size, self.seeds = pictures, steps, batch_size, seeds
@@ -196,7 +196,6 @@ class BenignFinetuning:
 
     def _training(self, target: Target) -> Training:
         return training_of(
-            self.option,
             target,
             steps=self.steps,
             batch_size=self.batch_size,

@@ -58,16 +58,9 @@ class Training:
 
 
 def training_of(
-    option: str, target: Target, *, steps: int, batch_size: int, learning_rate: float, levels: int
+    target: Target, *, steps: int, batch_size: int, learning_rate: float, levels: int
 ) -> Training:
-    """Return a training with checked options. ``InputError`` naming ``option`` if one is not positive."""
-    for name, value in (
-        ("batch_size", batch_size),
-        ("learning_rate", learning_rate),
-        ("levels", levels),
-    ):
-        if not value > 0:
-            raise InputError(f"{option}.{name}: expected more than 0, got {value}")
+    """Return a training with these options, in parts that fit the target's memory."""
     at_once = min(batch_size, target.batch_size)
     return Training(steps, batch_size, learning_rate, levels, at_once, target.autocast_dtype)
 
@@ -78,7 +71,7 @@ def check_trainable(option: str, adapter: Adapter) -> None:
         if parameter.dtype not in (torch.float32, torch.float64):
             raise InputError(
                 f"{option}: expected weights that can be trained, in float32, got {parameter.dtype} in "
-                f"{name}; set model.dtype=float32"
+                f"{name}; set model.dtype=float32, without quantisation"
             )
 
 

@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 
 from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way, untold
-from trce_lightning.attacks.tries import batches, check_at_least, fresh_record, own_generator, pictures_of
+from trce_lightning.attacks.tries import (
+    batches,
+    check_at_least,
+    check_positive,
+    fresh_record,
+    own_generator,
+    pictures_of,
+)
 from trce_lightning.errors import InputError
 from trce_lightning.generation.variation import LatentStart, Variation
 from trce_lightning.prompts.records import PromptRecord
@@ -63,7 +70,7 @@ class Inpainting:
                 f"attack.inpainting.threshold: expected a number between 0 and 1, got {threshold:g}"
             )
         check_at_least("inpainting.rim", rim, 0)
-        check_at_least("inpainting.num_steps", num_steps, 1)
+        check_positive(self.name, num_steps=num_steps)
         self.box, self.threshold, self.rim, self.num_steps = box, threshold, rim, num_steps
 
     def cost(self, target: Target) -> Cost:

@@ -30,8 +30,9 @@ from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads
 from trce_lightning.attacks.proxies import with_states
 from trce_lightning.attacks.tries import (
     autocast_of,
-    check_at_least,
+    check_above_zero,
     check_gradients,
+    check_positive,
     fresh_record,
     pictures_of,
 )
@@ -134,19 +135,17 @@ class Inversion:
         checkpoints: Sequence[int] = (0,),
         num_steps: int | None = None,
     ) -> None:
-        counts = {
-            "vectors": vectors,
-            "steps": steps,
-            "batch_size": batch_size,
-            "pictures": pictures,
-            "levels": levels,
-            "runs": runs,
-            "num_steps": 1 if num_steps is None else num_steps,
-        }
-        for option, value in counts.items():
-            check_at_least(f"inversion.{option}", value, 1)
-        if not lr > 0:
-            raise InputError(f"attack.inversion.lr: expected a positive number, got {lr:g}")
+        check_positive(
+            self.name,
+            vectors=vectors,
+            steps=steps,
+            batch_size=batch_size,
+            pictures=pictures,
+            levels=levels,
+            runs=runs,
+            num_steps=1 if num_steps is None else num_steps,
+        )
+        check_above_zero(self.name, lr=lr)
         if any(not 0 <= step < steps for step in checkpoints):
             raise InputError(
                 f"attack.inversion.checkpoints: expected steps from 0 to {steps - 1}, got {list(checkpoints)}"

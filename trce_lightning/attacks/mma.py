@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from trce_lightning.attacks.protocol import Target
 from trce_lightning.attacks.text_search import Step, TextSearch
-from trce_lightning.attacks.words import Layout, Vocabulary, check_positive, end_states
+from trce_lightning.attacks.tries import check_positive
+from trce_lightning.attacks.words import Layout, Vocabulary, end_states
 from trce_lightning.concepts.naming import mentions
 from trce_lightning.prompts.records import PromptRecord
 

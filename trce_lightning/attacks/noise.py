@@ -18,7 +18,7 @@ from itertools import product
 import torch
 
 from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way, untold
-from trce_lightning.attacks.tries import check_at_least, fresh_record
+from trce_lightning.attacks.tries import check_at_least, check_positive, fresh_record
 from trce_lightning.errors import InputError
 from trce_lightning.generation.variation import NoisyDdim, Variation
 from trce_lightning.prompts.records import PromptRecord
@@ -45,7 +45,7 @@ class Noise:
         scales: Sequence[float] = (1.0, 1.02, 1.03, 1.04),
         num_steps: int = 50,
     ) -> None:
-        check_at_least("noise.num_steps", num_steps, 1)
+        check_positive(self.name, num_steps=num_steps)
         self.num_steps = num_steps
         for option, values in (("etas", etas), ("scales", scales)):
             if not values:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trce_lightning.attacks.tries import check_positive
 from trce_lightning.attacks.white_box import WhiteBoxWords
 from trce_lightning.attacks.words import (
     Layout,
@@ -30,7 +31,6 @@ from trce_lightning.attacks.words import (
     Vocabulary,
     alone,
     check_choice,
-    check_positive,
     interleaved,
 )
 

@@ -46,7 +46,7 @@ from trce_lightning.attacks.fine_tuning import (
     under,
 )
 from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way, untold
-from trce_lightning.attacks.tries import fresh_record, pictures_of
+from trce_lightning.attacks.tries import check_above_zero, check_positive, fresh_record, pictures_of
 from trce_lightning.errors import InputError
 from trce_lightning.prompts.records import PromptRecord, seed_of
 from trce_lightning.sampling import seeded
@@ -96,8 +96,8 @@ class Relearning:
             raise InputError(f"{self.option}.pictures: expected numbers of at least 1, got {list(pictures)}")
         if not steps or min(steps) < 0 or max(steps) == 0:
             raise InputError(f"{self.option}.steps: expected numbers of 0 and above, got {list(steps)}")
-        if rank < 1:
-            raise InputError(f"{self.option}.rank: expected at least 1, got {rank}")
+        check_positive(self.name, rank=rank, batch_size=batch_size, levels=levels)
+        check_above_zero(self.name, learning_rate=learning_rate)
         if method == "lora" and importlib.util.find_spec("peft") is None:
             raise InputError(
                 f"{self.option}: peft is not installed; install it with: pip install 'trce-lightning[lora]'"
@@ -204,7 +204,6 @@ class Relearning:
         adapter = target.adapter
         check_trainable(self.option, adapter)
         training = training_of(
-            self.option,
             target,
             steps=self.steps[-1],
             batch_size=self.batch_size,

@@ -25,8 +25,8 @@ from torch import Tensor
 from trce_lightning.adapters import Adapter
 from trce_lightning.attacks.protocol import Target
 from trce_lightning.attacks.text_search import Step, TextSearch
-from trce_lightning.attacks.tries import parts
-from trce_lightning.attacks.words import Layout, Vocabulary, check_positive
+from trce_lightning.attacks.tries import check_positive, parts
+from trce_lightning.attacks.words import Layout, Vocabulary
 from trce_lightning.concepts import Concept, PromptPair, prompt_pairs
 from trce_lightning.errors import InputError
 from trce_lightning.prompts.records import PromptRecord

@@ -30,14 +30,13 @@ from trce_lightning.attacks.candidates import (
 )
 from trce_lightning.attacks.objectives import Noised, check_levels, denoising_loss, noised
 from trce_lightning.attacks.protocol import Cost, Finding, Progress, Target
-from trce_lightning.attacks.tries import autocast_of, own_generator, parts, pictures_of
+from trce_lightning.attacks.tries import autocast_of, check_positive, own_generator, parts, pictures_of
 from trce_lightning.attacks.words import (
     UNTYPED,
     Layout,
     Vocabulary,
     alone,
     check_choice,
-    check_positive,
     own_words,
     prefixed,
 )

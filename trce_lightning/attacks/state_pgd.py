@@ -24,13 +24,13 @@ from trce_lightning.attacks.proxies import with_states
 from trce_lightning.attacks.tries import (
     autocast_of,
     batches,
-    check_at_least,
+    check_above_zero,
     check_gradients,
+    check_positive,
     fresh_record,
     own_generator,
     pictures_of,
 )
-from trce_lightning.errors import InputError
 from trce_lightning.prompts.records import PromptRecord
 from trce_lightning.tokens import Text
 
@@ -60,12 +60,9 @@ class StatePgd:
         samples: int = 1,
         levels: int = 999,
     ) -> None:
-        for option, count in (("steps", steps), ("samples", samples), ("levels", levels)):
-            check_at_least(f"state_pgd.{option}", count, 1)
+        check_positive(self.name, steps=steps, samples=samples, levels=levels)
         self.step_size = epsilon / 4 if step_size is None else step_size
-        for option, value in (("epsilon", epsilon), ("step_size", self.step_size)):
-            if not value > 0:
-                raise InputError(f"attack.state_pgd.{option}: expected a positive number, got {value:g}")
+        check_above_zero(self.name, epsilon=epsilon, step_size=self.step_size)
         self.epsilon, self.steps, self.samples, self.levels = epsilon, steps, samples, levels
 
     def cost(self, target: Target) -> Cost:

@@ -27,7 +27,7 @@ from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads
 from trce_lightning.attacks.tries import (
     autocast_of,
     batches,
-    check_at_least,
+    check_positive,
     fresh_record,
     own_generator,
     pictures_of,
@@ -73,8 +73,7 @@ class TextFree:
         iterations: int = 1,
         num_steps: int = 50,
     ) -> None:
-        check_at_least("text_free.num_steps", num_steps, 1)
-        check_at_least("text_free.iterations", iterations, 1)
+        check_positive(self.name, num_steps=num_steps, iterations=iterations)
         if not noise_levels:
             raise InputError("attack.text_free.noise_levels: expected at least one level, got none")
         named = {"level": [level], "noise_levels": noise_levels, "slerp_levels": slerp_levels}

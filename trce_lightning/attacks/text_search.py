@@ -18,8 +18,8 @@ from trce_lightning.attacks.candidates import (
     finding_of,
 )
 from trce_lightning.attacks.protocol import Cost, Finding, Progress, Reads, Target
-from trce_lightning.attacks.tries import own_generator, parts
-from trce_lightning.attacks.words import UNTYPED, Layout, Vocabulary, alone, check_positive, check_room
+from trce_lightning.attacks.tries import check_positive, own_generator, parts
+from trce_lightning.attacks.words import UNTYPED, Layout, Vocabulary, alone, check_room
 from trce_lightning.prompts.records import PromptRecord
 from trce_lightning.tokens import Text
 

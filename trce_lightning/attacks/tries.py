@@ -53,6 +53,19 @@ def check_at_least(option: str, value: float, least: float) -> None:
         raise InputError(f"attack.{option}: expected at least {least:g}, got {value:g}")
 
 
+def check_positive(attack: str, **counts: float) -> None:
+    """Raise ``InputError`` that names the attack's first option below 1."""
+    for name, value in counts.items():
+        check_at_least(f"{attack}.{name}", value, 1)
+
+
+def check_above_zero(attack: str, **values: float) -> None:
+    """Raise ``InputError`` that names the attack's first option that isn't more than 0."""
+    for name, value in values.items():
+        if not value > 0:
+            raise InputError(f"attack.{attack}.{name}: expected more than 0, got {value:g}")
+
+
 def autocast_of(target: Target) -> torch.autocast:
     """Return the precision in which the target's images are generated."""
     enabled = target.autocast_dtype is not None

@@ -21,18 +21,24 @@ from trce_lightning.attacks.candidates import (
 )
 from trce_lightning.attacks.objectives import Noised, check_levels, denoising_loss, noised
 from trce_lightning.attacks.protocol import Cost, Finding, Progress, Target
-from trce_lightning.attacks.tries import autocast_of, check_gradients, own_generator, parts, pictures_of
+from trce_lightning.attacks.tries import (
+    autocast_of,
+    check_above_zero,
+    check_gradients,
+    check_positive,
+    own_generator,
+    parts,
+    pictures_of,
+)
 from trce_lightning.attacks.words import (
     Layout,
     Pattern,
     Vocabulary,
     check_choice,
-    check_positive,
     check_room,
     own_words,
     room_of,
 )
-from trce_lightning.errors import InputError
 from trce_lightning.prompts.records import PromptRecord
 from trce_lightning.tokens import Text
 
@@ -78,8 +84,7 @@ class WhiteBoxWords(WordSearch):
         )
         check_checkpoints(self.name, self.steps, self.checkpoints)
         check_choice(self.name, "choose_by", self.choose_by, CHOICES)
-        if not self.lr > 0:
-            raise InputError(f"attack.{self.name}.lr: expected more than 0, got {self.lr}")
+        check_above_zero(self.name, lr=self.lr)
 
     @abstractmethod
     def pattern(self, words: Sequence[int], room: int, typed: Collection[int]) -> Pattern:

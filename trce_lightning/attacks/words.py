@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trce_lightning.adapters import Adapter
-from trce_lightning.attacks.tries import check_at_least
 from trce_lightning.concepts import Concept
 from trce_lightning.concepts.naming import mentions
 from trce_lightning.errors import InputError
@@ -222,12 +221,6 @@ def room_of(adapter: Adapter) -> int:
 def end_states(text: Text) -> Tensor:
     """Return the states at each prompt's end of text, which a text encoder pools: ``[B, d]``."""
     return torch.cat([text.states[name][roles == Role.EOT] for name, roles in text.roles.items()], dim=-1)
-
-
-def check_positive(attack: str, **options: float) -> None:
-    """Raise ``InputError`` that names the first option below 1."""
-    for name, value in options.items():
-        check_at_least(f"{attack}.{name}", value, 1)
 
 
 def check_choice(attack: str, name: str, value: str, choices: Sequence[str]) -> None:
