@@ -226,7 +226,7 @@ def test_no_embedding_moves_a_model_that_ignores_text() -> None:
     assert torch.equal(images(target, way), plain(target, way, target.adapter))
 
 
-def test_what_inversion_refuses(tiny_adapter) -> None:
+def test_what_inversion_refuses(tiny_adapter, monkeypatch: pytest.MonkeyPatch) -> None:
     for option, value in (
         ("steps", 0),
         ("batch_size", 0),
@@ -254,6 +254,9 @@ def test_what_inversion_refuses(tiny_adapter) -> None:
     for attack in (Inversion(**LEARN), StatePgd()):
         with pytest.raises(InputError, match=rf"attack\.{attack.name}: expected weights that.*int8"):
             searched(attack, target_of(quantised))
+    monkeypatch.setattr(type(tiny_adapter), "tokenize", lambda *_: {})
+    with pytest.raises(InputError, match=r"attack\.inversion: expected a model with a tokenizer, got"):
+        searched(Inversion(**LEARN), target)
 
 
 def test_copies_of_training_pictures_are_seen() -> None:

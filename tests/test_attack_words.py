@@ -355,8 +355,11 @@ def test_wrong_targets_are_named(target: Target, monkeypatch: pytest.MonkeyPatch
         ):
             searched(attack, replace(target, adapter=frozen))
     monkeypatch.setattr(type(target.adapter), "vocabulary", lambda _: {})
-    with pytest.raises(InputError, match=r"attack\.mma: expected a model of one tokenizer, got 0"):
-        searched(Mma(), target)
+    for attack in (Mma(), RingABell(), SingleToken(), P4D(), UnlearnDiff()):
+        with pytest.raises(
+            InputError, match=rf"attack\.{attack.name}: expected a model of one tokenizer, got 0"
+        ):
+            searched(attack, target)
 
 
 # --- each of them -------------------------------------------------------------------------------------------
