@@ -243,15 +243,7 @@ def broken(target: Target, judge: Detector, found: dict[str, str]) -> list[float
         if record.id in found
         for i in range(SEEDS)
     ]
-    images = generate(
-        target.adapter,
-        records,
-        guidance_scale=target.guidance_scale,
-        num_steps=target.num_steps,
-        batch_size=target.batch_size,
-        autocast_dtype=target.autocast_dtype,
-        variation=target.variation,
-    )
+    images = generate(target.adapter, records, **target.options())
     return (judge(images) >= THRESHOLD).float().reshape(-1, SEEDS).mean(1).tolist()
 
 

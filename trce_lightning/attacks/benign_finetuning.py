@@ -47,11 +47,16 @@ from trce_lightning.attacks.fine_tuning import (
     under,
 )
 from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way, untold
-from trce_lightning.attacks.tries import check_above_zero, check_at_least, check_positive, fresh_record
+from trce_lightning.attacks.tries import (
+    chances,
+    check_above_zero,
+    check_at_least,
+    check_positive,
+    fresh_record,
+)
 from trce_lightning.errors import InputError
 from trce_lightning.generation.loop import generate, network_steps, planned_evaluations
 from trce_lightning.metrics.asr import shows_concept
-from trce_lightning.metrics.class_detectors import to_device
 from trce_lightning.prompts.records import PromptRecord
 from trce_lightning.sampling import seeded
 
@@ -210,19 +215,9 @@ class BenignFinetuning:
         """
         records, original = self._benign(target), target.original
         before = original.network_evaluations
-        images = generate(
-            original,
-            records,
-            guidance_scale=target.guidance_scale,
-            num_steps=target.num_steps,
-            batch_size=target.batch_size,
-            autocast_dtype=target.autocast_dtype,
-            variation=target.variation,
-        )
+        images = generate(original, records, **target.options())
         progress(original.network_evaluations - before)
-        place = to_device(target.selector, target.adapter.device)
-        found = [target.selector(part.to(place)).cpu() for part in images.split(target.batch_size)]
-        shown = shows_concept(torch.cat(found), self.threshold)
+        shown = shows_concept(chances(target, images), self.threshold)
         kept = (~shown).nonzero().flatten().tolist()
         if len(kept) < 2:
             raise InputError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way, untold
-from trce_lightning.attacks.tries import fresh_record, own_generator
+from trce_lightning.attacks.tries import chances, fresh_record, own_generator
 from trce_lightning.attacks.words import Layout, Vocabulary
 from trce_lightning.errors import InputError
 from trce_lightning.generation.loop import generate, network_steps, planned_evaluations
@@ -174,14 +174,5 @@ def selected(
         for index, (record, text) in enumerate(zip(records, texts, strict=True))
         for i in tries
     ]
-    images = generate(
-        target.adapter,
-        drawn,
-        guidance_scale=target.guidance_scale,
-        num_steps=num_steps,
-        batch_size=target.batch_size,
-        autocast_dtype=target.autocast_dtype,
-        variation=target.variation,
-    )
-    chances = torch.cat([target.selector(part).float().cpu() for part in images.split(target.batch_size)])
-    return chances.reshape(len(texts), len(tries)).mean(1)
+    images = generate(target.adapter, drawn, **target.options() | {"num_steps": num_steps})
+    return chances(target, images).reshape(len(texts), len(tries)).mean(1)

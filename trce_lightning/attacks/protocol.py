@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -61,6 +61,14 @@ class Cost:
     """Prompts through the text encoder, forward or backward."""
 
 
+def total(costs: Iterable[Cost]) -> Cost:
+    """Return the sum of costs."""
+    summed = Cost()
+    for cost in costs:
+        summed = Cost(summed.forward + cost.forward, summed.backward + cost.backward, summed.text + cost.text)
+    return summed
+
+
 @dataclass(frozen=True)
 class Target:
     """All that an attacker has."""
@@ -90,6 +98,16 @@ class Target:
     """Other prompts of the concept, none of which is attacked, for attacks that teach pictures."""
     example_pictures: Tensor | None = None
     """Pictures of the examples by the original, as ``pictures``."""
+
+    def options(self) -> dict[str, Any]:
+        """Return the settings of the judged images, as keyword arguments of the generation loop."""
+        return {
+            "guidance_scale": self.guidance_scale,
+            "num_steps": self.num_steps,
+            "batch_size": self.batch_size,
+            "autocast_dtype": self.autocast_dtype,
+            "variation": self.variation,
+        }
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from trce_lightning.attacks.candidates import (
     selected,
 )
 from trce_lightning.attacks.objectives import Noised, check_levels, denoising_loss, noised
-from trce_lightning.attacks.protocol import Cost, Finding, Progress, Target
+from trce_lightning.attacks.protocol import Cost, Finding, Progress, Target, total
 from trce_lightning.attacks.tries import autocast_of, check_positive, own_generator, parts, pictures_of
 from trce_lightning.attacks.words import (
     UNTYPED,
@@ -97,8 +97,7 @@ class SingleToken(WordSearch):
     def cost(self, target: Target) -> Cost:
         """Return a forward for every token and try, times those that an image takes."""
         tokens = len(self.vocabulary(target))
-        costs = [self._spent(target, unit, tokens) for unit in self.units(target.records)]
-        return Cost(forward=sum(cost.forward for cost in costs), text=sum(cost.text for cost in costs))
+        return total(self._spent(target, unit, tokens) for unit in self.units(target.records))
 
     def _spent(self, target: Target, unit: PromptRecord, tokens: int) -> Cost:
         finalists = min(self.finalists, tokens)

@@ -1,4 +1,4 @@
-"""A search for words in the text encoder alone, which attacks of no denoiser share."""
+"""A search for words in the text encoder alone. The attacks that read no denoiser share it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trce_lightning.tokens import Text
 
 
 class Step(NamedTuple):
-    """What a step of a search has come to, for each prompt."""
+    """The best token ids of one step of a search, for each prompt."""
 
     losses: Tensor
     """``[B]`` on the CPU; infinity where no text can be typed."""

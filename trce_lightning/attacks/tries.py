@@ -10,6 +10,7 @@ import torch
 
 from trce_lightning.attacks.protocol import Target
 from trce_lightning.errors import InputError
+from trce_lightning.metrics.class_detectors import to_device
 from trce_lightning.prompts.records import PromptRecord, seed_of
 from trce_lightning.sampling import seeded
 
@@ -45,6 +46,13 @@ def pictures_of(target: Target, records: Sequence[PromptRecord], attack: str) ->
         )
     rows = {record.id: row for row, record in enumerate(target.records)}
     return target.pictures[[rows[record.id] for record in records]]
+
+
+def chances(target: Target, images: torch.Tensor) -> torch.Tensor:
+    """Return the selector's probabilities that images show the concept: uint8 ``[N, 3, H, W]`` → ``[N]``."""
+    place = to_device(target.selector, target.adapter.device)
+    found = [target.selector(part.to(place)).float().cpu() for part in images.split(target.batch_size)]
+    return torch.cat(found)
 
 
 def check_at_least(option: str, value: float, least: float) -> None:

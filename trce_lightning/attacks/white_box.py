@@ -1,4 +1,4 @@
-"""A search for words by gradients through the denoiser, which attacks of white boxes share."""
+"""A search for words by gradients through the denoiser. The attacks that have the weights share it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trce_lightning.attacks.candidates import (
     selected,
 )
 from trce_lightning.attacks.objectives import Noised, check_levels, denoising_loss, noised
-from trce_lightning.attacks.protocol import Cost, Finding, Progress, Target
+from trce_lightning.attacks.protocol import Cost, Finding, Progress, Target, total
 from trce_lightning.attacks.tries import (
     autocast_of,
     check_above_zero,
@@ -120,10 +120,7 @@ class WhiteBoxWords(WordSearch):
 
     def cost(self, target: Target) -> Cost:
         """Return the cost of all records: steps with backward, the original's goals and the checkpoints."""
-        costs = [self._spent(target, record, self.steps) for record in target.records]
-        return Cost(
-            *(sum(values) for values in zip(*((c.forward, c.backward, c.text) for c in costs), strict=True))
-        )
+        return total(self._spent(target, record, self.steps) for record in target.records)
 
     def _spent(self, target: Target, record: PromptRecord, step: int) -> Cost:
         """Return what one record has cost by a step, its checkpoint included."""

@@ -22,12 +22,12 @@ from trce_lightning.attacks.diversity import Diversity, diversity
 from trce_lightning.attacks.findings import load_findings, save_findings
 from trce_lightning.attacks.protocol import (
     Attack,
-    Cost,
     Finding,
     LearnsFromPictures,
     Reads,
     Target,
     Way,
+    total,
 )
 from trce_lightning.config.schema import OWN_NEVER_LEARNT, EvalConfig
 from trce_lightning.errors import InputError
@@ -223,8 +223,6 @@ class Attacks:
         device = self.trainer.strategy.root_device if pictures else torch.device("cpu")
         for model in (adapter, original):
             model.to(device)
-        if isinstance(self._selector, nn.Module):
-            self._selector.to(device)
         sampling, count = session.sampling(), self.config.attacked_prompts
         records, examples = self._records(DIRECT, 0, count), self._records(DIRECT, count, EXAMPLES)
         # A cost depends on how many pictures there are, and not on what they show.
@@ -303,7 +301,7 @@ class Attacks:
             copies = None
             if isinstance(attack, LearnsFromPictures):
                 copies = self._diversity(ways[-1], attack.learnt_from(target))
-            spent = total([finding.spent for finding in findings.values()])
+            spent = total(finding.spent for finding in findings.values())
             outcomes[attack.name] = Outcome(
                 attacked=hits_of(result),
                 unattacked=hits_of(unattacked),
@@ -588,11 +586,6 @@ def reinitialise(denoiser: nn.Module) -> None:
         for module in denoiser.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
-
-
-def total(costs: Sequence[Cost]) -> Cost:
-    """Return the sum of costs."""
-    return Cost(*(sum(getattr(cost, name) for cost in costs) for name in ("forward", "backward", "text")))
 
 
 def percent(hits: Hits) -> str:
