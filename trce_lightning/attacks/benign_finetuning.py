@@ -46,7 +46,17 @@ from trce_lightning.attacks.fine_tuning import (
     training_of,
     under,
 )
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way, untold
+from trce_lightning.attacks.protocol import (
+    UNIVERSAL,
+    Cost,
+    Door,
+    Finding,
+    Progress,
+    Reads,
+    Target,
+    Way,
+    untold,
+)
 from trce_lightning.attacks.tries import (
     chances,
     check_above_zero,
@@ -158,7 +168,7 @@ class BenignFinetuning:
                 tensors |= {
                     f"{seed}/{name}": change for name, change in differences(parameters, copies).items()
                 }
-        return [Finding("all", tensors, facts | {"seeds": seeds}, self.cost(target))]
+        return [Finding(UNIVERSAL, tensors, facts | {"seeds": seeds}, self.cost(target))]
 
     def random(
         self,
@@ -175,11 +185,11 @@ class BenignFinetuning:
             for seed in range(self.seeds)
             for name, parameter in target.adapter.denoiser.named_parameters()
         }
-        return [Finding("all", tensors, {"random_walk": size})]
+        return [Finding(UNIVERSAL, tensors, {"random_walk": size})]
 
     def ways(self, target: Target, findings: Mapping[str, Finding]) -> Iterator[Way]:
         """Yield a way for each seed; the first seed is the result, and comes last."""
-        tensors = findings["all"].tensors
+        tensors = findings[UNIVERSAL].tensors
         for seed in reversed(range(self.seeds)):
             yield Way(
                 name=f"seed {seed + 1}" if seed else "",

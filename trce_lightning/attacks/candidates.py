@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way, untold
+from trce_lightning.attacks.protocol import (
+    UNIVERSAL,
+    Cost,
+    Door,
+    Finding,
+    Progress,
+    Reads,
+    Target,
+    Way,
+    untold,
+)
 from trce_lightning.attacks.tries import chances, fresh_record, own_generator
 from trce_lightning.attacks.words import Layout, Vocabulary
 from trce_lightning.errors import InputError
@@ -89,7 +99,7 @@ class WordSearch(ABC):
 
     def units(self, records: Sequence[PromptRecord]) -> Sequence[PromptRecord]:
         """Return the prompts that each have a finding: the records, or one for all of them."""
-        return [PromptRecord("all", "")] if self.universal else records
+        return [PromptRecord(UNIVERSAL, "")] if self.universal else records
 
     def random(
         self,
@@ -118,7 +128,7 @@ class WordSearch(ABC):
 
         A finding "all" is every prompt's. All ways generate from a prompt with the same fresh seed.
         """
-        found = {record: findings.get(record.id, findings.get("all")) for record in target.records}
+        found = {record: findings.get(record.id, findings.get(UNIVERSAL)) for record in target.records}
         pairs = [(record, finding) for record, finding in found.items() if finding is not None]
         unique = list({id(finding): finding for _, finding in pairs}.values())
         shown = {one["step"] for finding in unique for one in finding.facts["checkpoints"]}

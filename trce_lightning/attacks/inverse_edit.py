@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 
 from trce_lightning.adapters import Adapter
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way, untold
+from trce_lightning.attacks.protocol import (
+    UNIVERSAL,
+    Cost,
+    Door,
+    Finding,
+    Progress,
+    Reads,
+    Target,
+    Way,
+    untold,
+)
 from trce_lightning.attacks.proxies import with_mapped_states
 from trce_lightning.attacks.tries import fresh_record
 from trce_lightning.errors import InputError
@@ -72,7 +82,7 @@ class InverseEdit:
                 "width": len(transform),
                 "condition": float(singular[0] / singular[rank - 1]),
             }
-        return [Finding("all", tensors, {"streams": facts, "read from": self.edit or "weights"})]
+        return [Finding(UNIVERSAL, tensors, {"streams": facts, "read from": self.edit or "weights"})]
 
     def _given(self, stream: str, width: int) -> Tensor | None:
         if self.edit is None or stream != CONTEXT:
@@ -98,11 +108,11 @@ class InverseEdit:
     ) -> list[Finding]:
         """Return keys that move states as much as the true ones, in random directions."""
         true = self.search(target, records, generator, progress)[0].tensors
-        return [Finding("all", {name: _turned(key, generator) for name, key in true.items()})]
+        return [Finding(UNIVERSAL, {name: _turned(key, generator) for name, key in true.items()})]
 
     def ways(self, target: Target, findings: Mapping[str, Finding]) -> Iterator[Way]:
         """Yield the prompts themselves, read through the key."""
-        streams, tensors = target.adapter.streams(), findings["all"].tensors
+        streams, tensors = target.adapter.streams(), findings[UNIVERSAL].tensors
         keys = {segment: key for name, key in tensors.items() for segment in streams[name].segments}
         records = tuple(fresh_record(record, self.name) for record in target.records)
         yield Way("", records, with_mapped_states(target.adapter, keys), target.variation)

@@ -26,7 +26,17 @@ from torch import Tensor
 
 from trce_lightning.adapters import Adapter
 from trce_lightning.attacks.objectives import check_levels, denoising_loss, noised
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way, untold
+from trce_lightning.attacks.protocol import (
+    UNIVERSAL,
+    Cost,
+    Door,
+    Finding,
+    Progress,
+    Reads,
+    Target,
+    Way,
+    untold,
+)
 from trce_lightning.attacks.proxies import with_states
 from trce_lightning.attacks.tries import (
     autocast_of,
@@ -190,7 +200,7 @@ class Inversion:
             "pictures": [record.id for record in target.records[: self.pictures]],
             "norms": self._norms(target, {name: tensors[f"{name}.{self.steps}"] for name in slots.ids}),
         }
-        return [Finding("all", tensors, facts, self.cost(target))]
+        return [Finding(UNIVERSAL, tensors, facts, self.cost(target))]
 
     def learnt_from(self, target: Target) -> Tensor:
         """Return the pictures that the vectors are learnt from, uint8 ``[B, 3, H, W]``."""
@@ -329,11 +339,11 @@ class Inversion:
             direction = torch.randn(own.shape, generator=generator)
             norm = _token_norms(target)[name].mean().cpu()
             tensors[f"{name}.0"] = norm * direction / direction.norm(dim=-1, keepdim=True)
-        return [Finding("all", tensors, {"checkpoints": [0], "evaluations": [0]})]
+        return [Finding(UNIVERSAL, tensors, {"checkpoints": [0], "evaluations": [0]})]
 
     def ways(self, target: Target, findings: Mapping[str, Finding]) -> Iterator[Way]:
         """Yield each checkpoint's images, one for each attacked prompt, of held-out sentences in turn."""
-        sentences, finding = _sentences(target)[1], findings["all"]
+        sentences, finding = _sentences(target)[1], findings[UNIVERSAL]
         slots, adapter = self.slots(target.adapter, sentences), target.adapter
         records = tuple(
             fresh_record(record, self.name, prompt=sentences[row % len(sentences)])

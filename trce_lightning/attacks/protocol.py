@@ -17,6 +17,8 @@ from trce_lightning.generation.variation import Variation
 from trce_lightning.metrics.detectors import Detector
 from trce_lightning.prompts.records import PromptRecord
 
+UNIVERSAL = "all"
+"""The prompt id of a finding that serves all prompts."""
 Progress = Callable[[int], None]
 """A function that is told how many network evaluations have been made since it was last called."""
 
@@ -112,7 +114,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of a search for one prompt, or for all prompts under the id "all"."""
+    """The result of a search for one prompt, or for all prompts under the id :data:`UNIVERSAL`."""
 
     prompt_id: str
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -168,7 +170,7 @@ class Attack(Protocol):
         """Search for what makes the model show the concept, for these of the target's records together.
 
         The result depends on the target, the records and the generator alone. A universal attack returns one
-        finding, with the id "all", whatever the records.
+        finding, with the id :data:`UNIVERSAL`, whatever the records.
         """
 
     def random(

@@ -45,7 +45,17 @@ from trce_lightning.attacks.fine_tuning import (
     training_of,
     under,
 )
-from trce_lightning.attacks.protocol import Cost, Door, Finding, Progress, Reads, Target, Way, untold
+from trce_lightning.attacks.protocol import (
+    UNIVERSAL,
+    Cost,
+    Door,
+    Finding,
+    Progress,
+    Reads,
+    Target,
+    Way,
+    untold,
+)
 from trce_lightning.attacks.tries import check_above_zero, check_positive, fresh_record, pictures_of
 from trce_lightning.errors import InputError
 from trce_lightning.prompts.records import PromptRecord, seed_of
@@ -152,7 +162,7 @@ class Relearning:
         ``spent`` counts the steps on this number of pictures alone. So `evaluations_to` on two models' curves
         tells how much longer one of them withstands the training.
         """
-        tensors, facts = findings["all"].tensors, findings["all"].facts
+        tensors, facts = findings[UNIVERSAL].tensors, findings[UNIVERSAL].facts
         counts = [count for count in self.pictures if str(count) in facts["losses"]]
         taught = {record.prompt for record in self._taught(target)}
         held_out = (record for record in target.records if record.prompt not in taught)
@@ -231,7 +241,7 @@ class Relearning:
             "losses": curves,
         }
         spent = Cost(backward=len(counts) * training.steps * self.batch_size, text=len(captions))
-        return Finding("all", tensors, facts, spent)
+        return Finding(UNIVERSAL, tensors, facts, spent)
 
     def _learn_all(
         self, adapter: Adapter, lesson: Lesson, training: Training, generator: torch.Generator, tell: Progress

@@ -205,23 +205,22 @@ class TextFree:
         self, target: Target, name: str, records: tuple[PromptRecord, ...], z_t: Tensor, level: float
     ) -> Iterator[Way]:
         """Yield the images from these latents, and the clean pictures that the model sees in them."""
-        step = first_step(level, self.num_steps)
-        spent = self.cost(target).forward
-        for way_name, first, latents in (
-            (name, step, z_t),
-            (f"visible in {name}", self.num_steps, self._visible(target, z_t, step)),
-        ):
+        step, spent = first_step(level, self.num_steps), self.cost(target).forward
+
+        def way(name: str, first: int, latents: Tensor) -> Way:
             by_id = {record.id: row for record, row in zip(records, latents, strict=True)}
-            variation = Variation(start=LatentStart(first, by_id))
-            yield Way(
-                way_name,
+            return Way(
+                name,
                 records,
                 target.adapter,
-                variation,
+                Variation(start=LatentStart(first, by_id)),
                 spent,
                 on_curve=False,
                 num_steps=self.num_steps,
             )
+
+        yield way(name, step, z_t)
+        yield way(f"visible in {name}", self.num_steps, self._visible(target, z_t, step))
 
     @torch.no_grad()
     def _visible(self, target: Target, z_t: Tensor, step: int) -> Tensor:

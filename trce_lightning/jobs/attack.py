@@ -21,6 +21,7 @@ from trce_lightning.adapters import Adapter
 from trce_lightning.attacks.diversity import Diversity, diversity
 from trce_lightning.attacks.findings import load_findings, save_findings
 from trce_lightning.attacks.protocol import (
+    UNIVERSAL,
     Attack,
     Finding,
     LearnsFromPictures,
@@ -61,8 +62,6 @@ from trce_lightning.sampling import seeded
 log = logging.getLogger(__name__)
 ORIGINAL, NEVER_LEARNT, REINITIALISED = "original", "never-learnt", "re-initialised"
 """Labels of the models that an attack's figures are read against."""
-UNIVERSAL = "all"
-"""The id of a finding that serves every prompt."""
 NOTHING = Finding("")
 SEARCHED_TOGETHER = 16
 """The most prompts of one search. A stopped evaluation continues after it, and ranks share such searches."""
@@ -346,10 +345,8 @@ class Attacks:
         result: bool = False,
     ) -> list[Stage]:
         """Generate and judge the images of an attack's ways, or of its result alone, which comes last."""
-        stages = []
-        for way in attack.ways(target, findings):
-            if result and way.name:
-                continue
+        stages, ways = [], attack.ways(target, findings)
+        for way in [next(way for way in ways if not way.name)] if result else ways:
             place = folder / (way.name or "result")
             steps = {} if way.num_steps is None else {"num_steps": way.num_steps}
             options = self._usual | {"variation": way.variation} | steps
