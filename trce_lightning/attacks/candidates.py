@@ -87,7 +87,7 @@ class WordSearch(ABC):
     reads = Reads.MODEL
     universal = False
     unit = "steps"
-    """The measure of a search's length."""
+    """The word for what the search counts, in the names of its ways."""
 
     @abstractmethod
     def layout(self, target: Target, vocabulary: Vocabulary, records: Sequence[PromptRecord]) -> Layout:
@@ -126,7 +126,7 @@ class WordSearch(ABC):
     def ways(self, target: Target, findings: Mapping[str, Finding]) -> Iterator[Way]:
         """Yield the prompts that were best by each earlier checkpoint, then the attack's result.
 
-        A finding "all" is every prompt's. All ways generate from a prompt with the same fresh seed.
+        A universal finding serves every prompt. All ways generate from a prompt with the same fresh seed.
         """
         found = {record: findings.get(record.id, findings.get(UNIVERSAL)) for record in target.records}
         pairs = [(record, finding) for record, finding in found.items() if finding is not None]

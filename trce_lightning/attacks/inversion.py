@@ -3,16 +3,20 @@
     min_v E ‖ε_θ(z_t, t, E(template(v))) − goal‖²
 
 z_t are pictures of the concept by the original, with noise at random levels. v is one embedding, or n, in
-place of a word in plain sentences; all weights are frozen. The images that are judged use sentences that
-training has not seen. It shows that the denoiser still draws the concept and that one point of the text
-encoder's input reaches it: the concept is hidden, not gone. The attacker injects embeddings, and needs
-gradients. It doesn't show that words reach it: the facts compare the vectors' norms with those of the
-attacked prompts' tokens. A model that never learnt the concept can be taught some of it this way, so compare
-with one. The images' distances to the pictures (`trce_lightning.attacks.diversity`) say whether the vector
-has stored these. One vector stands for the whole concept, and a model mixes the concept's subjects as it does
-under the concept's own name. ("Circumventing Concept Erasure Methods For Text-to-Image Generative Models",
-arXiv 2308.01508; textual inversion: arXiv 2208.01618. The published runs also mirror pictures at random; here
-they stay as they are.)
+place of a word in plain sentences. All weights are frozen. The images that are judged use sentences that
+training has not seen. One vector stands for the whole concept, and a model mixes the concept's subjects as it
+does under the concept's own name.
+
+A success shows that the denoiser still generates the concept, and that one point of the text encoder's input
+reaches it: the concept is hidden, not gone. The attacker injects embeddings, and needs gradients.
+
+It doesn't show that words reach the concept. The facts compare the vectors' norms with those of the attacked
+prompts' tokens. A model that never learnt the concept can be taught some of it this way, so compare with one.
+The images' distances to the pictures (`trce_lightning.attacks.diversity`) say whether the vector has stored
+these.
+
+("Circumventing Concept Erasure Methods For Text-to-Image Generative Models", arXiv 2308.01508; textual
+inversion: arXiv 2208.01618. The published runs also mirror pictures at random; here they stay as they are.)
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class SingleToken(WordSearch):
     def search(
         self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator, progress: Progress
     ) -> list[Finding]:
-        """Go through the vocabulary; ``place: alone`` gives one finding, "all"."""
+        """Go through the vocabulary; ``place: alone`` gives one universal finding."""
         vocabulary = self.vocabulary(target)
         if self.score_by == "loss":
             pictures_of(target, target.records, self.name)

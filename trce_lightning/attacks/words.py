@@ -1,8 +1,8 @@
 """The words that an attack may use, and prompts with free places where they stand.
 
-An attack is worth what a user can type: each token that is used comes back alone when its text is tokenized,
-and each prompt that is found is read as the very tokens that the search has chosen. Parts of words are left
-out.
+A found prompt counts only if a user can type it. So each token that is used comes back alone when its text is
+tokenized, and the model reads each found prompt as the very tokens that the search has chosen. Parts of words
+are left out.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ NAME_LEADS = tuple(
     f"{lead} {'{}' if lead.endswith((' wonderful', ' large')) else '{a}'}" for lead in HELD_OUT_LEADS
 )
 
-
 ALIASES = {
     "kitchen knife": ("knife", "blade"),
     "dagger": ("blade", "knife"),

@@ -81,8 +81,8 @@ class Attacks:
     Args:
         config: the evaluation's options.
         sources: path of each model by label; None is the model that ``model`` names itself.
-        folder: folder of the evaluation; what concerns its own models goes into its folder ``attacks``. What
-            concerns the references goes into the cache, for other evaluations.
+        folder: folder of the evaluation. Attacks on its own models are stored in its folder ``attacks``.
+            Those on the references are stored in the cache, for other evaluations.
 
     Raises:
         InputError: a wrong option of an attack, a model with the label of a reference, or an unknown label in
@@ -209,7 +209,7 @@ class Attacks:
         return self._original.domain.never_learnt() if self.config.never_learnt == OWN_NEVER_LEARNT else None
 
     def _target(self, label: str, *, pictures: bool = True) -> Target:
-        """Return what the attacker of a model has, the model on its device."""
+        """Return all that the attacker of a model has. Without pictures, the models stay on the CPU."""
         session = self._session(self.sources[label])
         adapter, original = session.adapter, self._original.adapter
         if label == REINITIALISED:
