@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from attack_targets import target_of
 from conftest import build_tiny_pipeline
 from hydra import compose, initialize_config_dir
@@ -311,6 +312,8 @@ def test_what_was_found_on_one_model_is_tried_on_another_and_told_to_dashboards(
     assert f"What was found on one model, tried on “{locked.name}”" in page
     (events,) = (tmp_path / "out" / "tensorboard").glob("events*")
     assert b"attacks/original/inverse_edit/rate" in events.read_bytes()
+    wandb.finish()
+    wandb.teardown()  # waits for what writes
     (run,) = (tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb")
     assert b"attacks/original/inverse_edit/rate" in run.read_bytes()
     tables = [file.name for file in run.parent.rglob("*.table.json")]
