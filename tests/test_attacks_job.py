@@ -317,7 +317,7 @@ def test_what_was_found_on_one_model_is_tried_on_another_and_told_to_dashboards(
     (run,) = (tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb")
     assert b"attacks/original/inverse_edit/rate" in run.read_bytes()
     tables = [file.name for file in run.parent.rglob("*.table.json")]
-    assert {name.partition("_")[0] for name in tables} == {"attacks", "found"}
+    assert {name.partition("_")[0] for name in tables} == {"attacks", "budget", "found"}
 
 
 def test_a_model_that_nobody_attacks_has_no_findings_to_transfer(

@@ -31,6 +31,7 @@ ATTACK_COLUMNS = [
     "rho",
     "verdict",
 ]
+BUDGET_COLUMNS = ["attack", "model", "cost", "success"]
 FOUND_COLUMNS = ["model", "attack", "prompt", "found", "original", "attacked", "probability"]
 
 
@@ -66,7 +67,10 @@ def wandb_logger(config: LoggerConfig, folder: Path, name: str) -> WandbLogger:
 def log_attacks(
     logger: WandbLogger, rows: Mapping[str, Mapping[str, Row]], finds: Mapping[str, Sequence[Find]]
 ) -> None:
-    """Log the tables ``attacks``, a row for each attack on each model, and ``found``, with images."""
+    """Log tables: ``attacks``, with each attack on each model, ``budget``, with its curve, and ``found``.
+
+    ``found`` has what was found, with images. A cost is in network evaluations, or in encoded prompts.
+    """
     import wandb
 
     data = [
@@ -86,6 +90,13 @@ def log_attacks(
         for name, row in by_attack.items()
     ]
     logger.log_table("attacks", columns=ATTACK_COLUMNS, data=data)
+    points = [
+        [name, label, cost, rate]
+        for label, by_attack in rows.items()
+        for name, row in by_attack.items()
+        for cost, rate in row["by_budget"]
+    ]
+    logger.log_table("budget", columns=BUDGET_COLUMNS, data=points)
     shown = [
         [
             label,
