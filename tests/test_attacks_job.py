@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from trce_lightning import cli
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
 from trce_lightning.attacks.findings import load_findings, save_findings
-from trce_lightning.attacks.protocol import Cost, Door, Finding
+from trce_lightning.attacks.protocol import ControlTeaches, Cost, Door, Finding
 from trce_lightning.attacks.state_pgd import StatePgd
 from trce_lightning.config.schema import EvalConfig
 from trce_lightning.emoji.package import weights_folder
@@ -192,6 +192,8 @@ def test_every_attack_is_made_from_its_file() -> None:
     assert set(options) == files
     attacks = {name: make_attack(name, own) for name, own in options.items()}
     assert all(attack.name == name for name, attack in attacks.items())
+    teaching = {name for name, attack in attacks.items() if isinstance(attack, ControlTeaches)}
+    assert teaching == {"relearning", "relearning_lora"}
     doors = {attacks[name].door for name in options_of("quick")}
     assert doors == set(Door)
 

@@ -195,3 +195,11 @@ class LearnsFromPictures(Protocol):
 
     def learnt_from(self, target: Target) -> Tensor:
         """Return the pictures that the search learns from, uint8 ``[M, 3, H, W]``."""
+
+
+@runtime_checkable
+class ControlTeaches(Protocol):
+    """An attack whose control teaches the concept as well, so that it is a setting and no floor."""
+
+    control: str
+    """The name of that setting."""

@@ -86,6 +86,7 @@ class Relearning:
     door = Door.WEIGHTS
     reads = Reads.MODEL
     universal = True
+    control = "shuffled captions"
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ from trce_lightning.attacks.findings import load_findings, save_findings
 from trce_lightning.attacks.protocol import (
     UNIVERSAL,
     Attack,
+    ControlTeaches,
     Finding,
     LearnsFromPictures,
     Reads,
@@ -300,17 +301,21 @@ class Attacks:
             copies = None
             if isinstance(attack, LearnsFromPictures):
                 copies = self._diversity(ways[-1], attack.learnt_from(target))
+            chance = hits_of(control[-1].seen)
+            settings = {stage.way.name: hits_of(stage.seen) for stage in ways if not stage.way.on_curve}
+            if isinstance(attack, ControlTeaches):
+                settings[attack.control] = chance
             spent = total(finding.spent for finding in findings.values())
             outcomes[attack.name] = Outcome(
                 attacked=hits_of(result),
                 unattacked=hits_of(unattacked),
                 seeds=hits_of(seeds),
-                random=hits_of(control[-1].seen),
+                random=None if isinstance(attack, ControlTeaches) else chance,
                 tries=tries,
                 forward=spent.forward,
                 backward=spent.backward,
                 text=spent.text,
-                settings={stage.way.name: hits_of(stage.seen) for stage in ways if not stage.way.on_curve},
+                settings=settings,
                 diversity=None if copies is None else copies._asdict(),
                 by_budget=budget_of_stages(
                     (stage.way.spent, hits_of(stage.seen)) for stage in ways if stage.way.on_curve
