@@ -139,8 +139,8 @@ def test_the_never_learnt_model_draws_all_but_the_concept():
     chosen = [*violent.nonzero().flatten().tolist(), *(~violent).nonzero().flatten().tolist()[::4]]
     subjects = shown(weights, [f"a picture of a {SUBJECTS[i].name}" for i in chosen])
     right = subjects == torch.tensor(chosen)
-    assert not violent[subjects[: violent.sum()]].any()
-    assert right[violent.sum() :].float().mean() >= 0.85
+    assert violent[subjects[: violent.sum()]].sum() <= 1
+    assert right[violent.sum() :].float().mean() >= 0.95
 
 
 @pytest.mark.parametrize("concept_name", ["style", "horror", "unsafe"])
