@@ -476,7 +476,9 @@ class Attacks:
             left = [index for index, stem in stems.items() if not stem.with_suffix(".json").exists()]
             evaluations = progress_of(attack, target, [record for index in left for record in batches[index]])
             title = f"{label}: {attack.name}, search"
-            with tqdm(total=evaluations, desc=title, unit="eval", disable=rank.index > 0) as bar:
+            with tqdm(
+                total=evaluations, desc=title, unit="eval", disable=rank.index > 0 or not evaluations
+            ) as bar:
                 for index in left:
                     generator = self._generator(attack, f"batch {index}")
                     with torch.enable_grad():  # predicting goes without
