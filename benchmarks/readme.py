@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from benchmarks.report import refresh
 from trce_lightning.compare import load_runs, paired_tests
 from trce_lightning.report.attacks import DOORS
@@ -78,14 +80,37 @@ def attacks_lines(rows: Rows, erased: str) -> list[str]:
     return lines
 
 
+def attacks_figure(rows: Rows) -> Figure:
+    """Return a picture of every attack's success: a row an attack, a point with its interval a model."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    names = [name for door in DOORS for name, row in next(iter(rows.values())).items() if row["door"] == door]
+    for index, (label, by_attack) in enumerate(rows.items()):
+        shares = [by_attack[name] for name in names]
+        height = [place + (index - len(rows) / 2) * 0.12 for place in range(len(names))]
+        value = [100 * row["rate"] for row in shares]
+        spread = [[100 * abs(row["rate"] - row[end]) for row in shares] for end in ("low", "high")]
+        axes.errorbar(value, height, xerr=spread, fmt="o", markersize=5, elinewidth=1, label=label)
+    axes.set_yticks(range(len(names)), [f"{rows[next(iter(rows))][name]['door']}: {name}" for name in names])
+    axes.invert_yaxis()
+    axes.grid(axis="y", alpha=0.2)
+    axes.set(xlim=(-2, 102), xlabel="% of images that show the concept under attack, with 95 % intervals")
+    figure.legend(loc="outside lower center", ncols=len(rows), frameon=False)
+    return figure
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
 def write_attacks(evaluation: Path, lines: Sequence[str], erased: str) -> list[str]:
-    """Write the table of ``docs/attacks.md``, and return the README's ``lines`` with those of the doors."""
+    """Write the table and the picture of ``docs/attacks.md``.
+
+    Return the README's ``lines`` with one for each door.
+    """
     rows = json.loads((evaluation / "metrics.json").read_text("utf-8"))["attacks"]
     refresh("\n".join(attacks_lines(rows, erased)), ROOT / "docs" / "attacks.md", "attacks")
+    attacks_figure(rows).savefig(ROOT / "docs" / "images" / "attacks.png", dpi=110)
     return [*lines, *door_lines(rows, next(iter(rows)), erased)]
 
 

@@ -11,7 +11,7 @@ from conftest import build_tiny_pipeline, text_of
 from tiny_runs import WEAPONS
 from torch import Tensor
 
-from benchmarks import attacks, gpu, memory, networks, plain, plan, report, textual
+from benchmarks import attacks, gpu, memory, networks, plain, plan, readme, report, textual
 from benchmarks.__main__ import measure_gpu
 from benchmarks.fitting import fit_in_turns, inputs, mean_square, small
 from benchmarks.plan import Counter
@@ -23,6 +23,7 @@ from trce_lightning.attacks.p4d import P4D
 from trce_lightning.attacks.protocol import Attack, Target
 from trce_lightning.attacks.unlearndiff import UnlearnDiff
 from trce_lightning.concepts import Concept, prompt_pairs
+from trce_lightning.evaluation.attacked import Outcome, attack_rows
 from trce_lightning.losses import guided_prediction, steering_hinge
 from trce_lightning.prompts.records import PromptRecord
 from trce_lightning.sampling import noise
@@ -328,3 +329,40 @@ def test_the_large_networks_are_stable_diffusions() -> None:
         built = networks.unet(), networks.xl_unet(), networks.decoder()
     sizes = [sum(weight.numel() for weight in network.parameters()) for network in built]
     assert sizes == [859_520_964, 2_567_463_684, 83_653_863]
+
+
+def rows_of_attacks() -> dict[str, dict[str, dict[str, object]]]:
+    """Three attacks on two models, made up. The strongest attack by words is too weak on the original."""
+    broken = {"original": {"weak": 10, "sure": 20, "key": 20}, "erased": {"weak": 9, "sure": 4, "key": 20}}
+
+    def outcome(count: int, unattacked: int) -> Outcome:
+        found, before = ({f"p{i}": [i < n] for i in range(20)} for n in (count, unattacked))
+        return Outcome(found, before, before, backward=1200)
+
+    outcomes = {
+        label: {name: outcome(count, 20 if label == "original" else 0) for name, count in counts.items()}
+        for label, counts in broken.items()
+    }
+    rows = attack_rows(outcomes)
+    for by_attack in rows.values():
+        for name, row in by_attack.items():
+            row["door"] = "embeddings" if name == "key" else "words"
+    return rows
+
+
+def test_a_door_shows_its_strongest_attack_whose_control_holds() -> None:
+    rows = rows_of_attacks()
+    words, embeddings = readme.door_lines(rows, "original", "erased")
+    assert words.startswith("| attacked, words: `sure` | 100.0 % [") and "| 20.0 % [" in words
+    assert embeddings.startswith("| attacked, embeddings: `key` |")
+    header, _, *lines = readme.attacks_lines(rows, "erased")
+    assert header.startswith("| attack | original | erased | erased: other seeds |")
+    weak = next(line for line in lines if "`weak`" in line)
+    assert "| 50 % | 45 % | 0 % |" in weak and "**no**" in weak and "1,200 B" in weak
+    figure = readme.attacks_figure(rows)
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [
+        "words: weak",
+        "words: sure",
+        "embeddings: key",
+    ]
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"original", "erased"}
