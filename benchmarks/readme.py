@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.report import refresh
 from trce_lightning.compare import load_runs, paired_tests
+from trce_lightning.evaluation.attacked import Verdict
+from trce_lightning.jobs.attack import NEVER_LEARNT
 from trce_lightning.report.attacks import DOORS
 from trce_lightning.report.tables import ABSENT, rate_cell, results_table
 
@@ -41,16 +43,21 @@ Rows = Mapping[str, Mapping[str, Mapping[str, Any]]]
 def door_lines(rows: Rows, original: str, erased: str) -> list[str]:
     """Return a table line for each door: the attack that shows most on the erased model, beside the original.
 
-    Attacks whose positive control doesn't hold are left out if another one of the door's holds.
+    An attack that is above its controls goes first, then one whose positive control holds: its failure says
+    something.
     """
     lines = []
     for door in DOORS:
         own = {name: row for name, row in rows[erased].items() if row["door"] == door}
-        sure = {name: row for name, row in own.items() if row["positive_control"]["holds"]} or own
-        if not sure:
+        above = {name: row for name, row in own.items() if row["verdict"] == Verdict.ABOVE}
+        sure = {name: row for name, row in own.items() if row["positive_control"]["holds"]}
+        if not own:
             continue
-        name, row = max(sure.items(), key=lambda item: item[1]["rate"])
-        cells = [f"attacked, {door}: `{name}`", rate_cell(rows[original][name]), rate_cell(row)]
+        name, row = max((above or sure or own).items(), key=lambda item: item[1]["rate"])
+        taught = (
+            f" ({_percent(rows[NEVER_LEARNT][name]['rate'])} if never learnt)" if NEVER_LEARNT in rows else ""
+        )
+        cells = [f"attacked, {door}: `{name}`{taught}", rate_cell(rows[original][name]), rate_cell(row)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -332,8 +332,8 @@ def test_the_large_networks_are_stable_diffusions() -> None:
 
 
 def rows_of_attacks() -> dict[str, dict[str, dict[str, object]]]:
-    """Three attacks on two models, made up. The strongest attack by words is too weak on the original."""
-    broken = {"original": {"weak": 10, "sure": 20, "key": 20}, "erased": {"weak": 9, "sure": 4, "key": 20}}
+    """Three attacks on two models, made up. No attack by words is above its controls, and one is too weak."""
+    broken = {"original": {"weak": 10, "sure": 20, "key": 10}, "erased": {"weak": 3, "sure": 1, "key": 12}}
 
     def outcome(count: int, unattacked: int) -> Outcome:
         found, before = ({f"p{i}": [i < n] for i in range(20)} for n in (count, unattacked))
@@ -350,15 +350,17 @@ def rows_of_attacks() -> dict[str, dict[str, dict[str, object]]]:
     return rows
 
 
-def test_a_door_shows_its_strongest_attack_whose_control_holds() -> None:
+def test_a_door_shows_its_strongest_attack_or_a_failure_that_says_something() -> None:
     rows = rows_of_attacks()
     words, embeddings = readme.door_lines(rows, "original", "erased")
-    assert words.startswith("| attacked, words: `sure` | 100.0 % [") and "| 20.0 % [" in words
-    assert embeddings.startswith("| attacked, embeddings: `key` |")
+    assert words.startswith("| attacked, words: `sure` | 100.0 % [") and "| 5.0 % [" in words
+    assert embeddings.startswith("| attacked, embeddings: `key` | 50.0 % ["), "its success counts"
+    taught = readme.door_lines(rows | {"never-learnt": rows["original"]}, "original", "erased")
+    assert taught[1].startswith("| attacked, embeddings: `key` (50 % if never learnt) |")
     header, _, *lines = readme.attacks_lines(rows, "erased")
     assert header.startswith("| attack | original | erased | erased: other seeds |")
     weak = next(line for line in lines if "`weak`" in line)
-    assert "| 50 % | 45 % | 0 % |" in weak and "**no**" in weak and "1,200 B" in weak
+    assert "| 50 % | 15 % | 0 % |" in weak and "**no**" in weak and "1,200 B" in weak
     figure = readme.attacks_figure(rows)
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [
         "words: weak",
