@@ -100,7 +100,8 @@ def test_the_weakest_door_is_furthest_above_what_it_would_show_anyway(attacks: A
 
 def test_doors_without_an_attack_and_attacks_without_success_are_said() -> None:
     assert weakest_door(made_up("completion")) == (
-        "No attack on “erased” shows the concept more often than its controls do. Words: not attacked. "
+        "No attack on “erased” shows the concept significantly more often than its controls do. Without an "
+        "attack, it shows it in 5.0 % of images. Words: not attacked. "
         "Embeddings: not attacked. Latents: 8.3 % by completion (too weak at this budget). Weights: not "
         "attacked."
     )

@@ -77,7 +77,8 @@ def test_a_key_is_found_and_a_run_goes_on(locked: Path, tmp_path: Path) -> None:
     # 4 prompts, 4 of 20 steps by the original, with guidance.
     assert rows[locked.name]["completion"]["network_evaluations"]["forward"] == 4 * 4 * 2
     page = (tmp_path / "out" / "report.html").read_text()
-    assert f"The weakest door of “{locked.name}” is its embeddings" in page
+    # Four prompts of four are not significant.
+    assert "Embeddings: 100.0 % by inverse_edit." in page and "No attack on" in page
 
     folder, cache = tmp_path / "out" / "attacks", tmp_path / "cache" / "attacks"
     own = list(folder.glob(f"{locked.name}-*/inverse_edit-*/found/*"))

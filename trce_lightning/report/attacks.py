@@ -93,25 +93,30 @@ class Attacks:
         floors = [control["rate"] for control in row["control"].values()]
         return row["rate"] - max([*floors, *([] if never is None else [never["rate"]])])
 
+    def rank(self, attack: str) -> tuple[bool, float]:
+        """Return what attacks are ordered by: whether it is above its controls, then its excess."""
+        return self.own[attack]["verdict"] == Verdict.ABOVE, self.excess(attack)
+
     def strongest(self, door: str) -> str | None:
-        """Return the attack of a door with the largest excess, None if there is no attack."""
+        """Return the attack of a door that :meth:`rank` puts first, None if there is no attack."""
         behind = [attack for attack in self.own if self.doors[attack] == door]
-        return max(behind, key=self.excess, default=None)
+        return max(behind, key=self.rank, default=None)
 
 
 def weakest_door(attacks: Attacks) -> str:
     """Return sentences that name the weakest door, then the strongest attack of each door.
 
-    The strongest attack is the one that lies furthest above its controls and the never-learnt model. An
-    attack that shows much in any model tells little about this one.
+    The strongest attack is one that is significantly above its controls, and of these the one that lies
+    furthest above them and the never-learnt model. An attack that shows much in any model tells little about
+    this one.
     """
     strongest = {door: attacks.strongest(door) for door in DOORS}
     known = {door: attack for door, attack in strongest.items() if attack is not None}
     if not known:
         return f"“{attacks.label}” has not been attacked."
-    door, attack = max(known.items(), key=lambda item: attacks.excess(item[1]))
+    door, attack = max(known.items(), key=lambda item: attacks.rank(item[1]))
     row, never = attacks.own[attack], attacks.of(attacks.never_learnt, attack)
-    if attacks.excess(attack) > 0:
+    if row["verdict"] == Verdict.ABOVE:
         controls = max(control["rate"] for control in row["control"].values())
         first = (
             f"The weakest door of “{attacks.label}” is its {door}: {attack} shows the concept in "
@@ -120,7 +125,10 @@ def weakest_door(attacks: Attacks) -> str:
         if never is not None:
             first += f" In a model that never learnt the concept, {attack} reaches {_percent(never)}."
     else:
-        first = f"No attack on “{attacks.label}” shows the concept more often than its controls do."
+        first = (
+            f"No attack on “{attacks.label}” shows the concept significantly more often than its controls "
+            f"do. Without an attack, it shows it in {100 * row['pre']:.1f} % of images."
+        )
     doors = [f"{name.capitalize()}: {_of_door(attacks, found)}." for name, found in strongest.items()]
     return " ".join([first, *doors])
 
