@@ -98,6 +98,10 @@ def test_the_key_of_an_edit_gives_the_originals_images(tiny_adapter, tmp_path, g
     assert largest_difference(plain(target, way, target.adapter), original) > 1
     unlucky = ways(attack, target, control(attack, target))[""]
     assert largest_difference(images(target, unlucky), original) > 1
+    untouched = searched(attack, target_of(tiny_adapter))["all"].tensors["context"]
+    assert torch.allclose(untouched, torch.eye(32, dtype=untouched.dtype), atol=1e-4), (
+        "there is no edit to undo"
+    )
     shift = [key - torch.eye(32) for key in (found["all"].tensors["context"], unlucky_key(attack, target))]
     assert torch.allclose(shift[0].norm(), shift[1].norm())
 
