@@ -68,7 +68,7 @@ def test_a_key_is_found_and_a_run_goes_on(locked: Path, tmp_path: Path) -> None:
     cli.evaluate(options)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     rows = metrics["attacks"]
-    assert set(rows) == {locked.name, "original", "re-initialised"}
+    assert set(rows) == {locked.name, "original", "never-learnt", "re-initialised"}
     assert all(set(by_attack) == {"inverse_edit", "completion"} for by_attack in rows.values())
     key = rows[locked.name]["inverse_edit"]
     assert (key["pre"], key["rate"], key["network_evaluations"]) == (0, 1, {"forward": 0, "backward": 0})
@@ -82,7 +82,7 @@ def test_a_key_is_found_and_a_run_goes_on(locked: Path, tmp_path: Path) -> None:
 
     folder, cache = tmp_path / "out" / "attacks", tmp_path / "cache" / "attacks"
     own = list(folder.glob(f"{locked.name}-*/inverse_edit-*/found/*"))
-    assert len(own) == 2 and len(list(cache.glob("*/inverse_edit-*/found/*"))) == 2 * 2
+    assert len(own) == 2 and len(list(cache.glob("*/inverse_edit-*/found/*"))) == 3 * 2
     shared = list(cache.glob("completion-*/*"))
     assert len(shared) == 2, "one search of the original serves all models"
     found = {file: file.stat().st_mtime_ns for file in [*own, *shared, *cache.glob("*/*/found/*")]}
