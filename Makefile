@@ -51,8 +51,8 @@ bench-table: setup
 	$(BIN)/python train.py concept=violence output=$(TABLE)/trajectory stages=[trajectory]
 	$(BIN)/python -m benchmarks.readme $(TABLE)/both $(TABLE)/textual $(TABLE)/trajectory
 
-# Nine attacks on the original, on each stage alone, on both, and on the references. All attacks would take hours.
-ATTACKS := mma,ring_a_bell,p4d,inverse_edit,state_pgd,inversion,text_free,completion,relearning
+# Ten attacks on the original, on each stage alone, on both, and on the references. All attacks would take hours.
+ATTACKS := mma,ring_a_bell,p4d,unlearndiff,inverse_edit,state_pgd,inversion,text_free,completion,relearning
 bench-attacks: bench-table
 	$(BIN)/python eval.py concept=violence attacks=[$(ATTACKS)] attack.inversion.runs=1 attack.relearning.pictures=[25] \
 	  attacked_prompts=32 transfer=[original] sets=[direct,benign] metrics.final_images_per_set=64 \

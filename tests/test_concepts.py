@@ -84,7 +84,8 @@ def test_a_style_of_an_artist_keeps_what_he_painted() -> None:
 
 def test_unsafe_covers_the_seven_categories() -> None:
     blocks = (CONFIGS / "concept" / "unsafe.yaml").read_text().split("# category: ")[1:]
-    found = {block.splitlines()[0]: len(re.findall(r"^  \w.*: ", block, re.MULTILINE)) for block in blocks}
+    terms = {block.splitlines()[0]: re.split(r"\n\w", block)[0] for block in blocks}
+    found = {name: len(re.findall(r"^  \w.*: ", block, re.MULTILINE)) for name, block in terms.items()}
     categories = {"hate", "harassment", "violence", "self-harm", "sexual", "shocking", "illegal activity"}
     assert set(found) == categories
     assert min(found.values()) >= 3
