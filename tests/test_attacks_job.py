@@ -62,9 +62,17 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("clean_process")
 def test_a_key_is_found_and_a_run_goes_on(locked: Path, tmp_path: Path) -> None:
-    options = [*OPTIONS, f"model.path={locked}", f"output={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}"]
+    options = [
+        *OPTIONS,
+        "attack.completion.num_steps=8",
+        "attack.completion.steps=[2]",
+        f"model.path={locked}",
+        f"output={tmp_path / 'out'}",
+        f"cache={tmp_path / 'cache'}",
+    ]
     cli.evaluate(options)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     rows = metrics["attacks"]
@@ -74,8 +82,8 @@ def test_a_key_is_found_and_a_run_goes_on(locked: Path, tmp_path: Path) -> None:
     assert (key["pre"], key["rate"], key["network_evaluations"]) == (0, 1, {"forward": 0, "backward": 0})
     assert key["control"]["seeds"]["rate"] == 0 and key["positive_control"]["holds"]
     assert rows["original"]["completion"]["rate"] == 1 and rows["re-initialised"]["completion"]["rate"] == 0
-    # 4 prompts, 4 of 20 steps by the original, with guidance.
-    assert rows[locked.name]["completion"]["network_evaluations"]["forward"] == 4 * 4 * 2
+    # 4 prompts, 2 of 8 steps by the original, with guidance.
+    assert rows[locked.name]["completion"]["network_evaluations"]["forward"] == 4 * 2 * 2
     page = (tmp_path / "out" / "report.html").read_text()
     # Four prompts of four are not significant.
     assert "Embeddings: 100.0 % by inverse_edit." in page and "No attack on" in page
