@@ -287,6 +287,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
             *options,
             f"trainer.devices={devices}",
             f"output={folder}",
+            f"cache={folder / 'cache'}",
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
