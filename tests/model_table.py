@@ -43,11 +43,11 @@ from trce_lightning.prompts.records import PromptRecord
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 MARK = "models"
 LEVELS = 1
-"""Of 255, by which a picture may differ: rounding of the last bits, here and there."""
+"""The steps of 255 by which a picture may differ, since the last bits are rounded here and there."""
 HEAD = "| configuration | opens | compared with diffusers: largest difference of any pixel, or why not |"
 Pipeline = StableDiffusionPipeline
 Source = Pipeline | Path | tuple[Path, Path]
-"""What is opened: a pipeline in memory, a folder, or a file with its configuration's folder."""
+"""A source that is opened: a pipeline in memory, a folder, or a file with its configuration's folder."""
 
 
 @dataclass(frozen=True)
@@ -505,7 +505,7 @@ def cut_short(pipeline: Pipeline, folder: Path) -> Path:
 
 
 def by_older_names(pipeline: Pipeline, folder: Path) -> Path:
-    """As Stable Diffusion 1.x is published: names that diffusers and transformers have given up since."""
+    """Save the pipeline with the names of Stable Diffusion 1.x, which the libraries have given up since."""
     pipeline.save_pretrained(folder)
     attention = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     vae, text_encoder = folder / "vae" / STEMS["vae"], folder / "text_encoder" / STEMS["text_encoder"]

@@ -95,7 +95,7 @@ def vae_of(*, small: bool = False) -> AutoencoderKL:
 
 
 def scheduler_of(version: str) -> DDIMScheduler:
-    """With the published noise schedule."""
+    """Return it with the published noise schedule."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,

@@ -62,7 +62,7 @@ def open_files() -> list[str]:
 
 
 def of_process() -> dict[str, Any]:
-    """What a process has that others may rely on."""
+    """Return the state of the process that others may rely on."""
     root, store = logging.getLogger(), ConfigStore.instance()
     names = ("hydra", "lightning", "lightning.pytorch", "diffusers", "transformers", "trce_lightning")
     return {
@@ -92,7 +92,7 @@ def of_process() -> dict[str, Any]:
 
 
 def of_pipeline(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
-    """What a pipeline has beside its weights."""
+    """Return the state of a pipeline beside its weights."""
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     parameters = {
         f"{name}.{key}": (parameter.requires_grad, parameter.grad, parameter.dtype, parameter.stride())

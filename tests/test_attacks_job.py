@@ -250,6 +250,7 @@ def test_wrong_attacks_are_refused_by_a_sentence(make: Callable[[], object], sen
         ("attacks=[nope]", ["nope", "choices", "inversion"]),
         ("attack.inversion.steps=0", ["attack.inversion", "attacks=[inversion]"]),
         ("attacked_prompts=0", ["'attacked_prompts'", "at least 1"]),
+        ("transfer=[original]", ["'transfer'", "attacks="]),
         ("never_learnt=nowhere", ["'never_learnt'", "no file or folder 'nowhere'"]),
     ],
 )

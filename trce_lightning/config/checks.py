@@ -74,6 +74,11 @@ def _check_evaluation(config: EvalConfig) -> None:
         check_model(dataclasses.replace(config.model, path=path), "models")
     if config.never_learnt not in (None, OWN_NEVER_LEARNT):
         check_model(dataclasses.replace(config.model, path=config.never_learnt), "never_learnt")
+    if config.transfer and not config.attack:
+        raise InputError(
+            f"option 'transfer': expected attacks=... beside it, whose findings are tried, got none for "
+            f"{', '.join(config.transfer)}"
+        )
     for name, file in prompt_files(config.prompts, config.published):
         check_file(name, file, list(config.published))
     _check_robustness(config)

@@ -290,7 +290,7 @@ class Attacks:
         unattacked, benign = shown("unattacked", target.records), shown("benign", target.benign)
         outcomes = {}
         for attack in self.attacks:
-            own = place / f"{attack.name}-{self._options_digest(attack)}"
+            own = place / self._stored_as(attack)
             findings = self._search(self._found(label, attack, target), label, attack, target)
             ways = self._generated(own / "images", label, attack, target, findings, judge)
             result = ways[-1].seen
@@ -424,7 +424,7 @@ class Attacks:
 
     def _found(self, label: str, attack: Attack, target: Target) -> Path:
         """Return the folder of an attack's findings on a model, which models may share."""
-        name = f"{attack.name}-{self._options_digest(attack)}"
+        name = self._stored_as(attack)
         if attack.reads == Reads.MODEL:
             return self._place(label, target) / name / "found"
         read = target.adapter.text_fingerprint() if attack.reads == Reads.TEXT_ENCODER else ""
@@ -436,8 +436,9 @@ class Attacks:
         chosen_by = () if clip is None else (f"selector {clip}",)
         return original, usual, target.records, target.benign, self.concepts, target.seed, *chosen_by
 
-    def _options_digest(self, attack: Attack) -> str:
-        return digest(sorted(self.config.attack[attack.name].items()))
+    def _stored_as(self, attack: Attack) -> str:
+        """Return the name of an attack's folder; other options have another one."""
+        return f"{attack.name}-{digest(sorted(self.config.attack[attack.name].items()))}"
 
     def _transferred(self, label: str) -> dict[str, dict[str, Row]]:
         """Return by other model and attack how what was found there serves on this model."""
@@ -450,7 +451,7 @@ class Attacks:
             origin = self._target(source, pictures=False)
             for attack in self.attacks:
                 findings = self._stored(self._found(source, attack, origin), attack, target)
-                place = self._place(label, target) / f"{attack.name}-{self._options_digest(attack)}"
+                place = self._place(label, target) / self._stored_as(attack)
                 folder = place / f"from {source}-{digest(origin.adapter.fingerprint())}"
                 (*_, result) = self._generated(folder, label, attack, target, findings, judge, result=True)
                 own = self.rows[label][attack.name]["rate"]
