@@ -90,6 +90,11 @@ def images(target: Target, way: Way) -> Tensor:
     )
 
 
+def judged(way: Way, drawn: Tensor) -> Tensor:
+    """Return what the judge sees of a way's images."""
+    return drawn if way.judged is None else way.judged(way.records, drawn)
+
+
 def plain(target: Target, way: Way, adapter: Adapter) -> Tensor:
     """Return the images of another model at a way's seeds, for the prompts that are attacked."""
     prompts = {record.prompt_id: record.prompt for record in target.records}

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.attacks.diversity import diversity
 from trce_lightning.attacks.inverse_edit import InverseEdit
-from trce_lightning.attacks.inversion import PLACEHOLDER, Inversion
+from trce_lightning.attacks.inversion import PLACEHOLDER, Inversion, InversionN
 from trce_lightning.attacks.objectives import Noised
 from trce_lightning.attacks.proxies import with_states
 from trce_lightning.attacks.state_pgd import StatePgd
@@ -220,6 +220,16 @@ def test_inversion_lowers_the_loss_counts_and_repeats(tiny_adapter) -> None:
     assert by_random["all"].tensors["clip.0"].shape == twice[0]["all"].tensors["clip.6"].shape
 
 
+def test_several_vectors_are_an_attack_of_their_own(tiny_adapter) -> None:
+    target, attack = target_of(tiny_adapter), InversionN(**LEARN, vectors=3)
+    found = searched(attack, target)["all"]
+    assert found.tensors["clip.6"].shape == (3, 32) and attack.name == "inversion_n"
+    assert len(found.tensors["clip.6"].unique(dim=0)) == 3, "they begin as one and part"
+    assert same_findings(*(searched(kind(**LEARN, vectors=1), target) for kind in (Inversion, InversionN)))
+    with pytest.raises(InputError, match=r"attack\.inversion_n\.steps: expected"):
+        InversionN(steps=0)
+
+
 def test_no_embedding_moves_a_model_that_ignores_text() -> None:
     target = target_of(deaf_adapter())
     inversion, pgd = Inversion(**LEARN), StatePgd(steps=2, epsilon=1.0)
@@ -291,7 +301,7 @@ def test_state_pgds_gradient_equals_finite_differences(tiny_adapter) -> None:
     (gradient,) = torch.autograd.grad(loss(delta), delta)
     direction, step = gradient / gradient.norm(), 0.05
     slope = (loss(delta + step * direction) - loss(delta - step * direction)) / (2 * step)
-    assert float(slope) == pytest.approx(float(gradient.norm()), rel=0.05)
+    assert slope.item() == pytest.approx(gradient.norm().item(), rel=0.05)
 
 
 def test_states_stay_in_their_ball_and_explain_the_picture_better(tiny_adapter) -> None:
@@ -312,6 +322,8 @@ def test_states_stay_in_their_ball_and_explain_the_picture_better(tiny_adapter) 
     assert len(found["a/0"].facts["losses"]) == 8
     way = ways(attack, target, found)[""]
     assert len({record.prompt for record in way.records}) == 3  # two prompts of one text
+    floor = ways(attack, target, found)["epsilon 0"]
+    assert torch.equal(images(target, floor), plain(target, way, tiny_adapter)) and not floor.on_curve
     assert largest_difference(images(target, way), plain(target, way, tiny_adapter)) > 1
 
 
@@ -333,7 +345,7 @@ def test_what_state_pgd_refuses() -> None:
             StatePgd(**{option: value})
 
 
-@pytest.mark.parametrize("name", ["inverse_edit", "inversion", "state_pgd"])
+@pytest.mark.parametrize("name", ["inverse_edit", "inversion", "inversion_n", "state_pgd"])
 def test_a_config_file_makes_its_attack(name) -> None:
     attack = configured(name)
     assert attack.name == name

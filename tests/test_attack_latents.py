@@ -9,6 +9,7 @@ from attack_targets import (
     configured,
     control,
     images,
+    judged,
     largest_difference,
     plain,
     same_findings,
@@ -20,7 +21,7 @@ from conftest import build_tiny_pipeline
 
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.attacks.completion import Completion, implied_picture
-from trce_lightning.attacks.inpainting import Box, Inpainting, painted_over, subject_box
+from trce_lightning.attacks.inpainting import Box, Inpainting, box_alone, painted_over, subject_box
 from trce_lightning.attacks.noise import Noise
 from trce_lightning.attacks.text_free import TextFree, first_step, more_noise, slerp
 from trce_lightning.errors import InputError
@@ -222,6 +223,8 @@ def test_the_subjects_box_is_found_and_painted_over() -> None:
     painted = painted_over(picture, Box(2, 1, 5, 6), 2)
     assert (painted == 20).all()
     assert (painted_over(picture, Box(0, 0, 1, 1), 2) == picture).all()
+    assert (box_alone(picture, Box(2, 1, 5, 6), 2) == picture).all()
+    assert (box_alone(picture, Box(0, 0, 1, 1), 2) == 20).all()
 
 
 def test_the_rim_stays_and_has_not_seen_the_subject(tiny_adapter) -> None:
@@ -234,6 +237,13 @@ def test_the_rim_stays_and_has_not_seen_the_subject(tiny_adapter) -> None:
     rim = images(target, named["rim alone"])
     assert largest_difference(rim, tiny_adapter.decode(tiny_adapter.encode_images(blank)).expand_as(rim)) <= 1
     assert largest_difference(images(target, named[""]), rim) > 1
+    drawn = images(target, named[""])
+    seen, inside = judged(named[""], drawn), slice(4, 12)
+    assert torch.equal(seen[0, :, inside, inside], drawn[0, :, inside, inside])
+    around = seen[0].clone()
+    around[:, inside, inside] = around[:, :1, :1]
+    assert (around == around[:, :1, :1]).all(), "the judge sees nothing of the rim"
+    assert judged(named["rim alone"], rim) is rim
     masks = [control(attack, target)[record.id].tensors["mask"] for record in RECORDS]
     assert [int(mask.sum()) for mask in masks] == [
         int(found[record.id].tensors["mask"].sum()) for record in RECORDS

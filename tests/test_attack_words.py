@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
 from trce_lightning.attacks.mma import Mma, distance, one_hot_gradient
 from trce_lightning.attacks.objectives import noised
-from trce_lightning.attacks.p4d import P4D
+from trce_lightning.attacks.p4d import P4D, P4DK
 from trce_lightning.attacks.protocol import Attack, Cost, Finding, Target
 from trce_lightning.attacks.ring_a_bell import RingABell, concept_direction
 from trce_lightning.attacks.single_token import SingleToken
@@ -99,7 +99,7 @@ ATTACKS: dict[str, Callable[[], Attack]] = {
     "single_token by loss": lambda: SingleToken(score_by="loss", tries=2, finalists=3, checkpoints=3),
     "single_token before": lambda: SingleToken(place="prefix", score_by="loss", finalists=2, final_tries=1),
     "p4d": lambda: P4D(tokens=2, steps=4, levels=10, checkpoints=2, tries=2),
-    "p4d k by loss": lambda: P4D(variant="k", steps=3, levels=10, checkpoints=2, choose_by="loss", tries=2),
+    "p4d k by loss": lambda: P4DK(steps=3, levels=10, checkpoints=2, choose_by="loss", tries=2),
     "unlearndiff": lambda: UnlearnDiff(tokens=2, steps=4, levels=2, checkpoints=2),
     "unlearndiff by loss": lambda: UnlearnDiff(
         tokens=2, place="suffix", steps=9, levels=3, checkpoints=3, choose_by="loss", tries=2
@@ -320,8 +320,10 @@ def test_ways_draw_the_same_fresh_seeds_at_growing_budgets(attack: Attack, targe
         (lambda: SingleToken(tries=0), "attack.single_token.tries"),
         (lambda: SingleToken(place="behind"), "attack.single_token.place"),
         (lambda: P4D(steps=0), "attack.p4d.steps"),
-        (lambda: P4D(variant="m"), "attack.p4d.variant"),
+        (lambda: P4D(tokens=0), "attack.p4d.tokens"),
         (lambda: P4D(lr=0.0), "attack.p4d.lr"),
+        (lambda: P4DK(every=0), "attack.p4d_k.every"),
+        (lambda: UnlearnDiff(tokens=0), "attack.unlearndiff.tokens"),
         (lambda: UnlearnDiff(place="middle"), "attack.unlearndiff.place"),
         (lambda: UnlearnDiff(choose_by="judge"), "attack.unlearndiff.choose_by"),
     ],
@@ -499,8 +501,8 @@ def test_p4d_reaches_the_originals_predictions(target: Target, tiny_adapter: Sta
     target = replace(target, adapter=tiny_adapter)
     attack = P4D(tokens=3, steps=40, levels=10, checkpoints=8, choose_by="loss", tries=4)
     random = attack.random(target, RECORDS, seeded(0))
-    start = [one.facts["checkpoints"][0]["score"] for one in searched(attack, target)]
-    end = [one.facts["checkpoints"][-1]["score"] for one in searched(attack, target)]
+    curves = [one.facts["checkpoints"] for one in searched(attack, target)]
+    start, end = ([curve[i]["score"] for curve in curves] for i in (0, -1))
     assert all(after >= before for before, after in zip(start, end, strict=True)) and sum(end) > sum(start)
     assert len(random) == len(end)
 
@@ -553,6 +555,7 @@ def test_options_have_files_that_make_the_attacks() -> None:
         ("ring_a_bell", RingABell),
         ("single_token", SingleToken),
         ("p4d", P4D),
+        ("p4d_k", P4DK),
         ("unlearndiff", UnlearnDiff),
     ]:
         file = Path(__file__).parents[1] / f"configs/attacks/{name}.yaml"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attack_targets import configured, images, searched
+from attack_targets import configured, images, judged, searched
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
@@ -29,8 +29,10 @@ FEWER: dict[str, dict[str, object]] = {
     "ring_a_bell": {"generations": 20},
     "single_token": {"score_by": "loss", "finalists": 8, "final_tries": 4},
     "p4d": {"steps": 40, "checkpoints": 1},
+    "p4d_k": {"steps": 6, "checkpoints": 1},
     "unlearndiff": {"steps": 6, "checkpoints": 1},
     "inversion": {"steps": 50, "runs": 1, "checkpoints": [0]},
+    "inversion_n": {"steps": 50, "checkpoints": []},
     "state_pgd": {"steps": 2},
     "text_free": {"noise_levels": [0.7], "slerp_levels": [], "other_prompt_levels": []},
     "completion": {"steps": [4]},
@@ -103,7 +105,7 @@ def success(target: Target, name: str, judge: JudgeDetector) -> float:
     findings = searched(attack, target)
     *_, result = (way for way in attack.ways(target, findings) if not way.name)
     with result.entered() if result.entered else nullcontext():
-        seen = judge(images(target, result)) > 0.5
+        seen = judge(judged(result, images(target, result))) > 0.5
     hits: dict[str, bool] = {}
     for record, shown in zip(result.records, seen.tolist(), strict=True):
         hits[record.prompt_id] = hits.get(record.prompt_id, False) or shown

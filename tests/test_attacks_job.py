@@ -161,6 +161,7 @@ def test_other_options_and_other_models_have_other_folders(tiny_adapter, tmp_pat
         replace(target, seed=1),
         replace(target, records=target.records[:2]),
         replace(target, benign=target.records[:1]),
+        replace(target, examples=target.records[:1]),
         replace(target, original=edited),
         replace(target, adapter=tiny_adapter),
     ]
@@ -231,6 +232,10 @@ def test_findings_come_back_as_they_were(tmp_path: Path) -> None:
         (
             lambda: make_attack("mine", {"_target_": "pathlib.Path"}),
             r"attack\.mine: expected what makes a Attack",
+        ),
+        (
+            lambda: make_attack("mine", {"_target_": "trce_lightning.attacks.p4d.P4D"}),
+            r"attack\.mine: expected an attack of that name, got '.*P4D', which is p4d",
         ),
         (
             lambda: make_attack("p4d", {"_target_": "trce_lightning.attacks.p4d.P4D", "steps": 0}),

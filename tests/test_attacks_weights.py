@@ -12,7 +12,7 @@ from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.attacks.benign_finetuning import BenignFinetuning, drift_of
 from trce_lightning.attacks.fine_tuning import Lesson, Training, losses, moved, restored, training_of
 from trce_lightning.attacks.protocol import Cost, Target
-from trce_lightning.attacks.relearning import Relearning, changes_in
+from trce_lightning.attacks.relearning import Relearning, RelearningLora, changes_in
 from trce_lightning.errors import InputError
 from trce_lightning.generation.loop import generate
 from trce_lightning.prompts.records import PromptRecord
@@ -21,8 +21,13 @@ from trce_lightning.sampling import seeded
 RECORDS = tuple(PromptRecord(f"d{i}", f"dagger {i}") for i in range(6))
 BENIGN = tuple(PromptRecord(f"b{i}", f"cat {i}") for i in range(6))
 FULL = {"pictures": [1, 2], "steps": [0, 2, 4], "learning_rate": 1e-3, "batch_size": 3}
-LORA = FULL | {"method": "lora", "rank": 2, "learning_rate": 1e-2}
+LORA = FULL | {"rank": 2, "learning_rate": 1e-2}
 TUNING = {"pictures": 6, "steps": 3, "batch_size": 3, "learning_rate": 1e-3, "seeds": 2, "loss_rows": 5}
+
+
+each_relearning = pytest.mark.parametrize(
+    ("kind", "options"), [(Relearning, FULL), (RelearningLora, LORA)], ids=["full", "lora"]
+)
 
 
 class Bright:
@@ -70,7 +75,7 @@ def mean_loss(target: Target, lesson: Lesson, rows: Tensor, training: Training, 
 
 
 def attacks() -> list[Relearning | BenignFinetuning]:
-    return [Relearning(**FULL), Relearning(**LORA), BenignFinetuning(**TUNING)]
+    return [Relearning(**FULL), RelearningLora(**LORA), BenignFinetuning(**TUNING)]
 
 
 def found(attack, target: Target, seed: int = 0):
@@ -109,14 +114,30 @@ def test_a_search_leaves_the_model_as_it_was_and_repeats(attack, target: Target)
     assert not same(first.tensors, found(attack, target, 1).tensors)
 
 
-@pytest.mark.parametrize("options", [FULL, LORA], ids=["full", "lora"])
-def test_a_number_of_pictures_learns_the_same_whatever_others_are_tried(options, target: Target) -> None:
-    both, alone = (found(Relearning(**options | {"pictures": counts}), target) for counts in ([1, 2], [2]))
+@each_relearning
+def test_a_number_of_pictures_learns_the_same_whatever_others_are_tried(
+    kind, options, target: Target
+) -> None:
+    both, alone = (found(kind(**options | {"pictures": counts}), target) for counts in ([1, 2], [2]))
     assert same({n: t for n, t in both.tensors.items() if n.startswith("2/")}, alone.tensors)
     assert both.facts["losses"]["2"] == alone.facts["losses"]["2"]
-    attack = Relearning(**options)
+    attack = kind(**options)
     rows = [RECORDS.index(record) for record in attack._taught(target)]
     assert torch.equal(attack.learnt_from(target), target.pictures[rows])
+
+
+def test_benign_prompts_are_drawn_along_the_results_curve(target: Target) -> None:
+    attack = Relearning(**FULL, benign_prompts=4)
+    by_name = {way.name: way for way in attack.ways(target, {"all": found(attack, target)})}
+    benign = {name: [record.prompt for record in way.benign] for name, way in by_name.items()}
+    asked = [record.prompt for record in BENIGN[:4]]
+    assert benign == {
+        "0 steps": asked,
+        "1 pictures, 2 steps": [],
+        "1 pictures, 4 steps": [],
+        "2 pictures, 2 steps": asked,
+        "": asked,
+    }
 
 
 @pytest.mark.parametrize("attack", attacks(), ids=lambda attack: attack.name)
@@ -160,12 +181,12 @@ def test_each_way_has_its_weights_within_and_the_model_its_own_after(attack, tar
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [FULL, LORA], ids=["full", "lora"])
+@each_relearning
 def test_relearning_lowers_the_loss_on_what_was_taught_and_changes_what_it_says(
-    options, target: Target
+    kind, options, target: Target
 ) -> None:
     """The changed weights within a way predict the taught pictures better than the model does."""
-    attack = Relearning(**options | {"pictures": [2], "steps": [40], "batch_size": 8})
+    attack = kind(**options | {"pictures": [2], "steps": [40], "batch_size": 8})
     finding = found(attack, target)
     (way,) = attack.ways(target, {"all": finding})
     taught = [record for record in RECORDS if record.id in finding.facts["taught"]]
@@ -227,8 +248,9 @@ def test_the_controls_have_the_findings_form(target: Target) -> None:
         finding = found(attack, target)
         (control,) = attack.random(target, RECORDS, seeded(3))
         shapes = [{name: t.shape for name, t in part.tensors.items()} for part in (finding, control)]
-        if isinstance(attack, Relearning):  # the control has the largest number of pictures alone
-            shapes[0] = {name: shape for name, shape in shapes[0].items() if name.startswith("2/")}
+        if isinstance(attack, Relearning):  # the control has the largest numbers of pictures and steps alone
+            shapes[0] = {name: shape for name, shape in shapes[0].items() if name.startswith("2/4/")}
+            assert [way.name for way in attack.ways(target, {"all": control})] == [""]
         assert shapes[0] == shapes[1]
         ways = list(attack.ways(target, {"all": control}))
         result = list(attack.ways(target, {"all": finding}))[-1]
@@ -330,8 +352,8 @@ def test_a_batch_in_parts_trains_like_a_whole_one(target: Target) -> None:
 
 
 def test_low_rank_changes_have_their_rank_and_full_ones_do_not(target: Target) -> None:
-    for options, is_low in ((LORA, True), (FULL, False)):
-        finding = found(Relearning(**options), target)
+    for attack, is_low in ((RelearningLora(**LORA), True), (Relearning(**FULL), False)):
+        finding = found(attack, target)
         changes = changes_in(finding.tensors, "2/4/")
         assert changes.keys() <= dict(target.adapter.denoiser.named_parameters()).keys()
         name = next(name for name in changes if name.endswith("attn2.to_q.weight"))
@@ -349,10 +371,11 @@ def test_moved_weights_are_the_sum(target: Target) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Relearning(method="none"), r"attack\.relearning\.method: expected one of"),
         (lambda: Relearning(pictures=[0]), r"attack\.relearning\.pictures: .* got \[0\]"),
         (lambda: Relearning(steps=[0]), r"attack\.relearning\.steps: .* got \[0\]"),
-        (lambda: Relearning(method="lora", rank=0), r"attack\.relearning_lora\.rank: .* got 0"),
+        (lambda: RelearningLora(rank=0), r"attack\.relearning_lora\.rank: .* got 0"),
+        (lambda: RelearningLora(steps=[]), r"attack\.relearning_lora\.steps: .* got \[\]"),
+        (lambda: Relearning(benign_prompts=-1), r"attack\.relearning\.benign_prompts: .* got -1"),
         (lambda: Relearning(learning_rate=0), r"attack\.relearning\.learning_rate: .* more than 0, got 0"),
         (lambda: Relearning(batch_size=0), r"attack\.relearning\.batch_size: .* got 0"),
         (lambda: Relearning(levels=0), r"attack\.relearning\.levels: .* got 0"),

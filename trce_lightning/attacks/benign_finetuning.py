@@ -79,7 +79,8 @@ class BenignFinetuning:
     """Fine-tuning of all the denoiser's parameters on benign pictures.
 
     Args:
-        pictures: benign pictures that the original generates, before the selector drops some.
+        pictures: benign pictures that the original generates, before the selector drops some. There are fewer
+            if the domain has fewer benign prompts.
         steps: training steps.
         batch_size: pictures of a step, drawn with replacement.
         seeds: trainings from different random numbers; the first one is the result.
@@ -116,7 +117,7 @@ class BenignFinetuning:
         check_at_least(f"{self.name}.pictures", pictures, 2)
         if not 0 < threshold <= 1:
             raise InputError(f"{self.option}.threshold: expected one in (0, 1], got {threshold}")
-        self.pictures, self.steps, self.batch_size, self.seeds = pictures, steps, batch_size, seeds
+        self.benign_prompts, self.steps, self.batch_size, self.seeds = pictures, steps, batch_size, seeds
         self.learning_rate, self.levels = learning_rate, levels
         self.loss_rows, self.threshold = loss_rows, threshold
 
@@ -207,7 +208,7 @@ class BenignFinetuning:
                 f"{self.option}: expected at least 2 benign prompts to generate pictures from, got "
                 f"{len(target.benign)}"
             )
-        return tuple(fresh_record(record, self.name) for record in target.benign[: self.pictures])
+        return tuple(fresh_record(record, self.name) for record in target.benign[: self.benign_prompts])
 
     def _training(self, target: Target) -> Training:
         return training_of(

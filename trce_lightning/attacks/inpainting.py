@@ -4,16 +4,24 @@
 
 m is 1 in the box that held the subject, z_known are the latents of the picture with that box painted over in
 the background's colour, so that nothing outside the box has seen the subject. It shows whether surroundings
-of the concept and the prompt together bring it back; the attacker keeps latents during sampling. It doesn't
-show that the model painted the concept if the rim alone looks like it: the picture without the box is an
-image of its own ("rim alone"), to be subtracted. The control has a box of the same size elsewhere in a plain
-picture of the background's colour. (The inpainting probe of "When Are Concepts Erased From Diffusion
-Models?", arXiv 2505.17013, which hides the centre quarter; replacement: arXiv 2201.09865.)
+of the concept and the prompt together bring it back; the attacker keeps latents during sampling.
+
+The judge sees the box alone, on a plain picture of the background's colour. So nothing outside of the box
+counts as a success. The published probe cuts the box out and makes it as large as an image. A judge that
+knows subjects at their usual size, as the embedded one does, no longer recognises them then.
+
+The picture without the box is an image of its own ("rim alone"), judged as a whole. If it shows the concept,
+either the box has missed a part of the subject, or the judge takes an empty picture for the concept. The
+control has a box of the same size elsewhere in a plain picture of the background's colour.
+
+(The inpainting probe of "When Are Concepts Erased From Diffusion Models?", arXiv 2505.17013, which hides the
+centre quarter; replacement: arXiv 2201.09865.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -112,17 +120,22 @@ class Inpainting:
         return findings
 
     def ways(self, target: Target, findings: Mapping[str, Finding]) -> Iterator[Way]:
-        """Yield the painted pictures, and the pictures without their boxes."""
+        """Yield the painted pictures, whose boxes are judged, and the pictures without their boxes."""
         records = tuple(fresh_record(record, self.name) for record in target.records)
-        mask, known = (
-            {
-                image.id: findings[record.id].tensors[part]
-                for image, record in zip(records, target.records, strict=True)
-            }
-            for part in ("mask", "known")
-        )
+        pairs = [
+            (image.id, findings[record.id]) for image, record in zip(records, target.records, strict=True)
+        ]
+        mask, known = ({id: found.tensors[part] for id, found in pairs} for part in ("mask", "known"))
         painted = Variation(start=LatentStart(known=known, mask=mask))
-        yield Way("", records, target.adapter, painted, num_steps=self.num_steps)
+        boxes = {id: Box(*found.facts["box"]) for id, found in pairs}
+        yield Way(
+            "",
+            records,
+            target.adapter,
+            painted,
+            num_steps=self.num_steps,
+            judged=partial(_boxes_alone, boxes, _cell(target)),
+        )
         rim = Variation(start=LatentStart(self.num_steps, latents=known))
         yield Way("rim alone", records, target.adapter, rim, on_curve=False, num_steps=self.num_steps)
 
@@ -182,6 +195,21 @@ def painted_over(picture: Tensor, box: Box, cell: int) -> Tensor:
     top, left, bottom, right = (edge * cell for edge in box)
     painted[:, top:bottom, left:right] = background(picture)[:, None, None]
     return painted
+
+
+def box_alone(picture: Tensor, box: Box, cell: int) -> Tensor:
+    """Return the box, of cells of ``cell`` pixels, on a plain picture of the background's colour."""
+    alone = background(picture)[:, None, None].expand_as(picture).clone()
+    top, left, bottom, right = (edge * cell for edge in box)
+    alone[:, top:bottom, left:right] = picture[:, top:bottom, left:right]
+    return alone
+
+
+def _boxes_alone(
+    boxes: Mapping[str, Box], cell: int, records: Sequence[PromptRecord], images: Tensor
+) -> Tensor:
+    alone = [box_alone(image, boxes[record.id], cell) for record, image in zip(records, images, strict=True)]
+    return torch.stack(alone)
 
 
 def _cell(target: Target) -> int:

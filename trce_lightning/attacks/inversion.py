@@ -162,7 +162,8 @@ class Inversion:
         check_above_zero(self.name, lr=lr)
         if any(not 0 <= step < steps for step in checkpoints):
             raise InputError(
-                f"attack.inversion.checkpoints: expected steps from 0 to {steps - 1}, got {list(checkpoints)}"
+                f"attack.{self.name}.checkpoints: expected steps from 0 to {steps - 1}, got "
+                f"{list(checkpoints)}"
             )
         self.vectors, self.initial, self.steps, self.batch_size = vectors, initial, steps, batch_size
         self.lr, self.weight_decay, self.pictures, self.runs = lr, weight_decay, pictures, runs
@@ -284,7 +285,7 @@ class Inversion:
     def _check_spelt(self, mask: Tensor, prompt: str) -> None:
         if not mask.any():
             raise InputError(
-                "attack.inversion.initial: expected a word that the tokenizer leaves whole in "
+                f"attack.{self.name}.initial: expected a word that the tokenizer leaves whole in "
                 f"'{prompt}', got '{self.initial}'"
             )
 
@@ -296,7 +297,7 @@ class Inversion:
         filled = [prompt.replace(PLACEHOLDER, self.initial) for prompt in prompts]
         ids, padding = adapter.tokenize(filled), adapter.tokenize([""])
         if not ids:
-            raise InputError(f"attack.inversion: expected a model with a tokenizer, got '{adapter.name}'")
+            raise InputError(f"attack.{self.name}: expected a model with a tokenizer, got '{adapter.name}'")
         spelt = adapter.mentions(filled, [self.initial] * len(filled), trimmed=False)
         counts, found, places = adapter.token_counts(filled), {}, {}
         for name, rows in ids.items():
@@ -307,7 +308,7 @@ class Inversion:
                 first, behind = int(word[0]), int(word[-1]) + 1
                 if tokens + self.vectors - len(word) > adapter.prompt_tokens:
                     raise InputError(
-                        f"attack.inversion.vectors: expected a prompt of at most {adapter.prompt_tokens} "
+                        f"attack.{self.name}.vectors: expected a prompt of at most {adapter.prompt_tokens} "
                         f"tokens, got {self.vectors} vectors in '{prompt}'"
                     )
                 middle, end = (
@@ -365,6 +366,15 @@ class Inversion:
             name = "" if step == steps[-1] else f"{step} steps"
             changed = with_states(adapter, states)
             yield Way(name, records, changed, target.variation, spent, num_steps=self.num_steps)
+
+
+class InversionN(Inversion):
+    """The same with several vectors, so that both are attacks of one evaluation."""
+
+    name = "inversion_n"
+
+    def __init__(self, *, vectors: int = 4, **options: Any) -> None:
+        super().__init__(vectors=vectors, **options)
 
 
 def _sentences(target: Target) -> tuple[Sequence[str], Sequence[str]]:

@@ -7,9 +7,9 @@ cosine; the gradient is taken at the projected embeddings and applied to the con
 (straight-through). (Prompting4Debugging, arXiv 2309.06135; hard prompts by projected gradients: arXiv
 2302.03668.)
 
-Variant ``n`` replaces the prompt by N free tokens. Variant ``k`` keeps the prompt and puts one free token
-before every K of its tokens, or at the end of the word that it would split. A prompt that is too long is cut,
-where the published code encodes it in pieces.
+P4D-N (:class:`P4D`) replaces the prompt by N free tokens. P4D-K (:class:`P4DK`) keeps the prompt and puts one
+free token before every K of its tokens, or at the end of the word that it would split. A prompt that is too
+long is cut, where the published code encodes it in pieces.
 
 It shows whether somebody who has the weights of both models can find a prompt that brings the concept back. A
 failure says that this budget of gradient steps found none, not that there is none.
@@ -30,43 +30,20 @@ from trce_lightning.attacks.words import (
     Pattern,
     Vocabulary,
     alone,
-    check_choice,
     interleaved,
 )
 
-VARIANTS = ("n", "k")
-
 
 @dataclass(kw_only=True, eq=False)
-class P4D(WhiteBoxWords):
-    """The attack; see :class:`~.white_box.WhiteBoxWords` for the other options.
+class _Projected(WhiteBoxWords):
+    """The search of both variants."""
 
-    Args:
-        variant: ``n`` or ``k``.
-        levels: noise levels; the published search has 1000, for which SD's own spacing has no room.
-        tokens: N, the free tokens of variant ``n``.
-        every: K, the tokens of the prompt between two free ones, of variant ``k``.
-    """
-
-    variant: str = "n"
-    tokens: int = 16
-    every: int = 3
     steps: int = 3000
     levels: int = 999
     lr: float = 0.1
     checkpoints: int = 60
 
-    name = "p4d"
     taught = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self.name, "variant", self.variant, VARIANTS)
-        check_positive(self.name, every=self.every)
-
-    def pattern(self, words: Sequence[int], room: int, typed: Collection[int]) -> Pattern:
-        """Return N free places, or the prompt with a free place before every K tokens."""
-        return alone(self.tokens) if self.variant == "n" else interleaved(words, self.every, typed)
 
     def start(self, layout: Layout, vocabulary: Vocabulary, generators: Sequence[torch.Generator]) -> Tensor:
         """Return the embeddings of random tokens; places that a prompt doesn't have stay zero."""
@@ -96,3 +73,47 @@ class P4D(WhiteBoxWords):
     def level(self, step: int, generator: torch.Generator) -> int:
         """Return a random noise level."""
         return int(torch.randint(self.levels, (), generator=generator))
+
+
+@dataclass(kw_only=True, eq=False)
+class P4D(_Projected):
+    """P4D-N; see :class:`~.white_box.WhiteBoxWords` for the other options.
+
+    Args:
+        levels: noise levels; the published search has 1000, for which SD's own spacing has no room.
+        tokens: N, the free tokens.
+    """
+
+    tokens: int = 16
+
+    name = "p4d"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self.name, tokens=self.tokens)
+
+    def pattern(self, words: Sequence[int], room: int, typed: Collection[int]) -> Pattern:
+        """Return N free places."""
+        return alone(self.tokens)
+
+
+@dataclass(kw_only=True, eq=False)
+class P4DK(_Projected):
+    """P4D-K; see :class:`~.white_box.WhiteBoxWords` for the other options.
+
+    Args:
+        levels: as in :class:`P4D`.
+        every: K, the tokens of the prompt between two free ones.
+    """
+
+    every: int = 3
+
+    name = "p4d_k"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self.name, every=self.every)
+
+    def pattern(self, words: Sequence[int], room: int, typed: Collection[int]) -> Pattern:
+        """Return the prompt with a free place before every K tokens."""
+        return interleaved(words, self.every, typed)

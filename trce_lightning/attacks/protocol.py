@@ -95,7 +95,7 @@ class Target:
     variation: Variation = field(default_factory=Variation)
     """The sampler and whatever else makes the images that are judged."""
     benign: tuple[PromptRecord, ...] = ()
-    """Prompts without the concept, for attacks that need some."""
+    """Prompts without the concept: as many as ``records``, more if an attack :class:`NeedsBenign`."""
     examples: tuple[PromptRecord, ...] = ()
     """Other prompts of the concept, none of which is attacked, for attacks that teach pictures."""
     example_pictures: Tensor | None = None
@@ -149,6 +149,10 @@ class Way:
     """The way is a point of the result's success by budget, and no other setting."""
     num_steps: int | None = None
     """Sampling steps of these images; None is the target's. The variation is meant for that many."""
+    judged: Callable[[Sequence[PromptRecord], Tensor], Tensor] | None = None
+    """What the judge sees of these records' images, uint8 ``[B, 3, H, W]`` both; None is all of them."""
+    benign: tuple[PromptRecord, ...] = ()
+    """Benign prompts, to generate in the same context. They show how much of the model is left."""
 
 
 @runtime_checkable
@@ -195,6 +199,14 @@ class LearnsFromPictures(Protocol):
 
     def learnt_from(self, target: Target) -> Tensor:
         """Return the pictures that the search learns from, uint8 ``[M, 3, H, W]``."""
+
+
+@runtime_checkable
+class NeedsBenign(Protocol):
+    """An attack that needs benign prompts."""
+
+    benign_prompts: int
+    """The most that it uses."""
 
 
 @runtime_checkable

@@ -6,6 +6,9 @@ The attacker has the weights, k pictures of the concept with captions, and a few
 pictures are the original model's, of other prompts than those under attack where there are such. Prompts
 whose pictures were taught are not scored, so that a model which learns those pictures by heart gains nothing.
 
+It also generates images of benign prompts after each number of steps. A concept that is back in a model which
+has lost the rest was learnt anew, and such a model is of little use to an attacker.
+
 The attack shows how many steps hold the concept back from somebody who trains the model. It does not show
 that the concept was still in the weights: fine-tuning teaches as well. Only a model that never learnt the
 concept tells the two apart, by the same training on the same pictures. An erasure is deep where both need
@@ -24,11 +27,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,33 +59,40 @@ from trce_lightning.attacks.protocol import (
     Way,
     untold,
 )
-from trce_lightning.attacks.tries import check_above_zero, check_positive, fresh_record, pictures_of
+from trce_lightning.attacks.tries import (
+    check_above_zero,
+    check_at_least,
+    check_positive,
+    fresh_record,
+    pictures_of,
+)
 from trce_lightning.errors import InputError
 from trce_lightning.prompts.records import PromptRecord, seed_of
 from trce_lightning.sampling import seeded
 
-Method = Literal["full", "lora"]
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 """The layers that a LoRA changes: the projections of every attention."""
+Steps = Generator[tuple[float, Callable[[], dict[str, Tensor]]], None, None]
+"""For each step of training, its loss, and a function that returns what has changed by then."""
 LORA = "relearning"
 """The name of the LoRA while it is trained."""
 
 
 class Relearning:
-    """Fine-tuning on ``pictures`` of the concept, scored after each of ``steps``.
+    """Fine-tuning of all the denoiser's parameters on ``pictures`` of the concept, scored after ``steps``.
 
     Args:
         pictures: numbers of pictures, each taught to the model as it was; the largest is the result.
         steps: numbers of steps after which the model is scored; 0 is the model as it was.
-        method: "full" trains all parameters of the denoiser, "lora" low-rank updates of its attention.
-        rank: rank of those updates.
         batch_size: pictures of a step, drawn with replacement.
         levels: steps of the sampling run whose noise levels are trained on.
+        benign_prompts: benign prompts whose images show how much is left of the model; 0 for none.
 
     Raises:
-        InputError: an option that is out of range, or no package for ``method``.
+        InputError: an option that is out of range.
     """
 
+    name = "relearning"
     door = Door.WEIGHTS
     reads = Reads.MODEL
     universal = True
@@ -93,29 +103,22 @@ class Relearning:
         *,
         pictures: Sequence[int] = (1, 5, 25),
         steps: Sequence[int] = (0, 10, 30, 100, 300),
-        method: Method = "full",
-        rank: int = 4,
         learning_rate: float = 1e-5,
         batch_size: int = 8,
         levels: int = 100,
+        benign_prompts: int = 32,
     ) -> None:
-        if method not in get_args(Method):
-            raise InputError(f"attack.relearning.method: expected one of {get_args(Method)}, got {method!r}")
-        self.name = "relearning" if method == "full" else "relearning_lora"
         self.option = f"attack.{self.name}"
         if not pictures or min(pictures) < 1:
             raise InputError(f"{self.option}.pictures: expected numbers of at least 1, got {list(pictures)}")
         if not steps or min(steps) < 0 or max(steps) == 0:
             raise InputError(f"{self.option}.steps: expected numbers of 0 and above, got {list(steps)}")
-        check_positive(self.name, rank=rank, batch_size=batch_size, levels=levels)
+        check_positive(self.name, batch_size=batch_size, levels=levels)
         check_above_zero(self.name, learning_rate=learning_rate)
-        if method == "lora" and importlib.util.find_spec("peft") is None:
-            raise InputError(
-                f"{self.option}: peft is not installed; install it with: pip install 'trce-lightning[lora]'"
-            )
+        check_at_least(f"{self.name}.benign_prompts", benign_prompts, 0)
         self.pictures, self.steps = sorted(set(pictures)), sorted(set(steps))
-        self.method, self.rank = method, rank
         self.learning_rate, self.batch_size, self.levels = learning_rate, batch_size, levels
+        self.benign_prompts = benign_prompts
 
     def cost(self, target: Target) -> Cost:
         """Return the exact cost of :meth:`search`: a step is ``batch_size`` evaluations with backward."""
@@ -133,7 +136,8 @@ class Relearning:
         """
         taught = self._taught(target)
         captions = [record.prompt for record in taught]
-        return [self._learnt(target, self.pictures, taught, captions, generator, progress)]
+        found = self._learnt(target, self.pictures, self.steps, taught, captions, generator, progress)
+        return [found]
 
     def random(
         self,
@@ -142,7 +146,7 @@ class Relearning:
         generator: torch.Generator,
         progress: Progress = untold,
     ) -> list[Finding]:
-        """Train as :meth:`search` does on all pictures, each under another one's caption."""
+        """Train on all pictures, each under another one's caption, and keep the last step."""
         taught = self._taught(target)
         captions = [record.prompt for record in taught]
         if len(captions) > 1:
@@ -150,7 +154,8 @@ class Relearning:
             captions = captions[shift:] + captions[:shift]
         else:
             captions = [""]
-        return [self._learnt(target, self.pictures[-1:], taught, captions, generator, progress)]
+        counts, steps = self.pictures[-1:], self.steps[-1:]
+        return [self._learnt(target, counts, steps, taught, captions, generator, progress)]
 
     def learnt_from(self, target: Target) -> Tensor:
         """Return the pictures that are taught, uint8 ``[B, 3, H, W]``."""
@@ -164,23 +169,24 @@ class Relearning:
         tells how much longer one of them withstands the training.
         """
         tensors, facts = findings[UNIVERSAL].tensors, findings[UNIVERSAL].facts
-        counts = [count for count in self.pictures if str(count) in facts["losses"]]
         taught = {record.prompt for record in self._taught(target)}
         held_out = (record for record in target.records if record.prompt not in taught)
         records = tuple(fresh_record(record, self.name) for record in held_out)
-        if self.steps[0] == 0:
-            yield Way("0 steps", records, target.adapter, target.variation)
-        for count in counts:
-            for steps in filter(None, self.steps):
-                last = count == self.pictures[-1] and steps == self.steps[-1]
+        benign = tuple(fresh_record(record, self.name) for record in target.benign[: self.benign_prompts])
+        if facts["steps"][0] == 0:
+            yield Way("0 steps", records, target.adapter, target.variation, benign=benign)
+        for count in map(int, facts["losses"]):
+            largest = count == self.pictures[-1]
+            for steps in filter(None, facts["steps"]):
                 yield Way(
-                    name="" if last else f"{count} pictures, {steps} steps",
+                    name="" if largest and steps == self.steps[-1] else f"{count} pictures, {steps} steps",
                     records=records,
                     adapter=target.adapter,
                     variation=target.variation,
                     spent=steps * self.batch_size,
                     entered=moved(target.adapter, partial(changes_in, tensors, f"{count}/{steps}/")),
-                    on_curve=count == self.pictures[-1],
+                    on_curve=largest,
+                    benign=benign if largest else (),
                 )
 
     def _taught(self, target: Target) -> list[PromptRecord]:
@@ -207,11 +213,13 @@ class Relearning:
         self,
         target: Target,
         counts: Sequence[int],
+        kept: Sequence[int],
         taught: Sequence[PromptRecord],
         captions: Sequence[str],
         generator: torch.Generator,
         progress: Progress,
     ) -> Finding:
+        """Train on each of ``counts`` pictures; keep what has changed after the steps in ``kept``."""
         adapter = target.adapter
         check_trainable(self.option, adapter)
         training = training_of(
@@ -226,17 +234,17 @@ class Relearning:
         tensors: dict[str, Tensor] = {}
         curves: dict[str, list[float]] = {}
         seed = int(torch.randint(2**32, (), generator=generator))
-        learn = self._learn_all if self.method == "full" else self._learn_lora
         for count in counts:
             curve = curves[str(count)] = []
             own = seeded(seed_of(f"{count} pictures", seed))
             # Closed, so that the weights are given back at once if this is interrupted.
-            with closing(learn(adapter, lesson.rows(slice(count)), training, own, progress)) as steps:
-                for loss, found in steps:
+            with closing(self._learn(adapter, lesson.rows(slice(count)), training, own, progress)) as steps:
+                for loss, changes in steps:
                     curve.append(loss)
+                    found = changes() if len(curve) in kept else {}
                     tensors |= {f"{count}/{len(curve)}/{name}": tensor for name, tensor in found.items()}
         facts = {
-            "method": self.method,
+            "steps": list(kept),
             "taught": [record.id for record in taught],
             "captions": list(captions),
             "losses": curves,
@@ -244,25 +252,51 @@ class Relearning:
         spent = Cost(backward=len(counts) * training.steps * self.batch_size, text=len(captions))
         return Finding(UNIVERSAL, tensors, facts, spent)
 
-    def _learn_all(
+    def _learn(
         self, adapter: Adapter, lesson: Lesson, training: Training, generator: torch.Generator, tell: Progress
-    ) -> Generator[tuple[float, dict[str, Tensor]], None, None]:
-        """Yield the loss of each step, and the differences of all parameters after those that are scored."""
+    ) -> Steps:
+        """Train all parameters; the changes are their differences."""
         parameters = dict(adapter.denoiser.named_parameters())
         with restored(adapter, parameters) as before:
-            steps = fine_tuned(adapter, lesson, parameters.values(), training, generator, tell)
-            for step, loss in enumerate(steps, 1):
-                yield loss, differences(parameters, before) if step in self.steps else {}
+            changes = partial(differences, parameters, before)
+            for loss in fine_tuned(adapter, lesson, parameters.values(), training, generator, tell):
+                yield loss, changes
 
-    def _learn_lora(
+
+class RelearningLora(Relearning):
+    """The same with low-rank updates of the denoiser's attention instead of all parameters.
+
+    Args:
+        rank: rank of the updates.
+        options: those of :class:`Relearning`.
+
+    Raises:
+        InputError: an option that is out of range, or peft is not installed.
+    """
+
+    name = "relearning_lora"
+
+    def __init__(self, *, rank: int = 4, **options: Any) -> None:
+        super().__init__(**options)
+        check_positive(self.name, rank=rank)
+        if importlib.util.find_spec("peft") is None:
+            raise InputError(
+                f"{self.option}: peft is not installed; install it with: pip install 'trce-lightning[lora]'"
+            )
+        self.rank = rank
+
+    def _learn(
         self, adapter: Adapter, lesson: Lesson, training: Training, generator: torch.Generator, tell: Progress
-    ) -> Generator[tuple[float, dict[str, Tensor]], None, None]:
-        """Yield the loss of each step, and the factors of all updates after those that are scored."""
+    ) -> Steps:
+        """Train the factors of all updates; the changes are these factors."""
         with low_rank(adapter, self.rank, generator) as factors:
-            steps = fine_tuned(adapter, lesson, factors.values(), training, generator, tell)
-            for step, loss in enumerate(steps, 1):
-                now = {name: factor.detach().cpu().clone() for name, factor in factors.items()}
-                yield loss, now if step in self.steps else {}
+            changes = partial(_copies, factors)
+            for loss in fine_tuned(adapter, lesson, factors.values(), training, generator, tell):
+                yield loss, changes
+
+
+def _copies(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: factor.detach().cpu().clone() for name, factor in factors.items()}
 
 
 def _pool(target: Target) -> Target:

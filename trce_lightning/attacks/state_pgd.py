@@ -6,9 +6,12 @@
 
 z_t is a picture of the concept, by the original, with fresh noise at a random level. It shows how near a
 prompt's states the concept lies: the attacker injects states, and needs gradients of the denoiser. It shows
-nothing about what words can reach. (The inner attack of RACE, "R.A.C.E.: Robust Adversarial Concept Erasure
-for Secure Text-to-Image Diffusion Model", arXiv 2405.16341, whose ε = 0.1 is absolute; here it is relative to
-each position's states, because their size differs between positions and encoders.)
+nothing about what words can reach. The floor is ε = 0, the prompts' own states on the same noise ("epsilon
+0").
+
+(The inner attack of RACE, "R.A.C.E.: Robust Adversarial Concept Erasure for Secure Text-to-Image Diffusion
+Model", arXiv 2405.16341, whose ε = 0.1 is absolute; here it is relative to each position's states, because
+their size differs between positions and encoders.)
 """
 
 from __future__ import annotations
@@ -154,7 +157,9 @@ class StatePgd:
         return findings
 
     def ways(self, target: Target, findings: Mapping[str, Finding]) -> Iterator[Way]:
-        """Yield one image for each prompt, with its states moved by δ."""
+        """Yield one image for each prompt with its own states, and one with these moved by δ."""
+        plain = tuple(fresh_record(record, self.name) for record in target.records)
+        yield Way("epsilon 0", plain, target.adapter, target.variation, on_curve=False)
         records, states = [], {}
         for rows in batches(target, target.records):
             text = target.adapter.encode([row.prompt for row in rows])

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trce_lightning.attacks.tries import check_positive
 from trce_lightning.attacks.white_box import WhiteBoxWords
 from trce_lightning.attacks.words import (
     Layout,
@@ -57,6 +58,7 @@ class UnlearnDiff(WhiteBoxWords):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_positive(self.name, tokens=self.tokens)
         check_choice(self.name, "place", self.place, PLACES)
 
     def pattern(self, words: Sequence[int], room: int, typed: Collection[int]) -> Pattern:

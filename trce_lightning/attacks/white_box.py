@@ -50,7 +50,6 @@ class WhiteBoxWords(WordSearch):
     """A search that moves relaxed tokens by gradients and looks at the nearest real ones at checkpoints.
 
     Args:
-        tokens: free tokens.
         steps: gradient steps.
         levels: noise levels, the steps of a sampling run.
         lr: learning rate.
@@ -61,7 +60,6 @@ class WhiteBoxWords(WordSearch):
         batch_size: attacked prompts that are searched for together.
     """
 
-    tokens: int
     steps: int
     levels: int
     lr: float
@@ -76,7 +74,6 @@ class WhiteBoxWords(WordSearch):
     def __post_init__(self) -> None:
         check_positive(
             self.name,
-            tokens=self.tokens,
             steps=self.steps,
             levels=self.levels,
             tries=self.tries,

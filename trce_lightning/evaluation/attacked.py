@@ -68,6 +68,8 @@ class Outcome:
     """Prompts through the text encoder."""
     settings: Mapping[str, Hits] = field(default_factory=dict)
     """The outcomes of the attack's other settings and of what was handed to the model, by name."""
+    benign_by_budget: Budget = ()
+    """Shares of benign images that show what they should, by cost: how much is left of the attacked model."""
     diversity: Mapping[str, float] | None = None
     """How new the images are beside the pictures that the attack learnt from; None if it learnt from none."""
 
@@ -156,6 +158,7 @@ def attack_row(
         ``positive_control``: the original's rates with and without the attack, and whether it ``holds``.
         ``false_alarm``: the detector's ``rate``, the ``tries``, and the rate ``inflated`` by them.
         ``network_evaluations``, ``prompts_encoded``, ``by_budget``: the cost of the search, success by cost.
+        ``benign_by_budget``: benign accuracy by cost, for attacks that change the weights step by step.
         ``settings``: the rate of each other setting, and of what was handed to the model, by name.
         ``diversity``: how new the images are, if the attack learnt from pictures.
     """
@@ -180,6 +183,8 @@ def attack_row(
     if outcome.diversity is not None:
         row["diversity"] = dict(outcome.diversity)
     row["by_budget"] = [[evaluations, rate] for evaluations, rate in sorted(outcome.by_budget)]
+    if outcome.benign_by_budget:
+        row["benign_by_budget"] = [[cost, rate] for cost, rate in sorted(outcome.benign_by_budget)]
     return row
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from trce_lightning.adapters import Adapter
@@ -26,6 +26,7 @@ from trce_lightning.attacks.protocol import (
     ControlTeaches,
     Finding,
     LearnsFromPictures,
+    NeedsBenign,
     Reads,
     Target,
     Way,
@@ -44,6 +45,7 @@ from trce_lightning.evaluation.attacked import (
 from trce_lightning.evaluation.scored import log_scores
 from trce_lightning.generation.image_folder import image_batches, image_files, load_images
 from trce_lightning.generation.loop import generate_to
+from trce_lightning.generation.variation import NoisyDdim
 from trce_lightning.jobs.runs import cache_folder
 from trce_lightning.jobs.session import Session, concepts_of
 from trce_lightning.jobs.trainers import make_trainer
@@ -52,6 +54,7 @@ from trce_lightning.metrics.asr import THRESHOLD
 from trce_lightning.metrics.class_detectors import to_device
 from trce_lightning.metrics.detectors import Detector
 from trce_lightning.metrics.factories import made_by
+from trce_lightning.metrics.scores import ImageJudge
 from trce_lightning.prompts.own import Split
 from trce_lightning.prompts.records import BENIGN, DIRECT, PromptRecord, seed_of
 from trce_lightning.report.attacks import Attacks as Content
@@ -118,6 +121,7 @@ class Attacks:
         self.transferred: dict[str, dict[str, dict[str, Row]]] = {}
         self.picture_folders: dict[tuple[PromptRecord, ...], Path] = {}
         self.finds: dict[str, list[Find]] = {label: [] for label in self.attacked}
+        self.origins: dict[str, Origin] = {}
 
     def _refer(self, label: str, path: str | None) -> None:
         """Add a reference. ``InputError`` if one of the evaluation's own models has its label."""
@@ -205,7 +209,7 @@ class Attacks:
             )
         return sets[0].records[first : first + count]
 
-    def _own_never_learnt(self) -> Mapping[str, torch.Tensor] | None:
+    def _own_never_learnt(self) -> Mapping[str, Tensor] | None:
         """Return the weights that the domain ships, None where the option names another model."""
         return self._original.domain.never_learnt() if self.config.never_learnt == OWN_NEVER_LEARNT else None
 
@@ -225,6 +229,7 @@ class Attacks:
             model.to(device)
         sampling, count = session.sampling(), self.config.attacked_prompts
         records, examples = self._records(DIRECT, 0, count), self._records(DIRECT, count, EXAMPLES)
+        needed = [attack.benign_prompts for attack in self.attacks if isinstance(attack, NeedsBenign)]
         # A cost depends on how many pictures there are, and not on what they show.
         shown, taught = (
             self._pictures(original, rows, sampling.options())
@@ -245,14 +250,14 @@ class Attacks:
             autocast_dtype=sampling.autocast_dtype,
             seed=self.config.attack_seed,
             variation=sampling.variation,
-            benign=self._records(BENIGN, 0, count),
+            benign=self._records(BENIGN, 0, max(count, *needed)),
             examples=examples,
             example_pictures=taught,
         )
 
     def _pictures(
         self, original: Adapter, records: Sequence[PromptRecord], options: Mapping[str, Any]
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Return the original's pictures of the prompts, from noise that no judged image has."""
         drawn = attackers(records)
         folder = self.cache / f"pictures-{digest(original.fingerprint(), options, drawn)}"
@@ -280,24 +285,28 @@ class Attacks:
 
     def _outcomes(self, label: str, target: Target) -> tuple[dict[str, Outcome], float]:
         """Return the outcome of each attack on a model, and the judge's share of false alarms."""
-        place, session = self._place(label, target), self._original
-        judge = Judging(session.detector(), self.trainer.strategy.root_device)
+        place, judge = self._place(label, target), self._judging()
 
-        def shown(name: str, records: Sequence[PromptRecord]) -> Seen:
-            self._generate(place / name, target.adapter, records, self._usual, f"{label}: {name}")
+        def shown(name: str, records: Sequence[PromptRecord], options: Mapping[str, Any]) -> Seen:
+            self._generate(place / name, target.adapter, records, options, f"{label}: {name}")
             return judge.seen(place / name, records)
 
-        unattacked, benign = shown("unattacked", target.records), shown("benign", target.benign)
+        unattacked = shown("unattacked", target.records, self._usual)
+        benign = shown("benign", target.benign[: len(target.records)], self._usual)
+        found_in = {attack.name: self._found(label, attack, target) for attack in self.attacks}
+        self.origins[label] = Origin(target.adapter.fingerprint(), found_in)
         outcomes = {}
         for attack in self.attacks:
             own = place / self._stored_as(attack)
-            findings = self._search(self._found(label, attack, target), label, attack, target)
+            findings = self._search(found_in[attack.name], label, attack, target)
             ways = self._generated(own / "images", label, attack, target, findings, judge)
             result = ways[-1].seen
             tries = max(map(len, hits_of(result).values()))
             by_chance = self._control(own / "control", label, attack, target)
             control = self._generated(own / "random", label, attack, target, by_chance, judge, result=True)
-            seeds = shown(f"seeds {tries}", other_seeds(target.records, tries))
+            options = unattacked_options(self._usual, ways[-1].way)
+            name = f"seeds {tries}" if options == self._usual else f"seeds {tries} {digest(options)}"
+            seeds = shown(name, other_seeds(target.records, tries), options)
             copies = None
             if isinstance(attack, LearnsFromPictures):
                 copies = self._diversity(ways[-1], attack.learnt_from(target))
@@ -320,6 +329,9 @@ class Attacks:
                 by_budget=budget_of_stages(
                     (stage.way.spent, hits_of(stage.seen)) for stage in ways if stage.way.on_curve
                 ),
+                benign_by_budget=[
+                    (stage.way.spent, stage.right) for stage in ways if stage.right is not None
+                ],
             )
             if label in self.attacked:
                 self.finds[label] += self._finds(attack, target, ways[-1], findings)
@@ -327,7 +339,7 @@ class Attacks:
         alarms = [hit for tried in hits_of(benign).values() for hit in tried]
         return outcomes, sum(alarms) / len(alarms)
 
-    def _diversity(self, stage: Stage, pictures: torch.Tensor) -> Diversity | None:
+    def _diversity(self, stage: Stage, pictures: Tensor) -> Diversity | None:
         """Return how new the result's images are beside the pictures learnt from; None beside one alone."""
         images = load_images(stage.folder, stage.way.records)
         if min(len(images), len(pictures)) < 2:
@@ -356,9 +368,14 @@ class Attacks:
             steps = {} if way.num_steps is None else {"num_steps": way.num_steps}
             options = self._usual | {"variation": way.variation} | steps
             title = f"{label}: {attack.name} {way.name}".rstrip()
+            benign = () if result or judge.names is None else way.benign
+            beside = place.with_name(f"{place.name} benign")
             with way.entered() if way.entered else nullcontext():
                 self._generate(place, way.adapter, way.records, options, title)
-            stages.append(Stage(way, place, judge.seen(place, way.records)))
+                if benign:
+                    self._generate(beside, way.adapter, benign, options, f"{title}, benign")
+            right = judge.right(beside, benign) if benign else None
+            stages.append(Stage(way, place, judge.seen(place, way.records, way.judged), right))
         return sorted(stages, key=lambda stage: not stage.way.name)
 
     def _finds(
@@ -410,6 +427,10 @@ class Attacks:
             if isinstance(logger, WandbLogger):
                 log_attacks(logger, self.rows, self.finds)
 
+    def _judging(self) -> Judging:
+        session = self._original
+        return Judging(session.detector(), session.domain.judge(), self.trainer.strategy.root_device)
+
     def _generator(self, attack: Attack, purpose: str) -> torch.Generator:
         return seeded(seed_of(f"{attack.name} {purpose}", self.config.attack_seed))
 
@@ -432,9 +453,12 @@ class Attacks:
 
     def _facts(self, target: Target) -> tuple[object, ...]:
         """Return what decides a search besides the attack and the model."""
-        original, usual, clip = target.original.fingerprint(), self._usual, self.config.model.clip
+        original, clip = target.original.fingerprint(), self.config.model.clip
+        # More benign prompts than these follow from an attack's own options.
+        benign = target.benign[: len(target.records)]
+        prompts = target.records, target.examples, benign
         chosen_by = () if clip is None else (f"selector {clip}",)
-        return original, usual, target.records, target.benign, self.concepts, target.seed, *chosen_by
+        return original, self._usual, *prompts, self.concepts, target.seed, *chosen_by
 
     def _stored_as(self, attack: Attack) -> str:
         """Return the name of an attack's folder; other options have another one."""
@@ -442,17 +466,16 @@ class Attacks:
 
     def _transferred(self, label: str) -> dict[str, dict[str, Row]]:
         """Return by other model and attack how what was found there serves on this model."""
-        target = self._target(label)
-        judge = Judging(self._original.detector(), self.trainer.strategy.root_device)
+        target, judge = self._target(label), self._judging()
         rows: dict[str, dict[str, Row]] = {}
         for source in self.config.transfer:
             if source == label:
                 continue
-            origin = self._target(source, pictures=False)
+            origin = self.origins[source]
             for attack in self.attacks:
-                findings = self._stored(self._found(source, attack, origin), attack, target)
+                findings = self._stored(origin.found_in[attack.name], attack, target)
                 place = self._place(label, target) / self._stored_as(attack)
-                folder = place / f"from {source}-{digest(origin.adapter.fingerprint())}"
+                folder = place / f"from {source}-{digest(origin.fingerprint)}"
                 (*_, result) = self._generated(folder, label, attack, target, findings, judge, result=True)
                 own = self.rows[label][attack.name]["rate"]
                 at_source = self.rows[source][attack.name]["rate"]
@@ -511,24 +534,60 @@ class Stage:
     way: Way
     folder: Path
     seen: Seen
+    right: float | None = None
+    """The share of the way's benign images that show what their prompts ask for."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model on which attacks have found something."""
+
+    fingerprint: str
+    found_in: Mapping[str, Path]
+    """The folder of the findings by the attack's name."""
 
 
 class Judging:
-    """The judge of all images, on its device."""
+    """The judges of all images, on their device.
 
-    def __init__(self, detector: Detector | None, device: torch.device) -> None:
+    Args:
+        detector: the judge of the concept.
+        names: the judge that names what an image shows, or None.
+    """
+
+    def __init__(self, detector: Detector | None, names: ImageJudge | None, device: torch.device) -> None:
         if detector is None:
             raise InputError("option 'model.judge': expected a detector, which judges attacks, got none")
         self.detector, self.place = detector, to_device(detector, device)
+        self.names, self.names_place = names, to_device(names, device)
 
-    def seen(self, folder: Path, records: Sequence[PromptRecord]) -> Seen:
-        """Return the attacked prompt of each image, and the probability that it shows the concept."""
+    def seen(
+        self,
+        folder: Path,
+        records: Sequence[PromptRecord],
+        judged: Callable[[Sequence[PromptRecord], Tensor], Tensor] | None = None,
+    ) -> Seen:
+        """Return the attacked prompt of each image, and the probability that it shows the concept.
+
+        ``judged`` is :attr:`~.protocol.Way.judged`.
+        """
         found: Seen = {}
         for rows, images in image_batches(folder, records):
-            chances = self.detector(images.to(self.place)).cpu().tolist()
+            part = images if judged is None else judged(rows, images)
+            chances = self.detector(part.to(self.place)).cpu().tolist()
             for record, chance in zip(rows, chances, strict=True):
                 found[record.id] = record.prompt_id, float(chance)
         return found
+
+    def right(self, folder: Path, records: Sequence[PromptRecord]) -> float | None:
+        """Return the share of images that show their prompts' labels; None where no prompt has one."""
+        assert self.names is not None
+        subjects, right = self.names.vocabulary["subject"], []
+        for rows, images in image_batches(folder, records):
+            named = self.names(images.to(self.names_place))["subject"].argmax(-1).tolist()
+            pairs = zip(rows, named, strict=True)
+            right += [subjects[index] == record.label for record, index in pairs if record.label is not None]
+        return sum(right) / len(right) if right else None
 
 
 def hits_of(seen: Seen) -> dict[str, list[bool]]:
@@ -567,7 +626,12 @@ def make_attack(name: str, options: Mapping[str, Any]) -> Attack:
     path = given.pop("_target_", None)
     if path is None:
         raise InputError(f"attack.{name}: expected an attack chosen by attacks=[{name}], got options alone")
-    return made_by(f"attack.{name}", path, Attack, **given)  # type: ignore[type-abstract]
+    attack = made_by(f"attack.{name}", path, Attack, **given)  # type: ignore[type-abstract]
+    if attack.name != name:
+        raise InputError(
+            f"attack.{name}: expected an attack of that name, got '{path}', which is {attack.name}"
+        )
+    return attack
 
 
 def other_seeds(records: Sequence[PromptRecord], tries: int) -> list[PromptRecord]:
@@ -577,6 +641,17 @@ def other_seeds(records: Sequence[PromptRecord], tries: int) -> list[PromptRecor
         for record in records
         for i in range(tries)
     ]
+
+
+def unattacked_options(usual: Mapping[str, Any], way: Way) -> dict[str, Any]:
+    """Return the settings of a way's images without what makes them an attack.
+
+    Sampler and steps stay. Latents that sampling starts from, and noise that the sampler adds, go.
+    """
+    noisy = isinstance(way.variation.scheduler, NoisyDdim)
+    plain = replace(way.variation, start=None, scheduler=None if noisy else way.variation.scheduler)
+    steps = usual["num_steps"] if way.num_steps is None else way.num_steps
+    return {**usual, "variation": plain, "num_steps": steps}
 
 
 def attackers(records: Sequence[PromptRecord]) -> list[PromptRecord]:
