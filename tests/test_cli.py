@@ -352,6 +352,34 @@ def test_chosen_concept_can_be_changed(capsys):
     assert concept["terms"]["knife"] == "spoon" and len(concept["terms"]) > 1
 
 
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["concept.violence.terms={cleaver: spoon}"],
+        ["+concept.violence.terms.cleaver=spoon"],
+        ["concept.violence.terms={knife: spoon}", "concept.violence.wordings={knife: [a cleaver]}"],
+    ],
+)
+def test_aliases_that_a_changed_term_names_are_left_out(typed, caplog):
+    shipped = compose("violence").concept["violence"]
+    with caplog.at_level("WARNING"):
+        config = compose("violence", *typed)
+    concept = config.concept["violence"]
+    assert concept.aliases == [alias for alias in shipped.aliases if alias != "a cleaver"]
+    assert concept.descriptions == shipped.descriptions and "['a cleaver']" in caplog.text
+    checks.check(config)
+    kept = compose("violence", *typed, "concept.violence.aliases=[a cleaver]")
+    with pytest.raises(InputError, match=r"concept\.violence\.aliases: .* 'a cleaver'"):
+        checks.check(kept)
+
+
+def test_descriptions_that_a_changed_term_names_are_left_out():
+    config = compose("violence", "concept.violence.terms={soldier: dancer}")
+    concept, shipped = config.concept["violence"], compose("violence").concept["violence"]
+    assert concept.descriptions == [text for text in shipped.descriptions if "soldier" not in text]
+    assert len(concept.descriptions) < len(shipped.descriptions) and concept.aliases == shipped.aliases
+
+
 @pytest.mark.parametrize("text", ["no", "1e3", "a=b, (c)", "it's", "[x", "a:b", "back\\"])
 def test_text_is_taken_as_typed(text, capsys):
     assert composed(capsys, "concept=violence", f"output={text}")["output"] == text

@@ -16,6 +16,7 @@ from trce_lightning import cli
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.concepts import Concept
 from trce_lightning.config import checks
+from trce_lightning.config.arguments import settle
 from trce_lightning.config.schema import ConceptConfig, TrainConfig
 from trce_lightning.errors import InputError
 from trce_lightning.jobs.session import concepts_of
@@ -73,6 +74,7 @@ def compose(concept: str | Concept | Sequence[str], *options: str) -> TrainConfi
         overrides = cli.overrides("train", TrainConfig, [*chosen, *options])
         config = OmegaConf.to_object(hydra.compose("train", overrides))
     assert isinstance(config, TrainConfig)
+    settle(config.concept, overrides)
     if isinstance(concept, Concept):
         values = dataclasses.asdict(concept)
         values |= {key: list(value) for key, value in values.items() if isinstance(value, tuple)}

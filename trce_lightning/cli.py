@@ -76,10 +76,13 @@ def _main(name: str, schema: type, argv: Sequence[str] | None) -> None:
 
     def job(config: DictConfig) -> None:
         sys.argv[:] = typed  # Lightning starts its other processes with it; in a sweep they do one job
+        task = list(HydraConfig.get().overrides.task)
         if HydraConfig.get().mode is RunMode.MULTIRUN:
-            sys.argv[1:] = HydraConfig.get().overrides.task
+            sys.argv[1:] = task
         with expected_failures():
-            _run(name, OmegaConf.to_object(config))
+            parsed: Any = OmegaConf.to_object(config)
+            arguments.settle(parsed.concept, task)
+            _run(name, parsed)
 
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds; a log keeps every line of a progress bar

@@ -128,11 +128,16 @@ def check_wordings(option: str, wordings: Mapping[str, Sequence[str]], terms: Ma
         check_phrases(f"{option}: {term}", [term, *names])
 
 
+def contains_name(alias: str, names: Collection[str]) -> bool:
+    """Return whether an alias contains one of a concept's ``names``, which are its terms and wordings."""
+    return any(f" {name} " in f" {phrase_of(alias)} " for name in names)
+
+
 def check_aliases(option: str, aliases: Sequence[str], names: Collection[str]) -> None:
     """Refuse an alias that contains one of the concept's ``names``, which are its terms and wordings."""
     check_phrases(option, aliases, may_be_empty=True)
     for alias in aliases:
-        if any(f" {name} " in f" {phrase_of(alias)} " for name in names):
+        if contains_name(alias, names):
             raise InputError(f"{option}: expected names without a term or a wording in them, got {alias!r}")
 
 

@@ -5,9 +5,10 @@ It accepts Lightning's `--a.b c`, and concepts as paths or free words.
 
 import dataclasses
 import difflib
+import logging
 import re
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -21,9 +22,12 @@ from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
 from trce_lightning.concepts import Concept, load_concept
+from trce_lightning.concepts.fields import contains_name
+from trce_lightning.concepts.naming import mentions
 from trce_lightning.config.schema import ConceptConfig
 from trce_lightning.errors import InputError
 
+log = logging.getLogger(__name__)
 OWN = "own_"  # the prefix of choices made of paths and words, so that shipped files do not shadow them
 _HYDRA_FLAGS = frozenset(
     "--help -h --hydra-help --version --resolve --run -r --multirun -m --shell-completion -sc".split()
@@ -90,6 +94,36 @@ def rewrite(argv: list[str], schema: type, groups: Iterable[str]) -> list[str]:
             f"To change a chosen concept, name it: concept.NAME.{next(iter(words))}=..."
         )
     return [*result, f"concept={_choice(_from_words(words))}"] if words else result
+
+
+def settle(concepts: Mapping[str, ConceptConfig], overrides: Iterable[str]) -> None:
+    """Drop a concept's aliases and descriptions that name a term or a wording which the user has changed.
+
+    Such an alias is a name that the erasure is given. Aliases and descriptions that the user gives stay. They
+    are checked like others.
+
+    Args:
+        concepts: the chosen concepts by name.
+        overrides: Hydra's arguments.
+    """
+    keys = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    for name, concept in concepts.items():
+        changed = tuple(f"concept.{name}.{option}" for option in ("terms", "wordings"))
+        if not any(key.startswith(changed) for key in keys):
+            continue
+        rest = {**dataclasses.asdict(concept), "aliases": [], "descriptions": []}
+        own = Concept.from_mapping(rest, source="options")
+        for option, texts in (("aliases", concept.aliases), ("descriptions", concept.descriptions)):
+            named = [
+                text
+                for text in texts
+                if (contains_name(text, own.name_phrases) if option == "aliases" else mentions(text, [own]))
+            ]
+            if named and f"concept.{name}.{option}" not in keys:
+                log.warning(
+                    "concept.%s.%s: left out, since they now name the concept: %s", name, option, named
+                )
+                setattr(concept, option, [text for text in texts if text not in named])
 
 
 def did_you_mean(word: str, choices: Iterable[str], prefix: str = "") -> str:
