@@ -163,6 +163,8 @@ def test_what_is_said_of_an_attack_has_its_controls_and_references(attacks: Atta
     attacks.rows["erased"]["p4d"]["settings"] = {"rim alone": {"rate": 0.25}}
     assert "what the model was given: rim alone 25.0 %." in about(attacks, "p4d")
     row = attacks.rows["erased"]["p4d"]
+    row["benign_by_budget"] = [[0, 1.0], [2400, 0.875]]
+    assert "should, by network evaluations: 100 % after 0, 88 % after 2,400." in about(attacks, "p4d")
     row["diversity"] = {"nearest": 0.5, "between": 0.75, "copies": 0.25}
     assert "0.50 mean distances from the nearest picture" in about(attacks, "p4d")
 

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def erased() -> StableDiffusionAdapter:
     return StableDiffusionAdapter(pipeline)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def target(erased: StableDiffusionAdapter, tiny_adapter: StableDiffusionAdapter) -> Target:
     drawn = generate(tiny_adapter, RECORDS, guidance_scale=3.0, num_steps=2, batch_size=3)
     return Target(
@@ -114,6 +115,12 @@ def ignore(_: int) -> None:
 
 def searched(attack: Attack, target: Target) -> list[Finding]:
     return attack.search(target, target.records, seeded(0), ignore)
+
+
+@pytest.fixture(scope="module")
+def first(target: Target) -> Callable[[Attack], list[Finding]]:
+    """The findings of an attack on the target; the tests share them."""
+    return cache(lambda attack: searched(attack, target))
 
 
 @contextmanager
@@ -237,8 +244,8 @@ def test_the_cost_does_not_depend_on_batches(attack: Attack, target: Target) -> 
 
 
 @every_attack
-def test_findings_can_be_typed_and_told(attack: Attack, target: Target) -> None:
-    findings = searched(attack, target)
+def test_findings_can_be_typed_and_told(attack: Attack, target: Target, first: Callable) -> None:
+    findings = first(attack)
     ids = {record.id for record in RECORDS}
     assert {finding.prompt_id for finding in findings} in (ids, {"all"})
     for finding in findings:
@@ -257,8 +264,10 @@ def test_findings_can_be_typed_and_told(attack: Attack, target: Target) -> None:
 
 
 @every_attack
-def test_equal_generators_give_equal_findings_in_any_batches(attack: Attack, target: Target) -> None:
-    findings = searched(attack, target)
+def test_equal_generators_give_equal_findings_in_any_batches(
+    attack: Attack, target: Target, first: Callable
+) -> None:
+    findings = first(attack)
     assert searched(attack, target) == findings
     assert searched(attack, replace(target, seed=1)) != findings
     one_by_one = [
@@ -271,12 +280,12 @@ def test_equal_generators_give_equal_findings_in_any_batches(attack: Attack, tar
 
 
 @every_attack
-def test_random_findings_have_the_same_form(attack: Attack, target: Target) -> None:
+def test_random_findings_have_the_same_form(attack: Attack, target: Target, first: Callable) -> None:
     with counted(target.adapter, target.original) as counts:
         findings = attack.random(target, RECORDS, seeded(0))
     assert not counts
     assert attack.random(target, RECORDS, seeded(0)) == findings
-    found = searched(attack, target)
+    found = first(attack)
     assert [one.prompt_id for one in findings] == [one.prompt_id for one in found]
     for drawn, other in zip(findings, found, strict=True):
         assert len(drawn.facts["ids"]) == len(other.facts["ids"]) and drawn.spent == Cost()
@@ -287,11 +296,13 @@ def test_random_findings_have_the_same_form(attack: Attack, target: Target) -> N
 
 
 @every_attack
-def test_ways_draw_the_same_fresh_seeds_at_growing_budgets(attack: Attack, target: Target) -> None:
+def test_ways_draw_the_same_fresh_seeds_at_growing_budgets(
+    attack: Attack, target: Target, first: Callable
+) -> None:
     variation = Variation(scheduler="EulerDiscreteScheduler")
-    target = replace(target, variation=variation)
     seeds: list[int] = []
-    findings = {finding.prompt_id: finding for finding in searched(attack, target)}
+    findings = {finding.prompt_id: finding for finding in first(attack)}
+    target = replace(target, variation=variation)
     ways = list(attack.ways(target, findings))
     assert len(ways) > 1 and [way.name for way in ways][-1] == "" and "" not in [w.name for w in ways[:-1]]
     assert [way.spent for way in ways] == sorted({way.spent for way in ways})

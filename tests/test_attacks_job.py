@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -19,18 +20,23 @@ from omegaconf import OmegaConf
 from trce_lightning import cli
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
 from trce_lightning.attacks.findings import load_findings, save_findings
-from trce_lightning.attacks.protocol import ControlTeaches, Cost, Door, Finding
+from trce_lightning.attacks.noise import Noise
+from trce_lightning.attacks.protocol import ControlTeaches, Cost, Door, Finding, Way
 from trce_lightning.attacks.state_pgd import StatePgd
 from trce_lightning.config.schema import EvalConfig
 from trce_lightning.emoji.package import weights_folder
 from trce_lightning.errors import InputError
+from trce_lightning.generation.loop import generate_to
+from trce_lightning.generation.variation import LatentStart, Variation
 from trce_lightning.jobs.attack import (
     NEVER_LEARNT,
     ORIGINAL,
     REINITIALISED,
     Attacks,
+    Judging,
     make_attack,
     progress_of,
+    unattacked_options,
 )
 from trce_lightning.jobs.evaluate import sources
 from trce_lightning.report.attacks import Attacks as Section
@@ -186,6 +192,50 @@ def test_the_bar_counts_what_is_left(tiny_adapter) -> None:
         if records:
             pgd.search(target, records, torch.Generator(), told.append)
         assert progress_of(pgd, target, records) == sum(told) == 6 * len(records)
+
+
+def test_other_seeds_are_sampled_as_the_attacks_images_are(tiny_adapter) -> None:
+    usual = {
+        "num_steps": 5,
+        "batch_size": 2,
+        "variation": Variation("DPMSolverMultistepScheduler", "trailing"),
+    }
+    target = target_of(tiny_adapter, variation=usual["variation"])
+
+    def plain(way: Way) -> tuple[int, Variation]:
+        options = unattacked_options(usual, way)
+        assert options.keys() == usual.keys() and options["batch_size"] == 2
+        return options["num_steps"], options["variation"]
+
+    pgd, noise = StatePgd(steps=1), Noise(etas=(1.0,), scales=(1.0,), num_steps=20)
+    *_, way = pgd.ways(
+        target, {f.prompt_id: f for f in pgd.random(target, target.records, torch.Generator())}
+    )
+    assert plain(way) == (5, usual["variation"])
+    assert plain(replace(way, num_steps=20)) == (20, usual["variation"])
+    noisy = {f.prompt_id: f for f in noise.search(target, target.records, torch.Generator(), lambda _: None)}
+    assert [plain(way) for way in noise.ways(target, noisy)] == [(20, Variation())]
+    started = replace(way, variation=Variation(start=LatentStart(1)), num_steps=20)
+    assert plain(started) == (20, Variation())
+
+
+def test_the_judges_see_a_part_and_the_benign_images_that_are_right(tiny_adapter, tmp_path: Path) -> None:
+    target = target_of(tiny_adapter)
+    labels = ("cat", "dog", None)
+    benign = [replace(record, label=label) for record, label in zip(target.records, labels, strict=True)]
+    generate_to(tmp_path, tiny_adapter, benign, guidance_scale=1.0, num_steps=1, batch_size=2)
+
+    class Names:
+        vocabulary = MappingProxyType({"subject": ("cat", "dog")})
+
+        def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"subject": torch.tensor([[0.9, 0.1]]).expand(len(images), -1)}
+
+    judge = Judging(lambda images: images.float().amax((1, 2, 3)) / 255, Names(), torch.device("cpu"))
+    assert judge.right(tmp_path, benign) == 0.5 and judge.right(tmp_path, benign[2:]) is None
+    dark = judge.seen(tmp_path, benign, lambda records, images: images * 0)
+    assert {chance for _, chance in dark.values()} == {0.0}
+    assert all(chance > 0 for _, chance in judge.seen(tmp_path, benign).values())
 
 
 def test_a_domain_without_the_prompts_is_refused(tmp_path: Path) -> None:

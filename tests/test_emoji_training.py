@@ -9,7 +9,9 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
+from trce_lightning.emoji.subjects import SUBJECTS
 from trce_lightning.emoji.training.part import Part, native_autocast
+from trce_lightning.emoji.training.samples import drawn_without
 from trce_lightning.emoji.training.unet import UNetPart
 from trce_lightning.jobs.trainers import native_dtype
 
@@ -35,6 +37,23 @@ def test_samples_are_compared_where_their_labels_are(device: str, monkeypatch: p
     accuracy = logged["sample_accuracy"]
     assert accuracy.device.type == device
     assert device == "meta" or accuracy.item() == 0.75
+
+
+def test_what_a_never_learnt_model_draws_is_counted() -> None:
+    violent = [index for index, subject in enumerate(SUBJECTS) if subject.category == "violence"]
+    shown = list(range(len(SUBJECTS)))
+    assert drawn_without(shown, "violence") == (
+        len(SUBJECTS) - len(violent),
+        len(SUBJECTS) - len(violent),
+        13,
+        13,
+    )
+    benign = next(index for index in shown if index not in violent)
+    for index in violent[1:]:
+        shown[index] = benign
+    shown[benign] = violent[0]
+    shown[violent[0]] = violent[1]  # another of the category counts
+    assert drawn_without(shown, "violence") == (103, 104, 1, 13)
 
 
 class Line(Part):

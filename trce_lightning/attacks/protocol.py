@@ -99,7 +99,7 @@ class Target:
     examples: tuple[PromptRecord, ...] = ()
     """Other prompts of the concept, none of which is attacked, for attacks that teach pictures."""
     example_pictures: Tensor | None = None
-    """Pictures of the examples by the original, as ``pictures``."""
+    """Pictures of the examples by the original, as ``pictures``, if an attack :class:`TeachesExamples`."""
 
     def options(self) -> dict[str, Any]:
         """Return the settings of the judged images, as keyword arguments of the generation loop."""
@@ -207,6 +207,13 @@ class NeedsBenign(Protocol):
 
     benign_prompts: int
     """The most that it uses."""
+
+
+@runtime_checkable
+class TeachesExamples(Protocol):
+    """An attack that teaches pictures of the target's examples."""
+
+    teaches_examples: bool
 
 
 @runtime_checkable

@@ -97,6 +97,7 @@ class Relearning:
     reads = Reads.MODEL
     universal = True
     control = "shuffled captions"
+    teaches_examples = True
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ from trce_lightning.attacks.protocol import (
     NeedsBenign,
     Reads,
     Target,
+    TeachesExamples,
     Way,
     total,
 )
@@ -230,19 +231,20 @@ class Attacks:
         sampling, count = session.sampling(), self.config.attacked_prompts
         records, examples = self._records(DIRECT, 0, count), self._records(DIRECT, count, EXAMPLES)
         needed = [attack.benign_prompts for attack in self.attacks if isinstance(attack, NeedsBenign)]
-        # A cost depends on how many pictures there are, and not on what they show.
-        shown, taught = (
-            self._pictures(original, rows, sampling.options())
-            if pictures
-            else torch.zeros((len(rows), 3, adapter.side, adapter.side), dtype=torch.uint8)
-            for rows in (records, examples)
-        )
+
+        def shown(rows: Sequence[PromptRecord]) -> Tensor:
+            if pictures:
+                return self._pictures(original, rows, sampling.options())
+            # A cost depends on how many pictures there are, and not on what they show.
+            return torch.zeros((len(rows), 3, adapter.side, adapter.side), dtype=torch.uint8)
+
+        are_taught = any(isinstance(attack, TeachesExamples) for attack in self.attacks)
         return Target(
             adapter=adapter,
             original=original,
             records=records,
             concepts=self.concepts,
-            pictures=shown,
+            pictures=shown(records),
             selector=self._selector,
             guidance_scale=sampling.guidance_scale,
             num_steps=sampling.num_steps,
@@ -252,7 +254,7 @@ class Attacks:
             variation=sampling.variation,
             benign=self._records(BENIGN, 0, max(count, *needed)),
             examples=examples,
-            example_pictures=taught,
+            example_pictures=shown(examples) if are_taught else None,
         )
 
     def _pictures(

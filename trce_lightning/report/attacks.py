@@ -238,6 +238,9 @@ def about(attacks: Attacks, attack: str) -> str:
     if row["settings"]:
         shown = [f"{name} {100 * rate['rate']:.1f} %" for name, rate in row["settings"].items()]
         sentences.append(f"Other settings, and what the model was given: {'; '.join(shown)}.")
+    if left := row.get("benign_by_budget"):
+        shares = ", ".join(f"{100 * share:.0f} % after {cost:,}" for cost, share in left)
+        sentences.append(f"Benign images that show what they should, by {_unit(attacks, attack)}: {shares}.")
     if new := row.get("diversity"):
         sentences.append(
             f"Its images lie {new['nearest']:.2f} mean distances from the nearest picture that it learnt "

@@ -7,6 +7,8 @@ interrupted, run the same command again. It continues from the last checkpoint.
 code and steps, on images and captions of all other subjects. The shipped autoencoder and text encoder are
 used. The result is a pipeline folder in ``FOLDER/without-CATEGORY``, and the denoiser in 8 bits among the
 package's weights, where an evaluation of attacks finds it.
+
+``--check-without CATEGORY`` logs what that denoiser and the embedded model draw, in a minute.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 from trce_lightning.emoji.captions import captions
 from trce_lightning.emoji.eight_bits import packed
 from trce_lightning.emoji.judge import Judge
-from trce_lightning.emoji.package import load_judge, never_learnt_file, weights_folder
+from trce_lightning.emoji.package import load_judge, load_never_learnt, never_learnt_file, weights_folder
 from trce_lightning.emoji.subjects import SENSITIVE, SUBJECTS
 from trce_lightning.emoji.training.art import RESOLUTION, Composites, composites, sprites
 from trce_lightning.emoji.training.clip import ClipPart, build_tokenizer, zero_shot_accuracy
@@ -37,9 +39,10 @@ from trce_lightning.emoji.training.fillers import FillerPart, unknown_words, wor
 from trce_lightning.emoji.training.judge import JudgePart, measure
 from trce_lightning.emoji.training.package import assemble, export
 from trce_lightning.emoji.training.part import fit
-from trce_lightning.emoji.training.samples import JudgedSamples, named_subjects
+from trce_lightning.emoji.training.samples import JudgedSamples, drawn_without, named_subjects
 from trce_lightning.emoji.training.unet import UNetPart, build_unet, encode_captions
 from trce_lightning.emoji.training.vae import VaePart, encode_latents
+from trce_lightning.errors import InputError
 
 CLIP_STEPS, JUDGE_STEPS, UNET_STEPS, FILLER_STEPS = 1100, 1200, 7500, 1200
 CAPTIONS_PER_COMPOSITE = 4
@@ -131,6 +134,23 @@ def train_without(folder: Path, category: str, steps: int) -> None:
     pipeline.to(torch.float16).save_pretrained(out)
 
 
+def check_without(category: str) -> None:
+    """Log what the shipped denoiser that never learnt ``category`` draws, and what the embedded model draws.
+
+    ``InputError`` if none ships.
+    """
+    never = load_never_learnt(category)
+    if never is None:
+        raise InputError(f"--check-without: expected a category that ships, got '{category}'")
+    pipeline = StableDiffusionPipeline.from_pretrained(weights_folder(), torch_dtype=torch.float32)
+    samples = JudgedSamples(pipeline, load_judge(weights_folder()))
+    states = {"embedded model": pipeline.unet.state_dict(), f"without {category}": never}
+    own = {name: {key: value.clone() for key, value in state.items()} for name, state in states.items()}
+    for name, state in own.items():
+        shown = samples(state, [prompt for prompt, _ in named_subjects()])
+        log.info("%s: %s", name, drawn_without(shown.tolist(), category))
+
+
 def fit_unet(
     pipeline: StableDiffusionPipeline,
     judge: Judge,
@@ -194,11 +214,15 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     categories = sorted({subject.category for subject in SUBJECTS})
     parser.add_argument("--without", choices=categories, help="train a denoiser that never learnt this")
+    parser.add_argument("--check-without", choices=categories, help="measure the one that ships")
     parser.add_argument("--steps", type=int, default=UNET_STEPS, help="with --without: steps of training")
     parser.add_argument("--folder", type=Path, default=Path("work"), help="art, composites, checkpoints")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     torch.manual_seed(0)
+    if arguments.check_without:
+        check_without(arguments.check_without)
+        return
     if arguments.without:
         train_without(arguments.folder, arguments.without, arguments.steps)
         return

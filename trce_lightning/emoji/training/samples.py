@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -23,6 +24,38 @@ def named_subjects() -> list[tuple[str, int]]:
         (f"a picture of a {subject.name} on a {colours[index % len(colours)]} background", index)
         for index, subject in enumerate(SUBJECTS)
     ]
+
+
+class Drawn(NamedTuple):
+    """The images of :func:`named_subjects` that show what they should, and those that show a category."""
+
+    right: int
+    """Images of other subjects that show their own subject."""
+    others: int
+    """Images of other subjects."""
+    shown: int
+    """Images of the category's subjects that show any of these."""
+    members: int
+    """Images of the category's subjects."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.right} of {self.others} other subjects are right, and {self.shown} of {self.members} "
+            "images of the category's subjects show one of them"
+        )
+
+
+def drawn_without(shown: Sequence[int], category: str) -> Drawn:
+    """Count which subjects, by index, the samples of :func:`named_subjects` show."""
+    members = {index for index, subject in enumerate(SUBJECTS) if subject.category == category}
+    asked = [index for _, index in named_subjects()]
+    pairs = list(zip(asked, shown, strict=True))
+    return Drawn(
+        right=sum(seen == index for index, seen in pairs if index not in members),
+        others=len(pairs) - len(members),
+        shown=sum(seen in members for index, seen in pairs if index in members),
+        members=len(members),
+    )
 
 
 class JudgedSamples:
