@@ -6,7 +6,6 @@ import pytest
 import torch
 from attack_targets import (
     RECORDS,
-    configured,
     control,
     images,
     largest_difference,
@@ -343,9 +342,3 @@ def test_what_state_pgd_refuses() -> None:
     for option, value in (("steps", 0), ("samples", 0), ("levels", 0), ("epsilon", 0.0), ("step_size", -1.0)):
         with pytest.raises(InputError, match=rf"attack\.state_pgd\.{option}: expected"):
             StatePgd(**{option: value})
-
-
-@pytest.mark.parametrize("name", ["inverse_edit", "inversion", "inversion_n", "state_pgd"])
-def test_a_config_file_makes_its_attack(name) -> None:
-    attack = configured(name)
-    assert attack.name == name

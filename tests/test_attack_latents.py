@@ -6,7 +6,6 @@ import pytest
 import torch
 from attack_targets import (
     RECORDS,
-    configured,
     control,
     images,
     judged,
@@ -277,9 +276,3 @@ def test_every_point_of_the_grid_is_a_try_and_the_control_has_as_many_plain_seed
     for option, value in (("etas", ()), ("scales", ()), ("etas", (-1.0,))):
         with pytest.raises(InputError, match=rf"attack\.noise\.{option}: expected"):
             Noise(**{option: value})
-
-
-@pytest.mark.parametrize("name", ["completion", "inpainting", "noise", "text_free"])
-def test_a_config_file_makes_its_attack(name) -> None:
-    attack = configured(name)
-    assert attack.name == name

@@ -216,6 +216,7 @@ def test_own_words_survive(tiny_adapter: StableDiffusionAdapter) -> None:
 
 @every_attack
 def test_the_cost_is_what_is_spent(attack: Attack, target: Target) -> None:
+    target = replace(target)  # none that a search has prepared for
     told: list[int] = []
     with counted(target.adapter, target.original) as counts:
         before = target.adapter.network_evaluations + target.original.network_evaluations
@@ -230,6 +231,7 @@ def test_the_cost_is_what_is_spent(attack: Attack, target: Target) -> None:
 
 @every_attack
 def test_the_cost_does_not_depend_on_batches(attack: Attack, target: Target) -> None:
+    target = replace(target)  # none that a search has prepared for
     told: list[int] = []
     with counted(target.adapter, target.original) as counts:
         findings = [

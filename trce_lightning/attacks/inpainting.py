@@ -220,7 +220,7 @@ def _cell(target: Target) -> int:
 def _findings(
     target: Target, rows: Sequence[PromptRecord], pictures: Sequence[Tensor], boxes: Sequence[Box]
 ) -> list[Finding]:
-    known = target.adapter.encode_images(torch.stack(list(pictures)).to(target.adapter.device)).cpu()
+    known = target.adapter.encode_images(torch.stack(list(pictures))).cpu()
     findings = []
     for record, latents, box in zip(rows, known, boxes, strict=True):
         mask = torch.zeros(1, *target.adapter.latent_shape[1:])

@@ -187,7 +187,7 @@ class Inversion:
         check_gradients(target, self.name)
         check_levels(target.adapter, self.name, self.levels)
         adapter, slots = target.adapter, self.slots(target.adapter, _sentences(target)[0])
-        z_0 = adapter.encode_images(self.learnt_from(target).to(adapter.device))
+        z_0 = adapter.encode_images(self.learnt_from(target))
         seeds = torch.randint(2**32, (self.runs,), generator=generator).tolist()
         runs = [self._learn(target, slots, z_0, seeded(seed), progress) for seed in seeds]
         final = [

@@ -98,7 +98,7 @@ class StatePgd:
         """Return δ by segment, ``[B, L, d]``, and the losses, ``[B, steps]``."""
         adapter = target.adapter
         text, generators = adapter.encode([row.prompt for row in rows]), self._generators(target, rows)
-        z_0 = adapter.encode_images(pictures_of(target, rows, self.name).to(adapter.device))
+        z_0 = adapter.encode_images(pictures_of(target, rows, self.name))
         scale = _rms(text)
         delta = {name: torch.zeros_like(states) for name, states in text.states.items()}
         losses = []

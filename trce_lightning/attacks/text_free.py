@@ -109,7 +109,7 @@ class TextFree:
         """Return each picture's latents at the levels that are kept, ``z.level``. Nothing is random."""
         adapter, findings = target.adapter, []
         for rows in batches(target, records):
-            z_0 = adapter.encode_images(pictures_of(target, rows, self.name).to(adapter.device))
+            z_0 = adapter.encode_images(pictures_of(target, rows, self.name))
             reached = self._inverted(target, z_0)
             findings += self._findings(target, rows, reached, self._cost(target, 1))
             progress(self._cost(target, len(rows)).forward)

@@ -252,7 +252,7 @@ class Attacks:
             autocast_dtype=sampling.autocast_dtype,
             seed=self.config.attack_seed,
             variation=sampling.variation,
-            benign=self._records(BENIGN, 0, max(count, *needed)),
+            benign=self._records(BENIGN, 0, max([count, *needed])),
             examples=examples,
             example_pictures=shown(examples) if are_taught else None,
         )
