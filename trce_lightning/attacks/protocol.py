@@ -150,7 +150,7 @@ class Way:
     num_steps: int | None = None
     """Sampling steps of these images; None is the target's. The variation is meant for that many."""
     judged: Callable[[Sequence[PromptRecord], Tensor], Tensor] | None = None
-    """What the judge sees of these records' images, uint8 ``[B, 3, H, W]`` both; None is all of them."""
+    """The part of these records' images that the judge sees, uint8 ``[B, 3, H, W]`` both; None is all."""
     benign: tuple[PromptRecord, ...] = ()
     """Benign prompts, to generate in the same context. They show how much of the model is left."""
 
