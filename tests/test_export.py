@@ -1,5 +1,6 @@
 """What a run leaves opens without any of its code: delta, pipeline folder, edit."""
 
+import dataclasses
 import json
 import re
 from dataclasses import dataclass
@@ -11,15 +12,16 @@ import torch
 from conftest import build_tiny_pipeline
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_runs import WEAPONS, stage1_statistics
 from torch import Tensor
 
 from trce_lightning.adapters import StableDiffusionAdapter
-from trce_lightning.closed_form import Edit, KeepStatistics, PairStatistics, merge_pairs, solve_edit
+from trce_lightning.closed_form import Edit, KeepStatistics, merge_pairs, pair_statistics, solve_edit
 from trce_lightning.concepts import Concept
-from trce_lightning.config.schema import OptimizerConfig, TextualConfig, TrajectoryConfig
-from trce_lightning.export import card_facts, save_delta, save_edit, save_pipeline
+from trce_lightning.config.schema import FORMS, OptimizerConfig, TextualConfig, TrajectoryConfig
+from trce_lightning.errors import InputError
+from trce_lightning.export import card_facts, load_edit, save_delta, save_edit, save_pipeline
 from trce_lightning.module import TRCE
 from trce_lightning.textual import TextualStatistics
 
@@ -106,23 +108,57 @@ def test_an_interrupted_save_leaves_the_old_folder(erased: Erased, tmp_path: Pat
     assert "base without weapons" in (folder / "README.md").read_text()
 
 
-def test_the_edit_is_solved_again_from_its_file(erased: Erased, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_the_edit_is_solved_again_from_its_file(erased: Erased, form: str, tmp_path: Path) -> None:
+    file = tmp_path / "edit.safetensors"
+    options = {"null_space_share": 0.1, "matrices": ["value"], "adversarial_rounds": 1}
+    config = dataclasses.replace(TEXTUAL, form=form, **options)
+    pipeline = build_tiny_pipeline()
+    pipeline.tokenizer.model_max_length = 16  # so that the empty prompt leaves directions free
+    statistics = stage1_statistics(StableDiffusionAdapter(pipeline), config, CONCEPTS)
+    edit = statistics.solve(config)
+    save_edit(file, statistics, edit, config, "base", "0123")
+    found, read = load_edit(file)
+    assert read == config
+    assert torch.equal(found.solve(read).transform, edit.transform)
+    assert torch.equal(load_file(file)["transform"], edit.transform)
+    # Without a concept, or with another form, it is another edit.
+    alone = dataclasses.replace(found, states={"weapons": found.states["weapons"]})
+    assert not torch.allclose(alone.solve(read).transform, edit.transform, atol=1e-3)
+    other = next(name for name in ("ridge", "null_space") if name != form)
+    changed = dataclasses.replace(read, form=other)
+    assert not torch.allclose(found.solve(changed).transform, edit.transform, atol=1e-3)
+
+
+def test_an_edits_file_says_what_it_holds_and_is_small(erased: Erased, tmp_path: Path) -> None:
     file = tmp_path / "edit.safetensors"
     save_edit(file, erased.statistics, erased.edit, TEXTUAL, "base", "0123")
     tensors = load_file(file)
-    with safe_open(file, "pt") as edit:
-        facts = edit.metadata()
+    with safe_open(file, "pt") as opened:
+        facts = opened.metadata()
     assert (facts["base_model"], facts["fingerprint"]) == ("base", "0123")
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.float64}
+    assert json.loads(facts["concepts"]) == {"weapons": 6, "drinks": 2}
+    assert json.loads(facts["options"])["eta"] == TEXTUAL.eta
+    assert {name: tensors[name].dtype for name in ("transform", "k")} == dict.fromkeys(
+        ("transform", "k"), torch.float64
+    )
     pairs = [
-        PairStatistics(tensors[f"s.{name}"], tensors[f"m.{name}"], **numbers)
-        for name, numbers in json.loads(facts["concepts"]).items()
+        pair_statistics(tensors[f"malicious.{name}"], tensors[f"safe.{name}"])
+        for name in ("weapons", "drinks")
     ]
-    assert [part.count for part in pairs] == [6, 2]
     keep = KeepStatistics(tensors["k"], float(facts["keep_weight"]))
-    eta, ridge = float(facts["eta"]), float(facts["ridge"])
-    solved = solve_edit(merge_pairs(pairs), keep, eta=eta, ridge=ridge)
+    solved = solve_edit(merge_pairs(pairs), keep, eta=TEXTUAL.eta, ridge=TEXTUAL.ridge)
     assert torch.equal(solved.transform, tensors["transform"])
     assert solved.erase_residual == erased.edit.erase_residual
-    one_concept = solve_edit(pairs[0], keep, eta=eta, ridge=ridge)
+    one_concept = solve_edit(pairs[0], keep, eta=TEXTUAL.eta, ridge=TEXTUAL.ridge)
     assert not torch.allclose(one_concept.transform, tensors["transform"], atol=1e-3)
+
+
+def test_a_damaged_or_earlier_edit_is_refused_by_name(erased: Erased, tmp_path: Path) -> None:
+    file = tmp_path / "edit.safetensors"
+    save_file({"transform": erased.edit.transform}, file, {"eta": "0.1"})
+    with pytest.raises(InputError, match=r"edit\.safetensors: expected an edit, .*run train\.py again"):
+        load_edit(file)
+    file.write_bytes(b"x")
+    with pytest.raises(InputError, match=r"edit\.safetensors: expected an edit, .*run train\.py again"):
+        load_edit(file)

@@ -1,6 +1,7 @@
 """Stage 1 on a real pipeline: the edited network on E is the original on E Tᵀ, and what T is solved from."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from trce_lightning import textual
 from trce_lightning.adapters import StableDiffusionAdapter
-from trce_lightning.closed_form import merge_pairs, solve_edit
+from trce_lightning.closed_form import adversarial_answer, merge_pairs, pair_statistics, solve_edit
 from trce_lightning.concepts import Concept
-from trce_lightning.config.schema import TextualConfig
+from trce_lightning.config.schema import FORMS, TextualConfig
+from trce_lightning.errors import InputError
 from trce_lightning.textual import apply_edit_, pair_states
 
 DRINKS = Concept("drinks", {"beer": "milk"}, templates=("{}", "cold {}"))
@@ -180,3 +182,119 @@ def test_safe_sides_that_name_another_concept_are_left_out(tiny_adapter: StableD
     alone = stage1_statistics(tiny_adapter, config).pairs["weapons"]
     both = stage1_statistics(tiny_adapter, config, [WEAPONS, other]).pairs["weapons"]
     assert 0 < both.count < alone.count
+
+
+FORM_OPTIONS = {
+    "ridge": {"eta": 0.5},
+    "null_space": {"null_space_share": 0.05, "null_space_ridge": 0.01},
+    "projection": {"projection_share": 0.5, "eta": 0.5},
+}
+
+
+@pytest.fixture
+def short_adapter() -> StableDiffusionAdapter:
+    """A model whose prompts have half as many positions as states have numbers, so that ∅ leaves some."""
+    pipeline = build_tiny_pipeline()
+    pipeline.tokenizer.model_max_length = MAX_LENGTH // 2
+    return StableDiffusionAdapter(pipeline)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("matrices", [["key", "value"], ["value"], ["key"]])
+def test_a_form_edits_the_matrices_that_are_named(
+    short_adapter: StableDiffusionAdapter, form: str, matrices: list[str]
+) -> None:
+    adapter = short_adapter
+    config = TextualConfig(form=form, matrices=matrices, **FORM_OPTIONS[form])
+    edit = stage1_statistics(adapter, config).solve(config)
+    names = apply_edit_(adapter, edit)
+    endings = {"key": "to_k.weight", "value": "to_v.weight"}
+    chosen = tuple(endings[kind] for kind in matrices)
+    readers = {f"{name}.weight" for name in entries_of(adapter)}
+    assert set(names) == {name for name in readers if name.endswith(chosen)}
+    original = build_tiny_pipeline().unet.state_dict()
+    for name, tensor in adapter.denoiser.state_dict().items():
+        if name in names:
+            torch.testing.assert_close(tensor, (original[name].double() @ edit.transform).float())
+            assert not torch.allclose(tensor, original[name])
+        else:
+            assert torch.equal(tensor, original[name])
+
+
+def test_the_null_space_leaves_the_networks_output_for_the_empty_prompt(
+    short_adapter: StableDiffusionAdapter,
+) -> None:
+    adapter = short_adapter
+    z_t = torch.randn(1, *adapter.latent_shape, generator=torch.Generator().manual_seed(0))
+    texts = [adapter.empty(), adapter.encode(["a gun"])]
+    with torch.no_grad():
+        before = [adapter.predict(z_t, 500, text) for text in texts]
+        found = {}
+        for form in ("null_space", "ridge"):
+            config = TextualConfig(form=form, **FORM_OPTIONS[form])
+            weights = {name: tensor.clone() for name, tensor in adapter.denoiser.state_dict().items()}
+            apply_edit_(adapter, stage1_statistics(adapter, config).solve(config))
+            after = [adapter.predict(z_t, 500, text) for text in texts]
+            found[form] = [(a - b).abs().max().item() for a, b in zip(after, before, strict=True)]
+            adapter.denoiser.load_state_dict(weights)
+    assert found["null_space"][0] < 1e-5 < 1e-3 < found["null_space"][1]
+    assert found["ridge"][0] > 1e-4
+
+
+def test_the_span_is_that_of_all_malicious_states_after_the_start(
+    tiny_adapter: StableDiffusionAdapter,
+) -> None:
+    config = TextualConfig(form="projection", **FORM_OPTIONS["projection"])
+    statistics = stage1_statistics(tiny_adapter, config, [WEAPONS, DRINKS])
+    prompts = [[pair.malicious for pair in concept.pairs()] for concept in (WEAPONS, DRINKS)]
+    states = [tiny_adapter.encode(texts).states["clip"][:, 1:].flatten(0, 1) for texts in prompts]
+    expected = outer(states[0]) + outer(states[1])
+    torch.testing.assert_close(statistics.span, expected, rtol=1e-4, atol=1e-6)
+    edit = statistics.solve(config)
+    assert edit.directions is not None
+    everything = tiny_adapter.encode(["a gun", "tea", ""]).states["clip"].flatten(0, 1).double()
+    assert (everything @ edit.transform.T @ edit.directions).abs().max() < 1e-9
+
+
+def test_an_adversarial_round_erases_the_answers_to_the_first_edit(
+    tiny_adapter: StableDiffusionAdapter,
+) -> None:
+    config = TextualConfig(eta=0.1, adversarial_rounds=1)
+    statistics = stage1_statistics(tiny_adapter, config)
+    first = statistics.solve(TextualConfig(eta=0.1)).transform
+    assert statistics.readers is not None
+    answer = adversarial_answer(first, statistics.readers, ridge=config.adversarial_ridge)
+    malicious, safe = (states.double() for states in statistics.states["weapons"])
+    answers = malicious @ answer.T
+    both = pair_statistics(torch.cat([malicious, answers]), torch.cat([safe, safe]))
+    expected = solve_edit(both, statistics.keep, eta=0.1, ridge=config.ridge)
+    found = statistics.solve(config)
+    torch.testing.assert_close(found.transform, expected.transform, rtol=1e-6, atol=1e-8)
+
+    def missed(transform: Tensor) -> float:
+        return float((answers @ transform.T - safe).norm() / (answers - safe).norm())
+
+    assert missed(found.transform) < missed(first) - 0.05
+
+
+def test_the_distance_to_a_key_is_told_where_there_may_be_none(
+    short_adapter: StableDiffusionAdapter,
+) -> None:
+    def distance(**options: Any) -> float | None:
+        config = TextualConfig(**options)
+        return stage1_statistics(short_adapter, config).solve(config).keyless_distance
+
+    assert distance() is None
+    reached = distance(form="null_space", **FORM_OPTIONS["null_space"])
+    assert reached is not None and reached < 1e-9
+    for options in ({"matrices": ["value"]}, {"form": "projection", **FORM_OPTIONS["projection"]}):
+        left = distance(**options)
+        assert left is not None and 1e-3 < left <= 1
+
+
+def test_an_option_that_leaves_nothing_to_edit_is_refused_by_name(
+    tiny_adapter: StableDiffusionAdapter,
+) -> None:
+    config = TextualConfig(form="null_space", null_space_share=1e-12)
+    with pytest.raises(InputError, match=r"textual\.form=null_space: no direction holds as little as 1e-12"):
+        stage1_statistics(tiny_adapter, config).solve(config)

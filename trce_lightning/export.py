@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from trce_lightning.adapters import Adapter
-from trce_lightning.closed_form import Edit
+from trce_lightning.closed_form import Edit, KeepStatistics, Readers
 from trce_lightning.config.schema import TextualConfig
-from trce_lightning.runtime.storage import replacing_folder, write_safetensors, write_text
+from trce_lightning.runtime.storage import (
+    read_safetensors,
+    reading,
+    replacing_folder,
+    write_safetensors,
+    write_text,
+)
 from trce_lightning.textual import TextualStatistics
 
 CARD = """---
@@ -37,26 +45,47 @@ embeddings, or fine-tune, can undo it.
 def save_edit(
     file: Path, statistics: TextualStatistics, edit: Edit, config: TextualConfig, base: str, fingerprint: str
 ) -> None:
-    """Write T, K and each concept's S and M in float64.
+    """Write T, K, the empty prompt's states and each concept's pairs of states.
 
-    The metadata holds counts, energies, η, λ and the base model.
+    The pairs give S and M, and take less space: 2 n numbers of 32 bits for a concept of n pairs and each of
+    d, instead of 2 d of 64. The metadata holds the form and its options, the counts and the base model.
     """
-    tensors: dict[str, Tensor] = {"transform": edit.transform, "k": statistics.keep.k}
-    for name, pairs in statistics.pairs.items():
-        tensors |= {f"s.{name}": pairs.s, f"m.{name}": pairs.m}
-    facts = {
-        name: {"count": pairs.count, "safe_energy": pairs.safe_energy}
-        for name, pairs in statistics.pairs.items()
-    }
+    tensors = {"transform": edit.transform, "k": statistics.keep.k, "empty": statistics.empty}
+    optional = {"span": statistics.span, "directions": edit.directions}
+    if statistics.readers is not None:
+        optional |= {"edited": statistics.readers.edited, "others": statistics.readers.others}
+    tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+    for name, (malicious, safe) in statistics.states.items():
+        tensors |= {f"malicious.{name}": malicious, f"safe.{name}": safe}
     metadata = {
         "base_model": base,
         "fingerprint": fingerprint,
-        "concepts": json.dumps(facts),
-        "eta": str(config.eta),
-        "ridge": str(config.ridge),
+        "concepts": json.dumps({name: len(states) for name, (states, _) in statistics.states.items()}),
+        "options": json.dumps(asdict(config)),
         "keep_weight": str(statistics.keep.weight),
+        "keyless_distance": json.dumps(edit.keyless_distance),
     }
     write_safetensors(file, tensors, metadata)
+
+
+def load_edit(file: Path) -> tuple[TextualStatistics, TextualConfig]:
+    """Return the statistics and options that an edit was solved from.
+
+    ``statistics.solve(options)`` gives the edit again. With a concept more in ``statistics.states``, it gives
+    the edit of all concepts together. If the file is damaged or of an earlier version, raise ``InputError``.
+    """
+    remedy = "run train.py again"
+    tensors = read_safetensors(file, "an edit", remedy)
+    with reading(file, "an edit", remedy), safe_open(file, "pt") as opened:
+        facts = opened.metadata() or {}
+        states = {
+            name: (tensors[f"malicious.{name}"], tensors[f"safe.{name}"])
+            for name in json.loads(facts["concepts"])
+        }
+        keep = KeepStatistics(tensors["k"], float(facts["keep_weight"]))
+        read_by = Readers(tensors["edited"], tensors["others"]) if "edited" in tensors else None
+        statistics = TextualStatistics(states, keep, tensors["empty"], tensors.get("span"), read_by)
+        return statistics, TextualConfig(**json.loads(facts["options"]))
 
 
 def save_pipeline(folder: Path, adapter: Adapter, card: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,43 +18,108 @@ from trce_lightning.closed_form import (
     Edit,
     KeepStatistics,
     PairStatistics,
+    Readers,
     SingularError,
+    adversarial_answer,
+    answered_pairs,
     apply_edits,
     keep_statistics,
+    keyless_distance,
+    mean_pairs,
     merge_keep,
-    merge_pairs,
     pair_statistics,
+    readers,
     solve_edit,
+    solve_null_space,
+    solve_projection,
+    sum_statistics,
 )
 from trce_lightning.concepts import Concept, PromptPair, prompt_pairs
-from trce_lightning.config.schema import TextualConfig
+from trce_lightning.config.schema import MATRICES, TextualConfig
 from trce_lightning.errors import InputError
 from trce_lightning.runtime.ranks import Rank, on_each_rank
 from trce_lightning.runtime.storage import read_safetensors, reading, write_safetensors
-from trce_lightning.tokens import Text, position_mask
+from trce_lightning.tokens import Role, Text, position_mask
 
 ENCODE_BATCH = 32
 """The number of prompts that are encoded together."""
 CONTEXT = "context"
 """The stream of an adapter that stage 1 edits."""
+ENDINGS = {"key": "to_k", "value": "to_v"}
+"""The ends of the entries' names by the kind of their matrix."""
 
 
 @dataclass(frozen=True)
 class TextualStatistics:
     """The statistics that stage 1 is solved from."""
 
-    pairs: dict[str, PairStatistics]
-    """The pair statistics by concept."""
+    states: dict[str, tuple[Tensor, Tensor]]
+    """The malicious and the safe states by concept, ``[n, d]`` each."""
     keep: KeepStatistics
     """The mean over the kept states."""
+    empty: Tensor
+    """The states of the empty prompt, ``[n, d]``."""
+    span: Tensor | None = None
+    """Σ over concepts of the second moment of malicious states at all positions after the SoT, ``[d, d]``.
+
+    It is None for forms that don't need it.
+    """
+    readers: Readers | None = None
+    """The matrices that read states. It is None if only their inputs are needed."""
+
+    @property
+    def pairs(self) -> dict[str, PairStatistics]:
+        """Return the pair statistics by concept."""
+        return {name: pair_statistics(*states) for name, states in self.states.items()}
 
     def solve(self, config: TextualConfig) -> Edit:
-        """Return T over all concepts. If T is not determined, raise ``InputError``."""
-        pairs = merge_pairs(list(self.pairs.values()))
+        """Return T over all concepts, after ``adversarial_rounds`` answers to it.
+
+        Each round adds the pairs of R e_m and e_s, where R e_m is the best answer to the last T, see
+        :func:`~.closed_form.adversarial_answer`. All rounds weigh the same.
+
+        Raises:
+            InputError: T is not determined, or an option leaves nothing to edit.
+        """
+        asked = sum_statistics(list(self.states.values()))
+        rounds = [asked]
+        edit = self._solve_once(asked, config)
+        for _ in range(config.adversarial_rounds):
+            assert self.readers is not None
+            answer = adversarial_answer(edit.transform, self.readers, ridge=config.adversarial_ridge)
+            rounds.append(answered_pairs(asked, answer))
+            edit = self._solve_once(mean_pairs(rounds), config)
+        distance = None
+        if self.readers is not None:
+            distance = keyless_distance(edit.transform, self.readers, asked.m)
+        return replace(edit, matrices=tuple(config.matrices), keyless_distance=distance)
+
+    def _solve_once(self, pairs: PairStatistics, config: TextualConfig) -> Edit:
         try:
+            if config.form == "null_space":
+                return solve_null_space(
+                    pairs,
+                    self.keep,
+                    self.empty,
+                    share=config.null_space_share,
+                    ridge=config.null_space_ridge,
+                )
+            if config.form == "projection":
+                assert self.span is not None
+                return solve_projection(
+                    pairs,
+                    self.keep,
+                    self.span,
+                    eta=config.eta,
+                    ridge=config.ridge,
+                    share=config.projection_share,
+                    span_ridge=config.projection_ridge,
+                )
             return solve_edit(pairs, self.keep, eta=config.eta, ridge=config.ridge)
         except SingularError as error:
             raise InputError(f"textual.ridge: expected a system that can be solved, got: {error}") from error
+        except ValueError as error:
+            raise InputError(f"textual.form={config.form}: {error}") from error
 
 
 def textual_statistics(
@@ -70,19 +135,57 @@ def textual_statistics(
     - the EoT of the safe prompts, with ``safe_weight``.
     """
     stream = adapter.streams()[CONTEXT]
-    pairs, safe = {}, []
-    for name, rows in prompt_pairs(concepts).items():
-        malicious, safe_states = pair_states(adapter, stream, rows, config.positions)
-        pairs[name] = pair_statistics(malicious, safe_states)
-        safe.append(safe_states)
+    pairs = prompt_pairs(concepts)
+    states = {name: pair_states(adapter, stream, rows, config.positions) for name, rows in pairs.items()}
+    empty = _all_states(adapter.empty(), stream)
     parts = [
         (1.0, kept.every),
         (config.keep_eot_weight, kept.eot),
-        (config.empty_prompt_weight, keep_statistics(_all_states(adapter.empty(), stream))),
-        (config.safe_weight, keep_statistics(torch.cat(safe))),
+        (config.empty_prompt_weight, keep_statistics(empty)),
+        (config.safe_weight, keep_statistics(torch.cat([safe for _, safe in states.values()]))),
     ]
     weighted = [KeepStatistics(part.k, weight) for weight, part in parts if weight > 0]
-    return TextualStatistics(pairs, merge_keep(weighted))
+    span = None
+    if config.form == "projection":
+        span = torch.stack([_span(adapter, stream, rows) for rows in pairs.values()]).sum(0)
+    read_by = readers_of(stream, config.matrices) if _needs_readers(config) else None
+    return TextualStatistics(states, merge_keep(weighted), empty, span, read_by)
+
+
+def _span(adapter: Adapter, stream: Stream, pairs: Sequence[PromptPair]) -> Tensor:
+    """Return the second moment of malicious states at all positions after the SoT, ``[d, d]`` float64."""
+    parts = []
+    for start in range(0, len(pairs), ENCODE_BATCH):
+        text = adapter.encode([pair.malicious for pair in pairs[start : start + ENCODE_BATCH]])
+        chosen = [text.states[name][text.roles[name] != Role.SOT] for name in stream.segments]
+        parts.append(keep_statistics(torch.cat(chosen)))
+    return merge_keep(parts).k
+
+
+def readers_of(stream: Stream, matrices: Sequence[str]) -> Readers:
+    """Return the moments of the matrices that an edit of ``matrices`` replaces, and of the others."""
+    edited = _weights(stream, matrices)
+    others = {name: weight for name, weight in _weights(stream, MATRICES).items() if name not in edited}
+    return readers(edited.values(), others.values(), stream.width)
+
+
+def _needs_readers(config: TextualConfig) -> bool:
+    """Return False if T has a key, so that no distance is to be told, and no adversary answers."""
+    has_key = config.form == "ridge" and set(config.matrices) == set(MATRICES)
+    return config.adversarial_rounds > 0 or not has_key
+
+
+def _weights(stream: Stream, matrices: Sequence[str]) -> dict[str, Tensor]:
+    """Return the columns that read the text states, by entry, of the matrices that an edit replaces.
+
+    An entry that is neither a key nor a value projection is always among them.
+    """
+    left = tuple(ENDINGS[kind] for kind in MATRICES if kind not in matrices)
+    return {
+        name: entry.module.weight.data[:, entry.first : entry.first + stream.width]
+        for name, entry in stream.entries.items()
+        if not name.endswith(left)
+    }
 
 
 def pair_states(
@@ -149,19 +252,16 @@ def _aligned(segment: str, which: str, malicious: _Encoded, safe: _Encoded) -> t
 
 
 def apply_edit_(adapter: Adapter, edit: Edit) -> list[str]:
-    """Replace W by W T in place in every entry of the stream, and return the names of the changed tensors.
+    """Replace W by W T in place in the stream's edited entries, and return the names of the changed tensors.
 
     Only the columns that read the text states change; biases stay.
     """
-    stream = adapter.streams()[CONTEXT]
-    weights = [
-        entry.module.weight.data[:, entry.first : entry.first + stream.width]
-        for entry in stream.entries.values()
-    ]
-    for weight, edited in zip(weights, apply_edits(weights, edit.transform), strict=True):
+    weights = _weights(adapter.streams()[CONTEXT], edit.matrices)
+    edits = apply_edits(weights.values(), edit.transform)
+    for weight, edited in zip(weights.values(), edits, strict=True):
         weight.copy_(edited)
     adapter.weights_changed()
-    return [f"{name}.weight" for name in stream.entries]
+    return [f"{name}.weight" for name in weights]
 
 
 class Kept(NamedTuple):

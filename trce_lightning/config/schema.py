@@ -15,6 +15,10 @@ from trce_lightning.prompts.variants import MISSPELLINGS
 
 Item = TypeVar("Item")
 POSITIONS = ("sot", "keyword", "eot", "padding")
+FORMS = ("ridge", "null_space", "projection")
+"""The closed forms of stage 1."""
+MATRICES = ("key", "value")
+"""The kinds of matrices that read text states."""
 STAGES = ("textual", "trajectory")
 EXPORTS = ("pipeline", "delta", "single_file")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
@@ -122,8 +126,16 @@ class ModelConfig:
 class TextualConfig:
     """The options of stage 1, textual semantic erasure in closed form."""
 
-    eta: NonNegative = 1.0  # weight of the kept states
-    ridge: NonNegative = 1e-3  # lambda, the weight that holds the edit near W
+    form: Annotated[str, OneOf(FORMS)] = "ridge"
+    matrices: Annotated[list[Annotated[str, OneOf(MATRICES)]], Len(1)] = items(*MATRICES)  # that are edited
+    eta: NonNegative = 1.0  # weight of the kept states; ridge and projection
+    ridge: NonNegative = 1e-3  # lambda, the weight that holds the edit near W; ridge and projection
+    null_space_share: Annotated[float, Interval(gt=0, le=1)] = 0.01  # of kept energy, which the edit may move
+    null_space_ridge: Positive = 0.01  # weight that holds the edit near W, in units of tr(K) / d
+    projection_share: Annotated[float, Interval(gt=0, lt=1)] = 0.5  # of the concept's energy, taken away
+    projection_ridge: Positive = 0.01  # least energy of a direction, in units of tr(K) / d
+    adversarial_rounds: Natural = 0  # times that the best answers to the edit are erased, too
+    adversarial_ridge: Positive = 0.01  # weight that keeps such answers small, in units of tr(G) / d
     positions: Annotated[list[Annotated[str, OneOf(POSITIONS)]], Len(1)] = items("eot")
     keep_eot_weight: NonNegative = 1.0  # weight of the kept prompts' first EoT, beside all their positions
     empty_prompt_weight: NonNegative = 1.0
