@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 NAMES = (
     "textual",
+    "concepts",
     "plan",
     "step",
     "memory",

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,7 @@ def tune(problem: Problem, measured: Measured) -> dict[str, list[Row]]:
             options = {"form": form, **TRIALS[form][index]}
             settings = {"images": TUNE_IMAGES, "options": options}
             name = f"tune {form} {index}"
-            row = measured(name, settings, lambda options=options: problem.measure(options, sets))  # type: ignore[misc]
+            row = measured(name, settings, partial(problem.measure, options, sets))
             found[form].append(row)
     return found
 
@@ -223,11 +223,7 @@ def violence_table(problem: Problem, chosen: Mapping[str, Options], measured: Me
     rows, first = [], 0.0
     for name, options in cases.items():
         settings = {"images": VIOLENCE_IMAGES, "options": options}
-        row = measured(
-            f"violence {name}",
-            settings,
-            lambda options=options: problem.measure(options, sets),  # type: ignore[misc]
-        )
+        row = measured(f"violence {name}", settings, partial(problem.measure, options, sets))
         first = first or row["fid"]
         shown = [percent(row["asr"][which]) for which in (DIRECT, IMPLICIT)]
         fid = f"{row['fid']:.2f} ({row['fid'] / first:.2f}×)"
@@ -266,11 +262,8 @@ def subjects_table(
     The kept prompts are the same for every number of erased subjects, one for each of the 87.
     """
     whole = Problem(config, subject_concepts(max(COUNTS)), adapter)
-    kept = [
-        prompts
-        for name in (BENIGN, UNERASED)
-        for prompts in whole.sets("report", _labels(whole, name), (name,))
-    ]
+    asked = {name: _labels(whole, name) for name in (BENIGN, UNERASED)}
+    kept = [prompts for name, size in asked.items() for prompts in whole.sets("report", size, (name,))]
     cells: dict[str, list[str]] = {name: ["", *[""] * len(COUNTS)] for name in ("original", *chosen)}
     for column, count in enumerate(COUNTS, 1):
         problem = Problem(config, subject_concepts(count), adapter)
@@ -279,11 +272,8 @@ def subjects_table(
         if count == max(COUNTS):
             cases["original"] = None
         for name, options in cases.items():
-            row = measured(
-                f"subjects {count} {name}",
-                {"images": SUBJECT_IMAGES, "options": options},
-                lambda options=options, problem=problem, sets=sets: problem.measure(options, sets),  # type: ignore[misc]
-            )
+            settings = {"images": SUBJECT_IMAGES, "options": options}
+            row = measured(f"subjects {count} {name}", settings, partial(problem.measure, options, sets))
             shown = row["asr"][DIRECT]["rate"]
             cells[name][column] = f"{100 * shown:.1f} % / {100 * row['accuracy']:.1f} %"
     head = ["erased still shown / kept recognised", *(f"{count} erased" for count in COUNTS)]

@@ -80,6 +80,83 @@ def edit_projections(
 
 
 @torch.no_grad()
+def centres(empty: Tensor, generator: torch.Generator, count: int = 3, rounds: int = 20) -> Tensor:
+    """The states that SPEED never moves ``[d, count + 1]``: ∅'s first, and k-means centres of its others."""
+    first, others = empty[:1], empty[1:]
+    found = others[torch.randperm(len(others), generator=generator)[:count]]
+    for _ in range(rounds):
+        nearest = torch.cdist(others, found).argmin(1)
+        members = [others[nearest == index] for index in range(count)]
+        found = torch.stack(
+            [rows.mean(0) if len(rows) else old for rows, old in zip(members, found, strict=True)]
+        )
+    return torch.cat([first, found]).mT
+
+
+@torch.no_grad()
+def speed(
+    weight: Tensor,
+    targets: Tensor,
+    anchors: Tensor,
+    retain: Tensor,
+    invariant: Tensor,
+    generator: torch.Generator,
+    *,
+    threshold: float = 1e-1,
+    scale: float = 0.05,
+    augmented: int = 10,
+) -> Tensor:
+    """SPEED's W' (arXiv 2503.07392) of one matrix, in its settings for many concepts, without its filter.
+
+    W + W (C_a − C_t) P [I − M K₂ (K₂ᵀ P M K₂)⁻¹ K₂ᵀ P] M with M = (C_t P + ρ I)⁻¹. P projects on the singular
+    vectors of the retained states' second moment below ``threshold``. Each retained state counts with
+    ``augmented`` copies, moved along the direction that W reads least.
+    """
+    c_t, c_a = targets.mT @ targets / len(targets), anchors.mT @ targets / len(targets)
+    weakest = torch.linalg.svd(weight, full_matrices=False)[2][-1]
+    noise = torch.randn(augmented, len(retain), 1, generator=generator, dtype=retain.dtype)
+    states = torch.cat([retain, *(retain + amount * weakest for amount in noise)])
+    left, singular, _ = torch.linalg.svd(states.mT @ states / len(states))
+    free = left[:, singular < threshold]
+    p, identity = free @ free.mT, torch.eye(len(left), dtype=left.dtype)
+    m = torch.inverse(c_t @ p + scale * identity)
+    inner = torch.inverse(invariant.mT @ p @ m @ invariant)
+    held = identity - m @ invariant @ inner @ invariant.mT @ p
+    return weight + weight @ (c_a - c_t) @ p @ held @ m
+
+
+@torch.no_grad()
+def oce(
+    weight: Tensor,
+    erased: Tensor,
+    guides: Tensor,
+    retain: Tensor,
+    captions: Tensor,
+    *,
+    erase: float = 800.0,
+    preserve: float = 2.0,
+    general: float = 70.0,
+    ridge: float = 10.0,
+) -> Tensor:
+    """OCE's W' = R W of one matrix, in its settings for 100 concepts.
+
+    R is the orthogonal matrix that maximises tr(Rᵀ (−s_e G (I − G*) + s_c Σ v vᵀ + s_g W C Wᵀ + λ W Wᵀ)). G
+    and G* project on the values of erased and guiding states, v are the retained states' values, and C is the
+    second moment of captions' states. The determinant of R is left as it is.
+    """
+    bases = []
+    for states in (erased, guides):
+        values = weight @ states.mT
+        bases.append(torch.linalg.qr(values / values.norm(dim=0)).Q)
+    projectors = [basis @ basis.mT for basis in bases]
+    values, identity = weight @ retain.mT, torch.eye(len(weight), dtype=weight.dtype)
+    total = -erase * projectors[0] @ (identity - projectors[1]) + preserve * values @ values.mT
+    total = total + general * weight @ captions @ weight.mT + ridge * weight @ weight.mT
+    left, _, right = torch.linalg.svd(total)
+    return left @ right @ weight
+
+
+@torch.no_grad()
 def sample_trajectory(
     network: Network, scheduler: DDIMScheduler, states: Tensor, z_t: Tensor, guidance_scale: float
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
