@@ -106,7 +106,7 @@ def speed(
     scale: float = 0.05,
     augmented: int = 10,
 ) -> Tensor:
-    """SPEED's W' (arXiv 2503.07392) of one matrix, in its settings for many concepts, without its filter.
+    """SPEED's W' of one matrix, in its settings for many concepts, without its filter.
 
     W + W (C_a − C_t) P [I − M K₂ (K₂ᵀ P M K₂)⁻¹ K₂ᵀ P] M with M = (C_t P + ρ I)⁻¹. P projects on the singular
     vectors of the retained states' second moment below ``threshold``. Each retained state counts with

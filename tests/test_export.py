@@ -21,7 +21,7 @@ from trce_lightning.closed_form import Edit, KeepStatistics, merge_pairs, pair_s
 from trce_lightning.concepts import Concept
 from trce_lightning.config.schema import FORMS, OptimizerConfig, TextualConfig, TrajectoryConfig
 from trce_lightning.errors import InputError
-from trce_lightning.export import card_facts, load_edit, save_delta, save_edit, save_pipeline
+from trce_lightning.export import card_facts, compact_pairs, load_edit, save_delta, save_edit, save_pipeline
 from trce_lightning.module import TRCE
 from trce_lightning.textual import TextualStatistics
 
@@ -152,6 +152,18 @@ def test_an_edits_file_says_what_it_holds_and_is_small(erased: Erased, tmp_path:
     assert solved.erase_residual == erased.edit.erase_residual
     one_concept = solve_edit(pairs[0], keep, eta=TEXTUAL.eta, ridge=TEXTUAL.ridge)
     assert not torch.allclose(one_concept.transform, tensors["transform"], atol=1e-3)
+
+
+def test_many_pairs_are_kept_as_few_with_the_same_moments() -> None:
+    malicious, safe = torch.randn(2, 50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    fewer = compact_pairs(malicious, safe)
+    assert [len(states) for states in fewer] == [12, 12]
+    found, expected = pair_statistics(*fewer), pair_statistics(malicious, safe)
+    torch.testing.assert_close(found.s, expected.s)
+    torch.testing.assert_close(found.m, expected.m)
+    assert found.safe_energy == pytest.approx(expected.safe_energy)
+    few = malicious[:12], safe[:12]
+    assert all(map(torch.equal, compact_pairs(*few), few))
 
 
 def test_a_damaged_or_earlier_edit_is_refused_by_name(erased: Erased, tmp_path: Path) -> None:

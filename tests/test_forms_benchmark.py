@@ -77,7 +77,8 @@ def test_an_edit_is_taken_back_after_it_was_scored() -> None:
     before = {name: tensor.clone() for name, tensor in adapter.denoiser.state_dict().items()}
 
     def same() -> bool:
-        return all(torch.equal(tensor, before[name]) for name, tensor in adapter.denoiser.state_dict().items())
+        now = adapter.denoiser.state_dict()
+        return all(torch.equal(now[name], tensor) for name, tensor in before.items())
 
     with forms.edited(adapter, edit):
         assert not same()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -47,15 +49,16 @@ def save_edit(
 ) -> None:
     """Write T, K, the empty prompt's states and each concept's pairs of states.
 
-    The pairs give S and M, and take less space: 2 n numbers of 32 bits for a concept of n pairs and each of
-    d, instead of 2 d of 64. The metadata holds the form and its options, the counts and the base model.
+    The pairs give S and M, and few pairs take less space, see :func:`compact_pairs`. The metadata holds the
+    form and its options, the counts and the base model.
     """
     tensors = {"transform": edit.transform, "k": statistics.keep.k, "empty": statistics.empty}
     optional = {"span": statistics.span, "directions": edit.directions}
     if statistics.readers is not None:
         optional |= {"edited": statistics.readers.edited, "others": statistics.readers.others}
     tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
-    for name, (malicious, safe) in statistics.states.items():
+    for name, states in statistics.states.items():
+        malicious, safe = compact_pairs(*states)
         tensors |= {f"malicious.{name}": malicious, f"safe.{name}": safe}
     metadata = {
         "base_model": base,
@@ -66,6 +69,19 @@ def save_edit(
         "keyless_distance": json.dumps(edit.keyless_distance),
     }
     write_safetensors(file, tensors, metadata)
+
+
+def compact_pairs(malicious: Tensor, safe: Tensor) -> tuple[Tensor, Tensor]:
+    """Return at most 2 d pairs of states with the same S, M and safe energy as these n, ``[n, d]`` each.
+
+    If n is larger, they are the rows of R √(2 d / n), where QR is the decomposition of ``[malicious, safe]``.
+    """
+    count, width = malicious.shape
+    if count <= 2 * width:
+        return malicious, safe
+    rows = torch.linalg.qr(torch.cat([malicious, safe], 1).double(), mode="r").R
+    fewer = rows * math.sqrt(len(rows) / count)
+    return fewer[:, :width], fewer[:, width:]
 
 
 def load_edit(file: Path) -> tuple[TextualStatistics, TextualConfig]:

@@ -130,9 +130,11 @@ class TextualConfig:
     matrices: Annotated[list[Annotated[str, OneOf(MATRICES)]], Len(1)] = items(*MATRICES)  # that are edited
     eta: NonNegative = 1.0  # weight of the kept states; ridge and projection
     ridge: NonNegative = 1e-3  # lambda, the weight that holds the edit near W; ridge and projection
-    null_space_share: Annotated[float, Interval(gt=0, le=1)] = 0.01  # of kept energy, which the edit may move
+    null_space_share: Annotated[float, Interval(gt=0, le=1)] = (
+        0.001  # of kept energy, which the edit may move
+    )
     null_space_ridge: Positive = 0.01  # weight that holds the edit near W, in units of tr(K) / d
-    projection_share: Annotated[float, Interval(gt=0, lt=1)] = 0.5  # of the concept's energy, taken away
+    projection_share: Annotated[float, Interval(gt=0, lt=1)] = 0.3  # of the concept's energy, taken away
     projection_ridge: Positive = 0.01  # least energy of a direction, in units of tr(K) / d
     adversarial_rounds: Natural = 0  # times that the best answers to the edit are erased, too
     adversarial_ridge: Positive = 0.01  # weight that keeps such answers small, in units of tr(G) / d
