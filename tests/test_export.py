@@ -76,7 +76,7 @@ def test_the_delta_makes_the_erased_network_of_the_original(erased: Erased, tmp_
 
 def test_the_pipeline_folder_opens_with_diffusers_alone(erased: Erased, tmp_path: Path) -> None:
     folder = tmp_path / "erased"
-    card = card_facts("base/model", ["weapons", "drinks"], ["textual", "trajectory"], "| asr | 0.1 |", 20)
+    card = card_facts("base/model", ["weapons", "drinks"], "TRCE (both)", "| asr | 0.1 |", 20)
     for _ in range(2):
         save_pipeline(folder, erased.adapter, card)
         assert list(tmp_path.iterdir()) == [folder]
@@ -86,7 +86,7 @@ def test_the_pipeline_folder_opens_with_diffusers_alone(erased: Erased, tmp_path
     text = (folder / "README.md").read_text()
     for part in (
         "base/model without weapons, drinks",
-        "stages textual + trajectory",
+        "after TRCE (both) with",
         "| asr | 0.1 |",
         "tensors: 20",
     ):
@@ -102,7 +102,7 @@ def test_the_pipeline_folder_opens_with_diffusers_alone(erased: Erased, tmp_path
 
 def test_an_interrupted_save_leaves_the_old_folder(erased: Erased, tmp_path: Path) -> None:
     folder = tmp_path / "erased"
-    save_pipeline(folder, erased.adapter, card_facts("base", ["weapons"], ["textual"], "", 1))
+    save_pipeline(folder, erased.adapter, card_facts("base", ["weapons"], "TRCE", "", 1))
     with pytest.raises(KeyError):
         save_pipeline(folder, erased.adapter, {})
     assert "base without weapons" in (folder / "README.md").read_text()

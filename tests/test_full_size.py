@@ -63,7 +63,7 @@ def test_a_whole_network_through_both_stages_and_every_export(version: str, fold
     assert differing == {f"unet.{name}" for name in KEYS_AND_VALUES | QUERIES} and len(differing) == 64
 
     drawn = images(pipeline)
-    save_pipeline(folder / "erased", module.adapter, card_facts("base", ["weapons"], ["textual"], "", 64))
+    save_pipeline(folder / "erased", module.adapter, card_facts("base", ["weapons"], "TRCE", "", 64))
     save_single_file(folder / "erased.safetensors", module.adapter, "base", "0123")
     save_delta(folder / "delta.safetensors", module.changed_tensors(), "base", "0123")
     assert (folder / "delta.safetensors").stat().st_size < 220e6

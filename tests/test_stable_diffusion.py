@@ -378,7 +378,7 @@ def test_a_safety_checker_changes_nothing(
     assert (tmp_path / "checked" / "safety_checker").is_dir()
     adapter = load_adapter(tmp_path / "checked")
     assert adapter.fingerprint() == load_adapter(sd1_folder).fingerprint()
-    save_pipeline(tmp_path / "erased", adapter, card_facts("base", ["weapons"], ["textual"], "", 32))
+    save_pipeline(tmp_path / "erased", adapter, card_facts("base", ["weapons"], "TRCE", "", 32))
     assert "without a safety checker" in (tmp_path / "erased" / "README.md").read_text()
     opened = StableDiffusionPipeline.from_pretrained(tmp_path / "erased")
     assert opened.safety_checker is None

@@ -233,7 +233,7 @@ def test_files_have_the_mode_that_any_new_file_has(plain_mode: int, tmp_path: Pa
     draw({"direct": RECORDS}, pictures, tmp_path / "grid.png")
     WholeCheckpoints().save_checkpoint({"epoch": 1}, tmp_path / "last.ckpt")
     adapter = StableDiffusionAdapter(build_tiny_pipeline())
-    save_pipeline(tmp_path / "erased", adapter, card_facts("base", ["weapons"], ["textual"], "", 1))
+    save_pipeline(tmp_path / "erased", adapter, card_facts("base", ["weapons"], "TRCE", "", 1))
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert {file.suffix for file in files} >= {".safetensors", ".json", ".png", ".ckpt", ".md"}
     assert {oct(stat.S_IMODE(file.stat().st_mode)) for file in files} == {oct(plain_mode)}

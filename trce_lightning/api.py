@@ -20,7 +20,7 @@ from trce_lightning.config.arguments import settle
 from trce_lightning.config.schema import ConceptConfig, TrainConfig
 from trce_lightning.errors import InputError
 from trce_lightning.jobs.session import concepts_of
-from trce_lightning.jobs.train import TrainingRun
+from trce_lightning.jobs.train import run_of
 from trce_lightning.runtime.host import hydra_kept, pipeline_kept, process_kept
 from trce_lightning.runtime.locks import release
 
@@ -54,7 +54,7 @@ def erase(
         adapter = StableDiffusionAdapter(pipeline)
         if config.model.channels_last:
             adapter.to_channels_last()
-        run = TrainingRun(config, concepts_of(config), adapter)
+        run = run_of(config, concepts_of(config), adapter)
         if run.trainer.world_size > 1 and cache is None:
             raise InputError("cache: expected a folder that all processes see, got none")
         try:

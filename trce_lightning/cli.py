@@ -68,7 +68,9 @@ def config_groups(folder: Path, name: str) -> list[str]:
 def overrides(name: str, schema: type, typed: Sequence[str]) -> list[str]:
     """Return Hydra's arguments for the typed ones, and put `schema` in Hydra's store."""
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
-    return arguments.rewrite(list(typed), schema, config_groups(config_folder(), name))
+    rewritten = arguments.rewrite(list(typed), schema, config_groups(config_folder(), name))
+    checks.check_method_options(rewritten)
+    return rewritten
 
 
 def _main(name: str, schema: type, argv: Sequence[str] | None) -> None:

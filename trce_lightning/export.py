@@ -32,7 +32,7 @@ tags: [concept-erasure, trce]
 ---
 # {base} without {concepts}
 
-{base} after TRCE (arXiv 2503.07389, stages {stages}) with trce-lightning. Open it with
+{base} after {method} with trce-lightning. Open it with
 `StableDiffusionPipeline.from_pretrained(FOLDER)`; no code of trce-lightning is needed.
 
 {table}
@@ -129,14 +129,12 @@ def save_single_file(file: Path, adapter: Adapter, base: str, fingerprint: str) 
     write_safetensors(file, adapter.original_state(), facts)
 
 
-def card_facts(
-    base: str, concepts: Sequence[str], stages: Sequence[str], table: str, changed: int
-) -> dict[str, Any]:
+def card_facts(base: str, concepts: Sequence[str], method: str, table: str, changed: int) -> dict[str, Any]:
     """Return the values that fill the model card."""
     return {
         "base": base,
         "concepts": ", ".join(concepts),
-        "stages": " + ".join(stages),
+        "method": method,
         "table": table,
         "changed": changed,
     }

@@ -23,6 +23,9 @@ from trce_lightning.errors import InputError
 from trce_lightning.prompts.hub import HUB_FILE
 from trce_lightning.prompts.records import BENIGN
 
+TRCE = "trce"
+TRCE_OPTIONS = ("stages", "textual", "trajectory", "optimizer")
+"""The options of TRCE."""
 _LIMITS = {
     "greater_than_equal": "at least {ge:g}",
     "less_than_equal": "at most {le:g}",
@@ -187,8 +190,33 @@ def _check_training(config: TrainConfig) -> None:
             f"{config.trajectory.num_steps}, got {config.trajectory.early_steps}"
         )
     _check_captions(config.textual.keep_prompts)
+    _check_method(config)
     if config.previous is not None and not Path(config.previous).exists():
         raise FileNotFoundError(f"option 'previous': no file or folder {config.previous!r}")
+
+
+def check_method_options(arguments: Iterable[str]) -> None:
+    """Refuse options of TRCE beside another method, since they would do nothing."""
+    typed = [argument.lstrip("+~").partition("=") for argument in arguments]
+    chosen = [value for key, _, value in typed if key == "method"]
+    if not chosen or TRCE in chosen[-1].split(","):
+        return
+    for key, _, _ in typed:
+        part = key.partition(".")[0]
+        if part in TRCE_OPTIONS and key != "textual.keep_prompts":
+            raise InputError(
+                f"option {key!r}: expected none beside method={chosen[-1]}, which doesn't read it; it belongs"
+                " to method=trce"
+            )
+
+
+def _check_method(config: TrainConfig) -> None:
+    others = [key for key in config.method if key != "name"]
+    if config.method.get("name") == TRCE and others:
+        raise InputError(
+            f"option 'method.{others[0]}': expected none with method=trce, whose options are "
+            f"{', '.join(TRCE_OPTIONS)}"
+        )
 
 
 def _check_captions(source: str | None) -> None:
@@ -199,15 +227,19 @@ def _check_captions(source: str | None) -> None:
     check_is_file("textual.keep_prompts", source)
 
 
-def check_values(config: Any) -> None:
-    """Refuse the first value that the schema's annotations do not take."""
+def check_values(config: Any, within: str = "") -> None:
+    """Refuse the first value that the schema's annotations do not take.
+
+    ``within`` is the option that holds the values, if it isn't the command's own configuration.
+    """
     from pydantic import TypeAdapter, ValidationError  # imported here, because --help needs no limits
 
     try:
         TypeAdapter(type(config)).validate_python(dataclasses.asdict(config))
     except ValidationError as error:
         found = error.errors()[0]
-        name = ".".join(part for part in found["loc"] if isinstance(part, str))
+        path = [part for part in found["loc"] if isinstance(part, str)]
+        name = ".".join([within, *path] if within else path)
         expected = _LIMITS.get(found["type"], found["msg"]).format(**found.get("ctx", {}))
         hint = did_you_mean(str(found["input"]), re.findall("'(.+?)'", expected))
         got = f"{found['input']!r}.{hint}" if hint else repr(found["input"])

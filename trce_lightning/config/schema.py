@@ -235,6 +235,8 @@ class ExpectedConfig:
 class TrainConfig:
     concept: dict[str, ConceptConfig] = field(default_factory=dict)
     model: ModelConfig = field(default_factory=ModelConfig)
+    # The method with its options, by method=NAME. Those of trce are stages, textual, trajectory, optimizer.
+    method: dict[str, Any] = field(default_factory=lambda: {"name": "trce"})
     stages: list[Annotated[str, OneOf(STAGES)]] = items(*STAGES)
     textual: TextualConfig = field(default_factory=TextualConfig)
     trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)

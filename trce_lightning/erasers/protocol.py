@@ -2,48 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 from torch import Tensor
 
 from trce_lightning.adapters import Adapter
 from trce_lightning.concepts import Concept
-from trce_lightning.generation.guidance import Guidance
 
 
 @dataclass(frozen=True)
-class Counts:
-    """The cost of an erasure. One network evaluation is one latent × one prompt, however batched."""
+class Cost:
+    """The cost of a part of an erasure. A network evaluation is one latent × one prompt, however batched."""
 
     forward: int = 0
     """Network evaluations without gradients."""
     backward: int = 0
-    """Network evaluations with a backward pass."""
+    """Network evaluations with a backward pass. They are not among ``forward``."""
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """The work that lies ahead of an erasure, exactly."""
+
+    parts: dict[str, Cost] = field(default_factory=dict)
+    """The network evaluations by part, without those whose results are cached."""
     trainable: int = 0
     """Numbers that the method may change."""
-    seconds: float = 0.0
+    stored_bytes: int = 0
+    """The bytes that the method caches on disk."""
 
 
 @dataclass(frozen=True)
 class Erased:
     """The result of an erasure."""
 
-    changed: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    changed: dict[str, dict[str, Tensor]]
     """Changed tensors by the pipeline's component, such as "unet" or "text_encoder", and by name."""
-    guidance: Guidance | None = None
-    """A rule of guidance for methods that change no weights, else None."""
-    counts: Counts = Counts()
+    facts: dict[str, float] = field(default_factory=dict)
+    """Figures of the method's own, for ``metrics.json``."""
+    files: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """Further tensors that the run stores, such as a LoRA, by the file's name without ``.safetensors``."""
 
 
+@dataclass(frozen=True)
+class Job:
+    """All that the harness gives a method. The model is the original until the method changes it."""
+
+    adapter: Adapter
+    concepts: Sequence[Concept]
+    trainer: pl.Trainer
+    """A Trainer that predicts."""
+    cache: Path
+    """The folder of caches, which runs share."""
+    generator: str
+    """A text that identifies the original model and the precision."""
+    seed: int
+    keep_prompts: Callable[[], list[str]]
+    """A function that returns the prompts to keep."""
+    fit: Callable[[pl.LightningModule, pl.LightningDataModule, str], None]
+    """A function that fits a module, under the name of a part. It continues an interrupted fit of that name.
+
+    The module has a method ``changed_tensors``, as :class:`~trce_lightning.callbacks.RanksAgree` wants.
+    """
+    part: Callable[[str], AbstractContextManager[None]]
+    """A context that counts a part's seconds and network evaluations."""
+
+
+@runtime_checkable
 class Eraser(Protocol):
     """A method, made with its own options."""
 
-    def erase(self, adapter: Adapter, concepts: Sequence[Concept], trainer: pl.Trainer) -> Erased:
-        """Erase all concepts at once. Every rank calls it, and the result is the same on every rank.
+    name: str
+    title: str
+    """The method's name with its source, for model cards."""
 
-        The adapter's model is the original. It may be changed in place; the harness takes what changed from
-        the result.
+    def ahead(self, job: Job) -> Ahead:
+        """Return the work ahead, without changing anything.
+
+        If the method can't erase these concepts from this model, raise ``InputError``.
         """
+
+    def erase(self, job: Job) -> Erased:
+        """Erase all concepts at once from the adapter's model, in place, and return what has changed.
+
+        Every rank calls it, and the result is the same on every rank.
+        """
+
+
+def denoiser_name(adapter: Adapter) -> str:
+    """Return the denoiser's name in the pipeline."""
+    return next(name for name, network in adapter.networks().items() if network is adapter.denoiser)

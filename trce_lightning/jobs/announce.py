@@ -41,9 +41,7 @@ def training(run: TrainingRun) -> None:
     config, adapter = run.config, run.adapter
     device = run.trainer.strategy.root_device
     parameters = sum(parameter.numel() for parameter in adapter.denoiser.parameters())
-    trainable = sum(
-        parameter.numel() for parameter in adapter.trainable(config.trajectory.trainable).values()
-    )
+    trainable = run.trainable_numbers()
     log.info(
         "erasing %s from %s: denoiser of %.1f M parameters (%.2f M train), on %d × %s in %s",
         " + ".join(concept.name for concept in run.session.concepts),
@@ -68,7 +66,7 @@ def training(run: TrainingRun) -> None:
     durations = expected_seconds(parts, (seconds or math.nan) / run.trainer.world_size)
     for part, evaluations in parts.items():
         log.info("ahead: %-36s %8d network evaluations, about %s", part, evaluations, _time(durations[part]))
-    disk = run.plan.stored_bytes(math.prod(adapter.latent_shape)) if run.plan else 0
+    disk = run.stored_bytes()
     weights = sum(tensor.numel() * tensor.element_size() for tensor in adapter.denoiser.parameters())
     log.info(
         "ahead: %s in all, by estimate; trajectories of %.0f MB on disk; one network of %.0f MB in memory, "
@@ -127,7 +125,7 @@ def _seconds(run: TrainingRun, z_t: Tensor, empty: Text) -> float:
 def expected_seconds(parts: Mapping[str, int], seconds: float) -> dict[str, float]:
     """Return the seconds of each part of :func:`ahead`, if a forward pass takes ``seconds``."""
     return {
-        part: evaluations * seconds * (TRAINING_COST if part == TRAINING else 1)
+        part: evaluations * seconds * (TRAINING_COST if part.startswith(TRAINING) else 1)
         for part, evaluations in parts.items()
     }
 
@@ -144,17 +142,15 @@ def ahead(run: TrainingRun) -> dict[str, int]:
     Cached evaluations are left out. Training is counted in forward passes. With the backward pass, one takes
     :data:`TRAINING_COST` times as long.
     """
-    parts = {}
+    parts = {part: cost.forward + cost.backward for part, cost in run.method_parts().items()}
     if run.plan is not None:
         parts["trajectories"] = missing_evaluations(run)
         parts[TRAINING] = run.plan.training_evaluations(run.config.trajectory)
     for title, scorer in run.scorers.items():
         if not run.is_scored(scorer):
             parts[f"original model, {title}"] = scorer.planned_evaluations
-        if title == "final" or run.plan is not None:
-            after_stage_1 = "textual" in run.config.stages
-            passes = 1 if title == "final" else after_stage_1 + run.config.trajectory.epochs
-            parts[f"erased model, {title}"] = passes * scorer.planned_evaluations
+        passes = 1 if title == "final" else run.tuning_passes
+        parts[f"erased model, {title}"] = passes * scorer.planned_evaluations
     return parts
 
 

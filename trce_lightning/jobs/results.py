@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trce_lightning import __version__, export
 from trce_lightning.callbacks.image_grid import grid_of
 from trce_lightning.config.schema import ExpectedConfig
+from trce_lightning.erasers.protocol import denoiser_name
 from trce_lightning.evaluation.comparison import compare, measure_distances, p_values
 from trce_lightning.evaluation.scored import Column, detection_rates
 from trce_lightning.jobs import runs
@@ -37,9 +38,9 @@ def write(run: TrainingRun) -> None:
     if run.erased:
         columns = {"original": run.original["final"].scored.scores, "erased": run.erased.scores}
     write_model(run, results_table(columns))  # first, so that an error in a picture doesn't lose the model
-    if run.plan is not None:
-        # Each start of the run has its own log.
-        logs = sorted(run.folder.glob("logs/version_*/metrics.csv"), key=lambda log: log.stat().st_mtime)
+    # Each start of the run has its own log.
+    logs = sorted(run.folder.glob("logs/version_*/metrics.csv"), key=lambda log: log.stat().st_mtime)
+    if run.trains:
         save_loss_curves(logs, run.folder / "losses.png")
     if run.erased:
         second = write_scores(run)
@@ -141,16 +142,22 @@ def second_opinion(run: TrainingRun, columns: Mapping[str, Column]) -> dict[str,
 
 def write_model(run: TrainingRun, table: str) -> None:
     """Write what ``export`` asks for: the pipeline with its card, the changed tensors, or a single file."""
-    changed, config = run.module.changed_tensors(), run.config
+    changed, config = run.changed(), run.config
     if "delta" in config.export:
-        export.save_delta(run.folder / "delta.safetensors", changed, run.base, run.fingerprint)
+        for component, tensors in changed.items():
+            own = component == denoiser_name(run.adapter)
+            name = "delta.safetensors" if own else f"delta.{component}.safetensors"
+            export.save_delta(run.folder / name, tensors, run.base, run.fingerprint)
+    for name, tensors in run.method_files().items():
+        export.save_delta(run.folder / f"{name}.safetensors", tensors, run.base, run.fingerprint)
     if "single_file" in config.export:
         export.save_single_file(run.folder / "erased.safetensors", run.adapter, run.base, run.fingerprint)
     if "pipeline" in config.export:
         names = [concept.name for concept in run.session.concepts]
         if "final" in run.scorers:
             table += f"\nImages were drawn in {run.scorers['final'].sampling}."
-        card = export.card_facts(run.base, names, config.stages, table, len(changed))
+        count = sum(map(len, changed.values()))
+        card = export.card_facts(run.base, names, run.method_title(), table, count)
         export.save_pipeline(run.folder / "erased", run.adapter, card)
 
 
@@ -172,6 +179,7 @@ def facts(run: TrainingRun) -> dict[str, Any]:
         "schema": 1,
         "concept": [concept.name for concept in run.session.concepts],
         "model": run.config.model.name,
+        "method": run.method_facts(),
         "version": __version__,
         "commit": commit(),
         "after_textual": run.evaluation.after_textual if run.evaluation else None,

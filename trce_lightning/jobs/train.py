@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from trce_lightning import __version__, export
 from trce_lightning.adapters import Adapter
@@ -31,6 +34,7 @@ from trce_lightning.config.schema import ModelConfig, TrainConfig
 from trce_lightning.data.datamodule import TrajectoryDataModule, check_batch
 from trce_lightning.data.plan import TrajectoryPlan, draw_plan
 from trce_lightning.data.trajectories import generator_of, sample_missing
+from trce_lightning.erasers.protocol import Cost, denoiser_name
 from trce_lightning.errors import InputError
 from trce_lightning.evaluation.scored import SCORED_SCHEMA, Scored, log_scores
 from trce_lightning.evaluation.scorer import Scorer, score_on_all_ranks
@@ -55,7 +59,7 @@ def train(config: TrainConfig) -> None:
     """Erase ``config.concept`` and write a run folder; see :class:`TrainingRun`."""
     set_up_logging()
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    run = TrainingRun(config, merge_previous(config))
+    run = run_of(config, merge_previous(config))
     if not config.plan:
         run.open()  # before the first log line, so that run.log has it
     announce.training(run)
@@ -66,6 +70,15 @@ def train(config: TrainConfig) -> None:
         run.write()
     finally:
         release()
+
+
+def run_of(config: TrainConfig, concepts: list[Concept], adapter: Adapter | None = None) -> TrainingRun:
+    """Return the run of the configured method."""
+    if config.method.get("name") == "trce":
+        return TrainingRun(config, concepts, adapter)
+    from trce_lightning.jobs.method import MethodRun  # it derives from TrainingRun
+
+    return MethodRun(config, concepts, adapter)
 
 
 def merge_previous(config: TrainConfig) -> list[Concept]:
@@ -288,6 +301,45 @@ class TrainingRun:
             self.evaluations["epochs"] = self.scorers["epochs"].network_evaluations
             self.evaluations["training"] -= self.evaluations["epochs"]
         self.trainer = trainer
+
+    def changed(self) -> dict[str, dict[str, Tensor]]:
+        """Return the changed tensors by the pipeline's component and by name."""
+        return {denoiser_name(self.adapter): self.module.changed_tensors()}
+
+    def method_title(self) -> str:
+        """Return the method's name with its source, for the model card."""
+        return f"TRCE (arXiv 2503.07389, stages {' + '.join(self.config.stages)})"
+
+    def method_parts(self) -> dict[str, Cost]:
+        """Return the network evaluations of another method than TRCE, by part."""
+        return {}
+
+    def method_facts(self) -> dict[str, Any]:
+        """Return the method's own entry of ``metrics.json``."""
+        return {"name": "trce"}
+
+    def method_files(self) -> dict[str, Mapping[str, Tensor]]:
+        """Return further tensors that the run stores, by file name."""
+        return {}
+
+    def trainable_numbers(self) -> int:
+        """Return how many numbers the run trains."""
+        parameters = self.adapter.trainable(self.config.trajectory.trainable).values()
+        return sum(parameter.numel() for parameter in parameters)
+
+    def stored_bytes(self) -> int:
+        """Return the bytes of the trajectories on disk."""
+        return self.plan.stored_bytes(math.prod(self.adapter.latent_shape)) if self.plan else 0
+
+    @property
+    def trains(self) -> bool:
+        """Return whether the run trains weights, and so has loss curves."""
+        return self.plan is not None
+
+    @property
+    def tuning_passes(self) -> int:
+        """Return how often the erased model is scored on the tuning prompts."""
+        return ("textual" in self.config.stages) + self.config.trajectory.epochs
 
     def _callbacks(self) -> Sequence[pl.Callback]:
         checkpoints = progress_checkpoints(self.folder / "checkpoints", self.config.checkpoint_minutes)
