@@ -1,0 +1,134 @@
+"""SPEED (arXiv 2503.07392): an edit of values within the null space of what is kept.
+
+    min_Δ mean ‖(W + ΔP) t − W a‖² + ρ ‖ΔP‖²   subject to   ΔP K₂ = 0
+
+t are states to erase and a their anchors. P projects on the null space of the kept states: the directions in
+which their second moment has singular values below a threshold. K₂ are states of the empty prompt that must
+not move at all. The minimiser is Δ = W D for every W, so one matrix T = I + D serves all maps:
+
+    D = (C_a − C_t) P (I − M K₂ (K₂ᵀ P M K₂ + λ I)⁻¹ K₂ᵀ P) M,   M = (C_t P + ρ I)⁻¹,
+    C_t = mean t tᵀ,   C_a = mean a tᵀ
+
+λ > 0 gives a penalty 1/λ in place of the constraint. The method refines what is kept: it keeps those states
+that a plain edit would move most, and copies of them along the direction that the maps read least. Where the
+method does this for each map, one T pools over the maps: a state k moves by kᵀ D₀ᵀ G D₀ k, with G = Σ_l
+W_lᵀW_l.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from scipy.cluster.vq import kmeans2
+from torch import Tensor
+
+from trce_lightning.adapters import Stream
+from trce_lightning.config.schema import Natural, NonNegative, Positive
+from trce_lightning.erasers.linear import ClosedForm, apply_transform, gram
+from trce_lightning.erasers.protocol import Erased, Job
+from trce_lightning.erasers.texts import prompt_states
+from trce_lightning.errors import InputError
+from trce_lightning.prompts.records import seed_of
+from trce_lightning.sampling import seeded
+
+CENTRES = 3
+"""The number of centres of the empty prompt's states after the first."""
+
+
+def null_space(kept: Tensor, threshold: float) -> Tensor:
+    """Return P, ``[d, d]``: the directions in which states ``[n, d]`` have a mean square below it."""
+    values, vectors = torch.linalg.eigh(kept.mT @ kept / len(kept))
+    free = vectors[:, values < threshold]
+    return free @ free.mT
+
+
+def speed_transform(
+    erased: Tensor, anchors: Tensor, projector: Tensor, invariant: Tensor, *, ridge: float, slack: float
+) -> Tensor:
+    """Return T, ``[d, d]``. ``erased`` and ``anchors`` are ``[n, d]``, and ``invariant`` is K₂ᵀ, ``[m, d]``.
+
+    ``ridge`` is ρ and ``slack`` λ. An invariant state in the kept span doesn't move anyway.
+    """
+    identity = torch.eye(erased.shape[1], dtype=torch.float64)
+    c_t, c_a = erased.mT @ erased / len(erased), anchors.mT @ erased / len(erased)
+    m = torch.linalg.inv(c_t @ projector + ridge * identity)
+    k = invariant.mT
+    inner = k.mT @ projector @ m @ k + slack * torch.eye(k.shape[1], dtype=torch.float64)
+    inverse = torch.linalg.pinv((inner + inner.mT) / 2, rtol=1e-10, hermitian=True)
+    return identity + (c_a - c_t) @ projector @ (identity - m @ k @ inverse @ k.mT @ projector) @ m
+
+
+def invariant_states(empty: Tensor) -> Tensor:
+    """Return K₂ᵀ, ``[4, d]``: the first state of the empty prompt and centres of the others ``[L, d]``."""
+    others = empty[1:].numpy()
+    first = others[np.linspace(0, len(others) - 1, min(CENTRES, len(others))).astype(int)]
+    centres, _ = kmeans2(others, first, minit="matrix")
+    return torch.cat([empty[:1], torch.from_numpy(centres)])
+
+
+@dataclass(kw_only=True)
+class SPEED(ClosedForm):
+    """Edit within the null space of what is kept.
+
+    Args:
+        threshold: directions whose mean square over the kept states is lower than this are free.
+        ridge: ρ, the weight that holds the edit near W.
+        slack: λ. 0 lets the empty prompt's states not move at all, and a larger value lets them move more.
+        refined: keep only the states that a plain edit would move more than the mean.
+        copies: copies of each kept state, moved along the direction that the maps read least.
+    """
+
+    threshold: Positive = 0.1
+    ridge: Positive = 1.0
+    slack: NonNegative = 0.0
+    refined: bool = True
+    copies: Natural = 10
+    name: ClassVar[str] = "speed"
+    title: ClassVar[str] = "SPEED (arXiv 2503.07392)"
+
+    def edit(self, job: Job, stream: Stream) -> Erased:
+        """Solve for T and apply it."""
+        erased, anchors = self.states(job, stream.segments)
+        empty = prompt_states(job.adapter, stream.segments, [""], "all")
+        kept = empty
+        if self.keep == "prompts":
+            kept = torch.cat([empty, prompt_states(job.adapter, stream.segments, job.keep_prompts(), "last")])
+        kept = self.retained(kept, erased, anchors, gram(stream), job.seed)
+        projector = null_space(kept, self.threshold)
+        free = round(float(projector.trace()))
+        if free == 0:
+            raise InputError(
+                f"method.threshold: expected one above the kept states' smallest mean square, got "
+                f"{self.threshold}, which leaves no direction to erase in"
+            )
+        transform = speed_transform(
+            erased, anchors, projector, invariant_states(empty), ridge=self.ridge, slack=self.slack
+        )
+        changed = apply_transform(job.adapter, stream, transform).changed
+        return Erased(changed, {"free directions": free, "kept states": len(kept)})
+
+    def retained(
+        self, kept: Tensor, erased: Tensor, anchors: Tensor, gram_matrix: Tensor, seed: int
+    ) -> Tensor:
+        """Return the kept states that count, with their copies."""
+        c_t, c_a = erased.mT @ erased / len(erased), anchors.mT @ erased / len(erased)
+        identity = torch.eye(len(c_t), dtype=torch.float64)
+        plain = (c_a - c_t) @ torch.linalg.inv(identity + c_t)
+        kept = self._moved_most(kept, plain, gram_matrix)
+        if not self.copies:
+            return kept
+        direction = torch.linalg.eigh(gram_matrix).eigenvectors[:, 0]
+        generator = seeded(seed_of("copies of kept states", seed))
+        moved = kept.repeat(self.copies, 1)
+        moved = moved + torch.randn(len(moved), 1, generator=generator, dtype=torch.float64) * direction
+        return torch.cat([kept, self._moved_most(moved, plain, gram_matrix)])
+
+    def _moved_most(self, states: Tensor, plain: Tensor, gram_matrix: Tensor) -> Tensor:
+        if not self.refined:
+            return states
+        moved = states @ plain.mT
+        influence = ((moved @ gram_matrix) * moved).sum(1).clamp_min(0).sqrt()
+        return states[influence >= influence.mean()]
