@@ -1,0 +1,86 @@
+"""Small jobs for erasers on the tiny pipeline, as ``train.py`` would give them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from tiny_runs import KEEP_PROMPTS, WEAPONS, cpu_trainer
+from torch import Tensor
+
+from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.concepts import Concept
+from trce_lightning.erasers.protocol import Job
+from trce_lightning.erasers.tuning import Batch, Points, TunedEraser
+
+TUNED: dict[str, Any] = {
+    "iterations": 3,
+    "batch_size": 2,
+    "draws": 2,
+    "num_steps": 4,
+    "guidance_scale": 2.0,
+    "lr": 1e-2,
+}
+"""A tuned method's options for a second's work."""
+
+
+D = 12
+"""The width of states in tests of the algebra alone."""
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Return the same normal numbers each time, float64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Alone:
+    """A trainer of one process, for a data module outside a fit."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+        self.global_rank, self.world_size = rank, world_size
+
+
+def batch_of(eraser: TunedEraser, harness: "Harness", step: int = 0) -> Batch:
+    """Sample the teacher's predictions, and return a step's batch."""
+    sources = eraser.sources(harness.job)
+    teachers = eraser.teachers(harness.job, sources)
+    for each in teachers.values():
+        each.sample(harness.job.trainer, harness.adapter, eraser.encoder(harness.adapter))
+    data = Points({kind: (teachers[kind], source.per_step) for kind, source in sources.items()}, 3, 0)
+    data.trainer = Alone()  # type: ignore[assignment]
+    data.setup("fit")
+    return data.collate(step)
+
+
+class Harness:
+    """A stand-in for the run: it fits on one CPU, and counts each part's network evaluations."""
+
+    def __init__(
+        self, adapter: StableDiffusionAdapter, folder: Path, concepts: Sequence[Concept] = (WEAPONS,)
+    ) -> None:
+        self.adapter, self.folder, self.counted = adapter, folder, dict[str, int]()
+        self.modules: list[pl.LightningModule] = []
+        self.job = Job(
+            adapter,
+            concepts,
+            cpu_trainer(folder),
+            folder / "cache",
+            adapter.fingerprint(),
+            0,
+            lambda: list(KEEP_PROMPTS),
+            self.fit,
+            self.part,
+        )
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        before = self.adapter.network_evaluations
+        yield
+        self.counted[name] = self.adapter.network_evaluations - before
+
+    def fit(self, module: pl.LightningModule, data: pl.LightningDataModule, part: str) -> None:
+        self.modules.append(module)
+        with self.part(part):
+            cpu_trainer(self.folder).fit(module, data)

@@ -1,0 +1,113 @@
+"""All erasers: exact counts, what changes, the same weights each time, and many concepts at once."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_tiny_pipeline, entries_of
+from eraser_jobs import TUNED, Harness
+
+from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.concepts import Concept
+from trce_lightning.erasers.advunlearn import AdvUnlearn
+from trce_lightning.erasers.esd import ESD
+from trce_lightning.erasers.oce import OCE
+from trce_lightning.erasers.rece import RECE
+from trce_lightning.erasers.speed import SPEED
+from trce_lightning.erasers.spm import SPM
+from trce_lightning.erasers.tuning import TunedEraser
+from trce_lightning.erasers.uce import UCE
+from trce_lightning.errors import InputError
+
+
+@pytest.fixture
+def adapter() -> StableDiffusionAdapter:
+    return StableDiffusionAdapter(build_tiny_pipeline())
+
+
+ERASERS: dict[str, Callable[..., TunedEraser]] = {
+    "esd": lambda **options: ESD(**(TUNED | options)),
+    "spm": lambda **options: SPM(**(TUNED | {"anchors": 2, "warmup": 1, "lr": 1.0} | options)),
+    "advunlearn": lambda **options: AdvUnlearn(
+        **(TUNED | {"warmup": 1, "attack_steps": 2, "retain_batch_size": 2} | options)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERASERS)
+def test_a_method_counts_exactly_and_changes_what_it_says(
+    name: str, adapter: StableDiffusionAdapter, tmp_path: Path
+) -> None:
+    eraser, harness = ERASERS[name](), Harness(adapter, tmp_path)
+    before = {
+        f"{part}.{key}": value.clone()
+        for part, network in adapter.networks().items()
+        for key, value in network.state_dict().items()
+    }
+    ahead = eraser.ahead(harness.job)
+    result = eraser.erase(harness.job)
+    planned = {part: cost.forward + cost.backward for part, cost in ahead.parts.items()}
+    assert planned == harness.counted and all(planned.values())
+    assert eraser.ahead(harness.job).parts["teachers"].forward == 0
+    after = {
+        f"{part}.{key}": value
+        for part, network in adapter.networks().items()
+        for key, value in network.state_dict().items()
+    }
+    assert after.keys() == before.keys()
+    moved = {key for key, value in after.items() if not torch.equal(value, before[key])}
+    said = {f"{part}.{key}" for part, tensors in result.changed.items() for key in tensors}
+    assert moved <= said and len(moved) > 0.8 * len(said)
+    assert {key.partition(".")[0] for key in said} == {"text_encoder" if name == "advunlearn" else "unet"}
+    numbers = sum(value.numel() for tensors in result.changed.values() for value in tensors.values())
+    assert ahead.trainable == numbers if name != "spm" else 0 < ahead.trainable < numbers
+    assert not any(p.requires_grad for network in adapter.networks().values() for p in network.parameters())
+
+
+@pytest.mark.parametrize("name", ERASERS)
+def test_the_same_seed_gives_the_same_weights(name: str, tmp_path: Path) -> None:
+    found = []
+    for _ in range(2):
+        own = StableDiffusionAdapter(build_tiny_pipeline())
+        changed = ERASERS[name]().erase(Harness(own, tmp_path).job).changed
+        found.append([value.clone() for tensors in changed.values() for value in tensors.values()])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", ERASERS)
+def test_losses_that_are_not_finite_are_refused(
+    name: str, adapter: StableDiffusionAdapter, tmp_path: Path
+) -> None:
+    warmup = {} if name == "esd" else {"warmup": 0}
+    with pytest.raises(InputError, match=r"method\.lr"):
+        ERASERS[name](lr=1e30, iterations=6, **warmup).erase(Harness(adapter, tmp_path).job)
+
+
+def hundred() -> Concept:
+    letters = "abcdefghij"
+    return Concept("many", {f"{a}{b}": "x" for a in letters for b in letters}, templates=("{}",))
+
+
+@pytest.mark.parametrize(
+    "eraser",
+    [
+        OCE(),
+        SPEED(keep="empty", threshold=1e-3, refined=False, copies=0, ridge=0.05),
+        UCE(),
+        RECE(positions="last", rounds=2),
+    ],
+    ids=lambda eraser: eraser.name,
+)
+def test_a_hundred_concepts_are_erased_at_once(
+    eraser: Any, adapter: StableDiffusionAdapter, tmp_path: Path
+) -> None:
+    concepts = [Concept(f"c{i}", {term: "x"}, templates=("{}",)) for i, term in enumerate(hundred().terms)]
+    harness = Harness(adapter, tmp_path, concepts)
+    numbers = sum(layer.weight.numel() for name, layer in entries_of(adapter).items())
+    ahead = eraser.ahead(harness.job)
+    assert ahead.parts == {} and ahead.trainable == (numbers if eraser.maps == "kv" else numbers // 2)
+    result = eraser.erase(harness.job)
+    assert harness.counted == {"edit": 0}
+    assert all(tensor.isfinite().all() for tensor in result.changed["unet"].values())
