@@ -12,6 +12,7 @@ from eraser_jobs import TUNED, Harness
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.concepts import Concept
 from trce_lightning.erasers.advunlearn import AdvUnlearn
+from trce_lightning.erasers.ca import ConceptAblation
 from trce_lightning.erasers.esd import ESD
 from trce_lightning.erasers.oce import OCE
 from trce_lightning.erasers.rece import RECE
@@ -29,6 +30,7 @@ def adapter() -> StableDiffusionAdapter:
 
 ERASERS: dict[str, Callable[..., TunedEraser]] = {
     "esd": lambda **options: ESD(**(TUNED | options)),
+    "ca": lambda **options: ConceptAblation(**(TUNED | {"guide": "counterpart"} | options)),
     "spm": lambda **options: SPM(**(TUNED | {"anchors": 2, "warmup": 1, "lr": 1.0} | options)),
     "advunlearn": lambda **options: AdvUnlearn(
         **(TUNED | {"warmup": 1, "attack_steps": 2, "retain_batch_size": 2} | options)
@@ -80,7 +82,7 @@ def test_the_same_seed_gives_the_same_weights(name: str, tmp_path: Path) -> None
 def test_losses_that_are_not_finite_are_refused(
     name: str, adapter: StableDiffusionAdapter, tmp_path: Path
 ) -> None:
-    warmup = {} if name == "esd" else {"warmup": 0}
+    warmup = {"warmup": 0} if name in ("spm", "advunlearn") else {}
     with pytest.raises(InputError, match=r"method\.lr"):
         ERASERS[name](lr=1e30, iterations=6, **warmup).erase(Harness(adapter, tmp_path).job)
 

@@ -78,14 +78,16 @@ class AdvUnlearn(TunedEraser):
                     f"method.tokens: expected a prompt of at most {adapter.prompt_tokens} tokens, got "
                     f"{self.tokens} more in '{prompt}'"
                 )
-        texts = {prompt: (prompt, EMPTY, guide) for prompt, guide in pairs.items()}
-        retained = job.keep_prompts()
-        count = self.iterations * self.batch_size
-        retain = self.iterations * self.retain_batch_size
-        own = {prompt: (prompt,) for prompt in retained}
+        points, others = self.iterations * self.batch_size, self.iterations * self.retain_batch_size
+
+        def texts(prompt: str, _: int) -> tuple[str, ...]:
+            return prompt, EMPTY, pairs[prompt]
+
+        erased = self.draw(job, "erase", list(pairs), texts, points)
+        retained = self.draw(job, "retain", job.keep_prompts(), lambda prompt, _: (prompt,), others)
         return {
-            "erase": Source(self.draw(job, "erase", list(pairs), texts, count), self.batch_size),
-            "retain": Source(self.draw(job, "retain", retained, own, retain), self.retain_batch_size),
+            "erase": Source(erased, self.batch_size),
+            "retain": Source(retained, self.retain_batch_size),
         }
 
     def trained(self, adapter: Adapter) -> dict[str, dict[str, nn.Parameter]]:
@@ -129,7 +131,7 @@ class AdvUnlearn(TunedEraser):
         """Return the losses of the attacked prompts and of the retained ones."""
         adapter, rows, kept = module.adapter, batch["erase"], batch["retain"]
         concept, empty, guide = rows["predictions"].unbind(1)
-        prompts, others = _prompts(rows), _prompts(kept)
+        prompts, others = rows["taught"], kept["taught"]
         vectors = self.no_vectors(adapter, prompts)
         if batch["step"] >= self.warmup:
             vectors = self.attack(module, batch)
@@ -152,7 +154,7 @@ class AdvUnlearn(TunedEraser):
         They begin at random embeddings of the prompt's scale. Each prompt has its own.
         """
         adapter, rows = module.adapter, batch["erase"]
-        prompts = _prompts(rows)
+        prompts = rows["taught"]
         generator = module.generator(batch["step"], "attack")
         vectors = {}
         for name, own in adapter.embed(adapter.tokenize(prompts)).items():
@@ -175,7 +177,3 @@ class AdvUnlearn(TunedEraser):
 
 def _reads_tokens(network: nn.Module) -> bool:
     return hasattr(network, "get_input_embeddings")
-
-
-def _prompts(rows: Batch) -> list[str]:
-    return [texts[0] for texts in rows["texts"]]

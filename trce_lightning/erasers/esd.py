@@ -45,8 +45,11 @@ class ESD(TunedEraser):
     def sources(self, job: Job) -> dict[str, Source]:
         """Return points on sampling runs for the texts to erase."""
         pairs = self.erased_prompts(job)
-        texts = {prompt: (prompt, EMPTY, guide) for prompt, guide in pairs.items()}
         points = self.iterations * self.batch_size
+
+        def texts(prompt: str, _: int) -> tuple[str, ...]:
+            return prompt, EMPTY, pairs[prompt]
+
         return {"erase": Source(self.draw(job, "erase", list(pairs), texts, points), self.batch_size)}
 
     def trained(self, adapter: Adapter) -> dict[str, dict[str, nn.Parameter]]:
@@ -57,6 +60,6 @@ class ESD(TunedEraser):
         """Return the mean squared distance from the target."""
         rows = batch["erase"]
         concept, empty, guide = rows["predictions"].unbind(1)
-        predicted = module.adapter.predict(rows["z_t"], rows["timestep"], module.text(rows, 0))
+        predicted = module.adapter.predict(rows["z_t"], rows["timestep"], module.text(rows["taught"]))
         target = esd_target(guide, concept, empty, self.eta)
         return {"erase": squared_distance(predicted, target).mean()}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from trce_lightning.adapters import Adapter
 from trce_lightning.config.schema import Count, Natural, NonNegative
 from trce_lightning.erasers.protocol import Erased, Job, denoiser_name
-from trce_lightning.erasers.teachers import Encode, draw_walks
+from trce_lightning.erasers.teachers import Encode
 from trce_lightning.erasers.tuning import Batch, Source, TunedEraser, Tuning
 from trce_lightning.errors import InputError
 from trce_lightning.losses import squared_distance
@@ -164,17 +164,8 @@ class SPM(TunedEraser):
             seeds = [seed_of(f"anchor {number} {job.seed}", index) for number in range(self.anchors)]
             return (prompt, pairs[prompt], *(f"{ANCHOR}{seed} {prompt}" for seed in seeds))
 
-        walks = draw_walks(
-            "erase",
-            list(pairs),
-            texts,
-            points=self.iterations * self.batch_size,
-            draws=self.draws,
-            steps=range(self.first_step, self.last_step or self.num_steps),
-            num_steps=self.num_steps,
-            guidance_scale=self.guidance_scale,
-            seed=job.seed,
-        )
+        points = self.iterations * self.batch_size
+        walks = self.draw(job, "erase", list(pairs), texts, points)
         return {"erase": Source(walks, self.batch_size)}
 
     def encoder(self, adapter: Adapter) -> Encode:
@@ -225,7 +216,8 @@ class SPM(TunedEraser):
         """Return the losses of the concept and of the anchors, from one forward pass."""
         rows, adapter = batch["erase"], module.adapter
         concept, guide, *anchors = rows["predictions"].unbind(1)
-        texts = [module.text(rows, index) for index in (0, *range(2, 2 + self.anchors))]
+        kept = [[texts[index] for texts in rows["texts"]] for index in range(2, 2 + self.anchors)]
+        texts = [module.text(prompts) for prompts in (rows["taught"], *kept)]
         output = adapter.predict(
             rows["z_t"].repeat(len(texts), 1, 1, 1), rows["timestep"].repeat(len(texts)), Text.cat(texts)
         )

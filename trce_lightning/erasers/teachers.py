@@ -46,6 +46,8 @@ class Walk:
     """The drawn steps, in the order of their use. A step may be drawn twice."""
     texts: tuple[str, ...]
     """The prompts whose predictions are kept at the drawn steps."""
+    taught: str
+    """The prompt with which the trained network reads the latents."""
 
     def wanted(self, step_index: int, *, guided: bool) -> tuple[str, ...]:
         """Return the prompts that are evaluated at a step, without repeats."""
@@ -105,6 +107,7 @@ def draw_walks(
     prompts: Sequence[str],
     texts_of: Callable[[str, int], tuple[str, ...]],
     *,
+    taught: Sequence[str] | None = None,
     points: int,
     draws: int,
     steps: range,
@@ -116,7 +119,8 @@ def draw_walks(
 
     Each walk gives ``draws`` rows, the last one the rest. Their steps are drawn uniformly from ``steps``
     without repeats before all were drawn. ``texts_of`` gives the texts whose predictions are kept, by the
-    prompt and the walk's number.
+    prompt and the walk's number. ``taught`` gives the prompts that the trained network reads, if they are
+    others.
     """
     if not 0 <= steps.start < steps.stop <= num_steps:
         raise InputError(
@@ -130,8 +134,10 @@ def draw_walks(
         count = min(draws, points - index * draws)
         passes = [torch.randperm(len(steps), generator=generator) for _ in range(-(-count // len(steps)))]
         drawn = (steps.start + torch.cat(passes)[:count]).tolist()
-        prompt = prompts[order[index % len(order)]]
-        walks.append(Walk(prompt, seed_of(f"{kind}-{seed}", index), tuple(drawn), texts_of(prompt, index)))
+        which = order[index % len(order)]
+        prompt, texts = prompts[which], texts_of(prompts[which], index)
+        read = taught[which] if taught else prompt
+        walks.append(Walk(prompt, seed_of(f"{kind}-{seed}", index), tuple(drawn), texts, read))
     return Walks(tuple(walks), num_steps, guidance_scale)
 
 

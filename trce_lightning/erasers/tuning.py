@@ -8,7 +8,7 @@ points, checkpoints hold the changed tensors alone, and an interrupted fit conti
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar
@@ -35,8 +35,8 @@ TEXTS = 1024
 Batch = dict[str, Any]
 """One step's rows of each kind of points, ``[B, …]``, and its number ``step``.
 
-The rows of a kind are those of :meth:`Teachers.load`, and ``texts``, the prompts of each row. The i-th of
-them belongs to ``predictions[:, i]``.
+The rows of a kind are those of :meth:`Teachers.load`, and two lists: ``taught``, the prompt that the
+network reads in each row, and ``texts``, of which the i-th belongs to ``predictions[:, i]``.
 """
 
 
@@ -126,7 +126,9 @@ class Points(pl.LightningDataModule):
             every, walks = self.rows[kind], teachers.plan.walks
             chosen = (step * count + torch.arange(rank, count, world_size)) % len(every["walk"])
             rows: dict[str, Any] = {key: values[chosen] for key, values in every.items()}
-            rows["texts"] = [list(walks[walk].texts) for walk in rows["walk"].tolist()]
+            chosen_walks = [walks[walk] for walk in rows["walk"].tolist()]
+            rows["texts"] = [list(walk.texts) for walk in chosen_walks]
+            rows["taught"] = [walk.taught for walk in chosen_walks]
             batch[kind] = rows
         return batch
 
@@ -187,12 +189,12 @@ class Tuning(pl.LightningModule):
         """
         return seeded(seed_of(f"{purpose} {self.seed} rank {self.global_rank}", step))
 
-    def text(self, rows: Batch, index: int) -> Text:
-        """Return the text that belongs to ``predictions[:, index]``, by the original text encoder.
+    def text(self, prompts: Sequence[str]) -> Text:
+        """Return prompts as the original text encoder gives them.
 
         A method that trains the text encoder must not ask for it.
         """
-        return Text.cat([self._encode(texts[index]) for texts in rows["texts"]])
+        return Text.cat([self._encode(prompt) for prompt in prompts])
 
     def setup(self, stage: str) -> None:
         """Make the parameters trainable. They are float32 while they train."""
@@ -325,13 +327,20 @@ class TunedEraser(ABC):
         return 1.0
 
     def draw(
-        self, job: Job, kind: str, prompts: Sequence[str], texts: Mapping[str, tuple[str, ...]], points: int
+        self,
+        job: Job,
+        kind: str,
+        prompts: Sequence[str],
+        texts_of: Callable[[str, int], tuple[str, ...]],
+        points: int,
+        taught: Sequence[str] | None = None,
     ) -> Walks:
-        """Return walks of prompts with ``points`` rows. ``texts`` are kept at the points, by prompt."""
+        """Return walks of prompts with ``points`` rows; see :func:`.teachers.draw_walks`."""
         return draw_walks(
             kind,
             prompts,
-            lambda prompt, index: texts[prompt],
+            texts_of,
+            taught=taught,
             points=points,
             draws=self.draws,
             steps=range(self.first_step, self.last_step or self.num_steps),

@@ -1,0 +1,90 @@
+"""SLD, safe latent diffusion (arXiv 2211.05105): guidance that also leads away from a text of unsafe content.
+
+Each step evaluates ∅, the prompt p and the safety text S, and changes no weights:
+
+    μ = min(s |ε_p − ε_S|, 1) where ε_p − ε_S < λ, else 0
+    γ = μ (ε_S − ε_∅) + m ν,   ν ← β ν + (1 − β) γ
+    ε = ε_∅ + w (ε_p − ε_∅ − γ)   from step δ on, and ε_∅ + w (ε_p − ε_∅) before
+
+The momentum ν begins at 0 and grows in the steps before δ too. All is element by element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from annotated_types import Interval
+from torch import Tensor
+
+from trce_lightning.adapters import Adapter
+from trce_lightning.config.schema import Finite, Natural, NonNegative
+from trce_lightning.errors import InputError
+from trce_lightning.generation.guidance import Inputs
+from trce_lightning.losses import per_image
+from trce_lightning.sampling import is_guided
+from trce_lightning.tokens import Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafeLatentDiffusion:
+    """The rule with its numbers. Its repr identifies stored scores.
+
+    Args:
+        warmup: δ, the first step that is led away.
+        scale: s. 0 is classifier-free guidance.
+        threshold: λ.
+        momentum_scale: m.
+        momentum: β.
+        concept: S. An empty text stands for the names of the erased concepts.
+    """
+
+    warmup: Natural = 10
+    scale: NonNegative = 1000.0
+    threshold: Finite = 0.01
+    momentum_scale: NonNegative = 0.3
+    momentum: Annotated[float, Interval(ge=0, le=1)] = 0.4
+    concept: str = ""
+
+    def evaluations(self, guidance_scale: float) -> int:
+        """Return 3 if guidance has an effect, else 1."""
+        return 3 if is_guided(guidance_scale) else 1
+
+    def guide(self, adapter: Adapter, prompts: Sequence[str], guidance_scales: Sequence[float]) -> _Guide:
+        """Return the guide of a batch. It evaluates all texts in one forward pass."""
+        if not self.concept:
+            raise InputError("guidance.concept: expected a text to lead away from, got none")
+        return _Guide(self, adapter, prompts, torch.tensor(guidance_scales))
+
+
+class _Guide:
+    """The guidance of one batch. Images whose scale has no effect follow their prompt alone."""
+
+    def __init__(
+        self, rule: SafeLatentDiffusion, adapter: Adapter, prompts: Sequence[str], scales: Tensor
+    ) -> None:
+        guided = [i for i, w in enumerate(scales.tolist()) if is_guided(w)]
+        self.rule, self.guided = rule, torch.tensor(guided, dtype=torch.int64)
+        self.scales, self.velocity = scales[self.guided], torch.zeros(())
+        count = len(guided)
+        texts = [adapter.empty().expand(count), adapter.encode([rule.concept]).expand(count)]
+        text = Text.cat([*texts, adapter.encode(prompts)])
+        self._inputs = Inputs(torch.cat([self.guided, self.guided, torch.arange(len(prompts))]), text)
+
+    def inputs(self, step_index: int) -> Inputs:
+        return self._inputs
+
+    def combine(self, outputs: Tensor, step_index: int) -> Tensor:
+        count, rule = len(self.guided), self.rule
+        empty, unsafe, prompt = outputs.split([count, count, len(outputs) - 2 * count])
+        chosen = self.guided.to(outputs.device)
+        own = prompt[chosen]
+        strength = (rule.scale * (own - unsafe).abs()).clamp_max(1.0)
+        strength = torch.where(own - unsafe >= rule.threshold, 0.0, strength)
+        velocity = self.velocity.to(outputs.device)
+        away = strength * (unsafe - empty) + rule.momentum_scale * velocity
+        self.velocity = rule.momentum * velocity + (1 - rule.momentum) * away
+        direction = own - empty - (away if step_index >= rule.warmup else 0.0)
+        return prompt.index_copy(0, chosen, empty + per_image(self.scales, empty) * direction)
