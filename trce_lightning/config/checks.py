@@ -23,7 +23,7 @@ from trce_lightning.errors import InputError
 from trce_lightning.prompts.hub import HUB_FILE
 from trce_lightning.prompts.records import BENIGN
 
-TRCE = "trce"
+TRCE, CFG = "trce", "cfg"
 TRCE_OPTIONS = ("stages", "textual", "trajectory", "optimizer")
 """The options of TRCE."""
 _LIMITS = {
@@ -82,9 +82,27 @@ def _check_evaluation(config: EvalConfig) -> None:
             f"option 'transfer': expected attacks=... beside it, whose findings are tried, got none for "
             f"{', '.join(config.transfer)}"
         )
+    _check_guidance(config)
     for name, file in prompt_files(config.prompts, config.published):
         check_file(name, file, list(config.published))
     _check_robustness(config)
+
+
+def _check_guidance(config: EvalConfig) -> None:
+    name, *others = config.guidance.get("name"), *(key for key in config.guidance if key != "name")
+    if name == CFG and others:
+        raise InputError(
+            f"option 'guidance.{others[0]}': expected none with guidance=cfg; set model.guidance_scale"
+        )
+    if name != CFG and config.attack:
+        raise InputError(
+            f"option 'attacks': expected none with guidance={name}, since the attacks' gradients and the "
+            f"original's pictures are those of guidance=cfg, got {', '.join(config.attack)}"
+        )
+    if name != CFG and config.robustness.negative_prompts:
+        raise InputError(
+            f"option 'robustness.negative_prompts': expected none with guidance={name}, which has its own"
+        )
 
 
 def _check_robustness(config: EvalConfig) -> None:

@@ -312,6 +312,8 @@ class EvalConfig:
     prompts: list[str] = items()  # CSV files, or NAME or NAME:FILE of a published set
     detectors: list[str] = items()  # dotted names of class detectors; their scores are stored by image
     metrics: ScoresConfig = field(default_factory=ScoresConfig)
+    # The rule of guidance with its options, by guidance=NAME. Every model of the evaluation uses it.
+    guidance: dict[str, Any] = field(default_factory=lambda: {"name": "cfg"})
     trainer: DeviceConfig = field(default_factory=DeviceConfig)
     output: str | None = None
     runs: str = "runs"

@@ -28,12 +28,8 @@ from trce_lightning.erasers.texts import prompt_states
 
 def span(columns: Tensor) -> Tensor:
     """Return the projection on the span of columns, ``[d, n]`` → ``[d, d]``. Repeated columns count once."""
-    if columns.shape[1] == 0:
-        return torch.zeros(len(columns), len(columns), dtype=columns.dtype)
     unit = columns / columns.norm(dim=0).clamp_min(torch.finfo(columns.dtype).tiny)
-    left, values, _ = torch.linalg.svd(unit, full_matrices=False)
-    basis = left[:, values > 1e-9 * values.max()]
-    return basis @ basis.mT
+    return unit @ torch.linalg.pinv(unit, rtol=1e-9)
 
 
 def rotation(a: Tensor) -> Tensor:

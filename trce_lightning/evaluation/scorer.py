@@ -43,7 +43,9 @@ class Sampling:
     def __str__(self) -> str:
         steps = f"{self.num_steps} steps of {self.variation.scheduler or 'DDIM'}"
         spacing = self.variation.timestep_spacing
-        return f"{steps}{f' ({spacing})' if spacing else ''}, guidance scale {self.guidance_scale:g}"
+        rule = self.variation.guidance
+        by = f" by {type(rule).__name__}" if rule is not None else ""
+        return f"{steps}{f' ({spacing})' if spacing else ''}, guidance scale {self.guidance_scale:g}{by}"
 
     def options(self) -> dict[str, Any]:
         """Return keyword arguments of the generation loop."""
@@ -90,7 +92,7 @@ class Scorer:
         if not self.draws:
             return 0
         num_steps = network_steps(self.adapter, self.sampling.num_steps, self.sampling.variation)
-        options = (num_steps, self.sampling.guidance_scale)
+        options = (num_steps, self.sampling.guidance_scale, self.sampling.variation.rule)
         return sum(planned_evaluations(prompts.records, *options) for prompts in self.sets)
 
     def records(self, name: str) -> tuple[PromptRecord, ...]:
@@ -102,6 +104,8 @@ class Scorer:
         parts = [self.adapter.fingerprint(), repr(self.sampling.options()), *map(repr, self.sets)]
         records = [record for prompts in self.sets for record in prompts.records]
         parts += guidance_meta(records, self.sampling.guidance_scale).values()
+        if self.sampling.variation.guidance is not None:
+            parts.append(repr(self.sampling.variation.guidance))
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
 
     def __call__(

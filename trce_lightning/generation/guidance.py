@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,8 +33,9 @@ class Guide(Protocol):
         """Return the step's prediction, ``[B, C, H, W]``, from the network's outputs ``[N, C, H, W]``."""
 
 
+@runtime_checkable
 class Guidance(Protocol):
-    """A rule of guidance. Each rule has its own file in this folder."""
+    """A rule of guidance. Each rule has its own file in this folder. Its repr identifies stored scores."""
 
     def evaluations(self, guidance_scale: float) -> int:
         """Return the number of network evaluations of one image at one step."""

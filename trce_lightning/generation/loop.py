@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from trce_lightning.adapters import Adapter
 from trce_lightning.adapters.finite import Finite
 from trce_lightning.errors import InputError
-from trce_lightning.generation.guidance import ClassifierFreeGuidance
+from trce_lightning.generation.guidance import ClassifierFreeGuidance, Guidance
 from trce_lightning.generation.image_folder import claim, guidance_scales, load_images, manifest, write_png
 from trce_lightning.generation.lora import lora_applied
 from trce_lightning.generation.samplers import Deterministic, Noisy, Sampler, make_sampler
@@ -37,6 +37,7 @@ __all__ = [
 
 Batch = Sequence[PromptRecord]
 USUAL = Variation()
+CLASSIFIER_FREE = ClassifierFreeGuidance()
 
 
 def generate(
@@ -121,12 +122,17 @@ def _sampler(adapter: Adapter, num_steps: int, variation: Variation) -> Sampler:
     return sampler
 
 
-def planned_evaluations(records: Sequence[PromptRecord], num_steps: int, guidance_scale: float) -> int:
+def planned_evaluations(
+    records: Sequence[PromptRecord],
+    num_steps: int,
+    guidance_scale: float,
+    guidance: Guidance = CLASSIFIER_FREE,
+) -> int:
     """Return the number of network evaluations that `generate` takes.
 
-    Each image takes two per step if it is guided, else one. `network_steps` gives ``num_steps``.
+    With classifier-free guidance, each image takes two per step if it is guided, else one. `network_steps`
+    gives ``num_steps``.
     """
-    guidance = ClassifierFreeGuidance()
     return sum(num_steps * guidance.evaluations(w) for w in guidance_scales(records, guidance_scale))
 
 
@@ -205,12 +211,12 @@ class _Drawing:
         self.adapter, self.guidance_scale, self.autocast_dtype = adapter, guidance_scale, autocast_dtype
         self.variation = variation
         self.sampler = _sampler(adapter, num_steps, variation)
-        self.guidance = ClassifierFreeGuidance(variation.negative_prompt)
+        self.guidance = variation.rule
 
     def run(self, batches: Sequence[Batch], description: str | None) -> Iterator[tuple[Batch, Tensor]]:
         """Yield each batch with its images, uint8 ``[B, 3, H, W]`` on the CPU."""
         records = list(chain.from_iterable(batches))
-        total = planned_evaluations(records, len(self.sampler.timesteps), self.guidance_scale)
+        total = planned_evaluations(records, len(self.sampler.timesteps), self.guidance_scale, self.guidance)
         with tqdm(
             total=total, desc=description, unit="eval", disable=description is None or not total
         ) as progress:

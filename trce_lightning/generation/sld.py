@@ -38,7 +38,8 @@ class SafeLatentDiffusion:
         threshold: λ.
         momentum_scale: m.
         momentum: β.
-        concept: S. An empty text stands for the names of the erased concepts.
+        concept: S, phrases with commas between them. As many count as the model reads in one prompt. Runs
+            give the terms of the erased concepts if it is empty.
     """
 
     warmup: Natural = 10
@@ -69,7 +70,10 @@ class _Guide:
         self.rule, self.guided = rule, torch.tensor(guided, dtype=torch.int64)
         self.scales, self.velocity = scales[self.guided], torch.zeros(())
         count = len(guided)
-        texts = [adapter.empty().expand(count), adapter.encode([rule.concept]).expand(count)]
+        texts = [
+            adapter.empty().expand(count),
+            adapter.encode([_fitting(adapter, rule.concept)]).expand(count),
+        ]
         text = Text.cat([*texts, adapter.encode(prompts)])
         self._inputs = Inputs(torch.cat([self.guided, self.guided, torch.arange(len(prompts))]), text)
 
@@ -88,3 +92,12 @@ class _Guide:
         self.velocity = rule.momentum * velocity + (1 - rule.momentum) * away
         direction = own - empty - (away if step_index >= rule.warmup else 0.0)
         return prompt.index_copy(0, chosen, empty + per_image(self.scales, empty) * direction)
+
+
+def _fitting(adapter: Adapter, phrases: str) -> str:
+    """Return the phrases that the model reads in one prompt: the first one, and those that fit behind it."""
+    text, *others = phrases.split(", ")
+    for phrase in others:
+        longer = f"{text}, {phrase}"
+        text = longer if adapter.fits(longer) else text
+    return text

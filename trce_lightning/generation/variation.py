@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from trce_lightning.errors import InputError
+from trce_lightning.generation.guidance import ClassifierFreeGuidance, Guidance
 from trce_lightning.generation.image_folder import MANIFEST, META, load_images
 from trce_lightning.generation.lora import Lora
 from trce_lightning.prompts.records import PromptRecord
@@ -137,6 +138,7 @@ class Variation:
         negative_prompt: the text that guidance leads away from.
         start: the pictures or latents to start from. None means pure noise.
         lora: the LoRA that is put on top of the model meanwhile.
+        guidance: another rule of guidance than classifier-free. It has no negative prompt.
     """
 
     scheduler: str | NoisyDdim | None = None
@@ -144,6 +146,19 @@ class Variation:
     negative_prompt: str = ""
     start: Start | LatentStart | None = None
     lora: Lora | None = None
+    guidance: Guidance | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.guidance is not None and self.negative_prompt:
+            raise InputError(
+                f"guidance: expected cfg beside a negative prompt, got {self.guidance!r} and "
+                f"'{self.negative_prompt}'"
+            )
+
+    @property
+    def rule(self) -> Guidance:
+        """Return the rule of guidance."""
+        return self.guidance or ClassifierFreeGuidance(self.negative_prompt)
 
     @property
     def strength(self) -> float:
@@ -179,4 +194,6 @@ class Variation:
             facts |= {"strength": self.start.strength, "pictures": self.start.fingerprint()}
         if self.lora is not None:
             facts["lora_scale"] = self.lora.scale
+        if self.guidance is not None:
+            facts["guidance"] = repr(self.guidance)
         return facts

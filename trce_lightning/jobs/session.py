@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -14,15 +14,19 @@ from torch import nn
 from trce_lightning.adapters import Adapter, load_adapter
 from trce_lightning.adapters.cut import warn_of_cut
 from trce_lightning.concepts import Concept
+from trce_lightning.concepts.naming import without_article
+from trce_lightning.config.checks import check_values
 from trce_lightning.config.schema import CONCEPT_SETS, OWN_SETS, EvalConfig, ModelConfig, TrainConfig
 from trce_lightning.errors import InputError
 from trce_lightning.evaluation.domain import Domain, domain_of
 from trce_lightning.evaluation.scorer import Sampling, Scorer
+from trce_lightning.generation.guidance import Guidance
 from trce_lightning.generation.variation import Variation
 from trce_lightning.jobs.runs import cache_folder
 from trce_lightning.jobs.trainers import AUTOCAST, choose_precision
 from trce_lightning.metrics.collateral import check_labels
 from trce_lightning.metrics.detectors import Detector, load_detector
+from trce_lightning.metrics.factories import made_by
 from trce_lightning.metrics.scores import Evaluator
 from trce_lightning.prompts.keep import keep_prompts
 from trce_lightning.prompts.own import Split
@@ -122,8 +126,27 @@ class Session:
             model.num_inference_steps,
             self.config.metrics.batch_size,
             dtype,
-            Variation(scheduler=model.sampler, timestep_spacing=model.timestep_spacing),
+            Variation(
+                scheduler=model.sampler,
+                timestep_spacing=model.timestep_spacing,
+                guidance=self.guidance(),
+            ),
         )
+
+    def guidance(self) -> Guidance | None:
+        """Return the rule of guidance that ``guidance`` describes, or None for classifier-free guidance.
+
+        Without a text of its own, the rule leads away from the concepts' terms.
+        """
+        if not isinstance(self.config, EvalConfig) or "_target_" not in self.config.guidance:
+            return None
+        options = {key: value for key, value in self.config.guidance.items() if key != "name"}
+        terms = [without_article(term) for concept in self.concepts for term in concept.terms]
+        options["concept"] = options.get("concept") or ", ".join(terms)
+        rule = made_by("guidance", options.pop("_target_"), Guidance, **options)  # type: ignore[type-abstract]
+        if is_dataclass(rule):
+            check_values(rule, "guidance")
+        return rule
 
     def scorer(self, split: Split, size: int) -> Scorer:
         """Return the scorer of this session's model."""
