@@ -23,7 +23,7 @@ from trce_lightning.prompts.records import PromptRecord
 
 def rows(*values: float) -> Tensor:
     """One latent of one number each."""
-    return torch.tensor(values).view(-1, 1, 1, 1)
+    return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1, 1)
 
 
 def combined(adapter: StableDiffusionAdapter, outputs: Tensor, *steps: int, **options: Any) -> list[float]:

@@ -148,8 +148,8 @@ def write_model(run: TrainingRun, table: str) -> None:
             own = component == denoiser_name(run.adapter)
             name = "delta.safetensors" if own else f"delta.{component}.safetensors"
             export.save_delta(run.folder / name, tensors, run.base, run.fingerprint)
-    for name, tensors in run.method_files().items():
-        export.save_delta(run.folder / f"{name}.safetensors", tensors, run.base, run.fingerprint)
+    for name, further in run.method_files().items():
+        export.save_delta(run.folder / f"{name}.safetensors", further, run.base, run.fingerprint)
     if "single_file" in config.export:
         export.save_single_file(run.folder / "erased.safetensors", run.adapter, run.base, run.fingerprint)
     if "pipeline" in config.export:
