@@ -13,7 +13,7 @@ from tiny_runs import cpu_trainer
 from torch import Tensor
 
 from trce_lightning.adapters import StableDiffusionAdapter
-from trce_lightning.jobs import announce, train
+from trce_lightning.jobs import announce, erase
 from trce_lightning.jobs.announce import TRAINING, expected_seconds, seconds_per_evaluation
 
 SECONDS = 0.2
@@ -128,12 +128,12 @@ def test_a_plan_is_told_though_no_latent_fits(
 
     monkeypatch.setattr(StableDiffusionAdapter, "predict", predict)
     monkeypatch.setattr(
-        "trce_lightning.jobs.train.set_up_logging", lambda: None
+        "trce_lightning.jobs.erase.set_up_logging", lambda: None
     )  # it removes caplog's handler
     options = ["concept=violence", "experiment=smoke", "plan=true", "trainer.accelerator=cpu"]
     config = composed("train", *options, f"cache={tmp_path}", f"runs={tmp_path}")
     with caplog.at_level(logging.INFO):
-        train.train(config)
+        erase.train(config)
     assert "out of memory: one latent of 64 px has no room on cpu" in caplog.text
     assert "network evaluations, about an unknown time" in caplog.text
     assert "ahead: an unknown time in all" in caplog.text

@@ -45,7 +45,7 @@ def test_file_composes_and_has_its_say(file, name):
         pytest.skip(f"a group of {others} alone")
     concept = [] if group == "concept" else ["concept=violence"]
     # Tuned values are of one method, which the file's name begins with.
-    method = [f"method={file.stem.partition('_')[0]}"] if group == "method/tuned" else []
+    method = [f"method={file.stem.partition('_')[0]}"] if group == "method_tuning" else []
     config = composed(name, *concept, *method, f"{group}={file.stem}")
     checks.check(config)
     written = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -21,8 +21,8 @@ from trce_lightning.errors import InputError
 from trce_lightning.evaluation.conditions import conditions
 from trce_lightning.evaluation.domain import Domain, OpenDomain, domain_of
 from trce_lightning.evaluation.scored import Scored
+from trce_lightning.jobs.erase import train
 from trce_lightning.jobs.session import Session
-from trce_lightning.jobs.train import train
 from trce_lightning.metrics.fidelity import feature_fid
 from trce_lightning.prompts.own import concept_prompt_sets
 from trce_lightning.prompts.phrasings import Stream, units

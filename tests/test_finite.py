@@ -23,8 +23,8 @@ from trce_lightning.errors import InputError
 from trce_lightning.generation.loop import generate, generate_to
 from trce_lightning.generation.variation import Start, Variation
 from trce_lightning.jobs.demo import Demo
+from trce_lightning.jobs.erase import train
 from trce_lightning.jobs.evaluate import evaluate
-from trce_lightning.jobs.train import train
 from trce_lightning.module import TRCE
 from trce_lightning.prompts.records import PromptRecord
 from trce_lightning.textual import pair_states

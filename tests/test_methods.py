@@ -17,7 +17,7 @@ from trce_lightning import cli
 from trce_lightning.api import erase
 from trce_lightning.config import checks
 from trce_lightning.errors import InputError
-from trce_lightning.jobs.method import make_eraser
+from trce_lightning.jobs.erase import make_eraser
 from trce_lightning.sampling import noise
 
 NAMES = sorted(file.stem for file in (cli.config_folder() / "method").glob("*.yaml") if file.stem != "trce")
@@ -133,9 +133,15 @@ def test_a_killed_run_continues_to_the_same_weights(
 @pytest.mark.usefixtures("clean_process")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plan_says_the_counts_and_leaves_nothing(
-    name: str, tiny: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str,
+    tiny: list[str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level("INFO")
+    # It would take caplog's handler away.
+    monkeypatch.setattr("trce_lightning.jobs.erase.set_up_logging", lambda: None)
     cli.train([*tiny, *options_of(name), "plan=true"])
     assert not (tmp_path / "runs").exists()
     parts = [record.args[0] for record in caplog.records if record.msg.startswith("ahead: %-36s")]
@@ -230,7 +236,7 @@ def test_a_methods_file_says_all_of_its_options(name: str) -> None:
     eraser = make_eraser(published)
     fields = {entry.name for entry in dataclasses.fields(eraser) if entry.init}  # type: ignore[arg-type]
     assert set(published) - {"name", "_target_"} <= fields
-    tuned = cli.config_folder() / "method" / "tuned" / f"{name}_emoji.yaml"
+    tuned = cli.config_folder() / "method_tuning" / f"{name}_emoji.yaml"
     if tuned.is_file():
         (values,) = yaml.safe_load(tuned.read_text()).values()
         assert set(values) <= fields

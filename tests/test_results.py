@@ -8,7 +8,7 @@ from test_fingerprints import ALL
 from test_fingerprints import hashed as hashed
 
 from trce_lightning.config import checks
-from trce_lightning.jobs import train
+from trce_lightning.jobs import erase
 
 
 @pytest.mark.parametrize("stage", ["textual", "trajectory"])
@@ -32,7 +32,7 @@ def test_each_stage_alone_is_scored(tmp_path, stage, hashed) -> None:
         f"cache={tmp_path / 'cache'}",
     )
     checks.check(config)
-    train.train(config)
+    erase.train(config)
     # The original and the erased model, whatever the number of image folders that name their generator.
     assert hashed == dict.fromkeys(ALL, 2) and len(list(tmp_path.rglob("meta.json"))) >= 6
     folder = tmp_path / "run"

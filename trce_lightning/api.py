@@ -19,8 +19,8 @@ from trce_lightning.config import checks
 from trce_lightning.config.arguments import settle
 from trce_lightning.config.schema import ConceptConfig, TrainConfig
 from trce_lightning.errors import InputError
+from trce_lightning.jobs.erase import run_of
 from trce_lightning.jobs.session import concepts_of
-from trce_lightning.jobs.train import run_of
 from trce_lightning.runtime.host import hydra_kept, pipeline_kept, process_kept
 from trce_lightning.runtime.locks import release
 

@@ -134,7 +134,7 @@ def _run(name: str, config: Any) -> None:
 def _job(name: str) -> Callable[[Any], None]:
     """Return the function of a command. This imports torch."""
     if name == "train":
-        from trce_lightning.jobs.train import train
+        from trce_lightning.jobs.erase import train
 
         return train
     if name == "demo":

@@ -1,4 +1,4 @@
-"""Run ``train.py`` from a validated configuration."""
+"""A run of ``train.py`` with TRCE, and what all methods' runs share."""
 
 from __future__ import annotations
 
@@ -38,14 +38,12 @@ from trce_lightning.erasers.protocol import Cost, denoiser_name
 from trce_lightning.errors import InputError
 from trce_lightning.evaluation.scored import SCORED_SCHEMA, Scored, log_scores
 from trce_lightning.evaluation.scorer import Scorer, score_on_all_ranks
-from trce_lightning.jobs import announce, results, runs
+from trce_lightning.jobs import results, runs
 from trce_lightning.jobs.session import Session, base_name, concepts_of
 from trce_lightning.jobs.trainers import AUTOCAST, LAST_CHECKPOINT, make_loggers, make_trainer
 from trce_lightning.metrics.real_images import source_fingerprint
 from trce_lightning.module import TRCE
 from trce_lightning.runtime.checkout import commit
-from trce_lightning.runtime.locks import release
-from trce_lightning.runtime.logs import set_up_logging
 from trce_lightning.runtime.ranks import on_each_rank, peak_device_memory_mb, total_over_ranks
 from trce_lightning.runtime.storage import reading
 from trce_lightning.textual import TextualStatistics, cached_kept, textual_statistics
@@ -53,32 +51,6 @@ from trce_lightning.textual import TextualStatistics, cached_kept, textual_stati
 log = logging.getLogger(__name__)
 MODEL_IDENTITY = ("name", "path", "hub_id", "revision", "config", "dtype")
 """The model options that its weights and text states depend on."""
-
-
-def train(config: TrainConfig) -> None:
-    """Erase ``config.concept`` and write a run folder; see :class:`TrainingRun`."""
-    set_up_logging()
-    pl.seed_everything(config.seed, workers=True, verbose=False)
-    run = run_of(config, merge_previous(config))
-    if not config.plan:
-        run.open()  # before the first log line, so that run.log has it
-    announce.training(run)
-    if config.plan:
-        return
-    try:
-        run.erase_and_score()
-        run.write()
-    finally:
-        release()
-
-
-def run_of(config: TrainConfig, concepts: list[Concept], adapter: Adapter | None = None) -> TrainingRun:
-    """Return the run of the configured method."""
-    if config.method.get("name") == "trce":
-        return TrainingRun(config, concepts, adapter)
-    from trce_lightning.jobs.method import MethodRun  # it derives from TrainingRun
-
-    return MethodRun(config, concepts, adapter)
 
 
 def merge_previous(config: TrainConfig) -> list[Concept]:

@@ -1,4 +1,4 @@
-"""Run ``train.py`` with a method of ``erasers/``: the steps of a TRCE run, with another way to erase."""
+"""Run ``train.py`` from a validated configuration, with TRCE or a method of ``erasers/``."""
 
 from __future__ import annotations
 
@@ -20,11 +20,38 @@ from trce_lightning.data.trajectories import generator_of
 from trce_lightning.erasers.protocol import Cost, Erased, Eraser, Job
 from trce_lightning.errors import InputError
 from trce_lightning.evaluation.scorer import score_on_all_ranks
-from trce_lightning.jobs.train import TrainingRun
+from trce_lightning.jobs import announce
+from trce_lightning.jobs.train import TrainingRun, merge_previous
 from trce_lightning.jobs.trainers import AUTOCAST, LAST_CHECKPOINT, make_trainer
 from trce_lightning.metrics.factories import made_by
+from trce_lightning.runtime.locks import release
+from trce_lightning.runtime.logs import set_up_logging
 
 log = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig) -> None:
+    """Erase ``config.concept`` and write a run folder; see :class:`.train.TrainingRun`."""
+    set_up_logging()
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    run = run_of(config, merge_previous(config))
+    if not config.plan:
+        run.open()  # before the first log line, so that run.log has it
+    announce.training(run)
+    if config.plan:
+        return
+    try:
+        run.erase_and_score()
+        run.write()
+    finally:
+        release()
+
+
+def run_of(config: TrainConfig, concepts: list[Concept], adapter: Adapter | None = None) -> TrainingRun:
+    """Return the run of the configured method."""
+    if config.method.get("name") == "trce":
+        return TrainingRun(config, concepts, adapter)
+    return MethodRun(config, concepts, adapter)
 
 
 def make_eraser(options: Mapping[str, Any]) -> Eraser:
