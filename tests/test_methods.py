@@ -96,7 +96,14 @@ def test_a_run_stores_what_has_changed_and_counts_it(name: str, tiny: list[str],
 
 
 @pytest.mark.usefixtures("clean_process")
-@pytest.mark.parametrize("name", [name for name in NAMES if len(options_of(name)) > 1])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "esd" else pytest.mark.slow)
+        for name in NAMES
+        if len(options_of(name)) > 1
+    ],
+)
 def test_a_killed_run_continues_to_the_same_weights(
     name: str, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +138,7 @@ def test_a_killed_run_continues_to_the_same_weights(
 
 
 @pytest.mark.usefixtures("clean_process")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["esd", "uce"])
 def test_a_plan_says_the_counts_and_leaves_nothing(
     name: str,
     tiny: list[str],

@@ -17,7 +17,7 @@ from trce_lightning.tokens import Role
 PROMPTS = ("names", "sentences")
 """The concept's terms and their wordings alone, or in the sentences of its templates."""
 GUIDES = ("empty", "counterpart")
-"""What takes the place of an erased text: the empty prompt, or the text with the safe counterpart."""
+"""The text in an erased one's place: the empty prompt, or the same with the safe counterpart."""
 POSITIONS = ("last", "from_last", "all")
 """The last content token, all positions from there to the end of the padding, or all positions."""
 
