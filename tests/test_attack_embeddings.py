@@ -19,9 +19,10 @@ from conftest import build_tiny_pipeline, entries_of
 from safetensors.torch import save_file
 
 from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.adapters.slots import PLACEHOLDER
 from trce_lightning.attacks.diversity import diversity
 from trce_lightning.attacks.inverse_edit import InverseEdit
-from trce_lightning.attacks.inversion import PLACEHOLDER, Inversion, InversionN
+from trce_lightning.attacks.inversion import Inversion, InversionN
 from trce_lightning.attacks.objectives import Noised
 from trce_lightning.attacks.proxies import with_states
 from trce_lightning.attacks.state_pgd import StatePgd

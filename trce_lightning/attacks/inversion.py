@@ -22,13 +22,13 @@ inversion: arXiv 2208.01618. The published runs also mirror pictures at random; 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trce_lightning.adapters import Adapter
+from trce_lightning.adapters.slots import PLACEHOLDER, Slots, check_spelt, slots_of
 from trce_lightning.attacks.objectives import check_levels, denoising_loss, noised
 from trce_lightning.attacks.protocol import (
     UNIVERSAL,
@@ -53,10 +53,7 @@ from trce_lightning.attacks.tries import (
 from trce_lightning.errors import InputError
 from trce_lightning.prompts.records import PromptRecord, seed_of
 from trce_lightning.sampling import seeded
-from trce_lightning.tokens import Text
 
-PLACEHOLDER = "<concept>"
-"""The place of the vectors in a prompt."""
 THINGS = (
     f"a picture of {PLACEHOLDER}",
     f"a photo of {PLACEHOLDER}",
@@ -91,25 +88,6 @@ HELD_OUT_STYLES = (
 """Sentences of the judged images, for styles."""
 COMPARED = 8
 """Batches of noised pictures on which several runs are compared."""
-
-
-@dataclass(frozen=True)
-class Slots:
-    """Prompts with free places."""
-
-    ids: dict[str, Tensor]
-    """Token ids by segment, int64 ``[B, L]``; any id stands in the free places."""
-    places: dict[str, Tensor]
-    """Positions of the n free places by segment, int64 ``[B, n]``."""
-
-    def filled(self, adapter: Adapter, vectors: Mapping[str, Tensor]) -> Text:
-        """Return the prompts with embeddings ``[n, e]`` in the free places, differentiable in these."""
-        embeddings = {}
-        for name, own in adapter.embed(self.ids).items():
-            rows = torch.arange(len(own), device=own.device)[:, None]
-            values = vectors[name].to(own).expand(len(own), -1, -1)
-            embeddings[name] = own.index_put((rows, self.places[name].to(own.device)), values)
-        return adapter.encode_embeddings(embeddings, self.ids)
 
 
 class Inversion:
@@ -276,50 +254,15 @@ class Inversion:
         spelt = adapter.mentions([self.initial], [self.initial], trimmed=False)
         embeddings = adapter.embed(adapter.tokenize([self.initial]))
         for mask in spelt.values():
-            self._check_spelt(mask[0], self.initial)
+            check_spelt(mask[0], self.initial, self.initial, f"attack.{self.name}")
         return {
             name: own[0, spelt[name][0].to(own.device)].mean(0).float().repeat(self.vectors, 1)
             for name, own in embeddings.items()
         }
 
-    def _check_spelt(self, mask: Tensor, prompt: str) -> None:
-        if not mask.any():
-            raise InputError(
-                f"attack.{self.name}.initial: expected a word that the tokenizer leaves whole in "
-                f"'{prompt}', got '{self.initial}'"
-            )
-
     def slots(self, adapter: Adapter, prompts: Sequence[str]) -> Slots:
-        """Return prompts with n free places instead of `PLACEHOLDER`.
-
-        ``InputError`` when a prompt is too long with them, or the model reads no tokens.
-        """
-        filled = [prompt.replace(PLACEHOLDER, self.initial) for prompt in prompts]
-        ids, padding = adapter.tokenize(filled), adapter.tokenize([""])
-        if not ids:
-            raise InputError(f"attack.{self.name}: expected a model with a tokenizer, got '{adapter.name}'")
-        spelt = adapter.mentions(filled, [self.initial] * len(filled), trimmed=False)
-        counts, found, places = adapter.token_counts(filled), {}, {}
-        for name, rows in ids.items():
-            free, firsts = [], []
-            for prompt, row, mask, tokens in zip(filled, rows, spelt[name], counts, strict=True):
-                self._check_spelt(mask, prompt)
-                word = mask.nonzero().flatten()
-                first, behind = int(word[0]), int(word[-1]) + 1
-                if tokens + self.vectors - len(word) > adapter.prompt_tokens:
-                    raise InputError(
-                        f"attack.{self.name}.vectors: expected a prompt of at most {adapter.prompt_tokens} "
-                        f"tokens, got {self.vectors} vectors in '{prompt}'"
-                    )
-                middle, end = (
-                    row[first : first + 1].expand(self.vectors),
-                    padding[name][0, -1:].expand(len(word)),
-                )
-                free.append(torch.cat([row[:first], middle, row[behind:], end])[: len(row)])
-                firsts.append(first)
-            found[name] = torch.stack(free)
-            places[name] = torch.tensor(firsts)[:, None] + torch.arange(self.vectors)
-        return Slots(found, places)
+        """Return prompts with n free places instead of `PLACEHOLDER`; see :func:`.slots.slots_of`."""
+        return slots_of(adapter, prompts, self.initial, self.vectors, f"attack.{self.name}")
 
     def _norms(self, target: Target, vectors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
         """Return norms of the vectors, and the range of those of the tokens that the attacked prompts use."""

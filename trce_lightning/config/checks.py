@@ -26,6 +26,8 @@ from trce_lightning.prompts.records import BENIGN
 TRCE, CFG = "trce", "cfg"
 TRCE_OPTIONS = ("stages", "textual", "trajectory", "optimizer")
 """The options of TRCE."""
+READS = {"hardened": ("textual",)}
+"""The options of TRCE that other methods read."""
 _LIMITS = {
     "greater_than_equal": "at least {ge:g}",
     "less_than_equal": "at most {le:g}",
@@ -219,9 +221,10 @@ def check_method_options(arguments: Iterable[str]) -> None:
     chosen = [value for key, _, value in typed if key == "method"]
     if not chosen or TRCE in chosen[-1].split(","):
         return
+    read = set.intersection(*(set(READS.get(name, ())) for name in chosen[-1].split(",")))
     for key, _, _ in typed:
         part = key.partition(".")[0]
-        if part in TRCE_OPTIONS and key != "textual.keep_prompts":
+        if part in TRCE_OPTIONS and part not in read and key != "textual.keep_prompts":
             raise InputError(
                 f"option {key!r}: expected none beside method={chosen[-1]}, which doesn't read it; it belongs"
                 " to method=trce"

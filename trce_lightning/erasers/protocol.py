@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trce_lightning.adapters import Adapter
 from trce_lightning.concepts import Concept
+from trce_lightning.config.schema import TextualConfig
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Job:
     """
     part: Callable[[str], AbstractContextManager[None]]
     """A context that counts a part's seconds and network evaluations."""
+    textual: TextualConfig = field(default_factory=TextualConfig)
+    """The options of TRCE's stage 1, for methods that build on it."""
 
 
 @runtime_checkable

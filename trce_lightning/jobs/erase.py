@@ -95,6 +95,7 @@ class MethodRun(TrainingRun):
             self.session.keep_prompts,
             self._fit,
             self._stage,
+            self.config.textual,
         )
 
     def _check_half(self) -> None:
