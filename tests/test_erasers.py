@@ -14,6 +14,7 @@ from trce_lightning.concepts import Concept
 from trce_lightning.erasers.advunlearn import AdvUnlearn
 from trce_lightning.erasers.ca import ConceptAblation
 from trce_lightning.erasers.esd import ESD
+from trce_lightning.erasers.hardened import Hardened
 from trce_lightning.erasers.oce import OCE
 from trce_lightning.erasers.rece import RECE
 from trce_lightning.erasers.speed import SPEED
@@ -28,10 +29,30 @@ def adapter() -> StableDiffusionAdapter:
     return StableDiffusionAdapter(build_tiny_pipeline())
 
 
+HARDENED: dict[str, Any] = {key: TUNED[key] for key in ("iterations", "draws", "num_steps", "lr")} | {
+    "learnt": 2,
+    "moved": 2,
+    "keyed": 1,
+    "other": 1,
+    "keep": 2,
+    "unconditional": 2,
+    "pool": 3,
+    "visited": 1,
+    "learnt_steps": 1,
+    "moved_steps": 1,
+    "anew_every": 2,
+    "anew_share": 0.5,
+    "concept_runs": 3,
+    "keep_runs": 2,
+    "unconditional_runs": 1,
+    "early_steps": 3,
+    "other_from": 1,
+}
 ERASERS: dict[str, Callable[..., TunedEraser]] = {
     "esd": lambda **options: ESD(**(TUNED | options)),
     "ca": lambda **options: ConceptAblation(**(TUNED | {"guide": "counterpart"} | options)),
     "spm": lambda **options: SPM(**(TUNED | {"anchors": 2, "warmup": 1, "lr": 1.0} | options)),
+    "hardened": lambda **options: Hardened(**(HARDENED | options)),
     "advunlearn": lambda **options: AdvUnlearn(
         **(TUNED | {"warmup": 1, "attack_steps": 2, "retain_batch_size": 2} | options)
     ),

@@ -26,10 +26,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from trce_lightning.adapters import Adapter
 from trce_lightning.adapters.slots import PLACEHOLDER, Slots, slots_of
@@ -114,10 +116,29 @@ class Hardening(Tuning):
         }
         self.pool = Pool(begin, eraser.pool, eraser.vectors, seeded(seed_of("pool", job.seed)))
         self.empty = adapter.empty()
+        own = nn.ParameterList(self.parameters_in_training())
+        decay = get_ema_multi_avg_fn(eraser.average_decay)
+        # It keeps a copy of the parameters. The network itself stays the only one.
+        self.average = AveragedModel(own, multi_avg_fn=decay).requires_grad_(False)
 
     def changed_tensors(self) -> dict[str, Tensor]:
-        """Return the trained tensors and the pool's, so that a continued fit meets the same adversary."""
-        return super().changed_tensors() | {f"pool.{name}": own for name, own in self.pool.named_buffers()}
+        """Return the trained tensors, their average and the pool's, so that a continued fit goes on alike."""
+        parts = {"pool": self.pool, "average": self.average}
+        states = {
+            f"{part}.{name}": own
+            for part, module in parts.items()
+            for name, own in module.state_dict().items()
+        }
+        return super().changed_tensors() | states
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
+        """Average the weights over the steps. After the last one, the network gets the average."""
+        trained = nn.ParameterList(self.parameters_in_training())
+        self.average.update_parameters(trained)
+        if self.trainer.is_last_batch:
+            for weight, averaged in zip(trained, self.average.module.parameters(), strict=True):
+                weight.data.copy_(averaged)
+        super().on_train_batch_end(outputs, batch, batch_index)
 
     def common_generator(self, step: int, purpose: str) -> torch.Generator:
         """Return a CPU generator of this step that all ranks share."""
@@ -164,21 +185,22 @@ class Hardened(TunedEraser):
         concept_runs: sampling runs of malicious prompts, whose points are reused.
         keep_runs: sampling runs of prompts to keep.
         unconditional_runs: unconditional sampling runs.
+        average_decay: decay of the average of the weights over the steps, which is the result.
         early_steps: points of the concept come from so many first steps.
         other_from: the first step whose points are read under other texts.
     """
 
     draws: Count = 10
     trainable: str = "*"
-    learnt: Count = 20
+    learnt: Count = 16
     moved: Natural = 12
-    keyed: Natural = 4
-    other: Natural = 8
+    keyed: Natural = 6
+    other: Natural = 6
     keep: Count = 24
     unconditional: Count = 8
     keep_weight: NonNegative = 120.0
     unconditional_weight: NonNegative = 120.0
-    pool: Count = 72
+    pool: Count = 24
     visited: Count = 4
     vectors: Count = 2
     learnt_steps: Natural = 2
@@ -190,6 +212,7 @@ class Hardened(TunedEraser):
     concept_runs: Count = 156
     keep_runs: Count = 312
     unconditional_runs: Count = 40
+    average_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.97
     early_steps: Count = 13
     other_from: Natural = 6
     name: ClassVar[str] = "hardened"
