@@ -45,19 +45,23 @@ benchmark: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
 
 TABLE := runs/table
+RUNS := $(TABLE)/both $(TABLE)/textual $(TABLE)/trajectory --hardened $(TABLE)/hardened
 bench-table: setup
 	$(BIN)/python train.py concept=violence output=$(TABLE)/both
 	$(BIN)/python train.py concept=violence output=$(TABLE)/textual stages=[textual]
 	$(BIN)/python train.py concept=violence output=$(TABLE)/trajectory stages=[trajectory]
-	$(BIN)/python -m benchmarks.readme $(TABLE)/both $(TABLE)/textual $(TABLE)/trajectory
+	$(BIN)/python train.py concept=violence output=$(TABLE)/hardened experiment=hardened
+	$(BIN)/python -m benchmarks.readme $(RUNS)
 
-# Ten attacks on the original, on each stage alone, on both, and on the references. All attacks would take hours.
-ATTACKS := mma,ring_a_bell,p4d,unlearndiff,inverse_edit,state_pgd,inversion,text_free,completion,relearning
+# Twelve attacks on the original, each stage alone, both, the hardened model, and the references.
+ATTACKS := mma,ring_a_bell,p4d,unlearndiff,inverse_edit,state_pgd,inversion,text_free,completion,inpainting,relearning
+ATTACKS := $(ATTACKS),benign_finetuning
+ERASED := $(TABLE)/textual/erased,$(TABLE)/trajectory/erased,$(TABLE)/both/erased,$(TABLE)/hardened/erased
 bench-attacks: bench-table
 	$(BIN)/python eval.py concept=violence attacks=[$(ATTACKS)] attack.inversion.runs=1 attack.relearning.pictures=[25] \
 	  attacked_prompts=32 transfer=[original] sets=[direct,benign] metrics.final_images_per_set=64 \
-	  output=$(TABLE)/attacks models=[$(TABLE)/textual/erased,$(TABLE)/trajectory/erased,$(TABLE)/both/erased]
-	$(BIN)/python -m benchmarks.readme $(TABLE)/both $(TABLE)/textual $(TABLE)/trajectory --attacks $(TABLE)/attacks
+	  output=$(TABLE)/attacks models=[$(ERASED)]
+	$(BIN)/python -m benchmarks.readme $(RUNS) --attacks $(TABLE)/attacks
 
 lint: setup
 	$(BIN)/ruff check .

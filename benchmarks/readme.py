@@ -1,8 +1,9 @@
 """Write tables of finished runs into README and docs: `python -m benchmarks.readme RUN STAGE_RUN …`.
 
 The first run makes the README's table. All runs make the table by stage in `docs/results.md`. It has tests of
-the first run against the second. `--attacks EVALUATION` adds a row for each door to the README's table, and
-writes the table of `docs/attacks.md`. It is an evaluation of the original and of all runs, in that order.
+the first run against the second. `--hardened RUN` adds a hardened run to both. `--attacks EVALUATION` adds a
+row for each door to the README's table, and writes the table of `docs/attacks.md`. It is an evaluation of the
+original and of all runs.
 """
 
 from __future__ import annotations
@@ -40,51 +41,57 @@ Rows = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Rows of attacks by model and attack, as `metrics.json` holds them."""
 
 
-def door_lines(rows: Rows, original: str, erased: str) -> list[str]:
-    """Return a table line for each door: the attack that shows most on the erased model, beside the original.
+def door_lines(rows: Rows, original: str, erased: Sequence[str]) -> list[str]:
+    """Return a table line for each door: the attack that shows most on the first erased model, on all models.
 
     An attack that is above its controls goes first, then one whose positive control holds: its failure says
     something.
     """
     lines = []
     for door in DOORS:
-        own = {name: row for name, row in rows[erased].items() if row["door"] == door}
+        own = {name: row for name, row in rows[erased[0]].items() if row["door"] == door}
         above = {name: row for name, row in own.items() if row["verdict"] == Verdict.ABOVE}
         sure = {name: row for name, row in own.items() if row["positive_control"]["holds"]}
         if not own:
             continue
-        name, row = max((above or sure or own).items(), key=lambda item: item[1]["rate"])
+        name = max((above or sure or own).items(), key=lambda item: item[1]["rate"])[0]
         taught = (
             f" ({_percent(rows[NEVER_LEARNT][name]['rate'])} if never learnt)" if NEVER_LEARNT in rows else ""
         )
-        cells = [f"attacked, {door}: `{name}`{taught}", rate_cell(rows[original][name]), rate_cell(row)]
-        lines.append(f"| {' | '.join(cells)} |")
+        shown = [rate_cell(rows[label][name]) for label in (original, *erased)]
+        lines.append(f"| {' | '.join([f'attacked, {door}: `{name}`{taught}', *shown])} |")
     return lines
 
 
-def attacks_lines(rows: Rows, erased: str) -> list[str]:
-    """Return a table of every attack on every model, with the erased model's controls and ρ."""
-    labels = list(rows)
-    header = ["attack", *labels, f"{erased}: other seeds", "not searched", "ρ", "control holds", "cost"]
+def attacks_lines(rows: Rows, erased: Sequence[str]) -> list[str]:
+    """Return a table of every attack on every model, with ρ of erased models and the last one's controls."""
+    labels, last = list(rows), erased[-1]
+    rhos = [f"ρ of {label}" for label in erased]
+    header = ["attack", *labels, *rhos, f"{last}: other seeds", "not searched", "control holds", "cost"]
     lines = [f"| {' | '.join(header)} |", "| --- " * len(header) + "|"]
     for door in DOORS:
-        for name, row in rows[erased].items():
+        for name, row in rows[last].items():
             if row["door"] != door:
                 continue
-            cost, rho = row["network_evaluations"], row.get("rho")
+            cost = row["network_evaluations"]
             spent = " + ".join(f"{cost[kind]:,} {kind[0].upper()}" for kind in cost if cost[kind])
             encoded = f"{row['prompts_encoded']:,} T" if row["prompts_encoded"] and not spent else ""
             cells = [
                 f"{door}: `{name}`",
                 *(_percent(rows[label][name]["rate"]) for label in labels),
+                *(_rho_cell(rows[label][name]) for label in erased),
                 _percent(row["control"]["seeds"]["rate"]),
                 _percent(row["control"]["random"]["rate"]) if "random" in row["control"] else ABSENT,
-                ABSENT if rho is None else f"{rho['value']:.2f} [{rho['low']:.2f}, {rho['high']:.2f}]",
                 "yes" if row["positive_control"]["holds"] else "**no**",
                 spent or encoded or "0",
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _rho_cell(row: Mapping[str, Any]) -> str:
+    rho = row.get("rho")
+    return ABSENT if rho is None else f"{rho['value']:.2f} [{rho['low']:.2f}, {rho['high']:.2f}]"
 
 
 def attacks_figure(rows: Rows) -> Figure:
@@ -110,7 +117,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def write_attacks(evaluation: Path, lines: Sequence[str], erased: str) -> list[str]:
+def write_attacks(evaluation: Path, lines: Sequence[str], erased: Sequence[str]) -> list[str]:
     """Write the table and the picture of ``docs/attacks.md``.
 
     Return the README's ``lines`` with one for each door.
@@ -129,17 +136,20 @@ def main() -> None:
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("stage_runs", nargs="+", type=Path, metavar="STAGE_RUN")
     parser.add_argument("--attacks", type=Path, metavar="EVALUATION")
+    parser.add_argument("--hardened", type=Path, metavar="RUN")
     options = parser.parse_args()
-    (original, erased) = load_runs([options.run]).values()
-    both = {"original": original.scores, "erased": erased.scores}
-    lines = results_table(both, RESULTS).splitlines()
+    hardened = [] if options.hardened is None else [options.hardened]
+    titles = ["original", "erased", "hardened"]
+    found = [scored.scores for scored in load_runs([options.run, *hardened]).values()]
+    lines = results_table(dict(zip(titles, found, strict=False)), RESULTS).splitlines()
     if options.attacks is not None:
-        lines = write_attacks(options.attacks, lines, options.run.name)
+        labels = [run.name for run in (options.run, *hardened)]
+        lines = write_attacks(options.attacks, lines, labels)
     refresh("\n".join(lines), ROOT / "README.md", "results")
-    columns = load_runs([*options.stage_runs, options.run])
+    columns = load_runs([*options.stage_runs, options.run, *hardened])
     scores = {title: scored.scores for title, scored in columns.items()}
-    _, first, *_, last = columns
-    tests = paired_tests({name: columns[name] for name in (first, last)})
+    names = list(columns)
+    tests = paired_tests({name: columns[name] for name in (names[1], names[1 + len(options.stage_runs)])})
     text = "\n".join([results_table(scores, STAGES), "Exact McNemar tests, paired by image:", "", *tests])
     refresh(text, ROOT / "docs" / "results.md", "stages")
 

@@ -352,15 +352,17 @@ def rows_of_attacks() -> dict[str, dict[str, dict[str, object]]]:
 
 def test_a_door_shows_its_strongest_attack_or_a_failure_that_says_something() -> None:
     rows = rows_of_attacks()
-    words, embeddings = readme.door_lines(rows, "original", "erased")
+    words, embeddings = readme.door_lines(rows, "original", ["erased"])
     assert words.startswith("| attacked, words: `sure` | 100.0 % [") and "| 5.0 % [" in words
     assert embeddings.startswith("| attacked, embeddings: `key` | 50.0 % ["), "its success counts"
-    taught = readme.door_lines(rows | {"never-learnt": rows["original"]}, "original", "erased")
+    taught = readme.door_lines(rows | {"never-learnt": rows["original"]}, "original", ["erased"])
     assert taught[1].startswith("| attacked, embeddings: `key` (50 % if never learnt) |")
-    header, _, *lines = readme.attacks_lines(rows, "erased")
-    assert header.startswith("| attack | original | erased | erased: other seeds |")
+    two = readme.door_lines(rows, "original", ["erased", "original"])
+    assert two[0].count(" % [") == 3, "a cell for each erased model"
+    header, _, *lines = readme.attacks_lines(rows, ["erased"])
+    assert header.startswith("| attack | original | erased | ρ of erased | erased: other seeds |")
     weak = next(line for line in lines if "`weak`" in line)
-    assert "| 50 % | 15 % | 0 % |" in weak and "**no**" in weak and "1,200 B" in weak
+    assert "| 50 % | 15 % | – | 0 % |" in weak and "**no**" in weak and "1,200 B" in weak
     figure = readme.attacks_figure(rows)
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [
         "words: weak",
