@@ -25,6 +25,29 @@ TUNED: dict[str, Any] = {
 }
 """A tuned method's options for a second's work."""
 
+HARDENED: dict[str, Any] = {
+    key: TUNED[key] for key in ("iterations", "draws", "num_steps", "guidance_scale", "lr")
+} | {
+    "learnt": 2,
+    "moved": 2,
+    "keyed": 1,
+    "other": 1,
+    "keep": 2,
+    "unconditional": 2,
+    "pool": 3,
+    "visited": 1,
+    "learnt_steps": 1,
+    "moved_steps": 1,
+    "anew_every": 2,
+    "anew_share": 0.5,
+    "concept_runs": 3,
+    "keep_runs": 2,
+    "unconditional_runs": 1,
+    "early_steps": 3,
+    "other_from": 1,
+}
+"""Those of the hardened method."""
+
 
 D = 12
 """The width of states in tests of the algebra alone."""

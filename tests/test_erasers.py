@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_tiny_pipeline, entries_of
-from eraser_jobs import TUNED, Harness
+from eraser_jobs import HARDENED, TUNED, Harness
 
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.concepts import Concept
@@ -29,25 +29,6 @@ def adapter() -> StableDiffusionAdapter:
     return StableDiffusionAdapter(build_tiny_pipeline())
 
 
-HARDENED: dict[str, Any] = {key: TUNED[key] for key in ("iterations", "draws", "num_steps", "lr")} | {
-    "learnt": 2,
-    "moved": 2,
-    "keyed": 1,
-    "other": 1,
-    "keep": 2,
-    "unconditional": 2,
-    "pool": 3,
-    "visited": 1,
-    "learnt_steps": 1,
-    "moved_steps": 1,
-    "anew_every": 2,
-    "anew_share": 0.5,
-    "concept_runs": 3,
-    "keep_runs": 2,
-    "unconditional_runs": 1,
-    "early_steps": 3,
-    "other_from": 1,
-}
 ERASERS: dict[str, Callable[..., TunedEraser]] = {
     "esd": lambda **options: ESD(**(TUNED | options)),
     "ca": lambda **options: ConceptAblation(**(TUNED | {"guide": "counterpart"} | options)),

@@ -9,6 +9,7 @@ import torch
 import yaml
 from conftest import build_tiny_pipeline
 from diffusers import StableDiffusionPipeline
+from eraser_jobs import HARDENED, TUNED
 from safetensors.torch import load_file
 from test_configs import composed
 from tiny_runs import KEEP_PROMPTS, WEAPONS
@@ -23,12 +24,14 @@ from trce_lightning.sampling import noise
 NAMES = sorted(file.stem for file in (cli.config_folder() / "method").glob("*.yaml") if file.stem != "trce")
 SMALL = [
     "method.iterations=4",
-    "method.batch_size=2",
     "method.draws=2",
     "method.num_steps=4",
     "method.lr=0.01",
 ]
 MORE = {
+    "hardened": [
+        *(f"method.{name}={count}" for name, count in HARDENED.items() if name not in TUNED),
+    ],
     "spm": ["method.warmup=1", "method.anchors=1"],
     "advunlearn": ["method.warmup=2", "method.attack_steps=2", "method.retain_batch_size=2"],
 }
@@ -38,7 +41,8 @@ def options_of(name: str) -> list[str]:
     """Options that make a method of the command line small."""
     if "iterations" not in composed("train", "concept=violence", f"method={name}").method:
         return [f"method={name}"]
-    return [f"method={name}", *SMALL, *MORE.get(name, [])]
+    batch = [] if name == "hardened" else ["method.batch_size=2"]
+    return [f"method={name}", *SMALL, *batch, *MORE.get(name, [])]
 
 
 @pytest.fixture
@@ -245,7 +249,7 @@ def test_a_methods_file_says_all_of_its_options(name: str) -> None:
     assert set(published) - {"name", "_target_"} <= fields
     tuned = cli.config_folder() / "method_tuning" / f"{name}_emoji.yaml"
     if tuned.is_file():
-        (values,) = yaml.safe_load(tuned.read_text()).values()
+        values = yaml.safe_load(tuned.read_text())["method"]
         assert set(values) <= fields
         assert composed("train", "concept=violence", f"method={name}").method.items() >= values.items()
         other = composed("train", "concept=violence", f"method={name}", "model=sd15").method

@@ -22,7 +22,7 @@ from trce_lightning.config.schema import Count, Natural, NonNegative, Positive
 from trce_lightning.erasers.esd import esd_target
 from trce_lightning.erasers.protocol import Ahead, Cost, Job
 from trce_lightning.erasers.teachers import EMPTY
-from trce_lightning.erasers.tuning import TRAINING, Batch, Source, TunedEraser, Tuning
+from trce_lightning.erasers.tuning import TRAINING, Batch, PromptEraser, Source, Tuning
 from trce_lightning.errors import InputError
 from trce_lightning.losses import squared_distance
 from trce_lightning.tokens import Text
@@ -45,7 +45,7 @@ def with_inserted(adapter: Adapter, prompts: Sequence[str], vectors: Mapping[str
 
 
 @dataclass(kw_only=True)
-class AdvUnlearn(TunedEraser):
+class AdvUnlearn(PromptEraser):
     """Train the text encoder against an attack on its token embeddings.
 
     Args:

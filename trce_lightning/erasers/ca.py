@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from trce_lightning.adapters import Adapter
 from trce_lightning.config.schema import NonNegative, OneOf
 from trce_lightning.erasers.protocol import Job, denoiser_name
-from trce_lightning.erasers.tuning import Batch, Source, TunedEraser, Tuning
+from trce_lightning.erasers.tuning import Batch, PromptEraser, Source, Tuning
 from trce_lightning.erasers.weights import KINDS, weights_of
 from trce_lightning.losses import squared_distance
 
 
 @dataclass(kw_only=True)
-class ConceptAblation(TunedEraser):
+class ConceptAblation(PromptEraser):
     """Map the concept to its anchor.
 
     Args:

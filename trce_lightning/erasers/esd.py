@@ -17,7 +17,7 @@ from trce_lightning.adapters import Adapter
 from trce_lightning.config.schema import NonNegative, OneOf
 from trce_lightning.erasers.protocol import Job, denoiser_name
 from trce_lightning.erasers.teachers import EMPTY
-from trce_lightning.erasers.tuning import Batch, Source, TunedEraser, Tuning
+from trce_lightning.erasers.tuning import Batch, PromptEraser, Source, Tuning
 from trce_lightning.erasers.weights import KINDS, weights_of
 from trce_lightning.losses import squared_distance
 
@@ -28,7 +28,7 @@ def esd_target(guide: Tensor, concept: Tensor, empty: Tensor, eta: float) -> Ten
 
 
 @dataclass(kw_only=True)
-class ESD(TunedEraser):
+class ESD(PromptEraser):
     """Erase by negative guidance.
 
     Args:

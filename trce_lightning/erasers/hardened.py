@@ -298,11 +298,18 @@ class Hardened(TunedEraser):
         return weights.get(term, 1.0)
 
     def slots(self, job: Job) -> Slots:
-        """Return the sentences of all concepts' templates, with free places for the concept's name."""
+        """Return the sentences of all concepts' templates, with free places for the concept's name.
+
+        Sentences that the model can't read whole are left out. If all are, raise ``InputError``.
+        """
+        adapter = job.adapter
         templates = dict.fromkeys(each for concept in job.concepts for each in concept.templates)
         prompts = [template.format(PLACEHOLDER) for template in templates]
-        word = _foreign_word(job.adapter, " ".join(prompts))
-        return slots_of(job.adapter, prompts, word, self.vectors, "method=hardened: method")
+        word = _foreign_word(adapter, " ".join(prompts))
+        counts = adapter.token_counts([prompt.replace(PLACEHOLDER, word) for prompt in prompts])
+        room = adapter.prompt_tokens - self.vectors
+        fitting = [prompt for prompt, count in zip(prompts, counts, strict=True) if count <= room]
+        return slots_of(adapter, fitting or prompts, word, self.vectors, "method")
 
     def erase(self, job: Job) -> Erased:
         """Sample the teacher's predictions, apply stage 1, then train."""

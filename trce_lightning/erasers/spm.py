@@ -22,7 +22,7 @@ from trce_lightning.adapters import Adapter
 from trce_lightning.config.schema import Count, Natural, NonNegative
 from trce_lightning.erasers.protocol import Erased, Job, denoiser_name
 from trce_lightning.erasers.teachers import Encode
-from trce_lightning.erasers.tuning import Batch, Source, TunedEraser, Tuning
+from trce_lightning.erasers.tuning import Batch, PromptEraser, Source, Tuning
 from trce_lightning.errors import InputError
 from trce_lightning.losses import squared_distance
 from trce_lightning.prompts.records import seed_of
@@ -137,7 +137,7 @@ def anchor_text(encoded: Text, seed: int) -> Text:
 
 
 @dataclass(kw_only=True)
-class SPM(TunedEraser):
+class SPM(PromptEraser):
     """Train rank-1 adapters.
 
     Args:

@@ -272,30 +272,20 @@ class TunedEraser(ABC):
     """A method that trains weights with a frozen teacher.
 
     Args:
-        prompts: texts to erase: the concept's ``names``, or its ``sentences``.
-        guide: what takes the place of an erased text: the ``empty`` prompt, or its safe ``counterpart``.
         iterations: optimizer steps.
-        batch_size: points of each step.
         draws: points of each sampling run. Published methods sample anew for each point, which is 1.
         lr: learning rate of AdamW.
         weight_decay: that of AdamW. 0 is Adam.
         num_steps: steps of a full sampling run.
-        first_step: the first step, from pure noise on, that points come from.
-        last_step: the step after the last one that points come from. 0 is ``num_steps``.
         guidance_scale: scale with which the points are sampled.
         gradient_checkpointing: the backward pass computes activations again.
     """
 
     iterations: Count
     lr: Positive
-    batch_size: Count = 1
     draws: Count = 1
     weight_decay: NonNegative = 0.0
-    prompts: Annotated[str, OneOf(PROMPTS)] = "names"
-    guide: Annotated[str, OneOf(GUIDES)] = "empty"
     num_steps: Steps = 50
-    first_step: Natural = 0
-    last_step: Natural = 0
     guidance_scale: NonNegative = 3.0
     gradient_checkpointing: bool = False
     name: ClassVar[str]
@@ -314,9 +304,9 @@ class TunedEraser(ABC):
         """Return the terms of a batch's loss by name."""
 
     @property
+    @abstractmethod
     def evaluations_per_step(self) -> int:
         """Return the network evaluations of a step, over all ranks. Each of them has a backward pass."""
-        return self.batch_size
 
     def weight_of(self, term: str) -> float:
         """Return the weight of a term of the loss."""
@@ -326,37 +316,9 @@ class TunedEraser(ABC):
         """Return the learning rate at a step as a multiple of ``lr``."""
         return 1.0
 
-    def draw(
-        self,
-        job: Job,
-        kind: str,
-        prompts: Sequence[str],
-        texts_of: Callable[[str, int], tuple[str, ...]],
-        points: int,
-        taught: Sequence[str] | None = None,
-    ) -> Walks:
-        """Return walks of prompts with ``points`` rows; see :func:`.teachers.draw_walks`."""
-        return draw_walks(
-            kind,
-            prompts,
-            texts_of,
-            taught=taught,
-            points=points,
-            draws=self.draws,
-            steps=range(self.first_step, self.last_step or self.num_steps),
-            num_steps=self.num_steps,
-            guidance_scale=self.guidance_scale,
-            seed=job.seed,
-        )
-
     def encoder(self, adapter: Adapter) -> Encode:
         """Return what encodes the texts of points."""
         return lambda text: adapter.encode([text])
-
-    def erased_prompts(self, job: Job) -> dict[str, str]:
-        """Return the texts to erase, each with its guide text."""
-        pairs = erased_pairs(job.concepts, self.prompts, self.guide)
-        return {pair.malicious: pair.safe for pair in pairs}
 
     def teachers(self, job: Job, sources: Mapping[str, Source]) -> dict[str, Teachers]:
         """Return the caches of all kinds of points."""
@@ -411,3 +373,55 @@ class TunedEraser(ABC):
                 for component, named in module.trained.items()
             }
         )
+
+
+@dataclass(kw_only=True)
+class PromptEraser(TunedEraser):
+    """A tuned method whose points lie on sampling runs for its texts.
+
+    Args:
+        prompts: texts to erase: the concept's ``names``, or its ``sentences``.
+        guide: what takes the place of an erased text: the ``empty`` prompt, or its safe ``counterpart``.
+        batch_size: points of each step.
+        first_step: the first step, from pure noise on, that points come from.
+        last_step: the step after the last one that points come from. 0 is ``num_steps``.
+    """
+
+    batch_size: Count = 1
+    prompts: Annotated[str, OneOf(PROMPTS)] = "names"
+    guide: Annotated[str, OneOf(GUIDES)] = "empty"
+    first_step: Natural = 0
+    last_step: Natural = 0
+
+    @property
+    def evaluations_per_step(self) -> int:
+        """Return one evaluation a point, over all ranks."""
+        return self.batch_size
+
+    def draw(
+        self,
+        job: Job,
+        kind: str,
+        prompts: Sequence[str],
+        texts_of: Callable[[str, int], tuple[str, ...]],
+        points: int,
+        taught: Sequence[str] | None = None,
+    ) -> Walks:
+        """Return walks of prompts with ``points`` rows; see :func:`.teachers.draw_walks`."""
+        return draw_walks(
+            kind,
+            prompts,
+            texts_of,
+            taught=taught,
+            points=points,
+            draws=self.draws,
+            steps=range(self.first_step, self.last_step or self.num_steps),
+            num_steps=self.num_steps,
+            guidance_scale=self.guidance_scale,
+            seed=job.seed,
+        )
+
+    def erased_prompts(self, job: Job) -> dict[str, str]:
+        """Return the texts to erase, each with its guide text."""
+        pairs = erased_pairs(job.concepts, self.prompts, self.guide)
+        return {pair.malicious: pair.safe for pair in pairs}

@@ -1,0 +1,171 @@
+"""Hardened TRCE: the adversary attacks, the network learns to withstand it, and what is kept stays."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_tiny_pipeline
+from eraser_jobs import HARDENED, Harness, batch_of
+
+from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.config.schema import TextualConfig
+from trce_lightning.erasers.hardened import Hardened, Hardening, Points, relative_distance
+from trce_lightning.erasers.pool import DECAYS, Pool
+from trce_lightning.errors import InputError
+from trce_lightning.tokens import Text
+
+
+class Started:
+    """A hardened erasure on the tiny pipeline, with stage 1 applied and one batch."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        self.adapter = StableDiffusionAdapter(build_tiny_pipeline())
+        self.eraser, self.harness = Hardened(**(HARDENED | options)), Harness(self.adapter, folder)
+        self.harness.job.textual.ridge = 0.1
+        self.batch = batch_of(self.eraser, self.harness)
+        self.original = StableDiffusionAdapter(build_tiny_pipeline())
+        self.module = self.eraser.module(self.harness.job)
+        self.module.setup("fit")
+        self.module._trainer = self.harness.job.trainer
+        self.points = Points.of(self.batch["concept"])
+
+    def objective(self, text: Text) -> float:
+        """Return the adversary's objective under a text."""
+        with torch.no_grad():
+            return float(self.eraser.attacked(self.adapter, self.points, text).mean())
+
+
+def test_the_distance_is_relative_to_what_separates_safe_from_unsafe() -> None:
+    safe, unsafe = torch.randn(2, 3, 4, 2, 2)
+    rms = (unsafe - safe).square().flatten(1).mean(1).sqrt()
+    torch.testing.assert_close(relative_distance(unsafe, safe, unsafe), rms)
+    assert not relative_distance(safe, safe, unsafe).any()
+    half = relative_distance((safe + unsafe) / 2, safe, unsafe)
+    torch.testing.assert_close(half, rms / 4)
+    assert relative_distance(safe, safe, safe).isfinite().all()
+
+
+def test_the_pool_moves_as_adam_does() -> None:
+    begin = {"clip": torch.randn(7, 5)}
+    pool = Pool(begin, 3, 2, torch.Generator().manual_seed(0))
+    every = torch.arange(3)
+    weight = torch.nn.Parameter(pool.values(every)["clip"].clone())
+    adam = torch.optim.Adam([weight], lr=0.1, betas=DECAYS)
+    for _ in range(4):
+        gradient = torch.randn(3, 2, 5)
+        weight.grad = gradient
+        adam.step()
+        pool.descend(every, {"clip": gradient}, 0.1)
+    torch.testing.assert_close(pool.values(every)["clip"], weight.detach())
+    others = pool.values(torch.tensor([0, 2]))["clip"]
+    pool.begin_anew(torch.tensor([1]), torch.Generator().manual_seed(1))
+    assert torch.equal(pool.values(torch.tensor([0, 2]))["clip"], others)
+    (fresh,) = pool.values(torch.tensor([1]))["clip"]
+    assert all(any(torch.equal(row, word) for word in begin["clip"]) for row in fresh)
+    assert pool.get_buffer("age").tolist() == [4, 0, 4]
+
+
+def test_learnt_embeddings_attack_and_only_they_move(tmp_path: Path) -> None:
+    run = Started(tmp_path, learnt=2, pool=1, learnt_steps=40, learnt_lr=0.05)
+    before = {name: own.clone() for name, own in run.adapter.denoiser.state_dict().items()}
+    points = run.points.part(0, 2)
+    begun = run.module._modules["pool"].values(torch.tensor([0]))["clip"]
+    losses = []
+    for _ in range(2):
+        text = run.eraser.learnt_text(run.module, points, 1)
+        with torch.no_grad():
+            losses.append(float(run.eraser.attacked(run.adapter, points, text).mean()))
+    untouched = Started(tmp_path, learnt=2, pool=1, learnt_steps=0)
+    text = untouched.eraser.learnt_text(untouched.module, points, 1)
+    assert losses[-1] < 0.9 * float(untouched.eraser.attacked(untouched.adapter, points, text).mean())
+    assert not torch.equal(begun, run.module._modules["pool"].values(torch.tensor([0]))["clip"])
+    assert all(torch.equal(own, before[name]) for name, own in run.adapter.denoiser.state_dict().items())
+    assert all(weight.grad is None for weight in run.adapter.denoiser.parameters())
+
+
+def test_moved_states_stay_in_the_ball_and_attack(tmp_path: Path) -> None:
+    run = Started(tmp_path, radius=0.3, moved_steps=20)
+    text = run.module.texts_of(run.points.prompts)
+    moved = run.eraser.moved_text(run.module, run.points, 0)
+    radius = 0.3 * text.states["clip"].square().mean(-1, keepdim=True).sqrt()
+    assert ((moved.states["clip"] - text.states["clip"]).abs() <= radius * (1 + 1e-5)).all()
+    run.eraser.moved_steps = 0
+    at_random = run.eraser.moved_text(run.module, run.points, 0)
+    assert run.objective(moved) < run.objective(text) and run.objective(moved) < run.objective(at_random)
+
+
+def test_keyed_states_undo_stage_1(tmp_path: Path) -> None:
+    run = Started(tmp_path)
+    text = run.module.texts_of(run.points.prompts)
+    wanted = run.original.predict(run.points.z_t, run.points.timestep, text).detach()
+    keyed = run.eraser.keyed_text(run.module, run.points)
+    found = run.adapter.predict(run.points.z_t, run.points.timestep, keyed).detach()
+    edited = run.adapter.predict(run.points.z_t, run.points.timestep, text).detach()
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert (edited - wanted).abs().max() > 1e-3
+
+
+def test_before_training_what_is_kept_costs_little_and_the_losses_reach_the_denoiser(tmp_path: Path) -> None:
+    run = Started(tmp_path)
+    terms = run.eraser.losses(run.module, run.batch)
+    assert set(terms) == {"learnt", "moved", "keyed", "other", "keep", "unconditional"}
+    sum(run.eraser.weight_of(name) * term for name, term in terms.items()).backward()  # type: ignore[union-attr]
+    trained = run.module.trained["unet"]
+    assert all(weight.grad is not None for weight in trained.values())
+    unchanged = Started(tmp_path)
+    unchanged.adapter.denoiser.load_state_dict(run.original.denoiser.state_dict())
+    kept = unchanged.eraser.losses(unchanged.module, unchanged.batch)
+    assert kept["keep"] < 1e-8 and kept["unconditional"] < 1e-8 < kept["learnt"]
+
+
+def test_training_brings_every_kind_of_text_nearer_to_the_safe_prediction(tmp_path: Path) -> None:
+    run = Started(tmp_path)
+    first = {name: float(term) for name, term in run.eraser.losses(run.module, run.batch).items()}
+    adam = torch.optim.Adam(run.module.parameters_in_training(), lr=1e-3)
+    for _ in range(30):
+        adam.zero_grad()
+        terms = run.eraser.losses(run.module, run.batch)
+        sum(terms[name] for name in ("learnt", "moved", "keyed", "other")).backward()  # type: ignore[union-attr]
+        adam.step()
+    last = {name: float(term) for name, term in run.eraser.losses(run.module, run.batch).items()}
+    assert all(last[name] < 0.7 * first[name] for name in ("learnt", "moved", "keyed", "other"))
+
+
+def test_the_result_is_the_average_of_the_weights(tmp_path: Path) -> None:
+    plain, averaged = (Hardened(**(HARDENED | {"average_decay": decay, "lr": 1e-2})) for decay in (0.0, 0.9))
+    found = []
+    for eraser in (plain, averaged):
+        adapter = StableDiffusionAdapter(build_tiny_pipeline())
+        changed = eraser.erase(Harness(adapter, tmp_path).job).changed["unet"]
+        found.append(torch.cat([own.flatten() for own in changed.values()]))
+        assert torch.equal(changed["conv_in.weight"], adapter.denoiser.get_parameter("conv_in.weight"))
+    assert not torch.allclose(*found)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"visited": 2, "learnt": 3}, r"method\.visited: expected at most method\.pool = 3 entries"),
+        ({"unconditional": 3}, r"method\.unconditional: expected a multiple of 2"),
+        ({"early_steps": 5}, r"method\.early_steps: expected more than method\.other_from = 1"),
+        ({"vectors": 40}, r"method\.vectors: expected a prompt of at most 32 tokens"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(options: dict[str, int], expected: str, tmp_path: Path) -> None:
+    adapter = StableDiffusionAdapter(build_tiny_pipeline())
+    with pytest.raises(InputError, match=expected):
+        Hardened(**(HARDENED | options)).ahead(Harness(adapter, tmp_path).job)
+
+
+def test_the_form_of_stage_1_is_an_option(tmp_path: Path) -> None:
+    keys = []
+    for form in ("ridge", "projection"):
+        adapter = StableDiffusionAdapter(build_tiny_pipeline())
+        job = Harness(adapter, tmp_path).job
+        module = Hardened(**HARDENED).module(
+            type(job)(**(vars(job) | {"textual": TextualConfig(form=form, ridge=0.1)}))
+        )
+        assert isinstance(module, Hardening)
+        keys.append(module.key)
+    assert not torch.allclose(*keys)
