@@ -9,8 +9,9 @@ from conftest import build_tiny_pipeline
 from eraser_jobs import HARDENED, Harness, batch_of
 
 from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.concepts import Concept
 from trce_lightning.config.schema import TextualConfig
-from trce_lightning.erasers.hardened import Hardened, Hardening, Points, relative_distance
+from trce_lightning.erasers.hardened import Hardened, Hardening, Rows, relative_distance
 from trce_lightning.erasers.pool import DECAYS, Pool
 from trce_lightning.errors import InputError
 from trce_lightning.tokens import Text
@@ -28,7 +29,7 @@ class Started:
         self.module = self.eraser.module(self.harness.job)
         self.module.setup("fit")
         self.module._trainer = self.harness.job.trainer
-        self.points = Points.of(self.batch["concept"])
+        self.points = Rows.of(self.batch["concept"])
 
     def objective(self, text: Text) -> float:
         """Return the adversary's objective under a text."""
@@ -70,7 +71,7 @@ def test_learnt_embeddings_attack_and_only_they_move(tmp_path: Path) -> None:
     run = Started(tmp_path, learnt=2, pool=1, learnt_steps=40, learnt_lr=0.05)
     before = {name: own.clone() for name, own in run.adapter.denoiser.state_dict().items()}
     points = run.points.part(0, 2)
-    begun = run.module._modules["pool"].values(torch.tensor([0]))["clip"]
+    begun = run.module.pool.values(torch.tensor([0]))["clip"]
     losses = []
     for _ in range(2):
         text = run.eraser.learnt_text(run.module, points, 1)
@@ -79,14 +80,14 @@ def test_learnt_embeddings_attack_and_only_they_move(tmp_path: Path) -> None:
     untouched = Started(tmp_path, learnt=2, pool=1, learnt_steps=0)
     text = untouched.eraser.learnt_text(untouched.module, points, 1)
     assert losses[-1] < 0.9 * float(untouched.eraser.attacked(untouched.adapter, points, text).mean())
-    assert not torch.equal(begun, run.module._modules["pool"].values(torch.tensor([0]))["clip"])
+    assert not torch.equal(begun, run.module.pool.values(torch.tensor([0]))["clip"])
     assert all(torch.equal(own, before[name]) for name, own in run.adapter.denoiser.state_dict().items())
     assert all(weight.grad is None for weight in run.adapter.denoiser.parameters())
 
 
 def test_moved_states_stay_in_the_ball_and_attack(tmp_path: Path) -> None:
     run = Started(tmp_path, radius=0.3, moved_steps=20)
-    text = run.module.texts_of(run.points.prompts)
+    text = run.module.text(run.points.prompts)
     moved = run.eraser.moved_text(run.module, run.points, 0)
     radius = 0.3 * text.states["clip"].square().mean(-1, keepdim=True).sqrt()
     assert ((moved.states["clip"] - text.states["clip"]).abs() <= radius * (1 + 1e-5)).all()
@@ -97,7 +98,7 @@ def test_moved_states_stay_in_the_ball_and_attack(tmp_path: Path) -> None:
 
 def test_keyed_states_undo_stage_1(tmp_path: Path) -> None:
     run = Started(tmp_path)
-    text = run.module.texts_of(run.points.prompts)
+    text = run.module.text(run.points.prompts)
     wanted = run.original.predict(run.points.z_t, run.points.timestep, text).detach()
     keyed = run.eraser.keyed_text(run.module, run.points)
     found = run.adapter.predict(run.points.z_t, run.points.timestep, keyed).detach()
@@ -143,6 +144,27 @@ def test_the_result_is_the_average_of_the_weights(tmp_path: Path) -> None:
     assert not torch.allclose(*found)
 
 
+def test_entries_serve_their_own_concept_alone(tmp_path: Path) -> None:
+    """With two concepts, only the vectors of the concept that a point shows get a gradient."""
+    adapter = StableDiffusionAdapter(build_tiny_pipeline())
+    two = (
+        Concept("guns", {"a gun": "a kite"}, templates=("{}",)),
+        Concept("axes", {"an axe": "a hat"}, templates=("{}",)),
+    )
+    eraser = Hardened(**(HARDENED | {"learnt": 2, "pool": 1}))
+    harness = Harness(adapter, tmp_path, two)
+    batch, module = batch_of(eraser, harness), eraser.module(harness.job)
+    module._trainer = harness.job.trainer
+    points = Rows.of(batch["concept"])
+    row = points.prompts.index("an axe")
+    points = points.part(row, row + 1)
+    before = module.pool.values(torch.tensor([0, 1]))["clip"]
+    eraser.visited = 1
+    eraser.learnt_text(module, points, 1)
+    after = module.pool.values(torch.tensor([0, 1]))["clip"]
+    assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -169,3 +191,10 @@ def test_the_form_of_stage_1_is_an_option(tmp_path: Path) -> None:
         assert isinstance(module, Hardening)
         keys.append(module.key)
     assert not torch.allclose(*keys)
+
+
+def test_an_edit_of_values_alone_has_no_key(tmp_path: Path) -> None:
+    job = Harness(StableDiffusionAdapter(build_tiny_pipeline()), tmp_path).job
+    job.textual.matrices = ["value"]
+    with pytest.raises(InputError, match=r"textual\.matrices: expected keys and values"):
+        Hardened(**HARDENED).ahead(job)

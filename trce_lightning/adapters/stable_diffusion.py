@@ -335,9 +335,7 @@ class StableDiffusionAdapter:
             if fnmatch(name.rpartition(".")[0], pattern)
         }
         if not parameters:
-            raise InputError(
-                f"trajectory.trainable: expected a pattern that matches a module, got '{pattern}'"
-            )
+            raise InputError(f"trainable: expected a pattern that matches a module, got '{pattern}'")
         return parameters
 
     def original_state(self) -> dict[str, Tensor]:

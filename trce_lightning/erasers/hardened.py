@@ -1,16 +1,16 @@
 """Hardened TRCE: stage 1, then training against an adversary that sits in the text while the network trains.
 
-    min_θ  mean ‖ε_θ(z_t, e, t) − ε(z_t, c_s, t)‖² / RMS(ε(z_t, c_m, t) − ε(z_t, c_s, t))
-           + λ_k ‖ε_θ(z_k, c_k, t) − ε(z_k, c_k, t)‖² + λ_∅ ‖ε_θ(z, ∅, t) − ε(z, ∅, t)‖²
+    min_θ  Σ_kinds mean ‖ε_θ(z_t, e, t) − ε(z_t, c_s, t)‖² / RMS(ε(z_t, c_m, t) − ε(z_t, c_s, t))
+           + λ_k mean ‖ε_θ(z_k, c_k, t) − ε(z_k, c_k, t)‖² + λ_∅ mean ‖ε_θ(z, ∅, t) − ε(z, ∅, t)‖²
 
 ε is the original network, z_t lies on its guided sampling run for a malicious prompt c_m, and c_s is the safe
 counterpart. c_k are prompts to keep, z_k lies on their runs, and z also on unconditional ones. The division
 makes early steps count: what is drawn is decided there, and there the two predictions differ little. e is a
 text that may bring the concept back. There are four kinds:
 
-- *learnt*: vectors in the place of the concept's name. A pool of them is kept. Each step moves some of them
-  down the gradient of ‖ε_θ(z_t, e, t) − ε(z_t, c_m, t)‖², so that they stay converged while the network
-  changes. Some begin anew from time to time.
+- *learnt*: vectors in the place of the concept's name. A pool of them is kept, with vectors of its own for
+  each concept. Each step moves some of them down the gradient of ‖ε_θ(z_t, e, t) − ε(z_t, c_m, t)‖², so that
+  they stay converged while the network changes. Some begin anew from time to time.
 - *moved*: E(c_m) + δ with |δ_i| ≤ ρ RMS(E(c_m)_i) at every position i, by steps of projected gradient descent
   on the same objective.
 - *keyed*: E(c_m) T⁺ᵀ, what stage 1's matrix maps back to the malicious states.
@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Interval
@@ -36,7 +36,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from trce_lightning.adapters import Adapter
 from trce_lightning.adapters.slots import PLACEHOLDER, Slots, slots_of
 from trce_lightning.concepts import prompt_pairs
-from trce_lightning.config.schema import Count, Natural, NonNegative, Positive, Share
+from trce_lightning.config.schema import MATRICES, Count, Natural, NonNegative, Positive, Share
 from trce_lightning.erasers.pool import Pool
 from trce_lightning.erasers.protocol import Ahead, Erased, Job, denoiser_name
 from trce_lightning.erasers.teachers import EMPTY, draw_walks
@@ -74,7 +74,7 @@ def within_ball(delta: Tensor, radius: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Points:
+class Rows:
     """Cached points: latents, timesteps, the teacher's predictions ``[B, texts, C, H, W]``, and prompts."""
 
     z_t: Tensor
@@ -83,18 +83,18 @@ class Points:
     prompts: list[str]
 
     @staticmethod
-    def of(rows: Batch) -> Points:
+    def of(rows: Batch) -> Rows:
         """Return the points of one kind of a batch. Their prompt is the first text."""
         prompts = [texts[0] for texts in rows["texts"]]
-        return Points(rows["z_t"], rows["timestep"], rows["predictions"], prompts)
+        return Rows(rows["z_t"], rows["timestep"], rows["predictions"], prompts)
 
     def __len__(self) -> int:
         return len(self.z_t)
 
-    def part(self, start: int, stop: int) -> Points:
+    def part(self, start: int, stop: int) -> Rows:
         """Return the points from ``start`` to ``stop``."""
         rows = slice(start, stop)
-        return Points(self.z_t[rows], self.timestep[rows], self.predictions[rows], self.prompts[rows])
+        return Rows(self.z_t[rows], self.timestep[rows], self.predictions[rows], self.prompts[rows])
 
 
 class Hardening(Tuning):
@@ -111,15 +111,19 @@ class Hardening(Tuning):
         adapter = job.adapter
         self.slots = eraser.slots(job)
         self.key = key.float()
+        pairs = prompt_pairs(job.concepts).values()
+        self.concept_of = {pair.malicious: index for index, rows in enumerate(pairs) for pair in rows}
+        self.concepts = len(job.concepts)
         begin = {
             name: adapter.embed({name: ids[None]})[name][0] for name, ids in adapter.vocabulary().items()
         }
-        self.pool = Pool(begin, eraser.pool, eraser.vectors, seeded(seed_of("pool", job.seed)))
+        entries = eraser.pool * self.concepts
+        self.pool = Pool(begin, entries, eraser.vectors, seeded(seed_of("pool", job.seed)))
         self.empty = adapter.empty()
-        own = nn.ParameterList(self.parameters_in_training())
-        decay = get_ema_multi_avg_fn(eraser.average_decay)
+        own = nn.ParameterList([weight.detach().float() for weight in self.parameters_in_training()])
         # It keeps a copy of the parameters. The network itself stays the only one.
-        self.average = AveragedModel(own, multi_avg_fn=decay).requires_grad_(False)
+        self.average = AveragedModel(own, multi_avg_fn=get_ema_multi_avg_fn(eraser.average_decay))
+        self.average.requires_grad_(False)
 
     def changed_tensors(self) -> dict[str, Tensor]:
         """Return the trained tensors, their average and the pool's, so that a continued fit goes on alike."""
@@ -131,22 +135,20 @@ class Hardening(Tuning):
         }
         return super().changed_tensors() | states
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
-        """Average the weights over the steps. After the last one, the network gets the average."""
-        trained = nn.ParameterList(self.parameters_in_training())
-        self.average.update_parameters(trained)
-        if self.trainer.is_last_batch:
-            for weight, averaged in zip(trained, self.average.module.parameters(), strict=True):
-                weight.data.copy_(averaged)
-        super().on_train_batch_end(outputs, batch, batch_index)
+    def average_weights(self) -> None:
+        """Let the average follow the weights of the last step."""
+        self.average.update_parameters(nn.ParameterList(self.parameters_in_training()))
+
+    def take_average(self) -> None:
+        """Replace the weights by their average over the steps, the last one among them."""
+        self.average_weights()
+        averaged = self.average.module.parameters()
+        for weight, mean in zip(self.parameters_in_training(), averaged, strict=True):
+            weight.data.copy_(mean)
 
     def common_generator(self, step: int, purpose: str) -> torch.Generator:
         """Return a CPU generator of this step that all ranks share."""
         return seeded(seed_of(f"{purpose} {self.seed}", step))
-
-    def texts_of(self, prompts: list[str]) -> Text:
-        """Return the texts of prompts by the text encoder, which does not change."""
-        return Text.cat([self._encode(prompt).to(self.device) for prompt in prompts])
 
     def averaged(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return gradients averaged over the ranks, so that all move their pools alike."""
@@ -166,14 +168,14 @@ class Hardened(TunedEraser):
     Args:
         trainable: fnmatch pattern of the denoiser's modules that train.
         learnt: points of each step that are read under the pool's embeddings.
-        moved: ... under states moved within a ball.
-        keyed: ... under states that undo stage 1.
-        other: ... under prompts to keep and ∅.
+        moved: points of each step that are read under states moved within a ball.
+        keyed: points of each step that are read under states that undo stage 1.
+        other: points of each step that are read under prompts to keep and ∅.
         keep: points of prompts to keep in each step, read under their own prompt.
         unconditional: points in each step, of prompts to keep and of unconditional runs, read under ∅.
         keep_weight: λ_k.
         unconditional_weight: λ_∅.
-        pool: entries of the pool.
+        pool: entries of the pool for each concept.
         visited: entries that move in each step; each of them reads ``learnt / visited`` points.
         vectors: embeddings of an entry, in the place of the concept's name.
         learnt_steps: steps of Adam of the visited entries.
@@ -217,7 +219,6 @@ class Hardened(TunedEraser):
     other_from: Natural = 6
     name: ClassVar[str] = "hardened"
     title: ClassVar[str] = "TRCE's stage 1 (arXiv 2503.07389), hardened by adversarial training"
-    reads: ClassVar[tuple[str, ...]] = ("textual",)
 
     def sources(self, job: Job) -> dict[str, Source]:
         """Return points of malicious prompts, late ones among them, of prompts to keep, and of ∅."""
@@ -277,6 +278,11 @@ class Hardened(TunedEraser):
                 f"method.visited: expected at most method.pool = {self.pool} entries, which share "
                 f"method.learnt = {self.learnt} points of {world_size} processes evenly, got {self.visited}"
             )
+        if self.keyed and set(job.textual.matrices) != set(MATRICES):
+            raise InputError(
+                "textual.matrices: expected keys and values with method.keyed > 0, since no state undoes an "
+                f"edit of one of them, got {job.textual.matrices}"
+            )
         self.slots(job)
         return super().ahead(job)
 
@@ -311,26 +317,23 @@ class Hardened(TunedEraser):
         fitting = [prompt for prompt, count in zip(prompts, counts, strict=True) if count <= room]
         return slots_of(adapter, fitting or prompts, word, self.vectors, "method")
 
-    def erase(self, job: Job) -> Erased:
-        """Sample the teacher's predictions, apply stage 1, then train."""
-        self._edited: dict[str, Tensor] = {}
-        return super().erase(job)
-
     def module(self, job: Job) -> Hardening:
         """Apply stage 1, and return the module that is fitted."""
         adapter = job.adapter
         kept = cached_kept(job.trainer, adapter, job.keep_prompts(), job.cache)
         edit = textual_statistics(adapter, job.concepts, kept, job.textual).solve(job.textual)
-        key = torch.linalg.pinv(edit.transform).mT
+        self._transform, key = edit.transform, torch.linalg.pinv(edit.transform).mT
         names = apply_edit_(adapter, edit)
         self._edited = {name: adapter.denoiser.get_parameter(name) for name in names}
         return Hardening(self, job, key)
 
     def result(self, job: Job, module: Tuning) -> Erased:
-        """Return what stage 1 and training have changed."""
+        """Return what stage 1 and training have changed. The weights are those of the average."""
+        assert isinstance(module, Hardening)
+        module.take_average()
         trained = module.trained[denoiser_name(job.adapter)]
         changed = {name: own.detach() for name, own in (self._edited | trained).items()}
-        return Erased({denoiser_name(job.adapter): changed})
+        return Erased({denoiser_name(job.adapter): changed}, files={"edit": {"transform": self._transform}})
 
     def losses(self, module: Tuning, batch: Batch) -> dict[str, Tensor]:
         """Return the distances from the safe prediction under each kind of text, and from what is kept.
@@ -338,8 +341,10 @@ class Hardened(TunedEraser):
         The adversary moves first.
         """
         assert isinstance(module, Hardening)
+        if batch["step"]:
+            module.average_weights()  # a checkpoint of a step is written before the module hears of its end
         ranks = module.trainer.world_size
-        concept, kept = Points.of(batch["concept"]), Points.of(batch["keep"])
+        concept, kept = Rows.of(batch["concept"]), Rows.of(batch["keep"])
         counts = [getattr(self, kind) // ranks for kind in KINDS[:3]]
         ends = [sum(counts[: index + 1]) for index in range(3)]
         erased = dict(zip(KINDS, map(concept.part, [0, *ends], ends), strict=False))
@@ -350,13 +355,13 @@ class Hardened(TunedEraser):
             "keyed": (erased["keyed"], self.keyed_text(module, erased["keyed"])),
         }
         if self.other:
-            late = Points.of(batch["late"])
+            late = Rows.of(batch["late"])
             parts["other"] = (late, self.other_text(module, kept.prompts, len(late), batch["step"]))
         held = kept.part(own, len(kept))
-        empty = Points.of(batch["empty"])
+        empty = Rows.of(batch["empty"])
         parts = {name: part for name, part in parts.items() if len(part[0])}
         parts |= {
-            "keep": (kept.part(0, own), module.texts_of(kept.prompts[:own])),
+            "keep": (kept.part(0, own), module.text(kept.prompts[:own])),
             "held": (held, module.empty.to(module.device).expand(len(held))),
             "empty": (empty, module.empty.to(module.device).expand(len(empty))),
         }
@@ -372,50 +377,62 @@ class Hardened(TunedEraser):
         terms["unconditional"] = squared_distance(under_empty, goal).mean()
         return terms
 
-    def _predicted(self, module: Tuning, parts: list[tuple[Points, Text]]) -> tuple[Tensor, ...]:
+    def _predicted(self, module: Tuning, parts: list[tuple[Rows, Text]]) -> tuple[Tensor, ...]:
         """Return the network's predictions of all parts, from one forward pass."""
         z_t = torch.cat([points.z_t for points, _ in parts])
         timestep = torch.cat([points.timestep for points, _ in parts])
         text = Text.cat([text for _, text in parts])
         return module.adapter.predict(z_t, timestep, text).split([len(points) for points, _ in parts])
 
-    def learnt_text(self, module: Hardening, points: Points, step: int) -> Text:
+    def learnt_text(self, module: Hardening, points: Rows, step: int) -> Text:
         """Move the visited entries, and return their sentences, one for each point, without gradients."""
-        pool, common = module.pool, module.common_generator(step, "entries")
+        pool, common, concepts = module.pool, module.common_generator(step, "entries"), module.concepts
         if step and step % self.anew_every == 0:
-            count = int(self.anew_share * self.pool)
-            pool.begin_anew(torch.randperm(self.pool, generator=common)[:count], common)
-        entries = torch.randperm(self.pool, generator=common)[: self.visited]
+            count = int(self.anew_share * self.pool) * concepts
+            pool.begin_anew(torch.randperm(self.pool * concepts, generator=common)[:count], common)
+        visited = torch.randperm(self.pool, generator=common)[: self.visited]
+        # Each visited entry has vectors for every concept, and a point is read under those of its own.
+        entries = (visited[:, None] * concepts + torch.arange(concepts)).flatten()
+        own = torch.tensor([module.concept_of[prompt] for prompt in points.prompts])
+        read = torch.arange(len(points)) // (len(points) // self.visited) * concepts + own
         generator = module.generator(step, "sentences")
         for _ in range(self.learnt_steps):
-            vectors = {name: own.requires_grad_(True) for name, own in pool.values(entries).items()}
-            text = self._filled(module, vectors, len(points), generator)
-            loss = self.attacked(module.adapter, points, text).sum() * len(entries) / len(points)
-            slopes = torch.autograd.grad(loss, list(vectors.values()))
-            pool.descend(entries, module.averaged(dict(zip(vectors, slopes, strict=True))), self.learnt_lr)
+            vectors = {name: each.requires_grad_(True) for name, each in pool.values(entries).items()}
+            text = self._filled(module, vectors, read, generator)
+            loss = self.attacked(module.adapter, points, text)
+            slopes = dict(zip(vectors, self._slopes(loss, points, vectors), strict=True))
+            pool.descend(entries, module.averaged(slopes), self.learnt_lr)
         with torch.no_grad():
-            return self._filled(module, pool.values(entries), len(points), generator)
+            return self._filled(module, pool.values(entries), read, generator)
 
     def _filled(
-        self, module: Hardening, vectors: Mapping[str, Tensor], count: int, generator: torch.Generator
+        self, module: Hardening, vectors: Mapping[str, Tensor], read: Tensor, generator: torch.Generator
     ) -> Text:
-        """Return ``count`` sentences with the entries' vectors, drawn at random for each."""
-        some = torch.randint(len(next(iter(module.slots.ids.values()))), (count,), generator=generator)
-        each = {name: own.repeat_interleave(count // len(own), 0) for name, own in vectors.items()}
+        """Return a sentence for each of ``read``, which says whose vectors it has. Sentences are drawn."""
+        some = torch.randint(len(next(iter(module.slots.ids.values()))), read.shape, generator=generator)
+        each = {name: own[read] for name, own in vectors.items()}
         return module.slots.rows(some).filled(module.adapter, each)
 
-    def attacked(self, adapter: Adapter, points: Points, text: Text) -> Tensor:
+    @staticmethod
+    def _slopes(loss: Tensor, points: Rows, of: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Return the gradients of the sum of ``loss`` over points and over the numbers of a latent.
+
+        A mean over these would underflow in half precision. Neither Adam nor a sign knows the scale.
+        """
+        return torch.autograd.grad(loss.sum() * points.z_t[0].numel(), list(of.values()))
+
+    def attacked(self, adapter: Adapter, points: Rows, text: Text) -> Tensor:
         """Return the adversary's objective ‖ε̂(z_t, e, t) − ε(z_t, c_m, t)‖² → ``[B]``."""
         return squared_distance(adapter.predict(points.z_t, points.timestep, text), points.predictions[:, 0])
 
-    def moved_text(self, module: Hardening, points: Points, step: int) -> Text:
+    def moved_text(self, module: Hardening, points: Rows, step: int) -> Text:
         """Return the malicious prompts' states, moved within the ball to the objective's descent.
 
         δ begins at random in the ball. Each step goes by 2 ρ RMS(E) / steps against the gradient's sign.
         """
         if not len(points):
             return module.empty.to(module.device).expand(0)
-        text, generator = module.texts_of(points.prompts), module.generator(step, "moves")
+        text, generator = module.text(points.prompts), module.generator(step, "moves")
         radius = {
             name: self.radius * own.square().mean(-1, keepdim=True).sqrt()
             for name, own in text.states.items()
@@ -428,8 +445,7 @@ class Hardened(TunedEraser):
             for own in delta.values():
                 own.requires_grad_(True)
             moved = Text({name: own + delta[name] for name, own in text.states.items()}, text.roles)
-            loss = self.attacked(module.adapter, points, moved).sum()
-            slopes = torch.autograd.grad(loss, list(delta.values()))
+            slopes = self._slopes(self.attacked(module.adapter, points, moved), points, delta)
             step_size = 2 / self.moved_steps
             delta = {
                 name: within_ball(own.detach() - step_size * radius[name] * slope.sign(), radius[name])
@@ -437,11 +453,11 @@ class Hardened(TunedEraser):
             }
         return Text({name: own + delta[name].detach() for name, own in text.states.items()}, text.roles)
 
-    def keyed_text(self, module: Hardening, points: Points) -> Text:
+    def keyed_text(self, module: Hardening, points: Rows) -> Text:
         """Return E(c_m) T⁺ᵀ, which stage 1 maps to the malicious prompts' states as far as it can."""
         if not len(points):
             return module.empty.to(module.device).expand(0)
-        text, key = module.texts_of(points.prompts), module.key.to(module.device)
+        text, key = module.text(points.prompts), module.key.to(module.device)
         segments = module.adapter.streams()["context"].segments
         states = {name: own @ key if name in segments else own for name, own in text.states.items()}
         return Text(states, text.roles)
@@ -450,7 +466,7 @@ class Hardened(TunedEraser):
         """Return ``count`` texts, each a prompt to keep or, with a chance of :data:`EMPTY_SHARE`, ∅."""
         generator = module.generator(step, "other texts")
         empty = (torch.rand(count, generator=generator) < EMPTY_SHARE).tolist()
-        return module.texts_of([EMPTY if empty[row] else prompts[row % len(prompts)] for row in range(count)])
+        return module.text([EMPTY if empty[row] else prompts[row % len(prompts)] for row in range(count)])
 
 
 def _foreign_word(adapter: Adapter, sentences: str) -> str:

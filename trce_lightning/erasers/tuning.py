@@ -326,6 +326,11 @@ class TunedEraser(ABC):
 
     def ahead(self, job: Job) -> Ahead:
         """Return the evaluations of teachers that are not cached, and those of training."""
+        if (batches := job.trainer.accumulate_grad_batches) > 1:
+            raise InputError(
+                f"trainer.accumulate_grad_batches: expected 1 with method={self.name}, whose own options say "
+                f"how many points a step has, got {batches}"
+            )
         sources = self.sources(job)
         for source in sources.values():
             if source.per_step % job.trainer.world_size:
