@@ -15,7 +15,7 @@ from trce_lightning.config.schema import TrajectoryConfig
 from trce_lightning.data.datamodule import Batch, EpochBatches, TrajectoryDataModule, TrajectoryPoints
 from trce_lightning.data.trajectories import load_rows
 
-CONFIG = trajectory_config()
+CONFIG = trajectory_config(kept_per_malicious=3, num_kept=5)
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +97,24 @@ def test_unconditional_rows_come_with_every_batch(tiny_adapter: StableDiffusionA
     assert len(rows) == 32 and not Counter(rows) - planned
 
 
+def test_kept_rows_come_with_every_batch(tiny_adapter: StableDiffusionAdapter, cache: Path) -> None:
+    """Three a malicious row, none twice in a run, and all five trajectories in an epoch."""
+    rows = []
+    for batches in served(tiny_adapter, cache).values():
+        for batch in batches:
+            assert len(batch["kept_z_t"]) == len(batch["kept_text"]) == 3 * CONFIG.batch_size
+            labels = (batch["kept_trajectory"].tolist(), batch["kept_step_index"].tolist())
+            rows += list(zip(*labels, strict=True))
+        assert {trajectory for trajectory, _ in rows} == set(range(5))
+    planned = Counter((row.index, step) for row in plan_of(CONFIG).kept for step in row.step_indices)
+    assert len(rows) == 48 and not Counter(rows) - planned
+
+
 def test_rows_of_a_batch_belong_together(tiny_adapter: StableDiffusionAdapter, cache: Path) -> None:
     """Latents and predictions are those cached for the trajectory and step; states those of its prompt."""
     plan = plan_of(CONFIG)
-    for kind, prefix in (("malicious", "malicious_"), ("unconditional", "unconditional_")):
+    for kind in ("malicious", "unconditional", "kept"):
+        prefix = f"{kind}_"
         cached = load_rows(plan, cache, CONFIG.shard_size, kind)
         keys = list(zip(cached["trajectory"].tolist(), cached["step_index"].tolist(), strict=True))
         for batch in served(tiny_adapter, cache)[1]:
@@ -113,6 +127,10 @@ def test_rows_of_a_batch_belong_together(tiny_adapter: StableDiffusionAdapter, c
         expected = tiny_adapter.encode(prompts).states["clip"]
         torch.testing.assert_close(batch["malicious_text"].states["clip"], expected, atol=1e-5, rtol=1e-4)
         assert len(set(prompts)) > 1
+        kept = [plan.kept[index].prompt for index in batch["kept_trajectory"].tolist()]
+        expected = tiny_adapter.encode(kept).states["clip"]
+        torch.testing.assert_close(batch["kept_text"].states["clip"], expected, atol=1e-5, rtol=1e-4)
+        assert len(set(kept)) > 1
 
 
 def test_batches_depend_on_seed_and_epoch_alone(tiny_adapter: StableDiffusionAdapter, cache: Path) -> None:
@@ -151,5 +169,5 @@ def test_no_unconditional_rows_if_none_are_asked_for(
     recorder = Recorder()
     cpu_trainer(tmp_path).fit(recorder, TrajectoryDataModule(tiny_adapter, plan, tmp_path, config, 0))
     (batch,) = recorder.epochs[0]
-    assert [name for name in batch if name.startswith("unconditional")] == []
+    assert [name for name in batch if name.startswith(("unconditional", "kept"))] == []
     assert len(batch["malicious_z_t"]) == 4

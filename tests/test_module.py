@@ -34,6 +34,8 @@ from trce_lightning.errors import InputError
 from trce_lightning.module import TRCE
 
 CONFIG = trajectory_config()
+SAMPLED = trajectory_config(kept_per_malicious=1, num_kept=5)
+"""What the shared trajectories are sampled for."""
 TEXTUAL = TextualConfig(eta=0.1)
 
 
@@ -48,7 +50,7 @@ class Sampled:
 @pytest.fixture(scope="module")
 def sampled(tiny_adapter: StableDiffusionAdapter, tmp_path_factory: pytest.TempPathFactory) -> Sampled:
     folder = tmp_path_factory.mktemp("trajectories")
-    sample_plan(tiny_adapter, CONFIG, folder)
+    sample_plan(tiny_adapter, SAMPLED, folder)
     return Sampled(folder, stage1_statistics(tiny_adapter, TEXTUAL).solve(TEXTUAL))
 
 
@@ -128,7 +130,7 @@ class Fit:
         trainer = cpu_trainer(
             folder, epochs=self.config.epochs, callbacks=(self.record, *callbacks), **options
         )
-        data = TrajectoryDataModule(self.adapter, plan_of(CONFIG), self.sampled.folder, self.config, seed=0)
+        data = TrajectoryDataModule(self.adapter, plan_of(SAMPLED), self.sampled.folder, self.config, seed=0)
         trainer.fit(self.module, data, ckpt_path=ckpt_path)
         return self
 
@@ -180,7 +182,21 @@ def loss_by_hand(
         ((eps("unconditional", row, empty) - rows["unconditional_uncond"][row]) ** 2).mean().item()
         for row in range(len(rows["unconditional_z_t"]))
     ]
-    terms = ((1.0, erase), (config.uncond_hinge_weight, uncond), (config.preserve_weight, preserve))
+    keep = [
+        (
+            (eps("kept", row, batch["kept_text"].states["clip"][row][None].double()) - rows["kept_kept"][row])
+            ** 2
+        )
+        .mean()
+        .item()
+        for row in range(len(rows.get("kept_z_t", ())))
+    ]
+    terms = (
+        (1.0, erase),
+        (config.uncond_hinge_weight, uncond),
+        (config.preserve_weight, preserve),
+        *([(config.keep_weight, keep)] if keep else []),
+    )
     return math.fsum(
         weight * sum(values) / len(values) for weight, values in (*terms, (config.pull_weight, pull))
     )
@@ -188,7 +204,11 @@ def loss_by_hand(
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"uncond_hinge_weight": 0.7, "pull_weight": 30.0, "preserve_weight": 50.0, "batch_size": 8}],
+    [
+        {},
+        {"kept_per_malicious": 1, "num_kept": 5, "keep_weight": 70.0},
+        {"uncond_hinge_weight": 0.7, "pull_weight": 30.0, "preserve_weight": 50.0, "batch_size": 8},
+    ],
 )
 def test_the_loss_by_hand(sampled: Sampled, tmp_path: Path, options: dict[str, Any]) -> None:
     """The second case has every term, and rows of the first step, which the ∅ hinge leaves out."""

@@ -1,12 +1,15 @@
 """The plan: what is drawn, and that its cost is exactly what sampling takes."""
 
 import dataclasses
+import hashlib
+import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import build_tiny_pipeline
-from tiny_runs import WEAPONS, cpu_trainer, plan_of, trajectory_config
+from tiny_runs import KEEP_PROMPTS, WEAPONS, cpu_trainer, plan_of, trajectory_config
 
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.concepts import PromptPair
@@ -22,6 +25,8 @@ def test_cost_by_hand() -> None:
     assert malicious.network_evaluations(guided=False) == 7
     unconditional = Trajectory(0, seed=1, step_indices=(3,), pair=None)
     assert {unconditional.network_evaluations(guided=guided) for guided in (True, False)} == {4}
+    kept = Trajectory(0, seed=1, step_indices=(1, 4), pair=None, prompt="a dog")
+    assert [kept.network_evaluations(guided=guided) for guided in (True, False)] == [10, 5]
 
 
 @pytest.mark.parametrize(
@@ -32,6 +37,8 @@ def test_cost_by_hand() -> None:
         {"unconditional_per_malicious": 0},
         {"guidance_scale": 1.0},
         {"guidance_scale": 0.0, "draws_per_epoch": 1, "epochs": 1},
+        {"kept_per_malicious": 1, "num_kept": 3},
+        {"kept_per_malicious": 2, "num_kept": 5, "guidance_scale": 1.0, "unconditional_per_malicious": 0},
     ],
 )
 def test_sampling_takes_the_planned_evaluations(options: dict[str, float], tmp_path: Path) -> None:
@@ -81,6 +88,46 @@ def test_enough_unconditional_rows_for_every_epoch() -> None:
     plan = plan_of(config)
     assert 0 <= sum(len(row.step_indices) for row in plan.unconditional) - wanted < 7
     assert plan_of(trajectory_config(unconditional_per_malicious=0)).unconditional == ()
+
+
+def test_kept_prompts_take_turns_and_change_no_other_trajectory() -> None:
+    config = trajectory_config(kept_per_malicious=2, num_kept=6)
+    plan, without = plan_of(config), plan_of(trajectory_config())
+    assert (plan.malicious, plan.unconditional) == (without.malicious, without.unconditional)
+    prompts = [row.prompt for row in plan.kept]
+    assert set(prompts[:4]) == set(KEEP_PROMPTS) and prompts[4:] == prompts[:2]
+    # 4 trajectories of 2 epochs with 2 draws, 2 points each: 32 rows of 6 trajectories, from all 5 steps.
+    assert [len(row.step_indices) for row in plan.kept] == [6] * 6
+    assert {step for row in plan.kept for step in row.step_indices} == set(range(5))
+    seeds = {row.seed for row in (*plan.malicious, *plan.unconditional, *plan.kept)}
+    assert len(seeds) == len(plan.malicious) + len(plan.unconditional) + len(plan.kept)
+
+
+def test_a_plan_without_kept_prompts_has_its_earlier_fingerprint() -> None:
+    """Caches of versions that knew no kept prompts stay valid."""
+    plan = plan_of(trajectory_config())
+    facts = {
+        "malicious": [_earlier_facts(row) for row in plan.malicious],
+        "unconditional": [_earlier_facts(row) for row in plan.unconditional],
+        "num_steps": 5,
+        "guidance_scale": 3.0,
+    }
+    text = json.dumps(["model", facts], sort_keys=True)
+    assert plan.fingerprint("model") == hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    kept = [
+        plan_of(trajectory_config(kept_per_malicious=1, num_kept=number)).fingerprint("model")
+        for number in (3, 4)
+    ]
+    assert len({plan.fingerprint("model"), *kept}) == 3
+
+
+def _earlier_facts(row: Trajectory) -> dict[str, Any]:
+    return {"index": row.index, "seed": row.seed, "step_indices": row.step_indices, "pair": row.pair}
+
+
+def test_no_prompts_to_keep_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"trajectory\.kept_per_malicious: expected 0.*got 1"):
+        draw_plan(WEAPONS.pairs(), trajectory_config(kept_per_malicious=1), 0)
 
 
 def test_the_same_seed_draws_the_same_plan() -> None:

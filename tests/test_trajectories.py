@@ -15,7 +15,7 @@ from trce_lightning.data.plan import Trajectory, TrajectoryPlan
 from trce_lightning.data.trajectories import load_rows, sample_missing, shards
 from trce_lightning.sampling import noise
 
-CONFIG = trajectory_config()
+CONFIG = trajectory_config(kept_per_malicious=1, num_kept=5)
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
 
@@ -41,6 +41,8 @@ def naive_rows(
     prompts = {"uncond": ""}
     if trajectory.pair:
         prompts |= {"malicious": trajectory.pair.malicious, "safe": trajectory.pair.safe}
+    if trajectory.prompt:
+        prompts["kept"] = trajectory.prompt
     states = {
         kind: adapter.pipeline.encode_prompt(text, "cpu", 1, False)[0] for kind, text in prompts.items()
     }
@@ -51,13 +53,16 @@ def naive_rows(
         visited.append(
             {"z_t": z_t[0], **{kind: value[0] for kind, value in eps.items()}, "timestep": timestep}
         )
-        guided = eps["uncond"]
-        if trajectory.pair and plan.guidance_scale <= 1:
-            guided = eps["malicious"]
-        elif trajectory.pair:
-            guided = eps["uncond"] + plan.guidance_scale * (eps["malicious"] - eps["uncond"])
+        guided, prompted = eps["uncond"], eps.get("malicious", eps.get("kept"))
+        if prompted is not None and plan.guidance_scale <= 1:
+            guided = prompted
+        elif prompted is not None:
+            guided = eps["uncond"] + plan.guidance_scale * (prompted - eps["uncond"])
         z_t = scheduler.step(guided, timestep, z_t).prev_sample
-    return [visited[step_index] for step_index in trajectory.step_indices]
+    rows = [visited[step_index] for step_index in trajectory.step_indices]
+    if trajectory.prompt:  # nothing needs ε(z_k, ∅)
+        rows = [{name: value for name, value in row.items() if name != "uncond"} for row in rows]
+    return rows
 
 
 @pytest.mark.parametrize(
@@ -67,8 +72,10 @@ def naive_rows(
 def test_cached_rows_equal_a_plain_loop(prediction_type: str, guidance_scale: float, tmp_path: Path) -> None:
     """At guidance of 1 and below a trajectory follows the prompt alone, as diffusers draws it."""
     adapter = StableDiffusionAdapter(build_tiny_pipeline(prediction_type))
-    plan = sample_plan(adapter, trajectory_config(guidance_scale=guidance_scale), tmp_path)
-    for kind, trajectories in (("malicious", plan.malicious), ("unconditional", plan.unconditional)):
+    config = trajectory_config(guidance_scale=guidance_scale, kept_per_malicious=1, num_kept=5)
+    plan = sample_plan(adapter, config, tmp_path)
+    for kind in ("malicious", "unconditional", "kept"):
+        trajectories = getattr(plan, kind)
         rows = load_rows(plan, tmp_path, CONFIG.shard_size, kind)
         expected = [row for trajectory in trajectories for row in naive_rows(adapter, plan, trajectory)]
         labels = [(row.index, step_index) for row in trajectories for step_index in row.step_indices]
@@ -127,7 +134,7 @@ def test_shard_size_changes_files_and_no_rows(
     folder, plan = shutil.copytree(cache, tmp_path / "copy"), plan_of(CONFIG)
     for shard_size in (1, 3, 16):
         sample_missing(cpu_trainer(tmp_path), tiny_adapter, plan, folder, shard_size)
-        for kind in ("malicious", "unconditional"):
+        for kind in ("malicious", "unconditional", "kept"):
             rows, expected = (
                 load_rows(plan, *place, kind) for place in ((folder, shard_size), (cache, CONFIG.shard_size))
             )
@@ -145,7 +152,7 @@ def test_ranks_share_the_shards(
     trainer = cpu_trainer(tmp_path, devices=3, strategy="ddp_fork")
     with one_thread():
         sample_missing(trainer, tiny_adapter, plan, tmp_path / "cache", shard_size)
-    for kind in ("malicious", "unconditional"):
+    for kind in ("malicious", "unconditional", "kept"):
         rows = load_rows(plan, tmp_path / "cache", shard_size, kind)
         expected = load_rows(plan, cache, CONFIG.shard_size, kind)
         for name in rows:

@@ -40,8 +40,8 @@ def trajectory_config(**options: Any) -> TrajectoryConfig:
 
 
 def plan_of(config: TrajectoryConfig, seed: int = 0) -> TrajectoryPlan:
-    """The plan for the concept above."""
-    return draw_plan(WEAPONS.pairs(), config, seed)
+    """The plan for the concept above, and for ``KEEP_PROMPTS`` where the config asks for them."""
+    return draw_plan(WEAPONS.pairs(), config, seed, KEEP_PROMPTS)
 
 
 def cpu_trainer(

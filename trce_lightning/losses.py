@@ -77,7 +77,7 @@ def needed_displacement(prediction: Tensor, safe: Tensor, unsafe: Tensor, margin
 def preserve_loss(prediction: Tensor, reference: Tensor) -> Tensor:
     """Return ‖ε̂(z_u, ∅) − ε(z_u, ∅)‖² on unconditional trajectories → [B].
 
-    `reference` is the original network's prediction.
+    `reference` is the original network's prediction. On the trajectories of prompts to keep, c_k replaces ∅.
     """
     return squared_distance(prediction, reference)
 

@@ -159,7 +159,10 @@ class TRCE(pl.LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss of a batch, from one forward pass.
 
-        L = L_erase(ε̂(z_t, c_m)) + w_∅ L_erase(ε̂(z_t, ∅)) + λ_p ‖ε̂(z_u, ∅) − ε(z_u, ∅)‖² + optional pull.
+        L = L_erase(ε̂(z_t, c_m)) + w_∅ L_erase(ε̂(z_t, ∅)) + λ_p ‖ε̂(z_u, ∅) − ε(z_u, ∅)‖²
+            + λ_k ‖ε̂(z_k, c_k) − ε(z_k, c_k)‖² + λ_s ‖ε̂(z_t, c_m) − ε(z_t, c_s)‖².
+
+        The paper's loss is the first line. The second keeps prompts c_k, and pulls to the safe prediction.
         If the loss isn't finite, raise ``InputError``.
         """
         predictions = self._predict(batch)
@@ -168,6 +171,7 @@ class TRCE(pl.LightningModule):
             "erase": 1.0,
             "erase_uncond": self.trajectory.uncond_hinge_weight,
             "preserve": self.trajectory.preserve_weight,
+            "keep": self.trajectory.keep_weight,
             "pull": self.trajectory.pull_weight,
         }
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
@@ -197,7 +201,7 @@ class TRCE(pl.LightningModule):
         )
 
     def _predict(self, batch: Batch) -> dict[str, Tensor]:
-        """Return ε̂ of every kind from one forward pass: of (z_t, c_m), (z_t, ∅) and (z_u, ∅).
+        """Return ε̂ of every kind from one forward pass: of (z_t, c_m), (z_t, ∅), (z_u, ∅) and (z_k, c_k).
 
         (z_t, ∅) is evaluated only for the ∅ hinge.
         """
@@ -214,6 +218,8 @@ class TRCE(pl.LightningModule):
         if "unconditional_z_t" in batch and self.trajectory.preserve_weight:
             count = len(batch["unconditional_z_t"])
             inputs["preserve"] = ("unconditional", every, empty.expand(count))
+        if "kept_z_t" in batch and self.trajectory.keep_weight:
+            inputs["keep"] = ("kept", every, batch["kept_text"])
         z_t = torch.cat([batch[f"{kind}_z_t"][rows] for kind, rows, _ in inputs.values()])
         timestep = torch.cat([batch[f"{kind}_timestep"][rows] for kind, rows, _ in inputs.values()])
         output = self.adapter.predict(z_t, timestep, Text.cat([text for *_, text in inputs.values()]))
@@ -241,6 +247,8 @@ class TRCE(pl.LightningModule):
             ).sum() / len(hinge)
         if "preserve" in predictions:
             terms["preserve"] = preserve_loss(predictions["preserve"], batch["unconditional_uncond"]).mean()
+        if "keep" in predictions:
+            terms["keep"] = preserve_loss(predictions["keep"], batch["kept_kept"]).mean()
         if self.trajectory.pull_weight:
             terms["pull"] = pull_loss(predictions["malicious"], batch["malicious_safe"]).mean()
         return terms

@@ -151,6 +151,7 @@ class TrajectoryConfig:
 
     num_trajectories: Count = 100  # number of malicious trajectories
     num_unconditional: Count = 100  # number of unconditional trajectories
+    num_kept: Count = 100  # number of trajectories of prompts to keep, one prompt each
     num_steps: Steps = 50  # sampling steps of a trajectory
     early_steps: Count = 25  # malicious points come from this many first steps
     guidance_scale: NonNegative = 3.0  # for sampling trajectories
@@ -158,9 +159,11 @@ class TrajectoryConfig:
     margin: NonNegative = 0.01  # mean squared difference per element
     uncond_hinge_weight: NonNegative = 0.0
     preserve_weight: NonNegative = 100.0
+    keep_weight: NonNegative = 100.0  # preserve weight of the prompts to keep
     pull_weight: NonNegative = 0.0
     batch_size: Count = 4
     unconditional_per_malicious: Natural = 4
+    kept_per_malicious: Natural = 0  # points of prompts to keep; 0: stage 2 keeps unconditional points alone
     draws_per_epoch: Count = 1  # steps of each malicious trajectory per epoch
     epochs: Count = 3
     trainable: str = "*.to_q"  # fnmatch pattern of module names

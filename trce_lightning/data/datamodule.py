@@ -1,8 +1,8 @@
-"""The LightningDataModule of stage 2: each batch mixes cached malicious and unconditional points."""
+"""The LightningDataModule of stage 2: each batch mixes cached malicious, unconditional and kept points."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,20 @@ from trce_lightning.errors import InputError
 from trce_lightning.tokens import Text
 
 Batch = dict[str, Any]
-"""The tensors of a batch's cached rows, ``malicious_*`` ``[B, …]`` and ``unconditional_*`` ``[kB, …]``.
+"""The tensors of a batch's cached rows: ``malicious_*`` ``[B, …]``, ``unconditional_*`` and ``kept_*``.
 
-``malicious_text`` is the :class:`Text` of the malicious prompts.
+``malicious_text`` is the :class:`Text` of the malicious prompts, ``kept_text`` that of the prompts to keep.
+Of the last two kinds, there are k rows for each malicious one, or none.
 """
 
 
 @dataclass(frozen=True)
 class EpochItem:
-    """The row numbers of one malicious point and of the unconditional points that go with it."""
+    """The row numbers of one malicious point, and of the unconditional and kept points that go with it."""
 
     malicious: int
     unconditional: tuple[int, ...]
+    kept: tuple[int, ...]
 
 
 class TrajectoryPoints(Dataset[list[EpochItem]]):
@@ -44,7 +46,10 @@ class TrajectoryPoints(Dataset[list[EpochItem]]):
     def __init__(self, plan: TrajectoryPlan, config: TrajectoryConfig) -> None:
         self.num_trajectories, self.draws = len(plan.malicious), config.draws_per_epoch
         self.draws_in_all = config.epochs * config.draws_per_epoch
-        self.each = config.unconditional_per_malicious
+        self.unconditional_each, self.kept_each = (
+            config.unconditional_per_malicious,
+            config.kept_per_malicious,
+        )
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -56,8 +61,12 @@ class TrajectoryPoints(Dataset[list[EpochItem]]):
     def _item(self, index: int) -> EpochItem:
         draw = self.epoch * self.draws + index // self.num_trajectories
         malicious = (index % self.num_trajectories) * self.draws_in_all + draw
-        first = (self.epoch * len(self) + index) * self.each
-        return EpochItem(malicious, tuple(range(first, first + self.each)))
+        served = self.epoch * len(self) + index
+
+        def rows(each: int) -> tuple[int, ...]:
+            return tuple(range(served * each, (served + 1) * each))
+
+        return EpochItem(malicious, rows(self.unconditional_each), rows(self.kept_each))
 
 
 def check_batch(batch_size: int, world_size: int) -> None:
@@ -122,6 +131,19 @@ class TrajectoryLoader(DataLoader[list[EpochItem]]):
         self.sampler.served = state_dict["served"]
 
 
+class _Prompts:
+    """The text states of trajectories' prompts. Each different prompt is encoded once."""
+
+    def __init__(self, adapter: Adapter, prompts: Sequence[str]) -> None:
+        unique = list(dict.fromkeys(prompts))
+        self.texts = [adapter.encode([prompt]).to("cpu") for prompt in unique]
+        self.index = torch.tensor([unique.index(prompt) for prompt in prompts])
+
+    def of(self, trajectory: Tensor) -> Text:
+        """Return the text of the trajectories with these numbers."""
+        return Text.cat([self.texts[number] for number in self.index[trajectory].tolist()])
+
+
 class TrajectoryDataModule(pl.LightningDataModule):
     """A data module that reads the shards of a plan once and collates their rows into batches."""
 
@@ -137,30 +159,41 @@ class TrajectoryDataModule(pl.LightningDataModule):
         self.adapter, self.plan, self.folder, self.config, self.seed = adapter, plan, folder, config, seed
         self.malicious: dict[str, Tensor] = {}
         self.unconditional: dict[str, Tensor] = {}
+        self.kept: dict[str, Tensor] = {}
 
     def setup(self, stage: str) -> None:
         """Load all rows, and the text states of their prompts."""
         if self.malicious:
             return
         self.malicious = load_rows(self.plan, self.folder, self.config.shard_size, "malicious")
-        self.unconditional = load_rows(self.plan, self.folder, self.config.shard_size, "unconditional")
-        # The trajectories are interleaved, so that an epoch's unconditional points come from many of them.
-        if self.unconditional:
-            each = len(self.unconditional["timestep"]) // len(self.plan.unconditional)
-            order = torch.arange(len(self.plan.unconditional) * each).view(-1, each).T.flatten()
-            self.unconditional = {key: rows[order] for key, rows in self.unconditional.items()}
-        prompts = [row.pair.malicious for row in self.plan.malicious if row.pair]
-        unique = list(dict.fromkeys(prompts))
-        self.prompts = Text.cat([self.adapter.encode([prompt]).to("cpu") for prompt in unique])
-        self.prompt_index = torch.tensor([unique.index(prompt) for prompt in prompts])
+        self.unconditional = self._interleaved("unconditional", len(self.plan.unconditional))
+        self.kept = self._interleaved("kept", len(self.plan.kept))
+        self.prompts = _Prompts(self.adapter, [row.pair.malicious for row in self.plan.malicious if row.pair])
+        self.keep_prompts = _Prompts(
+            self.adapter, [row.prompt for row in self.plan.kept if row.prompt is not None]
+        )
+
+    def _interleaved(self, kind: str, trajectories: int) -> dict[str, Tensor]:
+        """Return the rows of a kind in such an order that an epoch's points come from many trajectories."""
+        rows = load_rows(self.plan, self.folder, self.config.shard_size, kind)
+        if not rows:
+            return rows
+        each = len(rows["timestep"]) // trajectories
+        order = torch.arange(trajectories * each).view(-1, each).T.flatten()
+        return {key: values[order] for key, values in rows.items()}
 
     def collate(self, items: list[EpochItem]) -> Batch:
-        """Return the rows of one batch, with the malicious prompts' text states."""
+        """Return the rows of one batch, with the text states of malicious and kept prompts."""
         rows = torch.tensor([item.malicious for item in items])
         batch: Batch = {f"malicious_{key}": values[rows] for key, values in self.malicious.items()}
-        batch["malicious_text"] = self.prompts.rows(self.prompt_index[batch["malicious_trajectory"]])
+        batch["malicious_text"] = self.prompts.of(batch["malicious_trajectory"])
         others = torch.tensor([row for item in items for row in item.unconditional], dtype=torch.long)
-        return batch | {f"unconditional_{key}": values[others] for key, values in self.unconditional.items()}
+        batch |= {f"unconditional_{key}": values[others] for key, values in self.unconditional.items()}
+        kept = torch.tensor([row for item in items for row in item.kept], dtype=torch.long)
+        if self.kept and len(kept):
+            batch |= {f"kept_{key}": values[kept] for key, values in self.kept.items()}
+            batch["kept_text"] = self.keep_prompts.of(batch["kept_trajectory"])
+        return batch
 
     def train_dataloader(self) -> TrajectoryLoader:
         """Return a loader for one pass over an epoch's draws."""

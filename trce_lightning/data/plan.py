@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -30,7 +31,9 @@ class Trajectory:
     step_indices: tuple[int, ...]
     """The steps that were drawn for training: one for each (epoch, draw), repeats included."""
     pair: PromptPair | None
-    """The prompts of a malicious trajectory, or None for an unconditional one."""
+    """The prompts of a malicious trajectory, or None for the others."""
+    prompt: str | None = None
+    """The prompt of a kept trajectory, or None for the others."""
 
     @property
     def num_steps(self) -> int:
@@ -41,24 +44,26 @@ class Trajectory:
         """Return the number of network evaluations that sampling takes.
 
         With guidance, a malicious trajectory needs ∅ and c_m at every step, and c_s at the different drawn
-        steps. Without guidance, it needs c_m at every step, and ∅ and c_s at the drawn steps. An
-        unconditional trajectory needs ∅ at every step.
+        steps. Without guidance, it needs c_m at every step, and ∅ and c_s at the drawn steps. A kept
+        trajectory needs its prompt at every step, and with guidance also ∅. An unconditional trajectory needs
+        ∅ at every step.
         """
         if self.pair is None:
-            return self.num_steps
+            return 2 * self.num_steps if guided and self.prompt is not None else self.num_steps
         drawn = len(set(self.step_indices))
         return 2 * self.num_steps + drawn if guided else self.num_steps + 2 * drawn
 
 
 @dataclass(frozen=True)
 class TrajectoryPlan:
-    """The malicious and unconditional trajectories of a run."""
+    """The malicious, unconditional and kept trajectories of a run."""
 
     malicious: tuple[Trajectory, ...]
     unconditional: tuple[Trajectory, ...]
     num_steps: int
     """The number of steps of a full sampling run. It determines the timesteps."""
     guidance_scale: float
+    kept: tuple[Trajectory, ...] = ()
 
     @property
     def guided(self) -> bool:
@@ -68,14 +73,14 @@ class TrajectoryPlan:
     @property
     def network_evaluations(self) -> int:
         """Return the exact number of network evaluations for all trajectories."""
-        return self.evaluations_of((*self.malicious, *self.unconditional))
+        return self.evaluations_of((*self.malicious, *self.unconditional, *self.kept))
 
     def evaluations_of(self, rows: Iterable[Trajectory]) -> int:
         """Return the number of network evaluations for some of the trajectories."""
         return sum(row.network_evaluations(guided=self.guided) for row in rows)
 
     def training_evaluations(self, config: TrajectoryConfig) -> int:
-        """Return the network evaluations of all epochs: of (z_t, c_m), (z_t, ∅) and (z_u, ∅).
+        """Return the network evaluations of all epochs: of (z_t, c_m), (z_t, ∅), (z_u, ∅) and (z_k, c_k).
 
         (z_t, ∅) is evaluated only with the ∅ hinge, and only after the first step.
         """
@@ -83,27 +88,44 @@ class TrajectoryPlan:
         served = config.epochs * -(-items // config.batch_size) * config.batch_size
         later = sum(step_index > 0 for row in self.malicious for step_index in row.step_indices)
         preserve = config.unconditional_per_malicious if config.preserve_weight else 0
-        return served * (1 + preserve) + (later if config.uncond_hinge_weight else 0)
+        keep = config.kept_per_malicious if config.keep_weight else 0
+        return served * (1 + preserve + keep) + (later if config.uncond_hinge_weight else 0)
 
     def stored_bytes(self, latent_numbers: int) -> int:
         """Return the bytes on disk of latents and predictions, float32 of ``latent_numbers`` numbers each."""
         malicious = sum(len(row.step_indices) for row in self.malicious)
-        unconditional = sum(len(row.step_indices) for row in self.unconditional)
-        return 4 * latent_numbers * (4 * malicious + 2 * unconditional)
+        preserved = sum(len(row.step_indices) for row in (*self.unconditional, *self.kept))
+        return 4 * latent_numbers * (4 * malicious + 2 * preserved)
 
     def fingerprint(self, generator: str) -> str:
         """Return a hash that identifies the cache of this plan, sampled with ``generator``."""
         # All scales up to 1 give the same rows as scale 1.
-        facts = asdict(self) | {"guidance_scale": max(self.guidance_scale, 1.0)}
+        facts = asdict(self, dict_factory=_without_absent_kept) | {
+            "guidance_scale": max(self.guidance_scale, 1.0)
+        }
         text = json.dumps([generator, facts], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def draw_plan(pairs: Sequence[PromptPair], config: TrajectoryConfig, seed: int) -> TrajectoryPlan:
-    """Draw the trajectories and their steps. Malicious prompts take turns, and steps are drawn uniformly.
+def _without_absent_kept(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a dictionary that has nothing of kept trajectories if there are none.
 
-    The steps of malicious trajectories come from the first ``early_steps``, those of unconditional ones from
-    all steps. If ``early_steps`` exceeds ``num_steps``, raise ``InputError``.
+    So a plan without them has the fingerprint that it had before plans knew them.
+    """
+    return {name: value for name, value in items if name not in ("kept", "prompt") or value}
+
+
+def draw_plan(
+    pairs: Sequence[PromptPair],
+    config: TrajectoryConfig,
+    seed: int,
+    keep_prompts: Sequence[str] = (),
+) -> TrajectoryPlan:
+    """Draw the trajectories and their steps. Prompts take turns, and steps are drawn uniformly.
+
+    The steps of malicious trajectories come from the first ``early_steps``, those of the others from all
+    steps. Kept trajectories are drawn last, so the others are the same without them. If ``early_steps``
+    exceeds ``num_steps``, or no prompt is there to keep though some are asked for, raise ``InputError``.
     """
     if config.early_steps > config.num_steps:
         raise InputError(
@@ -128,7 +150,33 @@ def draw_plan(pairs: Sequence[PromptPair], config: TrajectoryConfig, seed: int) 
         Trajectory(i, seed_of(f"unconditional-{seed}", i), _draw(config.num_steps, each, generator), None)
         for i in range(config.num_unconditional if wanted else 0)
     ]
-    return TrajectoryPlan(tuple(malicious), tuple(unconditional), config.num_steps, config.guidance_scale)
+    kept = _draw_kept(keep_prompts, config, seed, generator) if config.kept_per_malicious else ()
+    return TrajectoryPlan(
+        tuple(malicious), tuple(unconditional), config.num_steps, config.guidance_scale, kept
+    )
+
+
+def _draw_kept(
+    prompts: Sequence[str], config: TrajectoryConfig, seed: int, generator: torch.Generator
+) -> tuple[Trajectory, ...]:
+    if not prompts:
+        raise InputError(
+            "trajectory.kept_per_malicious: expected 0 where there are no prompts to keep, got "
+            f"{config.kept_per_malicious}"
+        )
+    order = torch.randperm(len(prompts), generator=generator).tolist()
+    wanted = config.num_trajectories * config.epochs * config.draws_per_epoch * config.kept_per_malicious
+    each = -(-wanted // config.num_kept)
+    return tuple(
+        Trajectory(
+            i,
+            seed_of(f"kept-{seed}", i),
+            _draw(config.num_steps, each, generator),
+            None,
+            prompts[order[i % len(order)]],
+        )
+        for i in range(config.num_kept)
+    )
 
 
 def _draw(num_steps: int, count: int, generator: torch.Generator) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -31,7 +32,11 @@ def shards(plan: TrajectoryPlan, shard_size: int) -> list[Shard]:
     """Return the plan in shards, named by size and first trajectory. One shard is sampled as one batch."""
     return [
         (f"{kind}-{shard_size}x{start:05d}.safetensors", rows[start : start + shard_size])
-        for kind, rows in (("malicious", plan.malicious), ("unconditional", plan.unconditional))
+        for kind, rows in (
+            ("malicious", plan.malicious),
+            ("unconditional", plan.unconditional),
+            ("kept", plan.kept),
+        )
         for start in range(0, len(rows), shard_size)
     ]
 
@@ -85,13 +90,19 @@ class TrajectorySampler(pl.LightningModule):
         write_safetensors(self.folder / name, rows, {"fingerprint": self.fingerprint})
 
     def _texts(self, trajectories: Sequence[Trajectory]) -> dict[str, Text]:
-        """Return each kind of text: ∅, and for malicious trajectories also c_m and c_s."""
-        texts = {"uncond": self.adapter.empty().expand(len(trajectories))}
+        """Return each kind of text: ∅ and c_k, or ∅, and for malicious trajectories also c_m and c_s."""
+        if prompts := [row.prompt for row in trajectories if row.prompt is not None]:
+            text = {"kept": self.adapter.encode(prompts)}
+            return {**self._uncond(prompts), **text} if self.plan.guided else text
+        texts = self._uncond(trajectories)
         if trajectories[0].pair is not None:
             pairs = [row.pair for row in trajectories if row.pair]
             texts["malicious"] = self.adapter.encode([pair.malicious for pair in pairs])
             texts["safe"] = self.adapter.encode([pair.safe for pair in pairs])
         return texts
+
+    def _uncond(self, rows: Sequence[Any]) -> dict[str, Text]:
+        return {"uncond": self.adapter.empty().expand(len(rows))}
 
     def _sample(self, trajectories: Sequence[Trajectory], texts: dict[str, Text]) -> dict[str, Tensor]:
         z_t = torch.stack([noise(self.adapter.latent_shape, row.seed) for row in trajectories]).to(
@@ -106,7 +117,8 @@ class TrajectorySampler(pl.LightningModule):
             step = f"step {step_index + 1} of {self.plan.num_steps}"
             finite.see(f"the denoiser's output in {step}", torch.stack([*eps.values()]), self.denoiser)
             for i in drawn:
-                kept[i, step_index] = {"z_t": z_t[i], **{kind: rows[i] for kind, rows in eps.items()}}
+                stored = {"kept": eps["kept"]} if "kept" in eps else eps
+                kept[i, step_index] = {"z_t": z_t[i], **{kind: rows[i] for kind, rows in stored.items()}}
             z_t = denoise_step(self._guided(eps), z_t, self.schedule, step_index)
             finite.see(f"the sampler's latents after {step}", z_t)
         finite.check()
@@ -115,11 +127,12 @@ class TrajectorySampler(pl.LightningModule):
 
     def _guided(self, eps: dict[str, Tensor]) -> Tensor:
         """Return the prediction that a step follows."""
-        if "malicious" not in eps:
+        prompted = next((eps[kind] for kind in ("malicious", "kept") if kind in eps), None)
+        if prompted is None:
             return eps["uncond"]
         if not self.plan.guided:
-            return eps["malicious"]
-        return classifier_free_guidance(eps["uncond"], eps["malicious"], self.plan.guidance_scale)
+            return prompted
+        return classifier_free_guidance(eps["uncond"], prompted, self.plan.guidance_scale)
 
     def _predictions(
         self, z_t: Tensor, step_index: int, texts: dict[str, Text], active: list[int], drawn: list[int]
@@ -185,7 +198,7 @@ def sample_missing(
 
 
 def load_rows(plan: TrajectoryPlan, folder: Path, shard_size: int, kind: str) -> dict[str, Tensor]:
-    """Return all cached rows of one ``kind``, malicious or unconditional, ordered by trajectory, then draw.
+    """Return all cached rows of one ``kind``, by trajectory, then draw: malicious, unconditional or kept.
 
     If rows of a file are not finite, raise ``InputError`` that names it.
     """

@@ -124,7 +124,8 @@ class TrainingRun:
         self.plan: TrajectoryPlan | None = None
         if "trajectory" in config.stages:
             every = [pair for rows in pairs.values() for pair in rows]
-            self.plan = draw_plan(every, config.trajectory, config.seed)
+            keep_prompts = self.session.keep_prompts() if config.trajectory.kept_per_malicious else []
+            self.plan = draw_plan(every, config.trajectory, config.seed, keep_prompts)
         self.scorers: dict[str, Scorer] = {}
         if config.metrics.enabled:
             if self.plan is not None:
