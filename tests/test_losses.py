@@ -11,6 +11,7 @@ from trce_lightning.losses import (
     per_image,
     preserve_loss,
     pull_loss,
+    relative_hinge,
     squared_distance,
     steering_hinge,
 )
@@ -97,6 +98,37 @@ def test_needed_displacement_is_just_enough() -> None:
     other = unit + 0.3 * randn(3)
     other = other / other.square().mean((1, 2, 3), keepdim=True).sqrt()
     assert steering_hinge(prediction + 1.0001 * needed * other, safe, unsafe, margin).min() > 0
+
+
+@pytest.mark.parametrize("beta", [1.0, 3.0, 16.0])
+@pytest.mark.parametrize("margin", [0.0, 0.7])
+def test_the_share_of_the_way_from_which_the_hinge_is_zero(beta: float, margin: float) -> None:
+    """The docstring's s, on the line from ε_cm to ε_cs: just below it the hinge is active, just above not."""
+    uncond, unsafe, safe = randn(0), randn(1), randn(2)
+    targets = [guided_prediction(uncond, eps, beta) for eps in (safe, unsafe)]
+    apart = squared_distance(safe, unsafe)
+    longer = squared_distance(safe, uncond) - squared_distance(unsafe, uncond)
+    share = 0.5 + (beta - 1) * longer / (2 * apart) + margin / (2 * beta * apart)
+
+    def hinge(step: float) -> Tensor:
+        way = per_image(share + step, safe)
+        return steering_hinge(unsafe + way * (safe - unsafe), *targets, margin)
+
+    assert (hinge(-0.01) > 0).all() and (hinge(0.01) == 0).all()
+
+
+def test_the_relative_hinge_has_no_unit() -> None:
+    """At β = 1 it is 1 − 2s + margin on the line, however far apart the two predictions are."""
+    unsafe, safe = randn(1), randn(2)
+    for size in (1.0, 1e-3):
+        low, high = size * unsafe, size * safe
+        for share, expected in ((0.0, 1.3), (0.25, 0.8), (0.65, 0.0), (1.0, 0.0)):
+            found = relative_hinge(torch.lerp(low, high, share), high, low, margin=0.3)
+            torch.testing.assert_close(found, torch.full((3,), expected), atol=1e-5, rtol=1e-5)
+    prediction = randn(3).requires_grad_()
+    hinge = relative_hinge(prediction, safe, safe, margin=0.3)
+    hinge.sum().backward()
+    assert hinge.tolist() == [0.0] * 3 and not prediction.grad.any()
 
 
 def test_equal_safe_and_unsafe_leave_a_flat_hinge() -> None:

@@ -170,7 +170,8 @@ def loss_by_hand(
         f_unsafe = uncond + config.beta * (rows["malicious_malicious"][row] - uncond)
         prediction = eps("malicious", row, states)
         distances = [((prediction - target) ** 2).mean().item() for target in (f_safe, f_unsafe)]
-        return max(distances[0] - distances[1] + config.margin, 0.0)
+        unit = ((f_safe - f_unsafe) ** 2).mean().item() if config.relative_hinge else 1.0
+        return max((distances[0] - distances[1]) / unit + config.margin, 0.0)
 
     erase, uncond, pull = [], [], []
     for row in range(len(rows["malicious_z_t"])):
@@ -207,6 +208,7 @@ def loss_by_hand(
     [
         {},
         {"kept_per_malicious": 1, "num_kept": 5, "keep_weight": 70.0},
+        {"relative_hinge": True, "uncond_hinge_weight": 0.7, "batch_size": 8},
         {"uncond_hinge_weight": 0.7, "pull_weight": 30.0, "preserve_weight": 50.0, "batch_size": 8},
     ],
 )

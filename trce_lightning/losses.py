@@ -39,12 +39,19 @@ def per_image(value: float | Tensor, like: Tensor) -> Tensor:
     return value.reshape(-1, *[1] * (like.ndim - 1)) if value.ndim == 1 else value
 
 
-def steering_hinge(prediction: Tensor, safe: Tensor, unsafe: Tensor, margin: float) -> Tensor:
+def steering_hinge(prediction: Tensor, safe: Tensor, unsafe: Tensor, margin: float | Tensor) -> Tensor:
     """Return the hinge max(‖ε̂ − f_safe‖² − ‖ε̂ − f_unsafe‖² + margin, 0) → [B].
 
     If the hinge is above 0, it is linear in ε̂. With f_safe and f_unsafe guided by β, its gradient is
-    −2β(ε_cs − ε_cm)/CHW for every ε̂. `margin` is in squared units of the prediction, per element. If the
-    shapes differ, raise ValueError.
+    −2β(ε_cs − ε_cm)/CHW for every ε̂. `margin` is in squared units of the prediction, per element. It is a
+    number, or one for each row [B]. If the shapes differ, raise ValueError.
+
+    At ε̂ = ε_cm + s (ε_cs − ε_cm), the hinge is zero from
+
+        s = 1/2 + (β − 1) (‖ε_cs − ε_∅‖² − ‖ε_cm − ε_∅‖²) / (2 D²) + margin / (2 β D²),   D² = ‖ε_cs − ε_cm‖².
+
+    So the hinge asks for more than ε_cs if the margin is above β D², or if β is large and the safe prompt's
+    guidance is larger than the malicious one's.
     """
     _check_same_shape(prediction=prediction, safe=safe, unsafe=unsafe)
     safe, unsafe = safe.float(), unsafe.float()
@@ -53,12 +60,27 @@ def steering_hinge(prediction: Tensor, safe: Tensor, unsafe: Tensor, margin: flo
     return (difference.flatten(1).mean(1) + margin).clamp_min(0)
 
 
+def relative_hinge(prediction: Tensor, safe: Tensor, unsafe: Tensor, margin: float) -> Tensor:
+    """Return the hinge in units of the squared distance of its targets → [B].
+
+        max((‖ε̂ − f_safe‖² − ‖ε̂ − f_unsafe‖²) / ‖f_safe − f_unsafe‖² + margin, 0)
+
+    At β = 1 and ε̂ = ε_cm + s (ε_cs − ε_cm), it is max(1 − 2s + margin, 0). Margin 0 asks for half of the way to
+    ε_cs, margin 1 for all of it. All steps and prompts have equal weight, however far their targets are
+    apart. If f_safe = f_unsafe, it is 0. This form is not in the paper. If the shapes differ, raise
+    ValueError.
+    """
+    unit = squared_distance(safe, unsafe)
+    hinge = steering_hinge(prediction, safe, unsafe, margin * unit)
+    return hinge / unit.clamp_min(torch.finfo(torch.float32).tiny)
+
+
 def hinge_active_fraction(hinge: Tensor) -> Tensor:
     """Return the fraction of `hinge` [B] that is above zero and so has a gradient: a scalar in [0, 1]."""
     return (hinge > 0).float().mean()
 
 
-def needed_displacement(prediction: Tensor, safe: Tensor, unsafe: Tensor, margin: float) -> Tensor:
+def needed_displacement(prediction: Tensor, safe: Tensor, unsafe: Tensor, margin: float | Tensor) -> Tensor:
     """Return the smallest displacement of ε̂ that brings the hinge to zero, as RMS over C, H, W → [B].
 
     The loss is zero in a half-space with normal f_safe − f_unsafe. A displacement δ changes the hinge by

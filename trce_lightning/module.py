@@ -24,6 +24,8 @@ from trce_lightning.losses import (
     needed_displacement,
     preserve_loss,
     pull_loss,
+    relative_hinge,
+    squared_distance,
     steering_hinge,
 )
 from trce_lightning.textual import apply_edit_
@@ -231,8 +233,10 @@ class TRCE(pl.LightningModule):
         uncond, malicious = batch["malicious_uncond"], batch["malicious_malicious"]
         f_safe = guided_prediction(uncond, batch["malicious_safe"], beta)
         f_unsafe = guided_prediction(uncond, malicious, beta)
-        hinge = steering_hinge(predictions["malicious"], f_safe, f_unsafe, margin)
-        displacement = needed_displacement(predictions["malicious"].detach(), f_safe, f_unsafe, margin)
+        hinge_of = relative_hinge if self.trajectory.relative_hinge else steering_hinge
+        hinge = hinge_of(predictions["malicious"], f_safe, f_unsafe, margin)
+        unit = squared_distance(f_safe, f_unsafe) if self.trajectory.relative_hinge else 1.0
+        displacement = needed_displacement(predictions["malicious"].detach(), f_safe, f_unsafe, margin * unit)
         self._log_means(
             {
                 "hinge/active_fraction": hinge_active_fraction(hinge),
@@ -242,7 +246,7 @@ class TRCE(pl.LightningModule):
         terms = {"erase": hinge.mean()}
         if "uncond" in predictions:
             later = batch["malicious_step_index"] > 0
-            terms["erase_uncond"] = steering_hinge(
+            terms["erase_uncond"] = hinge_of(
                 predictions["uncond"], f_safe[later], f_unsafe[later], margin
             ).sum() / len(hinge)
         if "preserve" in predictions:

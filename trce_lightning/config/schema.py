@@ -156,7 +156,8 @@ class TrajectoryConfig:
     early_steps: Count = 25  # malicious points come from this many first steps
     guidance_scale: NonNegative = 3.0  # for sampling trajectories
     beta: Positive = 16.0  # guidance scale of the targets; 1 is the conditional prediction itself
-    margin: NonNegative = 0.01  # mean squared difference per element
+    margin: NonNegative = 0.01  # mean squared difference per element; see relative_hinge
+    relative_hinge: bool = False  # hinge and margin in units of the squared distance of the two targets
     uncond_hinge_weight: NonNegative = 0.0
     preserve_weight: NonNegative = 100.0
     keep_weight: NonNegative = 100.0  # preserve weight of the prompts to keep
