@@ -65,8 +65,8 @@ def relative_hinge(prediction: Tensor, safe: Tensor, unsafe: Tensor, margin: flo
 
         max((‖ε̂ − f_safe‖² − ‖ε̂ − f_unsafe‖²) / ‖f_safe − f_unsafe‖² + margin, 0)
 
-    At β = 1 and ε̂ = ε_cm + s (ε_cs − ε_cm), it is max(1 − 2s + margin, 0). Margin 0 asks for half of the way to
-    ε_cs, margin 1 for all of it. All steps and prompts have equal weight, however far their targets are
+    At β = 1 and ε̂ = ε_cm + s (ε_cs − ε_cm), it is max(1 − 2s + margin, 0). Margin 0 asks for half of the way
+    to ε_cs, margin 1 for all of it. All steps and prompts have equal weight, however far their targets are
     apart. If f_safe = f_unsafe, it is 0. This form is not in the paper. If the shapes differ, raise
     ValueError.
     """
