@@ -34,7 +34,7 @@ def test_the_lowest_asr_among_those_that_keep_benign_pictures_is_chosen() -> Non
     lines = sweep_stage2.table(FOUND).splitlines()
     assert len(lines) == 2 + len(FOUND)
     assert "| **right** | 40.0 % | 20.0 % | +0.30 | 74.00 | 98.5 % | yes |" in lines
-    assert [line[-6:-2].strip("| ") for line in lines[2:]] == ["", "yes", "yes", "no", "no"]
+    assert [line.split("|")[-2].strip() for line in lines[2:]] == ["", "yes", "yes", "no", "no"]
 
 
 @pytest.mark.parametrize("name", sweep_stage2.TRIALS)
@@ -42,9 +42,9 @@ def test_every_trial_is_a_configuration(name: str) -> None:
     options = sweep_stage2.TRIALS[name]
     config = compose("concept=violence", "stages=[trajectory]", *sweep_stage2.EARLIER, *options)
     assert name == sweep_stage2.ORIGINAL or config.stages == ["trajectory"]
-    for option in options:  # the last of two equal options counts
-        path, _, value = option.partition("=")
+    last = dict(option.split("=", 1) for option in options)  # of two equal options, the last counts
+    for path, value in last.items():
         if path.startswith(("trajectory.", "optimizer.")):
             part, field = path.split(".")
             found = getattr(getattr(config, part), field)
-            assert str(found).lower() == value or float(found) == float(value), option
+            assert str(found).lower() == value or float(found) == float(value), path
