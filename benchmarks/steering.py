@@ -90,8 +90,8 @@ class Points:
             cells = [f"{step_index}", f"{int(rows['timestep'][0])}"]
             cells += [f"{float(distance):.3f}" for distance in (*distances, apart)]
             for beta, margin in ASKED:
-                targets = [guided_prediction(uncond, eps, beta) for eps in (safe, malicious)]
-                needed = needed_displacement(malicious, *targets, margin)
+                f_safe, f_unsafe = (guided_prediction(uncond, eps, beta) for eps in (safe, malicious))
+                needed = needed_displacement(malicious, f_safe, f_unsafe, margin)
                 cells.append(f"{float(rms(needed.square()) / apart):.2f}")
             lines.append(cells)
         return table(header, lines)
@@ -103,11 +103,11 @@ class Points:
 
     def hinge(self, prediction: Tensor, rows: dict[str, Tensor]) -> Tensor:
         """Return the configured hinge of these rows."""
-        targets = [
+        safe, unsafe = (
             guided_prediction(rows["uncond"], rows[kind], self.config.beta) for kind in ("safe", "malicious")
-        ]
+        )
         hinge = relative_hinge if self.config.relative_hinge else steering_hinge
-        return hinge(prediction, *targets, self.config.margin)
+        return hinge(prediction, safe, unsafe, self.config.margin)
 
     def gradient_norm(self, step_index: int) -> float:
         """Return the norm of the mean hinge's gradient at the trainable parameters."""
@@ -194,7 +194,8 @@ class Switches:
     def _step(self, z_t: Tensor, step_index: int, kind: str) -> Tensor:
         text = Text.cat([self.empty, self.texts[kind]])
         output = self.adapter.predict(z_t.repeat(2, 1, 1, 1), self.schedule.timesteps[step_index], text)
-        guided = classifier_free_guidance(*output.chunk(2), self.scale)
+        uncond, cond = output.chunk(2)
+        guided = classifier_free_guidance(uncond, cond, self.scale)
         return denoise_step(guided, z_t, self.schedule, step_index)
 
 
