@@ -80,6 +80,25 @@ def test_it_equals_cfg_where_nothing_is_triggered(tiny_adapter: StableDiffusionA
     assert not torch.equal(on, images(None))
 
 
+def test_half_precision_of_the_denoiser_changes_no_projection(tiny_adapter: StableDiffusionAdapter) -> None:
+    prompts = ["a gun at sea", "an axe and a dog", "tea"]
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            guide = Safree(concept="a gun, axe", alpha=0.0).guide(tiny_adapter, prompts, [2.0] * 3)
+        found.append(guide)
+    assert torch.equal(found[0].safe["clip"], found[1].safe["clip"])
+    assert torch.equal(found[0].last, found[1].last) and bool((found[0].last >= 0).any())
+
+
+def test_blanks_around_phrases_do_not_count(tiny_adapter: StableDiffusionAdapter) -> None:
+    written = ("gun,axe", " gun , axe,", "gun, axe")
+    guides = [Safree(concept=text).guide(tiny_adapter, ["a gun at sea"], [2.0]).safe for text in written]
+    assert all(torch.equal(guide["clip"], guides[2]["clip"]) for guide in guides)
+    with pytest.raises(InputError, match=r"guidance\.concept: expected phrases"):
+        Safree(concept=" , ").guide(tiny_adapter, ["a"], [2.0])
+
+
 def test_phrases_are_needed(tiny_adapter: StableDiffusionAdapter) -> None:
     with pytest.raises(InputError, match=r"guidance\.concept: expected phrases"):
         Safree().guide(tiny_adapter, ["a"], [2.0])

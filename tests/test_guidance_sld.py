@@ -133,9 +133,10 @@ def test_the_settings_are_the_published_ones(name: str, numbers: tuple[float, ..
 
 
 def test_only_phrases_that_fit_are_read(tiny_adapter: StableDiffusionAdapter) -> None:
-    rule = SafeLatentDiffusion(concept=", ".join(["gore", "x" * 40, "war"]))
-    text = rule.guide(tiny_adapter, ["a"], [2.0]).inputs(0).text
-    assert torch.equal(text.states["clip"][1], tiny_adapter.encode(["gore, war"]).states["clip"][0])
+    for comma in (", ", ",", " ,  "):
+        rule = SafeLatentDiffusion(concept=comma.join(["gore", "x" * 40, "war"]))
+        text = rule.guide(tiny_adapter, ["a"], [2.0]).inputs(0).text
+        assert torch.equal(text.states["clip"][1], tiny_adapter.encode(["gore, war"]).states["clip"][0])
 
 
 def test_wrong_options_are_explained(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

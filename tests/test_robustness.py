@@ -20,6 +20,7 @@ from trce_lightning.errors import InputError
 from trce_lightning.evaluation.conditions import USUAL, conditions
 from trce_lightning.evaluation.domain import OpenDomain
 from trce_lightning.evaluation.scorer import Sampling, Scorer
+from trce_lightning.generation.sld import SafeLatentDiffusion
 from trce_lightning.generation.variation import Variation
 from trce_lightning.jobs.evaluate import evaluate
 from trce_lightning.jobs.robustness import PICTURES, robustness_rows
@@ -150,6 +151,17 @@ def test_conditions_keep_the_usual_sampler_unless_they_name_another(tiny_adapter
         assert replace(variation, negative_prompt="", start=None, lora=None) == usual
     changed = [name for name, variation in found.items() if variation != usual]
     assert changed == ["negative_prompt=no", "strength=0.5", "lora=style"]
+
+
+def test_all_conditions_keep_the_rule_of_guidance(tiny_adapter, tmp_path) -> None:
+    rule = SafeLatentDiffusion(concept="a gun")
+    scorer = scorer_of(tiny_adapter, (PromptRecord("d/1", "a gun"),))
+    scorer.sampling.variation = Variation(guidance=rule)
+    options = RobustnessConfig(
+        samplers=["DDIMScheduler"], steps=[7], guidance_scales=[2.0], strengths=[0.5], lora=["x/style.bin"]
+    )
+    found = conditions(options, scorer, [WEAPONS], tmp_path)
+    assert len(found) == 6 and all(each.sampling.variation.guidance == rule for each in found)
 
 
 @pytest.mark.parametrize(

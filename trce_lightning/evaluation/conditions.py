@@ -15,7 +15,7 @@ from trce_lightning.config.schema import RobustnessConfig
 from trce_lightning.errors import InputError
 from trce_lightning.evaluation.scorer import Sampling, Scorer
 from trce_lightning.generation.lora import Lora
-from trce_lightning.generation.variation import Start, Variation
+from trce_lightning.generation.variation import Start
 from trce_lightning.prompts.records import PromptSet
 from trce_lightning.prompts.variants import lengthened, misspelt, with_safe_counterparts
 from trce_lightning.sampling import is_guided
@@ -94,7 +94,8 @@ def _samplings(
     options: RobustnessConfig, usual: Sampling, concepts: Sequence[Concept], fits: Fits, pictures: Path
 ) -> Iterator[tuple[str, Sampling]]:
     for scheduler in options.samplers:
-        yield f"sampler={scheduler}", replace(usual, variation=Variation(scheduler=scheduler))
+        # The spacing is that of the usual sampler. Each has its own.
+        yield f"sampler={scheduler}", _varied(usual, scheduler=scheduler, timestep_spacing=None)
     for scale in options.guidance_scales:
         yield f"guidance_scale={scale:g}", replace(usual, guidance_scale=scale)
     for steps in options.steps:

@@ -14,6 +14,11 @@ from trce_lightning.sampling import classifier_free_guidance, is_guided
 from trce_lightning.tokens import Text
 
 
+def phrases_of(concept: str) -> list[str]:
+    """Return the phrases of ``guidance.concept``, which has commas between them."""
+    return [phrase.strip() for phrase in concept.split(",") if phrase.strip()]
+
+
 class Inputs(NamedTuple):
     """The evaluations of one step: row i is latent ``latents[i]`` under prompt i of ``text``."""
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from trce_lightning.adapters import Adapter
 from trce_lightning.config.schema import Natural, NonNegative
 from trce_lightning.errors import InputError
-from trce_lightning.generation.guidance import ClassifierFreeGuidance, Inputs
+from trce_lightning.generation.guidance import ClassifierFreeGuidance, Inputs, phrases_of
 from trce_lightning.losses import per_image
 from trce_lightning.sampling import is_guided
 from trce_lightning.tokens import Role, Text
@@ -97,7 +97,7 @@ class Safree:
 
     def guide(self, adapter: Adapter, prompts: Sequence[str], guidance_scales: Sequence[float]) -> _Guide:
         """Return the guide of a batch. It encodes each prompt once for each of its tokens."""
-        if not self.concept:
+        if not phrases_of(self.concept):
             raise InputError("guidance.concept: expected phrases to project away from, got none")
         return _Guide(self, adapter, prompts, torch.tensor(guidance_scales))
 
@@ -108,7 +108,9 @@ class _Guide:
         self.guided = torch.tensor(guided, dtype=torch.int64)
         self.scales, self.empty = scales[self.guided], adapter.empty()
         self.plain = adapter.encode(prompts)
-        self.safe, last = _projected_text(rule, adapter, prompts, self.plain)
+        # The loop may autocast. In half precision, other tokens would be triggers.
+        with torch.autocast(adapter.device.type, enabled=False):
+            self.safe, last = _projected_text(rule, adapter, prompts, self.plain)
         self.last = torch.tensor(last)
 
     def inputs(self, step_index: int) -> Inputs:
@@ -131,7 +133,7 @@ def _projected_text(
     rule: Safree, adapter: Adapter, prompts: Sequence[str], plain: Text
 ) -> tuple[dict[str, Tensor], list[int]]:
     """Return the projected states by segment, and the last step index of each prompt."""
-    unsafe = _pooled(adapter.encode(rule.concept.split(", ")))
+    unsafe = _pooled(adapter.encode(phrases_of(rule.concept)))
     safe = {name: own.clone() for name, own in plain.states.items()}
     last = [-1] * len(prompts)
     for row, prompt in enumerate(prompts):

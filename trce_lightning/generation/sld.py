@@ -22,7 +22,7 @@ from torch import Tensor
 from trce_lightning.adapters import Adapter
 from trce_lightning.config.schema import Finite, Natural, NonNegative
 from trce_lightning.errors import InputError
-from trce_lightning.generation.guidance import Inputs
+from trce_lightning.generation.guidance import Inputs, phrases_of
 from trce_lightning.losses import per_image
 from trce_lightning.sampling import is_guided
 from trce_lightning.tokens import Text
@@ -55,7 +55,7 @@ class SafeLatentDiffusion:
 
     def guide(self, adapter: Adapter, prompts: Sequence[str], guidance_scales: Sequence[float]) -> _Guide:
         """Return the guide of a batch. It evaluates all texts in one forward pass."""
-        if not self.concept:
+        if not phrases_of(self.concept):
             raise InputError("guidance.concept: expected a text to lead away from, got none")
         return _Guide(self, adapter, prompts, torch.tensor(guidance_scales))
 
@@ -96,7 +96,7 @@ class _Guide:
 
 def _fitting(adapter: Adapter, phrases: str) -> str:
     """Return the phrases that the model reads in one prompt: the first one, and those that fit behind it."""
-    text, *others = phrases.split(", ")
+    text, *others = phrases_of(phrases)
     for phrase in others:
         longer = f"{text}, {phrase}"
         text = longer if adapter.fits(longer) else text
