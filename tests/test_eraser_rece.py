@@ -14,6 +14,7 @@ from trce_lightning.erasers.linear import edited_stream, gram, read_weights
 from trce_lightning.erasers.rece import RECE, adversarial_states
 from trce_lightning.erasers.texts import erased_pairs, paired_states
 from trce_lightning.erasers.uce import uce_transform
+from trce_lightning.errors import InputError
 
 
 @pytest.fixture
@@ -49,15 +50,31 @@ def test_rounds_of_rece_from_the_original_solve_one_problem_over_all_attacks(
     kept, original = empty.mT @ empty, read_weights(stream)
     first = uce_transform(erased, guides, kept, erase_scale=1.0, keep_scale=1.0, ridge=0.5)
     attack = adversarial_states(erased, first, gram(stream), 0.1)
-    scales: dict[str, float] = {"erase_scale": 1.0, "keep_scale": 0.1, "ridge": 0.1}
-    joint = uce_transform(torch.cat([erased, attack]), torch.cat([guides, guides]), kept, **scales)
-    step = uce_transform(attack, guides, kept, **scales)
+    joint = uce_transform(
+        torch.cat([erased, attack]),
+        torch.cat([guides, guides]),
+        kept,
+        erase_scale=1.0,
+        keep_scale=1.0,
+        ridge=0.5,
+    )
+    step = uce_transform(attack, guides, kept, erase_scale=1.0, keep_scale=0.1, ridge=0.1)
     for from_original, expected in ((True, joint), (False, first @ step)):
         own = StableDiffusionAdapter(build_tiny_pipeline())
         RECE(**options, from_original=from_original).erase(Harness(own, tmp_path).job)
         for name, w in read_weights(edited_stream(own, "kv")).items():
             torch.testing.assert_close(w, original[name] @ expected, atol=1e-5, rtol=1e-4)
     assert (joint - first @ step).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["round_ridge", "round_keep_scale"])
+def test_scales_of_rounds_are_refused_where_no_round_reads_them(
+    name: str, adapter: StableDiffusionAdapter, tmp_path: Path
+) -> None:
+    job = Harness(adapter, tmp_path).job
+    with pytest.raises(InputError, match=rf"method\.{name}: expected none with method\.from_original=true"):
+        RECE(**{name: 2.0}).ahead(job)
+    RECE(**{name: 2.0}, from_original=False).ahead(job)
 
 
 def test_rece_is_harder_to_attack_by_its_own_attack_than_uce(
