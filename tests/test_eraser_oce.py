@@ -1,15 +1,24 @@
 """OCE: the rotation is the best of all, and values keep their norms and angles."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import build_tiny_pipeline
 from eraser_jobs import D, Harness, normal
+from tiny_runs import WEAPONS
 
 from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.cli import config_folder
+from trce_lightning.config.checks import check_values
 from trce_lightning.erasers.linear import edited_stream, read_weights
 from trce_lightning.erasers.oce import OCE, rotation, span
+from trce_lightning.erasers.speed import SPEED
+from trce_lightning.errors import InputError
+from trce_lightning.jobs.erase import make_eraser
 
 
 @pytest.fixture
@@ -39,6 +48,26 @@ def test_one_erased_direction_is_reflected_and_repeated_guides_count_once() -> N
     )
     columns = normal(6, 1, seed=3)
     torch.testing.assert_close(span(columns.repeat(1, 5)), span(columns))
+
+
+@pytest.mark.parametrize(("keep_scale", "read"), [(0.0, False), (0.3, True)])
+def test_neighbours_are_read_where_they_have_a_weight(keep_scale: float, read: bool, tmp_path: Path) -> None:
+    """Another neighbour gives another edit. The shipped weight is nudity's, 0."""
+    shipped = yaml.safe_load((config_folder() / "method" / "oce.yaml").read_text())
+    assert shipped["keep_scale"] == 0
+    found = []
+    for neighbour in ("a fork", "a river of cold tea"):
+        own = StableDiffusionAdapter(build_tiny_pipeline())
+        concept = replace(WEAPONS, neighbours=(neighbour,))
+        make_eraser(shipped | {"keep_scale": keep_scale}).erase(Harness(own, tmp_path, [concept]).job)
+        found.append(torch.cat([w.flatten() for w in read_weights(edited_stream(own, "v")).values()]))
+    assert torch.equal(*found) != read
+
+
+@pytest.mark.parametrize(("eraser", "wrong"), [(OCE, "empty"), (SPEED, "none")])
+def test_states_to_keep_that_would_change_nothing_are_no_choice(eraser: Any, wrong: str) -> None:
+    with pytest.raises(InputError, match=r"'method\.keep': expected .*'prompts'"):
+        check_values(eraser(keep=wrong), "method")
 
 
 def test_oce_leaves_all_norms_and_angles_of_values(adapter: StableDiffusionAdapter, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """SPEED: the edit is the constrained optimum, and what it keeps doesn't move."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from eraser_jobs import D, Harness, normal
 from torch import Tensor
 
 from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.concepts import Concept
+from trce_lightning.erasers.linear import Moments, edited_stream, moments, read_weights
 from trce_lightning.erasers.oce import span
 from trce_lightning.erasers.speed import SPEED, invariant_states, null_space, speed_transform
 from trce_lightning.errors import InputError
@@ -32,7 +35,8 @@ def test_speed_is_the_constrained_optimum() -> None:
     kept, invariant = normal(4, D, seed=3), normal(2, D, seed=4)
     projector = null_space(kept, 1e-9)
     assert round(float(projector.trace())) == D - 4
-    transform = speed_transform(erased, anchors, projector, invariant, ridge=0.4, slack=0.0)
+    sums = moments(erased, anchors, 1 / len(erased))
+    transform = speed_transform(sums, projector, invariant, ridge=0.4, slack=0.0)
     delta = (w @ transform - w).requires_grad_(True)
     assert (delta @ invariant.mT).abs().max() < 1e-9 and (delta @ kept.mT).abs().max() < 1e-9
     speed_objective(delta, w, projector, erased, anchors).backward()
@@ -50,7 +54,8 @@ def test_speeds_slack_is_an_inverse_penalty() -> None:
         normal(2, D, seed=4),
     )
     projector, slack = null_space(normal(4, D, seed=3), 1e-9), 0.5
-    transform = speed_transform(erased, anchors, projector, invariant, ridge=0.4, slack=slack)
+    sums = moments(erased, anchors, 1 / len(erased))
+    transform = speed_transform(sums, projector, invariant, ridge=0.4, slack=slack)
     delta = (w @ transform - w).requires_grad_(True)
     penalty = (delta @ projector @ invariant.mT).square().sum() / slack
     (speed_objective(delta, w, projector, erased, anchors) + penalty).backward()
@@ -70,6 +75,27 @@ def test_speed_moves_no_state_that_it_keeps(adapter: StableDiffusionAdapter, tmp
         assert (layer(gun) - moved[name]).norm() > 0.5 * moved[name].norm()
 
 
+def test_a_texts_states_after_its_start_are_summed_and_texts_averaged(
+    adapter: StableDiffusionAdapter, tmp_path: Path
+) -> None:
+    """By hand: both texts have 31 states after the start."""
+    both = [adapter.encode([text]).states["clip"][0, 1:].double() for text in ("a gun", "an axe")]
+    empty = adapter.empty().states["clip"][0].double()
+    assert [len(states) for states in both] == [31, 31]
+    c_t = sum(states.mT @ states for states in both) / 2
+    c_a = sum(empty[1:].mT @ states for states in both) / 2
+    projector = null_space(empty, 1e-3)
+    sums = Moments(c_a, c_t)
+    expected = speed_transform(sums, projector, invariant_states(empty), ridge=0.7, slack=0.5)
+    original = read_weights(edited_stream(adapter, "v"))
+    options: dict[str, Any] = {"refined": False, "copies": 0, "threshold": 1e-3, "slack": 0.5, "ridge": 0.7}
+    concept = Concept("two", {"a gun": "a kite", "an axe": "a hat"}, templates=("{}",))
+    job = Harness(adapter, tmp_path, [concept]).job
+    SPEED(positions="after_start", keep="empty", maps="v", **options).erase(job)
+    for name, w in read_weights(edited_stream(adapter, "v")).items():
+        torch.testing.assert_close(w, original[name] @ expected, atol=1e-5, rtol=1e-4)
+
+
 def test_speed_says_that_nothing_is_free(adapter: StableDiffusionAdapter, tmp_path: Path) -> None:
     norm = adapter.text_encoder.get_submodule("final_layer_norm")
     norm.bias.data = normal(32).float()  # at its initial values, all states lie in a plane
@@ -79,12 +105,12 @@ def test_speed_says_that_nothing_is_free(adapter: StableDiffusionAdapter, tmp_pa
 
 
 def test_refining_keeps_what_a_plain_edit_moves_most() -> None:
-    erased, anchors, kept = normal(5, D), normal(5, D, seed=1), normal(40, D, seed=2)
+    sums, kept = moments(normal(5, D), normal(5, D, seed=1), 1 / 5), normal(40, D, seed=2)
     gram_matrix = normal(D, D, seed=3)
     gram_matrix = gram_matrix @ gram_matrix.mT
-    plain = SPEED(refined=True, copies=0).retained(kept, erased, anchors, gram_matrix, 0)
+    plain = SPEED(refined=True, copies=0).retained(kept, sums, gram_matrix, 0)
     assert 0 < len(plain) < 40
-    copies = SPEED(refined=False, copies=2).retained(kept, erased, anchors, gram_matrix, 0)
+    copies = SPEED(refined=False, copies=2).retained(kept, sums, gram_matrix, 0)
     assert len(copies) == 120
     shift = copies[40:80] - kept
     least = torch.linalg.eigh(gram_matrix).eigenvectors[:, 0]

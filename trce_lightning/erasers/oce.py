@@ -14,13 +14,13 @@ the reflection spares. R depends on W, so there is no one T.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from trce_lightning.adapters import Stream
-from trce_lightning.config.schema import NonNegative, Positive
+from trce_lightning.config.schema import NonNegative, OneOf, Positive
 from trce_lightning.erasers.linear import ClosedForm, read_weights, write_weights
 from trce_lightning.erasers.protocol import Erased, Job
 from trce_lightning.erasers.texts import prompt_states
@@ -43,12 +43,14 @@ class OCE(ClosedForm):
     """Rotate values.
 
     Args:
+        keep: whether s_g counts for the mean over ``prompts`` to keep, or for ``none``.
         erase_scale: s_e.
         keep_scale: s_c, the weight of the concept's neighbours, which must survive.
         general_scale: s_g, the weight of the prompts to keep.
         ridge: λ, the weight that holds each map near W.
     """
 
+    keep: Annotated[str, OneOf(("none", "prompts"))] = "prompts"
     erase_scale: Positive = 1.0
     keep_scale: NonNegative = 0.3
     general_scale: NonNegative = 0.5

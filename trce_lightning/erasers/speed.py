@@ -1,13 +1,14 @@
 """SPEED (arXiv 2503.07392): an edit of values within the null space of what is kept.
 
-    min_Δ mean ‖(W + ΔP) t − W a‖² + ρ ‖ΔP‖²   subject to   ΔP K₂ = 0
+    min_Δ mean Σ ‖(W + ΔP) t − W a‖² + ρ ‖ΔP‖²   subject to   ΔP K₂ = 0
 
-t are states to erase and a their anchors. P projects on the null space of the kept states: the directions in
-which their second moment has singular values below a threshold. K₂ are states of the empty prompt that must
-not move at all. The minimiser is Δ = W D for every W, so one matrix T = I + D serves all maps:
+t are states to erase and a their anchors. The sum is over the states of a text, and the mean over texts. P
+projects on the null space of the kept states: the directions in which their second moment has singular values
+below a threshold. K₂ are states of the empty prompt that must not move at all. The minimiser is Δ = W D for
+every W, so one matrix T = I + D serves all maps:
 
     D = (C_a − C_t) P (I − M K₂ (K₂ᵀ P M K₂ + λ I)⁻¹ K₂ᵀ P) M,   M = (C_t P + ρ I)⁻¹,
-    C_t = mean t tᵀ,   C_a = mean a tᵀ
+    C_t = mean Σ t tᵀ,   C_a = mean Σ a tᵀ
 
 λ > 0 gives a penalty 1/λ in place of the constraint. The method refines what is kept: it keeps those states
 that a plain edit would move most, and copies of them along the direction that the maps read least. Where the
@@ -18,7 +19,7 @@ W_lᵀW_l.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -26,10 +27,10 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from trce_lightning.adapters import Stream
-from trce_lightning.config.schema import Natural, NonNegative, Positive
-from trce_lightning.erasers.linear import ClosedForm, apply_transform, gram
+from trce_lightning.config.schema import Natural, NonNegative, OneOf, Positive
+from trce_lightning.erasers.linear import ClosedForm, Moments, apply_transform, gram, moments
 from trce_lightning.erasers.protocol import Erased, Job
-from trce_lightning.erasers.texts import prompt_states
+from trce_lightning.erasers.texts import AFTER_START, erased_pairs, prompt_states
 from trce_lightning.errors import InputError
 from trce_lightning.prompts.records import seed_of
 from trce_lightning.sampling import seeded
@@ -46,14 +47,14 @@ def null_space(kept: Tensor, threshold: float) -> Tensor:
 
 
 def speed_transform(
-    erased: Tensor, anchors: Tensor, projector: Tensor, invariant: Tensor, *, ridge: float, slack: float
+    sums: Moments, projector: Tensor, invariant: Tensor, *, ridge: float, slack: float
 ) -> Tensor:
-    """Return T, ``[d, d]``. ``erased`` and ``anchors`` are ``[n, d]``, and ``invariant`` is K₂ᵀ, ``[m, d]``.
+    """Return T, ``[d, d]``. ``sums`` are C_a and C_t, and ``invariant`` is K₂ᵀ, ``[m, d]``.
 
     ``ridge`` is ρ and ``slack`` λ. An invariant state in the kept span doesn't move anyway.
     """
-    identity = torch.eye(erased.shape[1], dtype=torch.float64)
-    c_t, c_a = erased.mT @ erased / len(erased), anchors.mT @ erased / len(erased)
+    c_a, c_t = sums
+    identity = torch.eye(len(c_t), dtype=torch.float64)
     m = torch.linalg.inv(c_t @ projector + ridge * identity)
     k = invariant.mT
     inner = k.mT @ projector @ m @ k + slack * torch.eye(k.shape[1], dtype=torch.float64)
@@ -74,6 +75,9 @@ class SPEED(ClosedForm):
     """Edit within the null space of what is kept.
 
     Args:
+        positions: the states of these texts: the ``last`` content token, all positions ``from_last`` on, or
+            all ``after_start``. Those of a text are summed.
+        keep: the states that are kept: those of the ``empty`` prompt, or of ``prompts`` too.
         threshold: directions whose mean square over the kept states is lower than this are free.
         ridge: ρ, the weight that holds the edit near W.
         slack: λ. 0 lets the empty prompt's states not move at all, and a larger value lets them move more.
@@ -81,6 +85,8 @@ class SPEED(ClosedForm):
         copies: copies of each kept state, moved along the direction that the maps read least.
     """
 
+    positions: Annotated[str, OneOf(("last", "from_last", AFTER_START))] = "last"
+    keep: Annotated[str, OneOf(("empty", "prompts"))] = "empty"
     threshold: Positive = 0.1
     ridge: Positive = 1.0
     slack: NonNegative = 0.0
@@ -92,11 +98,13 @@ class SPEED(ClosedForm):
     def edit(self, job: Job, stream: Stream) -> Erased:
         """Solve for T and apply it."""
         erased, anchors = self.states(job, stream.segments)
+        texts = len(erased_pairs(job.concepts, self.prompts, self.guide)) * len(stream.segments)
+        sums = moments(erased, anchors, 1 / texts)
         empty = prompt_states(job.adapter, stream.segments, [""], "all")
         kept = empty
         if self.keep == "prompts":
             kept = torch.cat([empty, prompt_states(job.adapter, stream.segments, job.keep_prompts(), "last")])
-        kept = self.retained(kept, erased, anchors, gram(stream), job.seed)
+        kept = self.retained(kept, sums, gram(stream), job.seed)
         projector = null_space(kept, self.threshold)
         free = round(float(projector.trace()))
         if free == 0:
@@ -105,16 +113,14 @@ class SPEED(ClosedForm):
                 f"{self.threshold}, which leaves no direction to erase in"
             )
         transform = speed_transform(
-            erased, anchors, projector, invariant_states(empty), ridge=self.ridge, slack=self.slack
+            sums, projector, invariant_states(empty), ridge=self.ridge, slack=self.slack
         )
         changed = apply_transform(job.adapter, stream, transform).changed
         return Erased(changed, {"free directions": free, "kept states": len(kept)})
 
-    def retained(
-        self, kept: Tensor, erased: Tensor, anchors: Tensor, gram_matrix: Tensor, seed: int
-    ) -> Tensor:
-        """Return the kept states that count, with their copies."""
-        c_t, c_a = erased.mT @ erased / len(erased), anchors.mT @ erased / len(erased)
+    def retained(self, kept: Tensor, sums: Moments, gram_matrix: Tensor, seed: int) -> Tensor:
+        """Return the kept states that count, with their copies. ``sums`` are C_a and C_t."""
+        c_a, c_t = sums
         identity = torch.eye(len(c_t), dtype=torch.float64)
         plain = (c_a - c_t) @ torch.linalg.inv(identity + c_t)
         kept = self._moved_most(kept, plain, gram_matrix)

@@ -20,6 +20,8 @@ GUIDES = ("empty", "counterpart")
 """The text in an erased one's place: the empty prompt, or the same with the safe counterpart."""
 POSITIONS = ("last", "from_last", "all")
 """The last content token, all positions from there to the end of the padding, or all positions."""
+AFTER_START = "after_start"
+"""All positions but the start of text, whose state is the same in every text."""
 
 
 def erased_pairs(concepts: Sequence[Concept], prompts: str, guide: str) -> list[PromptPair]:
@@ -50,9 +52,9 @@ def paired_states(
 ) -> tuple[Tensor, Tensor]:
     """Return the states of texts to erase and those of their guides, ``[n, d]`` each, row by row.
 
-    ``positions`` is one of :data:`POSITIONS`. "last" pairs the two texts' last content tokens; that of the
-    empty text is its SoT. "from_last" pairs the positions from there on, in order, as far as both texts have
-    positions. "all" pairs equal positions.
+    ``positions`` is one of :data:`POSITIONS` or :data:`AFTER_START`. "last" pairs the two texts' last content
+    tokens; that of the empty text is its SoT. "from_last" pairs the positions from there on, in order, as far
+    as both texts have positions. The other two pair equal positions.
     """
     erased: list[Tensor] = []
     guides: list[Tensor] = []
@@ -61,7 +63,10 @@ def paired_states(
         for segment in segments:
             states, guide_states = text.states[segment][0], guide.states[segment][0]
             first, guide_first, count = 0, 0, len(states)
-            if positions != "all":
+            if positions == AFTER_START:
+                first = guide_first = int(text.roles[segment][0, 0] == Role.SOT)
+                count -= first
+            elif positions != "all":
                 first, guide_first = _last_content(text.roles[segment]), _last_content(guide.roles[segment])
                 count = 1 if positions == "last" else len(states) - max(first, guide_first)
             erased.append(states[first : first + count])
