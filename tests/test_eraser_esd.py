@@ -96,6 +96,31 @@ def test_the_cache_is_sampled_once_and_belongs_to_its_model(
         teachers.load()
 
 
+def test_large_images_are_evaluated_in_parts_with_equal_results(
+    adapter: StableDiffusionAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    predict = adapter.predict
+
+    def counting(z_t: Any, *others: Any) -> Any:
+        counts.append(len(z_t))
+        return predict(z_t, *others)
+
+    monkeypatch.setattr(adapter, "predict", counting)
+    found = []
+    for images in (100, 4, 0.5):
+        monkeypatch.setattr("trce_lightning.erasers.teachers.PIXELS", int(images * adapter.side**2))
+        teachers = teachers_of(walks(), tmp_path / str(images), "model")
+        counts.clear()
+        teachers.sample(cpu_trainer(tmp_path), adapter, lambda prompt: text(prompt, adapter))
+        assert max(counts) == max(1, images) or (images == 100 and max(counts) > 4)
+        assert sum(counts) == teachers.plan.evaluations_of(teachers.plan.walks)
+        found.append(teachers.load())
+    for rows in found[1:]:
+        for key, expected in found[0].items():
+            torch.testing.assert_close(rows[key], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_steps_come_from_the_range_and_a_wrong_one_is_refused() -> None:
     assert {step for walk in walks(points=60).walks for step in walk.step_indices} == {1, 2, 3}
     with pytest.raises(InputError, match="steps from 0 to 4"):

@@ -34,6 +34,8 @@ Encode = Callable[[str], Text]
 """A function from a prompt to its text, B = 1. A method may have prompts that no tokenizer spells."""
 SHARD = 32
 """The number of walks that are sampled together and stored in one file."""
+PIXELS = 16 * 512**2
+"""The most pixels that one forward pass evaluates, so that memory doesn't grow with the images' size."""
 
 
 @dataclass(frozen=True)
@@ -201,10 +203,15 @@ class _Sampler(pl.LightningModule):
         wanted: Sequence[tuple[int, str]],
         encoded: dict[str, Text],
     ) -> dict[tuple[int, str], Tensor]:
-        rows = [row for row, _ in wanted]
-        text = Text.cat([encoded[text] for _, text in wanted])
-        output = self.adapter.predict(z_t[rows], self.schedule.timesteps[step_index], text)
-        return dict(zip(wanted, output, strict=True))
+        count = max(1, PIXELS // self.adapter.side**2)
+        eps: dict[tuple[int, str], Tensor] = {}
+        for start in range(0, len(wanted), count):
+            part = wanted[start : start + count]
+            rows = [row for row, _ in part]
+            text = Text.cat([encoded[text] for _, text in part])
+            output = self.adapter.predict(z_t[rows], self.schedule.timesteps[step_index], text)
+            eps |= zip(part, output, strict=True)
+        return eps
 
     def _step(
         self, z_t: Tensor, step_index: int, walks: Sequence[Walk], eps: dict[tuple[int, str], Tensor]
