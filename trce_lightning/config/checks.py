@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from trce_lightning.concepts import Concept
 from trce_lightning.concepts.naming import mentions
 from trce_lightning.config.arguments import did_you_mean
@@ -215,20 +217,40 @@ def _check_training(config: TrainConfig) -> None:
         raise FileNotFoundError(f"option 'previous': no file or folder {config.previous!r}")
 
 
-def check_method_options(arguments: Iterable[str]) -> None:
-    """Refuse options of TRCE beside another method, since they would do nothing."""
+def check_method_options(arguments: Iterable[str], experiments: Path) -> None:
+    """Refuse options of TRCE beside another method, since they would do nothing.
+
+    The method is the typed one, or else that of the typed experiment, whose file lies in ``experiments``.
+    """
     typed = [argument.lstrip("+~").partition("=") for argument in arguments]
-    chosen = [value for key, _, value in typed if key == "method"]
-    if not chosen or TRCE in chosen[-1].split(","):
+    chosen = {key: value.strip("[]").split(",") for key, _, value in typed if key in ("method", "experiment")}
+    names = chosen.get("method") or [
+        experiment_method(experiments, name) or TRCE for name in chosen.get("experiment", [])
+    ]
+    if not names or TRCE in names:
         return
-    read = set.intersection(*(set(READS.get(name, ())) for name in chosen[-1].split(",")))
+    read = set.intersection(*(set(READS.get(name, ())) for name in names))
     for key, _, _ in typed:
         part = key.partition(".")[0]
         if part in TRCE_OPTIONS and part not in read and key != "textual.keep_prompts":
             raise InputError(
-                f"option {key!r}: expected none beside method={chosen[-1]}, which doesn't read it; it belongs"
-                " to method=trce"
+                f"option {key!r}: expected none beside method={','.join(names)}, which doesn't read it; it "
+                "belongs to method=trce"
             )
+
+
+def experiment_method(folder: Path, name: str) -> str | None:
+    """Return the method that an experiment's file chooses, itself or by the experiments that it builds on."""
+    file = folder / f"{name}.yaml"
+    if not file.is_file():
+        return None  # Hydra says so
+    method = None
+    for entry in (yaml.safe_load(file.read_text()) or {}).get("defaults", []):
+        if isinstance(entry, dict):
+            method = entry.get("override /method", method)
+        elif entry != "_self_":
+            method = experiment_method(folder, entry) or method
+    return method
 
 
 def _check_method(config: TrainConfig) -> None:
