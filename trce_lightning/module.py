@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from trce_lightning.adapters import Adapter
-from trce_lightning.adapters.finite import not_finite
+from trce_lightning.adapters.finite import loss_not_finite
 from trce_lightning.closed_form import Edit
 from trce_lightning.config.schema import OptimizerConfig, TrajectoryConfig
 from trce_lightning.data.datamodule import Batch
@@ -178,29 +178,19 @@ class TRCE(pl.LightningModule):
         }
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         if not torch.isfinite(loss):
-            raise self._not_finite(float(loss.detach()), predictions)
+            raise loss_not_finite(
+                self.adapter.name,
+                float(loss.detach()),
+                self.global_step,
+                predictions.values(),
+                self.denoiser,
+                lr=("optimizer.lr", self.optimizer.lr),
+                other=("trajectory.beta", self.trajectory.beta),
+            )
         logged = {f"loss/{name}": term.detach() for name, term in terms.items()}
         self._log_means({"loss/total": loss.detach(), **logged})
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
-
-    def _not_finite(self, loss: float, predictions: dict[str, Tensor]) -> InputError:
-        """Return the error that says what to change.
-
-        Before the optimizer's first step, the learning rate can't be the cause.
-        """
-        if self.global_step > 0:
-            return InputError(
-                f"optimizer.lr: expected finite losses, got {loss} at step {self.global_step} with "
-                f"{self.optimizer.lr}; lower it, or set trainer.precision=32-true"
-            )
-        when = "before the optimizer's first step"
-        if not all(prediction.isfinite().all() for prediction in predictions.values()):
-            return not_finite(self.adapter.name, f"the denoiser's output {when}", self.denoiser)
-        return InputError(
-            f"trajectory.beta: expected finite losses, got {loss} {when}, of predictions and cached "
-            f"trajectories that are finite, with {self.trajectory.beta}; lower it"
-        )
 
     def _predict(self, batch: Batch) -> dict[str, Tensor]:
         """Return ε̂ of every kind from one forward pass: of (z_t, c_m), (z_t, ∅), (z_u, ∅) and (z_k, c_k).

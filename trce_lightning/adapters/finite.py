@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +53,45 @@ def not_finite(model: str, what: str, network: nn.Module | None) -> InputError:
     """Return the error that says which part of ``model`` has failed and what the user can try."""
     return InputError(
         f"model: expected finite numbers of '{model}', got NaN or infinity in {what}; {_advice(network)}"
+    )
+
+
+def loss_not_finite(
+    model: str,
+    loss: float,
+    step: int,
+    predictions: Iterable[Tensor],
+    denoiser: nn.Module,
+    *,
+    lr: tuple[str, float],
+    other: tuple[str, float],
+) -> InputError:
+    """Return the error that says what to change.
+
+    Before the optimizer's first step, the learning rate can't be the cause.
+
+    Args:
+        model: the model's name.
+        loss: the loss.
+        step: the number of optimizer steps so far.
+        predictions: the denoiser's outputs in this step.
+        denoiser: the network in training.
+        lr: the option of the learning rate, with its value.
+        other: an option that can make a loss of finite predictions infinite, with its value.
+    """
+    if step > 0:
+        option, value = lr
+        return InputError(
+            f"{option}: expected finite losses, got {loss} at step {step} with {value}; lower it, or set "
+            "trainer.precision=32-true"
+        )
+    when = "before the optimizer's first step"
+    if not all(prediction.isfinite().all() for prediction in predictions):
+        return not_finite(model, f"the denoiser's output {when}", denoiser)
+    option, value = other
+    return InputError(
+        f"{option}: expected finite losses, got {loss} {when}, of predictions and cached trajectories that "
+        f"are finite, with {value}; lower it"
     )
 
 

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -167,11 +168,15 @@ class StableDiffusionAdapter:
 
         Each comes back alone when its text is tokenized. Parts of words don't. Special tokens don't count.
         """
+        return {SEGMENT: self._typed_ids}
+
+    @cached_property
+    def _typed_ids(self) -> Tensor:
         known = self.text_encoder.get_input_embeddings().num_embeddings
         special = set(self.tokenizer.all_special_ids)
         ids = [i for i in range(min(len(self.tokenizer), known)) if i not in special]
         read = self._token_ids(self.detokenize(SEGMENT, [[i] for i in ids]), special=False)
-        return {SEGMENT: torch.tensor([i for i, back in zip(ids, read, strict=True) if back == [i]])}
+        return torch.tensor([i for i, back in zip(ids, read, strict=True) if back == [i]])
 
     def detokenize(self, segment: str, words: Sequence[Sequence[int]]) -> list[str]:
         """Return the prompts that token ids spell, without the start's, the end's and padding."""

@@ -11,7 +11,7 @@ the denoiser is the original throughout.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -116,7 +116,7 @@ class AdvUnlearn(PromptEraser):
         work = super().ahead(job)
         attacked = max(0, self.iterations - self.warmup) * self.attack_steps * self.batch_size
         steps = work.parts[TRAINING].backward + attacked
-        return Ahead(work.parts | {TRAINING: Cost(backward=steps)}, work.trainable, work.stored_bytes)
+        return replace(work, parts=work.parts | {TRAINING: Cost(backward=steps)})
 
     @property
     def evaluations_per_step(self) -> int:
@@ -126,6 +126,12 @@ class AdvUnlearn(PromptEraser):
     def weight_of(self, term: str) -> float:
         """Return w for the retained prompts, else 1."""
         return self.retain_weight if term == "retain" else 1.0
+
+    def factor_of(self, term: str) -> str:
+        """Return the attack's learning rate where it moves before the network does, w's option, or η's."""
+        if term == "retain":
+            return "retain_weight"
+        return "eta" if self.warmup else "attack_lr"
 
     def losses(self, module: Tuning, batch: Batch) -> dict[str, Tensor]:
         """Return the losses of the attacked prompts and of the retained ones."""

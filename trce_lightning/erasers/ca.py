@@ -55,6 +55,10 @@ class ConceptAblation(PromptEraser):
         """Return λ for the anchor, else 1."""
         return self.preserve_weight if term == "preserve" else 1.0
 
+    def factor_of(self, term: str) -> str:
+        """Return λ's option."""
+        return "preserve_weight"
+
     def losses(self, module: Tuning, batch: Batch) -> dict[str, Tensor]:
         """Return both terms, from one forward pass."""
         rows = batch["anchor"]

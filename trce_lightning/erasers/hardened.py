@@ -40,7 +40,7 @@ from trce_lightning.config.schema import MATRICES, Count, Natural, NonNegative, 
 from trce_lightning.erasers.pool import Pool
 from trce_lightning.erasers.protocol import Ahead, Erased, Job, denoiser_name
 from trce_lightning.erasers.teachers import EMPTY, draw_walks
-from trce_lightning.erasers.tuning import Batch, Source, TunedEraser, Tuning
+from trce_lightning.erasers.tuning import ADAM_BYTES, Batch, Source, TunedEraser, Tuning
 from trce_lightning.errors import InputError
 from trce_lightning.losses import squared_distance
 from trce_lightning.prompts.records import seed_of
@@ -219,6 +219,7 @@ class Hardened(TunedEraser):
     other_from: Natural = 6
     name: ClassVar[str] = "hardened"
     title: ClassVar[str] = "TRCE's stage 1 (arXiv 2503.07389), hardened by adversarial training"
+    bytes_per_number: ClassVar[int] = ADAM_BYTES + 4  # the average
 
     def sources(self, job: Job) -> dict[str, Source]:
         """Return points of malicious prompts, late ones among them, of prompts to keep, and of ∅."""
@@ -302,6 +303,11 @@ class Hardened(TunedEraser):
         """Return the weight of a term. The four kinds of texts weigh alike, however many points they have."""
         weights = {"keep": self.keep_weight, "unconditional": self.unconditional_weight}
         return weights.get(term, 1.0)
+
+    def factor_of(self, term: str) -> str:
+        """Return a term's weight, or what moves the adversary in it."""
+        others = {"unconditional": "unconditional_weight", "learnt": "learnt_lr", "moved": "radius"}
+        return others.get(term, "keep_weight")
 
     def slots(self, job: Job) -> Slots:
         """Return the sentences of all concepts' templates, with free places for the concept's name.
@@ -472,7 +478,8 @@ class Hardened(TunedEraser):
 def _foreign_word(adapter: Adapter, sentences: str) -> str:
     """Return a word that the tokenizer leaves whole and that the sentences don't hold. It marks a place."""
     for name, ids in adapter.vocabulary().items():
-        for word in adapter.detokenize(name, [[int(i)] for i in ids]):
-            if word.strip().isalpha() and word.strip() not in sentences:
-                return word.strip()
+        for i in ids.tolist():
+            word = adapter.detokenize(name, [[i]])[0].strip()
+            if word.isalpha() and word not in sentences:
+                return word
     raise InputError(f"method=hardened: expected a model with a tokenizer of words, got '{adapter.name}'")

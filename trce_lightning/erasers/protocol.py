@@ -36,6 +36,8 @@ class Ahead:
     """Numbers that the method may change."""
     stored_bytes: int = 0
     """The bytes that the method caches on disk."""
+    training_bytes: int = 0
+    """The bytes of gradients, optimizer states and averages while weights train."""
 
 
 @dataclass(frozen=True)

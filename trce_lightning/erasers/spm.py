@@ -202,6 +202,10 @@ class SPM(PromptEraser):
         """Return λ for the anchors, else 1."""
         return self.anchor_weight if term == "anchor" else 1.0
 
+    def factor_of(self, term: str) -> str:
+        """Return λ's option for the anchors, else η's."""
+        return "anchor_weight" if term == "anchor" else "eta"
+
     def lr_factor(self, step: int) -> float:
         """Return a linear rise, then cosine cycles to zero."""
         if step < self.warmup:

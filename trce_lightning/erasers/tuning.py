@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from trce_lightning.adapters import Adapter
+from trce_lightning.adapters.finite import loss_not_finite
 from trce_lightning.config.schema import Count, Natural, NonNegative, OneOf, Positive, Steps
 from trce_lightning.erasers.protocol import Ahead, Cost, Erased, Job
 from trce_lightning.erasers.teachers import Encode, Teachers, Walks, draw_walks, latent_numbers, teachers_of
@@ -30,6 +31,8 @@ from trce_lightning.sampling import seeded
 from trce_lightning.tokens import Text
 
 TEACHERS, TRAINING = "teachers", "training"
+ADAM_BYTES = 12
+"""The bytes of a number's gradient and of Adam's two moments, in float32."""
 TEXTS = 1024
 """The most texts that a fit keeps encoded."""
 Batch = dict[str, Any]
@@ -231,17 +234,34 @@ class Tuning(pl.LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss of a batch. If it isn't finite, raise ``InputError``."""
         terms = self.eraser.losses(self, batch)
-        loss = torch.stack([self.eraser.weight_of(name) * term for name, term in terms.items()]).sum()
+        weighted = {name: self.eraser.weight_of(name) * term for name, term in terms.items()}
+        loss = torch.stack([*weighted.values()]).sum()
         if not torch.isfinite(loss):
-            raise InputError(
-                f"method.lr: expected finite losses, got {float(loss.detach())} at step {batch['step']} with "
-                f"{self.eraser.lr}; lower it, or set trainer.precision=32-true"
-            )
+            raise self._not_finite(weighted, batch)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         logged = {f"loss/{name}": term.detach() for name, term in terms.items()}
         values = {"loss/total": loss.detach(), **logged}
         self.log_dict(values, on_step=True, on_epoch=True, batch_size=1, sync_dist=True)
         return loss
+
+    @torch.no_grad()
+    def _not_finite(self, weighted: Mapping[str, Tensor], batch: Batch) -> InputError:
+        """Return the error that says what to change, for the weighted terms of a batch's loss."""
+        broken = next((name for name, term in weighted.items() if not term.isfinite()), "")
+        option = self.eraser.factor_of(broken)
+        points = (rows for kind, rows in batch.items() if kind != "step")
+        return loss_not_finite(
+            self.adapter.name,
+            float(torch.stack([*weighted.values()]).sum()),
+            self.global_step,
+            (
+                self.adapter.predict(rows["z_t"], rows["timestep"], self.text(rows["taught"]))
+                for rows in points
+            ),
+            self.adapter.denoiser,
+            lr=("method.lr", self.eraser.lr),
+            other=(f"method.{option}", getattr(self.eraser, option)),
+        )
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
         """Tell the adapter that weights have changed. After the last step, check that they are finite."""
@@ -290,6 +310,8 @@ class TunedEraser(ABC):
     gradient_checkpointing: bool = False
     name: ClassVar[str]
     title: ClassVar[str]
+    bytes_per_number: ClassVar[int] = ADAM_BYTES
+    """The bytes of training for each number that trains."""
 
     @abstractmethod
     def sources(self, job: Job) -> dict[str, Source]:
@@ -311,6 +333,10 @@ class TunedEraser(ABC):
     def weight_of(self, term: str) -> float:
         """Return the weight of a term of the loss."""
         return 1.0
+
+    def factor_of(self, term: str) -> str:
+        """Return the option that can make a term of the loss infinite where all predictions are finite."""
+        return "eta"
 
     def lr_factor(self, step: int) -> float:
         """Return the learning rate at a step as a multiple of ``lr``."""
@@ -340,13 +366,15 @@ class TunedEraser(ABC):
                 )
         teachers = self.teachers(job, sources)
         numbers = latent_numbers(job.adapter)
+        trainable = self.trainable_numbers(job.adapter)
         return Ahead(
             {
                 TEACHERS: Cost(forward=sum(each.evaluations for each in teachers.values())),
                 TRAINING: Cost(backward=self.iterations * self.evaluations_per_step),
             },
-            trainable=self.trainable_numbers(job.adapter),
+            trainable=trainable,
             stored_bytes=sum(source.plan.stored_bytes(numbers) for source in sources.values()),
+            training_bytes=self.bytes_per_number * trainable,
         )
 
     def trainable_numbers(self, adapter: Adapter) -> int:

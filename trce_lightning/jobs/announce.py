@@ -41,13 +41,12 @@ def training(run: TrainingRun) -> None:
     config, adapter = run.config, run.adapter
     device = run.trainer.strategy.root_device
     parameters = sum(parameter.numel() for parameter in adapter.denoiser.parameters())
-    trainable = run.trainable_numbers()
     log.info(
-        "erasing %s from %s: denoiser of %.1f M parameters (%.2f M train), on %d × %s in %s",
+        "erasing %s from %s: denoiser of %.1f M parameters%s, on %d × %s in %s",
         " + ".join(concept.name for concept in run.session.concepts),
         config.model.name,
         parameters / 1e6,
-        trainable / 1e6,
+        f" ({run.trainable_numbers() / 1e6:.2f} M train)" if run.trains else "",
         run.trainer.world_size,
         device.type,
         run.trainer.precision,
@@ -68,13 +67,13 @@ def training(run: TrainingRun) -> None:
         log.info("ahead: %-36s %8d network evaluations, about %s", part, evaluations, _time(durations[part]))
     disk = run.stored_bytes()
     weights = sum(tensor.numel() * tensor.element_size() for tensor in adapter.denoiser.parameters())
+    training = f", with gradients and optimizer states of {run.training_bytes() / 1e6:.0f} MB"
     log.info(
-        "ahead: %s in all, by estimate; trajectories of %.0f MB on disk; one network of %.0f MB in memory, "
-        "with gradients and optimizer states of %.0f MB",
+        "ahead: %s in all, by estimate; trajectories of %.0f MB on disk; one network of %.0f MB in memory%s",
         _time(sum(durations.values())),
         disk / 1e6,
         weights / 1e6,
-        12 * trainable / 1e6,
+        training if run.trains else "",
     )
 
 

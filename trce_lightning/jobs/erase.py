@@ -21,7 +21,7 @@ from trce_lightning.erasers.protocol import Cost, Erased, Eraser, Job
 from trce_lightning.errors import InputError
 from trce_lightning.evaluation.scorer import score_on_all_ranks
 from trce_lightning.jobs import announce
-from trce_lightning.jobs.train import TrainingRun, merge_previous
+from trce_lightning.jobs.train import ERASED, TrainingRun, merge_previous
 from trce_lightning.jobs.trainers import AUTOCAST, LAST_CHECKPOINT, make_trainer
 from trce_lightning.metrics.factories import made_by
 from trce_lightning.runtime.locks import release
@@ -127,6 +127,10 @@ class MethodRun(TrainingRun):
         """Return the bytes of the method's cache on disk."""
         return self.work.stored_bytes
 
+    def training_bytes(self) -> int:
+        """Return the bytes that training needs beside the network."""
+        return self.work.training_bytes
+
     @property
     def trains(self) -> bool:
         """Return whether the method trains weights, and so has loss curves."""
@@ -143,14 +147,20 @@ class MethodRun(TrainingRun):
 
     def fit(self) -> None:
         """Erase, then score the tuning prompts."""
-        self.adapter.name += ", erased"
         self._original_weights.close()
         self.result = self.eraser.erase(self._job())
+        self._name_erased()
         self.adapter.weights_changed()
         if "epochs" in self.scorers:
             self._score_tuning()
 
+    def _name_erased(self) -> None:
+        """Let messages speak of the erased model. Before training, the adapter's is the original."""
+        if not self.adapter.name.endswith(ERASED):
+            self.adapter.name += ERASED
+
     def _fit(self, module: pl.LightningModule, data: pl.LightningDataModule, part: str) -> None:
+        self._name_erased()
         config, folder = self.config, self.folder / "checkpoints"
         folder = folder if part == "training" else folder / part
         callbacks = [RanksAgree(), *progress_checkpoints(folder, config.checkpoint_minutes)]

@@ -35,6 +35,7 @@ from trce_lightning.data.datamodule import TrajectoryDataModule, check_batch
 from trce_lightning.data.plan import TrajectoryPlan, draw_plan
 from trce_lightning.data.trajectories import generator_of, sample_missing
 from trce_lightning.erasers.protocol import Cost, denoiser_name
+from trce_lightning.erasers.tuning import ADAM_BYTES
 from trce_lightning.errors import InputError
 from trce_lightning.evaluation.scored import SCORED_SCHEMA, Scored, log_scores
 from trce_lightning.evaluation.scorer import Scorer, score_on_all_ranks
@@ -49,6 +50,8 @@ from trce_lightning.runtime.storage import reading
 from trce_lightning.textual import TextualStatistics, cached_kept, textual_statistics
 
 log = logging.getLogger(__name__)
+ERASED = ", erased"
+"""What is added to the model's name in messages once it is changed."""
 MODEL_IDENTITY = ("name", "path", "hub_id", "revision", "config", "dtype")
 """The model options that its weights and text states depend on."""
 
@@ -250,7 +253,7 @@ class TrainingRun:
     def fit(self) -> None:
         """Apply stage 1 in setup, train stage 2, and score after each epoch."""
         config = self.config
-        self.adapter.name += ", erased"
+        self.adapter.name += ERASED
         self._original_weights.close()
         self.module = TRCE(self.adapter, self.edit, config.trajectory, config.optimizer)
         if self.plan is None:
@@ -299,6 +302,10 @@ class TrainingRun:
         """Return how many numbers the run trains."""
         parameters = self.adapter.trainable(self.config.trajectory.trainable).values()
         return sum(parameter.numel() for parameter in parameters)
+
+    def training_bytes(self) -> int:
+        """Return the bytes that training needs beside the network: gradients and optimizer states."""
+        return ADAM_BYTES * self.trainable_numbers()
 
     def stored_bytes(self) -> int:
         """Return the bytes of the trajectories on disk."""
