@@ -1,11 +1,12 @@
 """Small jobs for erasers on the tiny pipeline, as ``train.py`` would give them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from tiny_runs import KEEP_PROMPTS, WEAPONS, cpu_trainer
 from torch import Tensor
@@ -49,6 +50,11 @@ HARDENED: dict[str, Any] = {
 """Those of the hardened method."""
 
 
+def quick(names: Iterable[str], *chosen: str) -> list[Any]:
+    """Return parameters of a test of which all but the chosen are slow."""
+    return [pytest.param(name, marks=() if name in chosen else pytest.mark.slow) for name in names]
+
+
 D = 12
 """The width of states in tests of the algebra alone."""
 
@@ -60,6 +66,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 class Alone:
     """A trainer of one process, for a data module outside a fit."""
+
+    accumulate_grad_batches = 1
 
     def __init__(self, rank: int = 0, world_size: int = 1) -> None:
         self.global_rank, self.world_size = rank, world_size

@@ -193,6 +193,23 @@ def test_the_form_of_stage_1_is_an_option(tmp_path: Path) -> None:
     assert not torch.allclose(*keys)
 
 
+def test_the_vocabulary_is_tokenized_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = StableDiffusionAdapter(build_tiny_pipeline())
+    spelt: list[int] = []
+    detokenize = adapter.detokenize
+
+    def counting(segment: str, words: Any) -> list[str]:
+        spelt.append(len(words))
+        return detokenize(segment, words)
+
+    monkeypatch.setattr(adapter, "detokenize", counting)
+    eraser, job = Hardened(**HARDENED), Harness(adapter, tmp_path).job
+    eraser.ahead(job)
+    eraser.module(job)
+    whole = len(adapter.vocabulary()["clip"])
+    assert len([count for count in spelt if count >= whole]) == 1 and max(spelt) >= whole > 1
+
+
 def test_an_edit_of_values_alone_has_no_key(tmp_path: Path) -> None:
     job = Harness(StableDiffusionAdapter(build_tiny_pipeline()), tmp_path).job
     job.textual.matrices = ["value"]

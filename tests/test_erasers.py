@@ -66,6 +66,7 @@ def test_a_method_counts_exactly_and_changes_what_it_says(
     assert moved <= said and len(moved) > 0.8 * len(said)
     assert {key.partition(".")[0] for key in said} == {"text_encoder" if name == "advunlearn" else "unet"}
     numbers = sum(value.numel() for tensors in result.changed.values() for value in tensors.values())
+    assert ahead.training_bytes == (16 if name == "hardened" else 12) * ahead.trainable
     assert ahead.trainable == numbers if name != "spm" else 0 < ahead.trainable < numbers
     assert not any(p.requires_grad for network in adapter.networks().values() for p in network.parameters())
 
@@ -87,6 +88,36 @@ def test_losses_that_are_not_finite_are_refused(
     warmup = {"warmup": 0} if name in ("spm", "advunlearn") else {}
     with pytest.raises(InputError, match=r"method\.lr"):
         ERASERS[name](lr=1e30, iterations=6, **warmup).erase(Harness(adapter, tmp_path).job)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("esd", {"eta": 1e38}, r"method\.eta: .* before the optimizer's first step.* 1e\+38"),
+        ("ca", {"preserve_weight": 1e50}, r"method\.preserve_weight: "),
+        ("spm", {"anchor_weight": 1e50}, r"method\.anchor_weight: "),
+        ("hardened", {"learnt_lr": 1e38}, r"method\.learnt_lr: "),
+        ("advunlearn", {"warmup": 0, "attack_lr": 1e30}, r"method\.attack_lr: "),
+    ],
+)
+def test_before_the_first_step_the_learning_rate_is_not_blamed(
+    name: str, options: dict[str, float], expected: str, adapter: StableDiffusionAdapter, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=expected):
+        ERASERS[name](**options).erase(Harness(adapter, tmp_path).job)
+
+
+def test_a_network_that_fails_in_training_alone_is_named(
+    adapter: StableDiffusionAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its teacher's predictions are cached already."""
+    job = Harness(adapter, tmp_path).job
+    eraser = ERASERS["esd"]()
+    for each in eraser.teachers(job, eraser.sources(job)).values():
+        each.sample(job.trainer, adapter, eraser.encoder(adapter))
+    adapter.denoiser.get_parameter("conv_out.bias").data.fill_(float("nan"))
+    with pytest.raises(InputError, match=r"denoiser's output before the optimizer's first step.*conv_out"):
+        eraser.erase(job)
 
 
 def hundred() -> Concept:
@@ -111,7 +142,8 @@ def test_a_hundred_concepts_are_erased_at_once(
     harness = Harness(adapter, tmp_path, concepts)
     numbers = sum(layer.weight.numel() for name, layer in entries_of(adapter).items())
     ahead = eraser.ahead(harness.job)
-    assert ahead.parts == {} and ahead.trainable == (numbers if eraser.maps == "kv" else numbers // 2)
+    assert ahead.parts == {} and ahead.training_bytes == 0
+    assert ahead.trainable == (numbers if eraser.maps == "kv" else numbers // 2)
     result = eraser.erase(harness.job)
     assert harness.counted == {"edit": 0}
     assert all(tensor.isfinite().all() for tensor in result.changed["unet"].values())

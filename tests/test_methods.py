@@ -9,7 +9,7 @@ import torch
 import yaml
 from conftest import build_tiny_pipeline
 from diffusers import StableDiffusionPipeline
-from eraser_jobs import HARDENED, TUNED
+from eraser_jobs import HARDENED, TUNED, quick
 from safetensors.torch import load_file
 from test_configs import composed
 from tiny_runs import KEEP_PROMPTS, WEAPONS
@@ -71,7 +71,7 @@ def folder_of(tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("clean_process")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick(NAMES, "advunlearn", "spm", "uce"))
 def test_a_run_stores_what_has_changed_and_counts_it(name: str, tiny: list[str], tmp_path: Path) -> None:
     cli.train([*tiny, *options_of(name), "export=[pipeline,delta]"])
     folder = folder_of(tmp_path)
@@ -100,14 +100,7 @@ def test_a_run_stores_what_has_changed_and_counts_it(name: str, tiny: list[str],
 
 
 @pytest.mark.usefixtures("clean_process")
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name == "esd" else pytest.mark.slow)
-        for name in NAMES
-        if len(options_of(name)) > 1
-    ],
-)
+@pytest.mark.parametrize("name", quick([name for name in NAMES if len(options_of(name)) > 1], "esd"))
 def test_a_killed_run_continues_to_the_same_weights(
     name: str, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +149,33 @@ def test_a_plan_says_the_counts_and_leaves_nothing(
     cli.train([*tiny, *options_of(name), "plan=true"])
     assert not (tmp_path / "runs").exists()
     parts = [record.args[0] for record in caplog.records if record.msg.startswith("ahead: %-36s")]
-    assert set(parts) >= ({"teachers", "training"} if len(options_of(name)) > 1 else set())
+    trains = len(options_of(name)) > 1
+    assert set(parts) >= ({"teachers", "training"} if trains else set())
+    assert ("M train)" in caplog.text) == trains == ("optimizer states" in caplog.text)
+
+
+@pytest.mark.usefixtures("clean_process")
+def test_before_training_it_is_the_original_that_is_named(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trce_lightning.erasers.teachers import Teachers
+    from trce_lightning.erasers.tuning import Tuning
+
+    named: list[tuple[str, bool]] = []
+
+    def sampled(self: Teachers, trainer: Any, adapter: Any, encode: Any) -> None:
+        named.append(("teachers", "erased" in adapter.name))
+        sample(self, trainer, adapter, encode)
+
+    def trained(self: Tuning, batch: Any, index: int) -> Any:
+        named.append(("training", "erased" in self.adapter.name))
+        return step(self, batch, index)
+
+    sample, step = Teachers.sample, Tuning.training_step
+    monkeypatch.setattr(Teachers, "sample", sampled)
+    monkeypatch.setattr(Tuning, "training_step", trained)
+    cli.train([*tiny, *options_of("esd"), "method.iterations=1", "export=[delta]"])
+    assert named == [("teachers", False), ("training", True)]
 
 
 @pytest.mark.usefixtures("clean_process")
@@ -228,11 +247,45 @@ def test_wrong_options_are_explained(
         assert part in said, said
 
 
-def test_keep_prompts_belong_to_all_methods() -> None:
-    checks.check_method_options(["method=uce", "textual.keep_prompts=x"])
-    checks.check_method_options(["method=trce,esd", "trajectory.beta=2"])
-    with pytest.raises(InputError, match=r"textual\.eta"):
-        checks.check_method_options(["method=uce", "++textual.eta=2"])
+EXPERIMENTS = cli.config_folder() / "experiment"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["method=uce", "textual.keep_prompts=x"],
+        ["method=trce,esd", "trajectory.beta=2"],
+        ["experiment=hardened", "textual.form=ridge"],
+        ["experiment=smoke", "trajectory.epochs=9"],
+        ["experiment=sd14_sexual", "stages=[textual]"],
+        ["method=trce", "experiment=hardened", "trajectory.epochs=9"],
+        ["experiment=nothing", "trajectory.epochs=9"],
+    ],
+)
+def test_options_that_the_method_reads_are_taken(argv: list[str]) -> None:
+    checks.check_method_options(argv, EXPERIMENTS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "option"),
+    [
+        (["method=uce", "++textual.eta=2"], "textual.eta"),
+        (["experiment=hardened", "trajectory.epochs=9"], "trajectory.epochs"),
+        (["experiment=hardened", "stages=[textual]"], "stages"),
+        (["experiment=hardened", "optimizer.lr=1"], "optimizer.lr"),
+        (["method=uce", "experiment=hardened", "textual.form=ridge"], "textual.form"),
+    ],
+)
+def test_options_that_the_method_does_not_read_are_refused(argv: list[str], option: str) -> None:
+    with pytest.raises(InputError, match=f"'{option}': expected none beside method="):
+        checks.check_method_options(argv, EXPERIMENTS)
+
+
+def test_an_experiment_may_take_its_method_from_another(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("defaults: [{override /method: esd}]")
+    (tmp_path / "two.yaml").write_text("defaults: [one, {override /model: sd14}, _self_]")
+    assert checks.experiment_method(tmp_path, "two") == "esd"
+    assert checks.experiment_method(EXPERIMENTS, "paper") is None
 
 
 # Configurations.
