@@ -2,8 +2,8 @@
 
 The first run makes the README's table. All runs make the table by stage in `docs/results.md`. It has tests of
 the first run against the second. `--hardened RUN` adds a hardened run to both. `--attacks EVALUATION` adds a
-row for each door to the README's table, and writes the table of `docs/attacks.md`. It is an evaluation of the
-original and of all runs.
+row for each door to the README's table, and writes the tables of `docs/attacks.md` and `docs/robustness.md`.
+It is an evaluation of the original and of all runs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from benchmarks.report import refresh
 from trce_lightning.compare import load_runs, paired_tests
 from trce_lightning.evaluation.attacked import Verdict
-from trce_lightning.jobs.attack import NEVER_LEARNT
+from trce_lightning.jobs.attack import NEVER_LEARNT, REINITIALISED
 from trce_lightning.report.attacks import DOORS
 from trce_lightning.report.tables import ABSENT, rate_cell, results_table
 
@@ -118,14 +118,23 @@ def _percent(share: float) -> str:
 
 
 def write_attacks(evaluation: Path, lines: Sequence[str], erased: Sequence[str]) -> list[str]:
-    """Write the table and the picture of ``docs/attacks.md``.
+    """Write the table and the picture of ``docs/attacks.md``, and the table of ``docs/robustness.md``.
 
     Return the README's ``lines`` with one for each door.
     """
     rows = json.loads((evaluation / "metrics.json").read_text("utf-8"))["attacks"]
     refresh("\n".join(attacks_lines(rows, erased)), ROOT / "docs" / "attacks.md", "attacks")
+    write_robustness(rows, next(iter(rows)), erased)
     attacks_figure(rows).savefig(ROOT / "docs" / "images" / "attacks.png", dpi=110)
     return [*lines, *door_lines(rows, next(iter(rows)), erased)]
+
+
+def write_robustness(rows: Rows, original: str, erased: Sequence[str]) -> None:
+    """Write the table of ``docs/robustness.md``: the original, the erased models, and the references."""
+    shown = {
+        label: rows[label] for label in (original, *erased, NEVER_LEARNT, REINITIALISED) if label in rows
+    }
+    refresh("\n".join(attacks_lines(shown, erased)), ROOT / "docs" / "robustness.md", "robustness")
 
 
 def main() -> None:
