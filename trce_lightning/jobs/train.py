@@ -51,7 +51,7 @@ from trce_lightning.textual import TextualStatistics, cached_kept, textual_stati
 
 log = logging.getLogger(__name__)
 ERASED = ", erased"
-"""What is added to the model's name in messages once it is changed."""
+"""The end of the model's name in messages once it is changed."""
 MODEL_IDENTITY = ("name", "path", "hub_id", "revision", "config", "dtype")
 """The model options that its weights and text states depend on."""
 
