@@ -171,6 +171,7 @@ def test_entries_serve_their_own_concept_alone(tmp_path: Path) -> None:
         ({"visited": 2, "learnt": 3}, r"method\.visited: expected at most method\.pool = 3 entries"),
         ({"unconditional": 3}, r"method\.unconditional: expected a multiple of 2"),
         ({"early_steps": 5}, r"method\.early_steps: expected more than method\.other_from = 1"),
+        ({"trainable": "none"}, r"method\.trainable: expected a pattern that matches a module"),
         ({"vectors": 40}, r"method\.vectors: expected a prompt of at most 32 tokens"),
     ],
 )

@@ -134,8 +134,11 @@ class Adapter(Protocol):
     def streams(self) -> dict[str, Stream]:
         """Return the streams that stage 1 edits: "context" and, if the model has one, "pooled"."""
 
-    def trainable(self, pattern: str) -> dict[str, nn.Parameter]:
-        """Return the denoiser's parameters by name, if their module's name matches an fnmatch ``pattern``."""
+    def trainable(self, pattern: str, option: str = "trajectory.trainable") -> dict[str, nn.Parameter]:
+        """Return the denoiser's parameters by name, if their module's name matches an fnmatch ``pattern``.
+
+        If there are none, raise ``InputError`` that names the ``option``.
+        """
 
     def predict(self, z_t: Tensor, timestep: Tensor | int, text: Text) -> Tensor:
         """Return the denoiser's output, ``[B, C, H, W]`` float32, in the space that the schedule names."""

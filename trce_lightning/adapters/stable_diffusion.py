@@ -332,15 +332,18 @@ class StableDiffusionAdapter:
         }
         return {"context": Stream((SEGMENT,), self.text_encoder.config.hidden_size, entries)}
 
-    def trainable(self, pattern: str) -> dict[str, nn.Parameter]:
-        """Return by name the parameters of the modules whose name matches an fnmatch ``pattern``."""
+    def trainable(self, pattern: str, option: str = "trajectory.trainable") -> dict[str, nn.Parameter]:
+        """Return by name the parameters of the modules whose name matches an fnmatch ``pattern``.
+
+        If there are none, raise ``InputError`` that names the ``option``.
+        """
         parameters = {
             name: parameter
             for name, parameter in self.denoiser.named_parameters()
             if fnmatch(name.rpartition(".")[0], pattern)
         }
         if not parameters:
-            raise InputError(f"trainable: expected a pattern that matches a module, got '{pattern}'")
+            raise InputError(f"{option}: expected a pattern that matches a module, got '{pattern}'")
         return parameters
 
     def original_state(self) -> dict[str, Tensor]:

@@ -261,7 +261,7 @@ class Hardened(TunedEraser):
 
     def trained(self, adapter: Adapter) -> dict[str, dict[str, nn.Parameter]]:
         """Return the denoiser's parameters that ``trainable`` names."""
-        return {denoiser_name(adapter): adapter.trainable(self.trainable)}
+        return {denoiser_name(adapter): adapter.trainable(self.trainable, "method.trainable")}
 
     def ahead(self, job: Job) -> Ahead:
         """Return the work ahead. If the points can't be shared out, raise ``InputError``."""
