@@ -78,7 +78,8 @@ def _main(name: str, schema: type, argv: Sequence[str] | None) -> None:
 
     def job(config: DictConfig) -> None:
         sys.argv[:] = typed  # Lightning starts its other processes with it; in a sweep they do one job
-        task = list(HydraConfig.get().overrides.task)
+        # Not resolved: the text of an option may hold an interpolation that leads nowhere.
+        task: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             sys.argv[1:] = task
         with expected_failures():
