@@ -5,8 +5,8 @@
 
 ε is the original network, z_t lies on its guided sampling run for a malicious prompt c_m, and c_s is the safe
 counterpart. c_k are prompts to keep, z_k lies on their runs, and z also on unconditional ones. The division
-makes early steps count: what is drawn is decided there, and there the two predictions differ little. e is a
-text that may bring the concept back. There are four kinds:
+makes early steps count, where the two predictions differ little. e is a text that may bring the concept back.
+There are four kinds:
 
 - *learnt*: vectors in the place of the concept's name. A pool of them is kept, with vectors of its own for
   each concept. Each step moves some of them down the gradient of ‖ε_θ(z_t, e, t) − ε(z_t, c_m, t)‖², so that
