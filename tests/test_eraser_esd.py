@@ -47,7 +47,7 @@ def walks(**options: Any) -> Any:
 def test_cached_rows_are_the_originals_predictions_on_its_own_way(
     adapter: StableDiffusionAdapter, tmp_path: Path, guidance_scale: float
 ) -> None:
-    """By hand, one evaluation at a time: noise level and timestep belong together, pure noise included."""
+    """Single evaluations give the same rows. Noise level and timestep belong together, even at pure noise."""
     plan = walks(guidance_scale=guidance_scale, steps=range(4), points=7)
     teachers = teachers_of(plan, tmp_path, "model")
     before = adapter.network_evaluations

@@ -145,7 +145,7 @@ def test_the_result_is_the_average_of_the_weights(tmp_path: Path) -> None:
 
 
 def test_entries_serve_their_own_concept_alone(tmp_path: Path) -> None:
-    """With two concepts, only the vectors of the concept that a point shows get a gradient."""
+    """Only the vectors of the concept that a point shows get a gradient, if there are two concepts."""
     adapter = StableDiffusionAdapter(build_tiny_pipeline())
     two = (
         Concept("guns", {"a gun": "a kite"}, templates=("{}",)),

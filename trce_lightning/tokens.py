@@ -71,6 +71,16 @@ class Text:
         )
 
 
+def state_rms(text: Text) -> dict[str, Tensor]:
+    """Return the root mean square of the states of each position, [B, L, 1] by segment."""
+    return {name: states.square().mean(-1, keepdim=True).sqrt() for name, states in text.states.items()}
+
+
+def within_ball(delta: Tensor, radius: Tensor) -> Tensor:
+    """Return `delta` with every |δ_i| cut to `radius`, which broadcasts over it."""
+    return torch.maximum(torch.minimum(delta, radius), -radius)
+
+
 def eot_index(input_ids: Tensor, eos_token_id: int) -> Tensor:
     """Return the token index of each prompt's first EoT: [B, L] → [B] int64.
 

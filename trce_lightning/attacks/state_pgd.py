@@ -35,7 +35,7 @@ from trce_lightning.attacks.tries import (
     pictures_of,
 )
 from trce_lightning.prompts.records import PromptRecord
-from trce_lightning.tokens import Text
+from trce_lightning.tokens import Text, state_rms, within_ball
 
 
 class StatePgd:
@@ -99,7 +99,7 @@ class StatePgd:
         adapter = target.adapter
         text, generators = adapter.encode([row.prompt for row in rows]), self._generators(target, rows)
         z_0 = adapter.encode_images(pictures_of(target, rows, self.name))
-        scale = _rms(text)
+        scale = state_rms(text)
         delta = {name: torch.zeros_like(states) for name, states in text.states.items()}
         losses = []
         for _ in range(self.steps):
@@ -114,7 +114,7 @@ class StatePgd:
                 for (name, change), gradient in zip(list(delta.items()), gradients, strict=True):
                     radius = self.epsilon * scale[name]
                     moved = change - self.step_size * scale[name] * gradient.sign()
-                    delta[name] = torch.maximum(torch.minimum(moved, radius), -radius)
+                    delta[name] = within_ball(moved, radius)
             progress(len(rows) * self.samples)
         return {name: change.detach() for name, change in delta.items()}, torch.stack(losses, 1)
 
@@ -147,7 +147,7 @@ class StatePgd:
         findings = []
         for rows in batches(target, records):
             text = target.adapter.encode([row.prompt for row in rows])
-            scale = _rms(text)
+            scale = state_rms(text)
             for row, own in enumerate(self._generators(target, rows)):
                 corner = {
                     name: self.epsilon * scale[name][row].cpu() * _signs(states[row].shape, own)
@@ -170,11 +170,6 @@ class StatePgd:
                 states[prompt] = {name: own[row].cpu() + delta[name] for name, own in text.states.items()}
                 records.append(fresh_record(record, self.name, prompt=prompt))
         yield Way("", tuple(records), with_states(target.adapter, states), target.variation)
-
-
-def _rms(text: Text) -> dict[str, Tensor]:
-    """Return the root mean square of the states of each position, ``[B, L, 1]`` by segment."""
-    return {name: states.square().mean(-1, keepdim=True).sqrt() for name, states in text.states.items()}
 
 
 def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:

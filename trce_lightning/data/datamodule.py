@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -117,10 +117,16 @@ class EpochBatches(DistributedSampler[list[int]]):
             yield batch[self.rank :: self.num_replicas].tolist()
 
 
-class TrajectoryLoader(DataLoader[list[EpochItem]]):
-    """A loader that can continue within an epoch. Lightning keeps its state in checkpoints."""
+Item = TypeVar("Item")
 
-    sampler: EpochBatches
+
+class ContinuedLoader(DataLoader[Item]):
+    """A loader that can continue within an epoch. Lightning keeps its state in checkpoints.
+
+    Its sampler begins after the first ``served`` of its items.
+    """
+
+    sampler: Any
 
     def state_dict(self) -> dict[str, int]:
         """Return how many batches of the epoch have been served."""
@@ -129,6 +135,12 @@ class TrajectoryLoader(DataLoader[list[EpochItem]]):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continue after the batches that have been served."""
         self.sampler.served = state_dict["served"]
+
+
+class TrajectoryLoader(ContinuedLoader[list[EpochItem]]):
+    """A loader of global batches, of which each rank takes its slice."""
+
+    sampler: EpochBatches
 
 
 class _Prompts:

@@ -46,7 +46,7 @@ from trce_lightning.losses import squared_distance
 from trce_lightning.prompts.records import seed_of
 from trce_lightning.sampling import seeded
 from trce_lightning.textual import apply_edit_, cached_kept, textual_statistics
-from trce_lightning.tokens import Text
+from trce_lightning.tokens import Text, state_rms, within_ball
 
 KINDS = ("learnt", "moved", "keyed", "other")
 """The texts under which points of the concept are read."""
@@ -66,11 +66,6 @@ def relative_distance(prediction: Tensor, safe: Tensor, unsafe: Tensor) -> Tenso
     At ε̂ = ε_m it is RMS(ε_m − ε_s), and at ε̂ = ε_s it is 0.
     """
     return squared_distance(prediction, safe) / squared_distance(unsafe, safe).sqrt().clamp_min(LEAST)
-
-
-def within_ball(delta: Tensor, radius: Tensor) -> Tensor:
-    """Return δ with every |δ_i| cut to ``radius``, which broadcasts over it."""
-    return torch.maximum(torch.minimum(delta, radius), -radius)
 
 
 @dataclass(frozen=True)
@@ -162,8 +157,7 @@ class Hardening(Tuning):
 class Hardened(TunedEraser):
     """Erase by stage 1, then train against learnt, moved, keyed and other texts.
 
-    ``textual.*`` has the options of stage 1. ``batch_size`` and ``draws`` of other tuned methods are replaced
-    by the numbers of points of each kind.
+    ``textual.*`` has the options of stage 1.
 
     Args:
         trainable: fnmatch pattern of the denoiser's modules that train.
@@ -357,15 +351,16 @@ class Hardened(TunedEraser):
         own = self.keep // ranks
         parts = {
             "learnt": (erased["learnt"], self.learnt_text(module, erased["learnt"], batch["step"])),
-            "moved": (erased["moved"], self.moved_text(module, erased["moved"], batch["step"])),
-            "keyed": (erased["keyed"], self.keyed_text(module, erased["keyed"])),
         }
+        if self.moved:
+            parts["moved"] = (erased["moved"], self.moved_text(module, erased["moved"], batch["step"]))
+        if self.keyed:
+            parts["keyed"] = (erased["keyed"], self.keyed_text(module, erased["keyed"]))
         if self.other:
             late = Rows.of(batch["late"])
             parts["other"] = (late, self.other_text(module, kept.prompts, len(late), batch["step"]))
         held = kept.part(own, len(kept))
         empty = Rows.of(batch["empty"])
-        parts = {name: part for name, part in parts.items() if len(part[0])}
         parts |= {
             "keep": (kept.part(0, own), module.text(kept.prompts[:own])),
             "held": (held, module.empty.to(module.device).expand(len(held))),
@@ -436,13 +431,8 @@ class Hardened(TunedEraser):
 
         δ begins at random in the ball. Each step goes by 2 ρ RMS(E) / steps against the gradient's sign.
         """
-        if not len(points):
-            return module.empty.to(module.device).expand(0)
         text, generator = module.text(points.prompts), module.generator(step, "moves")
-        radius = {
-            name: self.radius * own.square().mean(-1, keepdim=True).sqrt()
-            for name, own in text.states.items()
-        }
+        radius = {name: self.radius * rms for name, rms in state_rms(text).items()}
         delta = {
             name: (2 * torch.rand(own.shape, generator=generator).to(own.device) - 1) * radius[name]
             for name, own in text.states.items()
@@ -461,8 +451,6 @@ class Hardened(TunedEraser):
 
     def keyed_text(self, module: Hardening, points: Rows) -> Text:
         """Return E(c_m) T⁺ᵀ, which stage 1 maps to the malicious prompts' states as far as it can."""
-        if not len(points):
-            return module.empty.to(module.device).expand(0)
         text, key = module.text(points.prompts), module.key.to(module.device)
         segments = module.adapter.streams()["context"].segments
         states = {name: own @ key if name in segments else own for name, own in text.states.items()}

@@ -17,11 +17,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 
 from trce_lightning.adapters import Adapter
 from trce_lightning.adapters.finite import loss_not_finite
 from trce_lightning.config.schema import Count, Natural, NonNegative, OneOf, Positive, Steps
+from trce_lightning.data.datamodule import ContinuedLoader
 from trce_lightning.erasers.protocol import Ahead, Cost, Erased, Job
 from trce_lightning.erasers.teachers import Encode, Teachers, Walks, draw_walks, latent_numbers, teachers_of
 from trce_lightning.erasers.texts import GUIDES, PROMPTS, erased_pairs
@@ -81,18 +82,10 @@ class StepNumbers(DistributedSampler[int]):
             yield step
 
 
-class StepLoader(DataLoader[int]):
-    """A loader that can continue within the fit. Lightning keeps its state in checkpoints."""
+class StepLoader(ContinuedLoader[int]):
+    """A loader of all steps of a fit."""
 
     sampler: StepNumbers
-
-    def state_dict(self) -> dict[str, int]:
-        """Return how many steps have been served."""
-        return {"served": self.sampler.served}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue after the steps that have been served."""
-        self.sampler.served = state_dict["served"]
 
 
 class Points(pl.LightningDataModule):
