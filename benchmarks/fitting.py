@@ -6,6 +6,7 @@ import logging
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,13 @@ from benchmarks.timing import seconds, synchronize
 from trce_lightning import cli
 from trce_lightning.adapters import Adapter
 from trce_lightning.concepts import load_concept
-from trce_lightning.config.schema import OptimizerConfig, TrainConfig, TrainerConfig, TrajectoryConfig
+from trce_lightning.config.schema import (
+    EvalConfig,
+    OptimizerConfig,
+    TrainConfig,
+    TrainerConfig,
+    TrajectoryConfig,
+)
 from trce_lightning.data.datamodule import Batch, TrajectoryDataModule
 from trce_lightning.data.plan import TrajectoryPlan, draw_plan
 from trce_lightning.data.trajectories import sample_missing
@@ -32,10 +39,21 @@ CPU = TrainerConfig(accelerator="cpu", devices=1, precision="32-true", enable_pr
 
 def compose(*options: str) -> TrainConfig:
     """The configuration of `train.py` with these options."""
-    with hydra.initialize_config_dir(str(cli.config_folder()), version_base="1.3"):
-        config = OmegaConf.to_object(hydra.compose("train", cli.overrides("train", TrainConfig, options)))
+    config = _composed("train", TrainConfig, options)
     assert isinstance(config, TrainConfig)
     return config
+
+
+def compose_evaluation(*options: str) -> EvalConfig:
+    """The configuration of `eval.py` with these options."""
+    config = _composed("eval", EvalConfig, options)
+    assert isinstance(config, EvalConfig)
+    return config
+
+
+def _composed(name: str, schema: type, options: Sequence[str]) -> Any:
+    with hydra.initialize_config_dir(str(cli.config_folder()), version_base="1.3"):
+        return OmegaConf.to_object(hydra.compose(name, cli.overrides(name, schema, options)))
 
 
 def small(rows: int, epochs: int = 1, **options: Any) -> TrajectoryConfig:

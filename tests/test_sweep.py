@@ -1,0 +1,86 @@
+"""The sweeps: their rule and stored results. Every trial is a configuration that `train.py` takes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import sweep
+from benchmarks.fitting import compose
+
+ALL = [(name, trial) for name, each in sweep.SWEEPS.items() for trial in each.trials]
+
+
+def row(direct: float, implicit: float, fid: float, accuracy: float, attacks: float = 0.5) -> dict[str, Any]:
+    scores = {
+        "asr": {"direct": {"rate": direct}, "implicit": {"rate": implicit}},
+        "fid": fid,
+        "clip_score": 74.0,
+        "benign_accuracy": accuracy,
+        "benign_accuracy_unkept": {"rate": 0.9},
+    }
+    return {"scores": scores, "attacks": dict.fromkeys(sweep.ATTACKS, attacks), "references": {}}
+
+
+FOUND = {
+    sweep.ORIGINAL: row(1.0, 0.9, 8.0, 1.0, 1.0),
+    "weak": row(0.8, 0.8, 8.1, 1.0),
+    "attacked": row(0.0, 0.0, 8.1, 1.0, 0.9),
+    "right": row(0.4, 0.2, 8.4, 0.985),
+    "spoils pictures": row(0.1, 0.0, 8.5, 1.0),
+    "spoils subjects": row(0.1, 0.0, 8.0, 0.95),
+}
+
+
+def test_the_lowest_rates_among_trials_that_keep_benign_pictures_are_chosen() -> None:
+    assert sweep.chosen(FOUND) == "right"
+    others = {name: found for name, found in FOUND.items() if name != "right"}
+    assert sweep.chosen(others) == "weak"  # attacks count as well
+    spoilt = {name: FOUND[name] for name in (sweep.ORIGINAL, "spoils pictures", "spoils subjects")}
+    assert sweep.chosen(spoilt) is None
+
+
+def test_the_table_has_each_trial_and_the_references() -> None:
+    found = {
+        **FOUND,
+        sweep.ORIGINAL: FOUND[sweep.ORIGINAL] | {"references": {"never": dict.fromkeys(sweep.ATTACKS, 0.1)}},
+    }
+    lines = sweep.table(found).splitlines()
+    assert len(lines) == 2 + len(FOUND) + 1
+    attacks = " 50.0 % |" * len(sweep.ATTACKS)
+    assert f"| **right** | 40.0 % | 20.0 % |{attacks} 1.050× | 74.00 | 98.5 % | 90.0 % | yes |" in lines
+    assert [line.split("|")[-2].strip() for line in lines[2:-1]] == ["", "yes", "yes", "yes", "no", "no"]
+    assert lines[-1].startswith("| (never) |  |  | 10.0 % |")
+
+
+def test_results_whose_options_have_changed_are_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "FOLDER", tmp_path)
+    first, second = list(sweep.SWEEPS["hardened"].trials)[:2]
+    results = sweep.Results("hardened")
+    results.store(second, scores={}, attacks={})
+    results.store(first, scores={})  # stopped before its attacks
+    assert list(json.loads(results.file.read_text())) == [first, second]  # in the order of the trials
+    again = sweep.Results("hardened")
+    assert second not in again.missing(lambda _: True)
+    assert first in again.missing(lambda _: True)
+    stored = json.loads(results.file.read_text())
+    stored[second]["options"] = ["method.lr=1"]
+    results.file.write_text(json.dumps(stored))
+    assert second in sweep.Results("hardened").missing(lambda _: True)
+
+
+@pytest.mark.parametrize(("name", "trial"), ALL)
+def test_every_trial_is_a_configuration(name: str, trial: str) -> None:
+    options = sweep.SWEEPS[name].options(trial)
+    config = compose(*options)
+    last = dict(option.split("=", 1) for option in options)  # of two equal options, the last counts
+    for path, value in last.items():
+        part, _, field = path.partition(".")
+        if part in ("trajectory", "optimizer", "textual"):
+            found = getattr(getattr(config, part), field)
+            assert str(found).lower() == value or float(found) == float(value), path
+        elif part == "method" and field:
+            assert float(config.method[field]) == float(value), path
