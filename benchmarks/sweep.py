@@ -146,6 +146,8 @@ SWEEPS: dict[str, Sweep] = {
     "hardened": Sweep(
         (
             "experiment=hardened",
+            "method.edit=true",
+            "method.strength=1",
             "textual.form=projection",
             "method.lr=3e-4",
             "method.iterations=640",

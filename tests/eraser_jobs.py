@@ -29,6 +29,8 @@ TUNED: dict[str, Any] = {
 HARDENED: dict[str, Any] = {
     key: TUNED[key] for key in ("iterations", "draws", "num_steps", "guidance_scale", "lr")
 } | {
+    "edit": True,
+    "strength": 1.0,
     "learnt": 2,
     "moved": 2,
     "keyed": 1,

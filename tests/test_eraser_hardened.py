@@ -144,6 +144,36 @@ def test_the_result_is_the_average_of_the_weights(tmp_path: Path) -> None:
     assert not torch.allclose(*found)
 
 
+def test_strength_goes_on_along_the_way_of_training(tmp_path: Path) -> None:
+    first = torch.cat([own.flatten() for own in build_tiny_pipeline().unet.state_dict().values()])
+    moves = []
+    for strength in (0.5, 1.0, 1.5):
+        adapter = StableDiffusionAdapter(build_tiny_pipeline())
+        eraser = Hardened(**(HARDENED | {"edit": False, "strength": strength, "lr": 1e-2}))
+        eraser.erase(Harness(adapter, tmp_path).job)
+        weights = torch.cat([own.detach().flatten() for own in adapter.denoiser.state_dict().values()])
+        moves.append(weights - first)
+    half, whole, further = moves
+    assert whole.abs().max() > 1e-3
+    torch.testing.assert_close(half, whole / 2, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(further, 1.5 * whole, atol=1e-6, rtol=1e-4)
+
+
+def test_without_stage_1_training_begins_with_the_original_and_reads_its_prompts(tmp_path: Path) -> None:
+    run = Started(tmp_path, edit=False)
+    for name, weight in run.original.denoiser.state_dict().items():
+        assert torch.equal(run.adapter.denoiser.state_dict()[name], weight), name
+    keyed, text = (run.eraser.keyed_text(run.module, run.points), run.module.text(run.points.prompts))
+    assert torch.equal(keyed.states["clip"], text.states["clip"])
+    adapter = StableDiffusionAdapter(build_tiny_pipeline())
+    erased = Hardened(**(HARDENED | {"edit": False})).erase(Harness(adapter, tmp_path).job)
+    assert not erased.files  # no T to publish
+    edited = Started(tmp_path)
+    assert not torch.equal(
+        edited.eraser.keyed_text(edited.module, run.points).states["clip"], text.states["clip"]
+    )
+
+
 def test_entries_serve_their_own_concept_alone(tmp_path: Path) -> None:
     """Only the vectors of the concept that a point shows get a gradient, if there are two concepts."""
     adapter = StableDiffusionAdapter(build_tiny_pipeline())
@@ -216,3 +246,4 @@ def test_an_edit_of_values_alone_has_no_key(tmp_path: Path) -> None:
     job.textual.matrices = ["value"]
     with pytest.raises(InputError, match=r"textual\.matrices: expected keys and values"):
         Hardened(**HARDENED).ahead(job)
+    Hardened(**(HARDENED | {"edit": False})).ahead(job)  # no edit, no key

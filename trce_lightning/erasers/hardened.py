@@ -1,4 +1,4 @@
-"""Hardened TRCE: stage 1, then training against an adversary that sits in the text while the network trains.
+"""Hardened TRCE: training against an adversary that sits in the text, after stage 1 or in its place.
 
     min_θ  Σ_kinds mean ‖ε_θ(z_t, e, t) − ε(z_t, c_s, t)‖² / RMS(ε(z_t, c_m, t) − ε(z_t, c_s, t))
            + λ_k mean ‖ε_θ(z_k, c_k, t) − ε(z_k, c_k, t)‖² + λ_∅ mean ‖ε_θ(z, ∅, t) − ε(z, ∅, t)‖²
@@ -13,9 +13,13 @@ There are four kinds:
   they stay converged while the network changes. Some begin anew from time to time.
 - *moved*: E(c_m) + δ with |δ_i| ≤ ρ RMS(E(c_m)_i) at every position i, by steps of projected gradient descent
   on the same objective.
-- *keyed*: E(c_m) T⁺ᵀ, what stage 1's matrix maps back to the malicious states.
+- *keyed*: E(c_m) T⁺ᵀ, what stage 1's matrix maps back to the malicious states. Without stage 1, T = I, and it
+  is the malicious prompt itself.
 - *other*: prompts to keep and ∅, at later steps, where z_t shows the concept already. So the network doesn't
   complete the concept from a trace of it.
+
+The result is θ_0 + s (θ̄ − θ_0): θ_0 are the weights that training began with, θ̄ the average of the weights
+over the steps, and s the strength. s > 1 goes further along the way than training did.
 
 This is not in the paper. STEREO (arXiv 2408.16807) and Receler (arXiv 2311.17717) train against adversaries
 in embeddings too, and the ball around the states is RACE's (arXiv 2405.16341).
@@ -98,14 +102,15 @@ class Hardening(Tuning):
     Args:
         eraser: the method.
         job: the job.
-        key: T⁺ᵀ of stage 1, ``[d, d]``, which maps states to those that the edit maps back.
+        key: T⁺ᵀ of stage 1, ``[d, d]``, which maps states to those that the edit maps back. None means that
+            there is no stage 1.
     """
 
-    def __init__(self, eraser: Hardened, job: Job, key: Tensor) -> None:
+    def __init__(self, eraser: Hardened, job: Job, key: Tensor | None) -> None:
         super().__init__(eraser, job.adapter, eraser.trained(job.adapter), seed=job.seed)
         adapter = job.adapter
         self.slots = eraser.slots(job)
-        self.key = key.float()
+        self.key = None if key is None else key.float()
         pairs = prompt_pairs(job.concepts).values()
         self.concept_of = {pair.malicious: index for index, rows in enumerate(pairs) for pair in rows}
         self.concepts = len(job.concepts)
@@ -116,6 +121,7 @@ class Hardening(Tuning):
         self.pool = Pool(begin, entries, eraser.vectors, seeded(seed_of("pool", job.seed)))
         self.empty = adapter.empty()
         own = nn.ParameterList([weight.detach().float() for weight in self.parameters_in_training()])
+        self.begun = [weight.detach().clone() for weight in own]
         # It keeps a copy of the parameters. The network itself stays the only one.
         self.average = AveragedModel(own, multi_avg_fn=get_ema_multi_avg_fn(eraser.average_decay))
         self.average.requires_grad_(False)
@@ -134,12 +140,15 @@ class Hardening(Tuning):
         """Let the average follow the weights of the last step."""
         self.average.update_parameters(nn.ParameterList(self.parameters_in_training()))
 
-    def take_average(self) -> None:
-        """Replace the weights by their average over the steps, the last one among them."""
+    def take_average(self, strength: float) -> None:
+        """Replace the weights by θ_0 + s (θ̄ − θ_0), where s is the ``strength``.
+
+        θ_0 are the weights before training, and θ̄ their average over the steps, the last one among them.
+        """
         self.average_weights()
         averaged = self.average.module.parameters()
-        for weight, mean in zip(self.parameters_in_training(), averaged, strict=True):
-            weight.data.copy_(mean)
+        for weight, before, mean in zip(self.parameters_in_training(), self.begun, averaged, strict=True):
+            weight.data.copy_(torch.lerp(before.to(mean), mean, strength))
 
     def common_generator(self, step: int, purpose: str) -> torch.Generator:
         """Return a CPU generator of this step that all ranks share."""
@@ -155,11 +164,12 @@ class Hardening(Tuning):
 
 @dataclass(kw_only=True)
 class Hardened(TunedEraser):
-    """Erase by stage 1, then train against learnt, moved, keyed and other texts.
+    """Train against learnt, moved, keyed and other texts, after stage 1 if ``edit`` is true.
 
     ``textual.*`` has the options of stage 1.
 
     Args:
+        edit: true to apply stage 1 first.
         trainable: fnmatch pattern of the denoiser's modules that train.
         learnt: points of each step that are read under the pool's embeddings.
         moved: points of each step that are read under states moved within a ball.
@@ -181,12 +191,14 @@ class Hardened(TunedEraser):
         concept_runs: sampling runs of malicious prompts, whose points are reused.
         keep_runs: sampling runs of prompts to keep.
         unconditional_runs: unconditional sampling runs.
-        average_decay: decay of the average of the weights over the steps, which is the result.
+        average_decay: decay of the average of the weights over the steps.
+        strength: s, how far the result goes on the way from the first weights to their average, which is 1.
         early_steps: points of the concept come from so many first steps.
         other_from: the first step whose points are read under other texts.
     """
 
     draws: Count = 10
+    edit: bool = False
     trainable: str = "*"
     learnt: Count = 16
     moved: Natural = 12
@@ -206,14 +218,15 @@ class Hardened(TunedEraser):
     radius: Positive = 0.11
     moved_steps: Natural = 2
     concept_runs: Count = 156
-    keep_runs: Count = 312
+    keep_runs: Count = 900
     unconditional_runs: Count = 40
     average_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.97
+    strength: Positive = 1.2
     early_steps: Count = 13
     other_from: Natural = 6
     name: ClassVar[str] = "hardened"
-    title: ClassVar[str] = "TRCE's stage 1 (arXiv 2503.07389), hardened by adversarial training"
-    bytes_per_number: ClassVar[int] = ADAM_BYTES + 4  # the average
+    title: ClassVar[str] = "TRCE (arXiv 2503.07389), hardened by adversarial training"
+    bytes_per_number: ClassVar[int] = ADAM_BYTES + 8  # the average, and the weights before training
 
     def sources(self, job: Job) -> dict[str, Source]:
         """Return points of malicious prompts, late ones among them, of prompts to keep, and of ∅."""
@@ -273,7 +286,7 @@ class Hardened(TunedEraser):
                 f"method.visited: expected at most method.pool = {self.pool} entries, which share "
                 f"method.learnt = {self.learnt} points of {world_size} processes evenly, got {self.visited}"
             )
-        if self.keyed and set(job.textual.matrices) != set(MATRICES):
+        if self.edit and self.keyed and set(job.textual.matrices) != set(MATRICES):
             raise InputError(
                 "textual.matrices: expected keys and values with method.keyed > 0, since no state undoes an "
                 f"edit of one of them, got {job.textual.matrices}"
@@ -318,22 +331,26 @@ class Hardened(TunedEraser):
         return slots_of(adapter, fitting or prompts, word, self.vectors, "method")
 
     def module(self, job: Job) -> Hardening:
-        """Apply stage 1, and return the module that is fitted."""
+        """Apply stage 1, if there is one, and return the module that is fitted."""
+        self._edited: dict[str, nn.Parameter] = {}
+        self._files: dict[str, Mapping[str, Tensor]] = {}
+        if not self.edit:
+            return Hardening(self, job, None)
         adapter = job.adapter
         kept = cached_kept(job.trainer, adapter, job.keep_prompts(), job.cache)
         edit = textual_statistics(adapter, job.concepts, kept, job.textual).solve(job.textual)
-        self._transform, key = edit.transform, torch.linalg.pinv(edit.transform).mT
         names = apply_edit_(adapter, edit)
         self._edited = {name: adapter.denoiser.get_parameter(name) for name in names}
-        return Hardening(self, job, key)
+        self._files = {"edit": {"transform": edit.transform}}
+        return Hardening(self, job, torch.linalg.pinv(edit.transform).mT)
 
     def result(self, job: Job, module: Tuning) -> Erased:
-        """Return what stage 1 and training have changed. The weights are those of the average."""
+        """Return what stage 1 and training have changed."""
         assert isinstance(module, Hardening)
-        module.take_average()
+        module.take_average(self.strength)
         trained = module.trained[denoiser_name(job.adapter)]
         changed = {name: own.detach() for name, own in (self._edited | trained).items()}
-        return Erased({denoiser_name(job.adapter): changed}, files={"edit": {"transform": self._transform}})
+        return Erased({denoiser_name(job.adapter): changed}, files=self._files)
 
     def losses(self, module: Tuning, batch: Batch) -> dict[str, Tensor]:
         """Return the distances from the safe prediction under each kind of text, and from what is kept.
@@ -450,8 +467,14 @@ class Hardened(TunedEraser):
         return Text({name: own + delta[name].detach() for name, own in text.states.items()}, text.roles)
 
     def keyed_text(self, module: Hardening, points: Rows) -> Text:
-        """Return E(c_m) T⁺ᵀ, which stage 1 maps to the malicious prompts' states as far as it can."""
-        text, key = module.text(points.prompts), module.key.to(module.device)
+        """Return E(c_m) T⁺ᵀ, which stage 1 maps to the malicious prompts' states as far as it can.
+
+        Without stage 1, return E(c_m).
+        """
+        text = module.text(points.prompts)
+        if module.key is None:
+            return text
+        key = module.key.to(module.device)
         segments = module.adapter.streams()["context"].segments
         states = {name: own @ key if name in segments else own for name, own in text.states.items()}
         return Text(states, text.roles)
