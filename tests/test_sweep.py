@@ -79,8 +79,7 @@ def test_every_trial_is_a_configuration(name: str, trial: str) -> None:
     last = dict(option.split("=", 1) for option in options)  # of two equal options, the last counts
     for path, value in last.items():
         part, _, field = path.partition(".")
-        if part in ("trajectory", "optimizer", "textual"):
-            found = getattr(getattr(config, part), field)
+        if part in ("trajectory", "optimizer", "textual", "method") and field:
+            options_of: Any = getattr(config, part)
+            found = options_of[field] if part == "method" else getattr(options_of, field)
             assert str(found).lower() == value or float(found) == float(value), path
-        elif part == "method" and field:
-            assert float(config.method[field]) == float(value), path
