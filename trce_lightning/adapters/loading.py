@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from trce_lightning.adapters.base import PipelineAdapter
 from trce_lightning.adapters.folder import lacks_weights, open_networks
-from trce_lightning.adapters.refusals import refuse_other_pipelines
+from trce_lightning.adapters.protocol import Adapter
+from trce_lightning.adapters.refusals import other_pipeline
 from trce_lightning.adapters.single_file import (
     CLIP,
     NETWORKS,
@@ -26,12 +29,10 @@ from trce_lightning.errors import InputError
 
 INDEX = "model_index.json"
 SUFFIX = ".safetensors"
-# The safety checker would blacken images that are to be scored.
-WITHOUT_CHECKER: dict[str, Any] = {
-    "safety_checker": None,
-    "feature_extractor": None,
-    "requires_safety_checker": False,
+FAMILIES: dict[str, type[PipelineAdapter]] = {
+    family.pipeline_class.__name__: family for family in (StableDiffusionAdapter,)
 }
+"""The adapter of each family by the name of diffusers' pipeline class."""
 
 
 def load_adapter(
@@ -42,7 +43,7 @@ def load_adapter(
     resolution: int | None = None,
     config: str | Path | None = None,
     channels_last: bool = False,
-) -> StableDiffusionAdapter:
+) -> Adapter:
     """Open a pipeline folder, a ``.safetensors`` file, or a hub id ``owner/name``.
 
     Args:
@@ -65,20 +66,43 @@ def load_adapter(
     else:
         pipeline = _open_folder(source, dtype, revision)
     pipeline.set_progress_bar_config(disable=True)
-    adapter = StableDiffusionAdapter(pipeline, resolution=resolution, name=str(source))
+    adapter = adapter_of(pipeline, resolution=resolution, name=str(source))
     return adapter.to_channels_last() if channels_last else adapter
 
 
-def _open_folder(source: str | Path, dtype: torch.dtype, revision: str | None) -> StableDiffusionPipeline:
+def adapter_of(pipeline: Any, *, resolution: int | None = None, name: str | None = None) -> Adapter:
+    """Return the adapter of a pipeline in memory. If its class has none, raise ``InputError``.
+
+    Args:
+        pipeline: diffusers' pipeline.
+        resolution: the side of images in pixels. None means the model's own.
+        name: the model's name in messages. None means the place it was opened from.
+    """
+    names = [kind.__name__ for kind in type(pipeline).mro() if kind.__name__ in FAMILIES]
+    if not names:
+        index = {**pipeline.config, "_class_name": type(pipeline).__name__}
+        raise other_pipeline(index, name or "memory", list(FAMILIES))
+    adapter: Any = FAMILIES[names[0]](pipeline, name, resolution=resolution)
+    return adapter
+
+
+def _family(index: dict[str, Any], source: str | Path) -> type[PipelineAdapter]:
+    """Return the family of a ``model_index.json``. If it has no adapter, raise ``InputError``."""
+    family = FAMILIES.get(index.get("_class_name", ""))
+    if family is None:
+        raise other_pipeline(index, str(source), list(FAMILIES))
+    family.refuse_index(index, str(source))
+    return family
+
+
+def _open_folder(source: str | Path, dtype: torch.dtype, revision: str | None) -> DiffusionPipeline:
     _check_folder("model.path", source)
     index = _index("model.path", source, revision)
-    refuse_other_pipelines(index, str(source))
-    folder = Path(source) if Path(source).is_dir() else _downloaded(str(source), index, revision)
-    networks = open_networks(folder, index, dtype)
+    family = _family(index, source)
+    folder = Path(source) if Path(source).is_dir() else _downloaded(str(source), family, index, revision)
+    networks = open_networks(folder, index, family.network_names(), dtype)
     try:
-        return StableDiffusionPipeline.from_pretrained(
-            str(folder), dtype=dtype, **networks, **WITHOUT_CHECKER
-        )
+        return family.pipeline_class.from_pretrained(str(folder), dtype=dtype, **networks, **family.unused)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"model.path: expected a tokenizer and a scheduler that can be read in '{folder}', got "
@@ -86,16 +110,19 @@ def _open_folder(source: str | Path, dtype: torch.dtype, revision: str | None) -
         ) from error
 
 
-def _downloaded(hub_id: str, index: dict[str, Any], revision: str | None) -> Path:
+def _downloaded(
+    hub_id: str, family: type[PipelineAdapter], index: dict[str, Any], revision: str | None
+) -> Path:
     """Return the folder of a hub id in the local cache.
 
     If the hub has only half precision, it is the folder with that.
     """
-    folder = Path(StableDiffusionPipeline.download(hub_id, revision=revision, **WITHOUT_CHECKER))
-    if not lacks_weights(folder, index):
+    download = partial(family.pipeline_class.download, hub_id, revision=revision, **family.unused)
+    folder = Path(download())
+    if not lacks_weights(folder, index, family.network_names()):
         return folder
     try:
-        half = StableDiffusionPipeline.download(hub_id, revision=revision, variant="fp16", **WITHOUT_CHECKER)
+        half = download(variant="fp16")
     except ValueError:  # no such variant
         return folder
     return Path(half)
@@ -112,7 +139,7 @@ def _open_file(
         )
     _check_folder("model.config", config)
     index = _index("model.config", config, revision)
-    refuse_other_pipelines(index, str(config))
+    _family(index, config)
     if index["vae"][1] != AutoencoderKL.__name__:
         raise InputError(
             f"model.config: expected a pipeline with an {AutoencoderKL.__name__}, as single files have, got "
@@ -128,7 +155,7 @@ def _open_file(
             revision=revision,
             image_encoder=None,
             **{name: part for name, part in parts.items() if part is not None},
-            **WITHOUT_CHECKER,
+            **StableDiffusionAdapter.unused,
         )
     except InputError:
         raise
@@ -237,7 +264,7 @@ def _check_folder(option: str, source: str | Path) -> None:
 
 def _index(option: str, source: str | Path, revision: str | None) -> dict[str, Any]:
     try:
-        return StableDiffusionPipeline.load_config(str(source), revision=revision)
+        return DiffusionPipeline.load_config(str(source), revision=revision)
     except OSError as error:
         reason = type(error.__cause__ or error.__context__ or error).__name__
         raise FileNotFoundError(
