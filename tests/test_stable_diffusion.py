@@ -451,14 +451,14 @@ def test_the_delta_is_small_at_full_size(version: str) -> None:
 
 UNET = ["diffusers", "UNet2DConditionModel"]
 PIPELINES = {
-    "FluxPipeline": ({"transformer": ["diffusers", "FluxTransformer2DModel"]}, "joint attention"),
-    "StableDiffusion3Pipeline": ({"transformer": ["diffusers", "SD3Transformer2DModel"]}, "joint attention"),
-    "StableDiffusionXLPipeline": (
+    "FluxPipeline": ({"transformer": ["diffusers", "FluxTransformer2DModel"]}, "its transformer"),
+    "StableDiffusion3Pipeline": ({"transformer": ["diffusers", "SD3Transformer2DModel"]}, "its transformer"),
+    "StableDiffusionXLInpaintPipeline": (
         {
             "unet": UNET,
             "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
         },
-        "two text encoders",
+        "its two text encoders",
     ),
     "StableDiffusionInpaintPipeline": (
         {"unet": UNET, "text_encoder": ["transformers", "CLIPTextModel"]},

@@ -1,4 +1,4 @@
-"""What the adapters of all families share: images, places, trainable parameters and hashes of weights."""
+"""The parts that adapters of all families share: images, places, trainable parameters, hashes of weights."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ class PipelineAdapter:
 
     @contextmanager
     def _autoencoder(self) -> Iterator[None]:
-        """Let the autoencoder work within in the precision that it needs."""
+        """Give the autoencoder the precision that it needs, within."""
         yield
 
     def _scaled(self, means: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class PipelineAdapter:
 
     @property
     def _shift(self) -> float:
-        """Return what the pipeline adds to latents before it decodes them."""
+        """The number that the pipeline adds to latents before it decodes them."""
         return 0.0
 
     def trainable(self, pattern: str, option: str = "trajectory.trainable") -> dict[str, nn.Parameter]:
@@ -249,7 +249,7 @@ class PipelineAdapter:
         return hashlib.blake2b("".join(parts).encode(), digest_size=8).hexdigest()
 
     def _settings(self) -> tuple[Any, ...]:
-        """Return what decides about pictures besides weights, tokenizers and resolution."""
+        """Return all that pictures depend on besides weights, tokenizers and resolution."""
         raise NotImplementedError
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BatchEncoding
 
 from trce_lightning.errors import InputError
-from trce_lightning.tokens import Role, roles_of, trim_length
+from trce_lightning.tokens import trim_length
 
 
 class Tokens(NamedTuple):
@@ -64,13 +64,15 @@ class ClipText:
             )
         return Tokens(tokens.input_ids, tokens.attention_mask)
 
-    def tokens_of(self, ids: Tensor, end: int) -> Tokens:
-        """Return tokens with the padding of this tokenizer. ``ids`` may have another's after the EoT ``end``.
+    def tokens_of(self, ids: Tensor, *, padded: bool = True) -> Tokens:
+        """Return tokens of ids ``[B, L]``.
 
-        The others keep their numbers.
+        If they are not ``padded`` by this tokenizer but by another one, its own padding replaces the other's.
         """
-        padding = roles_of(ids, end) == Role.PADDING
-        return Tokens(ids.masked_fill(padding, self.tokenizer.pad_token_id), (~padding).long())
+        ends = (ids == self.end).int()
+        padding = ends.cumsum(1) > ends
+        own = ids if padded else ids.masked_fill(padding, self.tokenizer.pad_token_id)
+        return Tokens(own, (~padding).long())
 
     @property
     def known(self) -> int:

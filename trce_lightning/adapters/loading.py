@@ -16,6 +16,7 @@ from trce_lightning.adapters.base import PipelineAdapter
 from trce_lightning.adapters.folder import lacks_weights, open_networks
 from trce_lightning.adapters.protocol import Adapter
 from trce_lightning.adapters.refusals import other_pipeline
+from trce_lightning.adapters.sdxl import SDXLAdapter
 from trce_lightning.adapters.single_file import (
     CLIP,
     NETWORKS,
@@ -30,7 +31,7 @@ from trce_lightning.errors import InputError
 INDEX = "model_index.json"
 SUFFIX = ".safetensors"
 FAMILIES: dict[str, type[PipelineAdapter]] = {
-    family.pipeline_class.__name__: family for family in (StableDiffusionAdapter,)
+    family.pipeline_class.__name__: family for family in (StableDiffusionAdapter, SDXLAdapter)
 }
 """The adapter of each family by the name of diffusers' pipeline class."""
 

@@ -190,6 +190,42 @@ def _refuse_other_tokens(encoder: Any, tokenizer: Any) -> None:
         )
 
 
+SAMPLE = "a photo of 2 cats, in the style of Goya"
+"""A text that two tokenizers must read alike."""
+
+
+def refuse_other_readings(first: Any, second: Any) -> None:
+    """Refuse two tokenizers that read one text as other tokens up to its end. Padding may differ.
+
+    Their encoders' states lie side by side, so one position must stand for one token.
+    """
+    differing = [
+        name
+        for name in ("model_max_length", "bos_token_id", "eos_token_id")
+        if getattr(first, name) != getattr(second, name)
+    ]
+    if missing := first.get_vocab().items() ^ second.get_vocab().items():
+        differing.append(f"{len(missing)} entries of their vocabularies, such as {min(missing)[0]!r}")
+    if not differing and first(SAMPLE).input_ids != second(SAMPLE).input_ids:
+        differing.append(f"the tokens of '{SAMPLE}'")
+    if differing:
+        raise InputError(
+            f"model: expected two tokenizers that read a text as the same tokens, got others in "
+            f"{' and '.join(differing)}; load a textual inversion into both tokenizers and text encoders"
+        )
+
+
+def refuse_other_pooled(unet: UNet2DConditionModel, width: int, sizes: int) -> None:
+    """Refuse a denoiser that reads something else than a pooled text of ``width`` and so many ``sizes``."""
+    found = unet.add_embedding.linear_1.in_features
+    each = unet.config.addition_time_embed_dim
+    if found != width + sizes * each:
+        raise InputError(
+            f"model: expected a denoiser that reads a pooled text of width {width} and {sizes} sizes of "
+            f"width {each} in add_embedding, got one that reads {found} numbers, such as a refiner"
+        )
+
+
 @torch.no_grad()
 def _refuse_unless_causal(encoder: Any, tokenizer: Any, *, pools: bool) -> None:
     """Refuse an encoder whose positions see later ones, or whose first output is not what is read.

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from trce_lightning.adapters.clip_text import Tokens
-from trce_lightning.adapters.refusals import refuse_other_parts
 from trce_lightning.adapters.unet import SEGMENT, UNetAdapter
 from trce_lightning.tokens import Text
 
@@ -33,11 +32,6 @@ class StableDiffusionAdapter(UNetAdapter):
         """Take a pipeline's networks; see :class:`.PipelineAdapter`. ``InputError`` if they don't fit."""
         super().__init__(pipeline, name, resolution=resolution)
         self.tokenizer, self.text_encoder = self.texts[0].tokenizer, self.texts[0].encoder
-
-    @classmethod
-    def refuse_index(cls, index: Mapping[str, Any], source: str) -> None:
-        """Raise ``InputError`` unless the parts that ``model_index.json`` names are those of the family."""
-        refuse_other_parts(index, source, cls.encoder_names, cls.tokenizer_names)
 
     def _text(self, tokens: Sequence[Tokens]) -> Text:
         """Return the last states of the one encoder, after its final norm."""

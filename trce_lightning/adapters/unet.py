@@ -1,4 +1,4 @@
-"""What adapters of a UNet2DConditionModel share.
+"""The parts that adapters of a UNet2DConditionModel share.
 
 Its cross-attention reads the raw states of causal text encoders. They lie side by side in one segment.
 """
@@ -19,7 +19,7 @@ from trce_lightning.adapters.base import PipelineAdapter, settings_of
 from trce_lightning.adapters.clip_text import ClipText, Tokens
 from trce_lightning.adapters.finite import not_finite, weights_not_finite
 from trce_lightning.adapters.protocol import Entry, Stream
-from trce_lightning.adapters.refusals import refuse_what_the_method_does_not_fit
+from trce_lightning.adapters.refusals import refuse_other_parts, refuse_what_the_method_does_not_fit
 from trce_lightning.adapters.schedule import check_placed, ddim_of, scheduler_like
 from trce_lightning.adapters.single_file import original_state
 from trce_lightning.errors import InputError
@@ -37,7 +37,7 @@ class UNetAdapter(PipelineAdapter):
     """
 
     addition_embed_type: ClassVar[str | None] = None
-    """What the denoiser reads of a text besides the states of its positions."""
+    """The kind of a denoiser's further input, as in its config."""
 
     def __init__(
         self, pipeline: DiffusionPipeline, name: str | None = None, *, resolution: int | None = None
@@ -48,6 +48,11 @@ class UNetAdapter(PipelineAdapter):
         super().__init__(pipeline, name, resolution=resolution)
         self.texts = [ClipText(pipeline, *names) for names in encoders.items()]
         self.ddim = ddim_of(pipeline.scheduler)
+
+    @classmethod
+    def refuse_index(cls, index: Mapping[str, Any], source: str) -> None:
+        """Raise ``InputError`` unless the parts that ``model_index.json`` names are those of the family."""
+        refuse_other_parts(index, source, cls.encoder_names, cls.tokenizer_names)
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return token ids, padded and cut to the model's length, int64 ``[B, L]`` on the CPU."""
@@ -130,8 +135,7 @@ class UNetAdapter(PipelineAdapter):
 
     def _tokens_of(self, input_ids: Tensor) -> list[Tokens]:
         """Return the tokens of all encoders. Only padding is another in each."""
-        end = self.texts[0].end
-        return [text.tokens_of(input_ids, end) for text in self.texts]
+        return [text.tokens_of(input_ids, padded=text is self.texts[0]) for text in self.texts]
 
     @abstractmethod
     def _text(self, tokens: Sequence[Tokens]) -> Text:
