@@ -11,6 +11,7 @@ import torch
 from attack_targets import largest_difference, searched, target_of, ways
 from conftest import MAX_LENGTH
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import load_file
 from tiny_runs import KEEP_PROMPTS, WEAPONS, stage1_statistics
 from tiny_sdxl import POOLED, WIDTHS, build_tiny_sdxl
@@ -21,6 +22,7 @@ from trce_lightning import cli, erase
 from trce_lightning.adapters import adapter_of, load_adapter
 from trce_lightning.adapters.clip_text import Tokens
 from trce_lightning.adapters.sdxl import SDXLAdapter
+from trce_lightning.adapters.single_file import unet_state
 from trce_lightning.attacks.inverse_edit import InverseEdit
 from trce_lightning.attacks.inversion import Inversion
 from trce_lightning.attacks.single_token import SingleToken
@@ -28,7 +30,7 @@ from trce_lightning.attacks.state_pgd import StatePgd
 from trce_lightning.closed_form import Edit, keep_statistics, pair_statistics, solve_edit
 from trce_lightning.config.schema import FORMS, TextualConfig
 from trce_lightning.errors import InputError
-from trce_lightning.export import load_edit, save_edit
+from trce_lightning.export import load_edit, save_edit, save_single_file
 from trce_lightning.generation.loop import generate
 from trce_lightning.prompts.records import PromptRecord
 from trce_lightning.textual import apply_edit_
@@ -379,7 +381,7 @@ def test_erase_takes_a_pipeline_in_memory() -> None:
     assert changed == {f"{name}.weight" for stream in streams for name in stream.entries}
 
 
-# Autoencoder, folders and refusals
+# Autoencoder and folders
 
 
 def test_the_autoencoder_decodes_in_float32(folder: Path) -> None:
@@ -419,6 +421,88 @@ def test_folders_open_and_every_part_counts(folder: Path, shared: SDXLAdapter) -
         next(other.networks()[name].parameters()).data += 0.1
         assert other.fingerprint() != shared.fingerprint()
         assert other.text_fingerprint() != shared.text_fingerprint()
+
+
+# One file
+
+
+def test_a_single_file_holds_the_same_pipeline(folder: Path, tmp_path: Path) -> None:
+    """Written, then read by diffusers' own from_single_file, and by the project."""
+    file = tmp_path / "erased.safetensors"
+    pipeline = build_tiny_sdxl()
+    save_single_file(file, SDXLAdapter(pipeline), "base", "0123")
+    theirs = StableDiffusionXLPipeline.from_single_file(str(file), config=str(folder), add_watermarker=False)
+    ours = load_adapter(file, config=folder)
+    for name, network in adapter_of(pipeline).networks().items():
+        expected = network.state_dict()
+        for found in (getattr(theirs, name).state_dict(), ours.networks()[name].state_dict()):
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items()), name
+    assert moved(drawn(theirs), drawn(pipeline)) == 0
+    names = set(load_file(file))
+    assert {
+        "model.diffusion_model.label_emb.0.0.weight",
+        "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight",
+        "conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_weight",
+        "conditioner.embedders.1.model.text_projection",
+    } <= names
+
+
+@pytest.mark.parametrize(
+    ("lost", "reason"),
+    [
+        ("conditioner.", "StableDiffusionXLPipeline, as model.config says"),
+        ("label_emb", r"without 4 of them, such as model\.diffusion_model\.label_emb\.0\.0"),
+        (
+            "1.model.text_projection",
+            r"without 1 of them, such as conditioner\.embedders\.1\.model\.text_proj",
+        ),
+    ],
+)
+def test_an_incomplete_single_file_is_refused(folder: Path, tmp_path: Path, lost: str, reason: str) -> None:
+    file = tmp_path / "x.safetensors"
+    state = adapter_of(build_tiny_sdxl()).original_state()
+    save_file({name: tensor for name, tensor in state.items() if lost not in name}, file)
+    with pytest.raises(InputError, match=reason):
+        load_adapter(file, config=folder)
+
+
+# Whole networks
+
+
+def test_names_and_counts_at_full_size() -> None:
+    pipeline = build_tiny_sdxl(widths=(768, 1280), pooled=1280)
+    with torch.device("meta"):
+        pipeline.unet = unet = UNet2DConditionModel(
+            sample_size=128,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(320, 640, 1280),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+    adapter = SDXLAdapter(pipeline, resolution=1024)
+    assert adapter.side == 1024 and sum(p.numel() for p in unet.parameters()) == 2_567_463_684
+    streams = adapter.streams()
+    context, pooled = streams["context"], streams["pooled"]
+    assert (context.width, pooled.width) == (2048, 1280)
+    assert len(context.entries) == 140 and list(pooled.entries) == [LINEAR_1]
+    assert sum(entry.module.weight.numel() for entry in context.entries.values()) == 340_787_200
+    assert pooled.entries[LINEAR_1].module.weight.shape == (1280, 2816)
+    queries = adapter.trainable("*.to_q")
+    assert len(queries) == 140 and sum(query.numel() for query in queries.values()) == 204_800_000
+    names = {f"model.diffusion_model.{name}": tensor for name, tensor in unet_state(unet).items()}
+    converted = convert_ldm_unet_checkpoint(names, dict(unet.config))
+    expected = {name: tensor.shape for name, tensor in unet.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in converted.items()} == expected
+
+
+# Refusals
 
 
 def incomplete(pipeline: StableDiffusionXLPipeline) -> None:

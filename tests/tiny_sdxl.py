@@ -16,14 +16,18 @@ SIZE_WIDTH = 8
 
 
 def build_tiny_sdxl(
-    prediction_type: str = "epsilon", *, force_zeros: bool = True
+    prediction_type: str = "epsilon",
+    *,
+    force_zeros: bool = True,
+    widths: tuple[int, int] = WIDTHS,
+    pooled: int = POOLED,
 ) -> StableDiffusionXLPipeline:
     """A pipeline for 16×16 pixels, the same random weights each time. The second tokenizer pads with "!"."""
     first = build_tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        text_encoder = CLIPTextModel(text_config(first, WIDTHS[0]))
-        text_encoder_2 = CLIPTextModelWithProjection(text_config(first, WIDTHS[1], projection_dim=POOLED))
+        text_encoder = CLIPTextModel(text_config(first, widths[0]))
+        text_encoder_2 = CLIPTextModelWithProjection(text_config(first, widths[1], projection_dim=pooled))
         unet = UNet2DConditionModel(
             sample_size=8,
             in_channels=4,
@@ -33,13 +37,13 @@ def build_tiny_sdxl(
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             transformer_layers_per_block=(1, 2),
-            cross_attention_dim=sum(WIDTHS),
+            cross_attention_dim=sum(widths),
             attention_head_dim=(2, 4),
             use_linear_projection=True,
             norm_num_groups=8,
             addition_embed_type="text_time",
             addition_time_embed_dim=SIZE_WIDTH,
-            projection_class_embeddings_input_dim=POOLED + 6 * SIZE_WIDTH,
+            projection_class_embeddings_input_dim=pooled + 6 * SIZE_WIDTH,
         )
         # At its initial size the prediction hardly depends on the prompt, and tests could not tell.
         unet.conv_out.weight.data *= 4

@@ -34,6 +34,8 @@ class PipelineAdapter:
     """The names of the pipeline's text encoders that the model has."""
     tokenizer_names: tuple[str, ...] = ("tokenizer",)
     """The names of their tokenizers, in the same order."""
+    file_prefixes: ClassVar[tuple[str, ...]] = ()
+    """The beginnings of the tensors' names in a checkpoint in one file. It is empty if none can be opened."""
     unused: ClassVar[Mapping[str, Any]] = {}
     """The arguments that open a pipeline without the parts that the method doesn't use."""
 

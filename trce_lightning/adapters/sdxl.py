@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trce_lightning.adapters.clip_text import Tokens
 from trce_lightning.adapters.protocol import Entry, Stream
 from trce_lightning.adapters.refusals import refuse_other_pooled, refuse_other_readings
+from trce_lightning.adapters.single_file import TEXTS, UNET, VAE
 from trce_lightning.adapters.unet import SEGMENT, UNetAdapter
 from trce_lightning.tokens import Role, Text
 
@@ -33,6 +34,7 @@ class SDXLAdapter(UNetAdapter):
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLPipeline
     encoder_names: tuple[str, ...] = ("text_encoder", "text_encoder_2")
     tokenizer_names: tuple[str, ...] = ("tokenizer", "tokenizer_2")
+    file_prefixes: ClassVar[tuple[str, ...]] = (UNET, VAE, TEXTS)
     # A watermark would change images that are to be scored.
     unused: ClassVar[Mapping[str, Any]] = {
         "image_encoder": None,

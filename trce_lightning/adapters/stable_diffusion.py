@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from trce_lightning.adapters.clip_text import Tokens
+from trce_lightning.adapters.single_file import TEXT, UNET, VAE
 from trce_lightning.adapters.unet import SEGMENT, UNetAdapter
 from trce_lightning.tokens import Text
 
@@ -19,6 +20,7 @@ class StableDiffusionAdapter(UNetAdapter):
     """The :class:`~.protocol.Adapter` of Stable Diffusion: text states, predictions, projections, images."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
+    file_prefixes: ClassVar[tuple[str, ...]] = (UNET, VAE, TEXT)
     # The safety checker would blacken images that are to be scored.
     unused: ClassVar[Mapping[str, Any]] = {
         "safety_checker": None,
