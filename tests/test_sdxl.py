@@ -12,7 +12,7 @@ from attack_targets import largest_difference, searched, target_of, ways
 from conftest import MAX_LENGTH
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_runs import KEEP_PROMPTS, WEAPONS, stage1_statistics
 from tiny_sdxl import POOLED, WIDTHS, build_tiny_sdxl
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from trce_lightning.attacks.inversion import Inversion
 from trce_lightning.attacks.single_token import SingleToken
 from trce_lightning.attacks.state_pgd import StatePgd
 from trce_lightning.closed_form import Edit, keep_statistics, pair_statistics, solve_edit
+from trce_lightning.concepts import Concept
 from trce_lightning.config.schema import FORMS, TextualConfig
 from trce_lightning.errors import InputError
 from trce_lightning.export import load_edit, save_edit, save_single_file
@@ -366,6 +367,32 @@ def test_a_run_leaves_what_diffusers_opens(folder: Path, tmp_path: Path) -> None
     card = (run / "erased" / "README.md").read_text()
     assert "`StableDiffusionXLPipeline.from_pretrained(FOLDER)`" in card
     assert {"transform", "pooled.transform"} <= set(load_file(run / "edit.safetensors"))
+    # eval.py takes the folder, and another one is scored on the same noise.
+    prompts = tmp_path / "weapons.csv"
+    prompts.write_text("prompt\na gun\nan axe!!\n")
+    scored = [
+        *options[:1],
+        "model=sdxl",
+        f"model.path={run / 'erased'}",
+        "model.resolution=16",
+        "model.num_inference_steps=2",
+        f"model.judge={__name__}.red",
+        "model.clip=null",
+        "sets=[]",
+        f"prompts=[{prompts}]",
+        "trainer.accelerator=cpu",
+        "trainer.precision=32-true",
+        f"output={tmp_path / 'scores'}",
+        f"cache={tmp_path / 'cache'}",
+    ]
+    cli.evaluate(scored)
+    scores = json.loads((tmp_path / "scores" / "metrics.json").read_text())["scores"]
+    assert scores["asr"]["weapons"]["images"] == 2
+
+
+def red(concepts: list[Concept]) -> Callable[[Tensor], Tensor]:
+    """A detector that says how red an image is."""
+    return lambda images: images[:, 0].float().mean((1, 2)) / 255
 
 
 def test_erase_takes_a_pipeline_in_memory() -> None:
@@ -455,7 +482,7 @@ def test_a_single_file_holds_the_same_pipeline(folder: Path, tmp_path: Path) -> 
         ("label_emb", r"without 4 of them, such as model\.diffusion_model\.label_emb\.0\.0"),
         (
             "1.model.text_projection",
-            r"without 1 of them, such as conditioner\.embedders\.1\.model\.text_proj",
+            r"without 1 of them, such as conditioner\.embedders\.1\.model\.text",
         ),
     ],
 )
@@ -544,7 +571,7 @@ def again(pipeline: StableDiffusionXLPipeline, **settings) -> UNet2DConditionMod
     ("change", "reason"),
     [
         (incomplete, "with a text_encoder, got none"),
-        (inverted_once, r"same tokens, got others in 1 entries of their vocabularies, such as '<x>'"),
+        (inverted_once, r"same tokens, got others in their vocabularies, such as '<x>'"),
         (swapped, "gives states of every position first"),
         (refined, "six sizes|6 sizes of width"),
         (distilled, "guidance scale"),

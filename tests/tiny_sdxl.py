@@ -1,9 +1,9 @@
 """A Stable Diffusion XL of random weights that is small enough for every test."""
 
 import torch
-from conftest import MAX_LENGTH, build_tiny_tokenizer
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from conftest import MAX_LENGTH, build_scheduler, build_tiny_tokenizer, build_tiny_vae, tiny_text_config
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from trce_lightning.emoji.training.clip import tokenizer_of
 
@@ -26,8 +26,10 @@ def build_tiny_sdxl(
     first = build_tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        text_encoder = CLIPTextModel(text_config(first, widths[0]))
-        text_encoder_2 = CLIPTextModelWithProjection(text_config(first, widths[1], projection_dim=pooled))
+        text_encoder = CLIPTextModel(tiny_text_config(first, widths[0]))
+        text_encoder_2 = CLIPTextModelWithProjection(
+            tiny_text_config(first, widths[1], projection_dim=pooled)
+        )
         unet = UNet2DConditionModel(
             sample_size=8,
             in_channels=4,
@@ -47,26 +49,7 @@ def build_tiny_sdxl(
         )
         # At its initial size the prediction hardly depends on the prompt, and tests could not tell.
         unet.conv_out.weight.data *= 4
-        vae = AutoencoderKL(
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            sample_size=16,
-            scaling_factor=0.13025,
-            force_upcast=True,
-        )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction_type,
-    )
+        vae = build_tiny_vae(scaling_factor=0.13025, force_upcast=True)
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -74,7 +57,7 @@ def build_tiny_sdxl(
         tokenizer=first,
         tokenizer_2=build_second_tokenizer(),
         unet=unet,
-        scheduler=scheduler,
+        scheduler=build_scheduler(prediction_type),
         force_zeros_for_empty_prompt=force_zeros,
         add_watermarker=False,
     )
@@ -89,19 +72,3 @@ def build_second_tokenizer() -> CLIPTokenizer:
     """
     ids = build_tiny_tokenizer().get_vocab()
     return tokenizer_of(sorted(ids, key=lambda token: ids[token])[:-2], [], MAX_LENGTH, pad_token="!")
-
-
-def text_config(tokenizer: CLIPTokenizer, width: int, **options: int) -> CLIPTextConfig:
-    """Two layers; the states before the last one are read."""
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_LENGTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **options,
-    )
