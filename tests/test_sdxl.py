@@ -30,6 +30,7 @@ from trce_lightning.attacks.state_pgd import StatePgd
 from trce_lightning.closed_form import Edit, keep_statistics, pair_statistics, solve_edit
 from trce_lightning.concepts import Concept
 from trce_lightning.config.schema import FORMS, TextualConfig
+from trce_lightning.erasers.weights import weights_of
 from trce_lightning.errors import InputError
 from trce_lightning.export import load_edit, save_edit, save_single_file
 from trce_lightning.generation.loop import generate
@@ -314,6 +315,14 @@ def test_attacks_reach_both_encoders(shared: SDXLAdapter, own: SDXLAdapter) -> N
     original = generate(shared, way.records, **options)
     assert largest_difference(generate(way.adapter, way.records, **options), original) <= 1
     assert largest_difference(generate(own, way.records, **options), original) > 1
+
+
+def test_attention_is_what_methods_find(shared: SDXLAdapter) -> None:
+    """The layer that reads the pooled text is no cross-attention, and its like no self-attention."""
+    assert {name.split(".")[-2] for name in weights_of(shared, "x_strict")} == {"to_k", "to_v"}
+    for kind, part in (("x", ".attn2."), ("self", ".attn1.")):
+        names = weights_of(shared, kind)
+        assert names and all(part in name for name in names)
 
 
 # Whole runs
