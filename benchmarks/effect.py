@@ -16,6 +16,7 @@ import logging
 import sys
 import tempfile
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def largest_difference(config: TrainConfig) -> float:
     drawn = draw_plan(pairs, config.trajectory, config.seed)
     ours = dataclasses.replace(drawn, malicious=drawn.malicious[:COMPARED], unconditional=())
     every = tuple(whole(row, ours.num_steps) for row in ours.malicious)
-    adapter = load_adapter(weights_folder(), channels_last=True)
+    adapter = cast(StableDiffusionAdapter, load_adapter(weights_folder(), channels_last=True))
     found = rows_of(adapter, ours, "malicious")
     expected = rows_of(adapter, dataclasses.replace(ours, malicious=every), "malicious")
     at = found["trajectory"] * ours.num_steps + found["step_index"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -35,8 +36,8 @@ class Generation:
         config = compose("concept=violence", "trainer.precision=32-true")
         self.configured = Session(config, concepts_of(config)).sampling()
         self.ddim = replace(self.configured, num_steps=DDIM_STEPS, variation=Variation())
-        self.adapter = load_adapter(weights_folder(), channels_last=True)
-        self.other_layout = load_adapter(weights_folder())
+        self.adapter = cast(StableDiffusionAdapter, load_adapter(weights_folder(), channels_last=True))
+        self.other_layout = cast(StableDiffusionAdapter, load_adapter(weights_folder()))
         self.pipeline = self.other_layout.pipeline
         self.pipeline.scheduler = self.adapter.ddim
         subjects = benign_subjects([])[:IMAGES]

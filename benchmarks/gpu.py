@@ -402,7 +402,7 @@ def compiled(bench: Bench, *, blocks: bool, backward: bool) -> Iterator[Row]:
 
 
 def xl(bench: Bench) -> Iterator[Row]:
-    """Measure Stable Diffusion XL's bare denoiser, which has no adapter yet."""
+    """Measure Stable Diffusion XL's bare denoiser."""
     unet = bench.sizes.xl(str(bench.device))
     pixels = 8 * bench.sizes.xl_side
     for count in bench.sizes.xl_batches:

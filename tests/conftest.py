@@ -10,6 +10,7 @@ os.environ.setdefault(
 import logging
 import string
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -38,18 +39,7 @@ def build_tiny_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipe
     tokenizer = build_tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        text_config = CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        text_encoder = CLIPTextModel(text_config)
+        text_encoder = CLIPTextModel(tiny_text_config(tokenizer, WIDTH))
         unet = UNet2DConditionModel(
             sample_size=8,
             in_channels=4,
@@ -64,16 +54,54 @@ def build_tiny_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipe
         )
         # At its initial size the prediction hardly depends on the prompt, and tests could not tell.
         unet.conv_out.weight.data *= 4
-        vae = AutoencoderKL(
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            sample_size=16,
-        )
-    scheduler = DDIMScheduler(
+        vae = build_tiny_vae()
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=build_scheduler(prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_text_config(tokenizer: CLIPTokenizer, width: int, **options: int) -> CLIPTextConfig:
+    """Two layers of the tokenizer's vocabulary."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
+
+
+def build_tiny_vae(**options: Any) -> AutoencoderKL:
+    """An autoencoder that halves the side."""
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        sample_size=16,
+        **options,
+    )
+
+
+def build_scheduler(prediction_type: str) -> DDIMScheduler:
+    """DDIM with the published noise schedule."""
+    return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -82,18 +110,6 @@ def build_tiny_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipe
         steps_offset=1,
         prediction_type=prediction_type,
     )
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def text_of(states: torch.Tensor) -> Text:

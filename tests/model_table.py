@@ -22,16 +22,18 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     VQModel,
 )
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor, SlicedAttnProcessor
 from published_models import pipeline_of
 from safetensors.torch import load_file, save_file
+from tiny_sdxl import POOLED, SIZE_WIDTH, build_tiny_sdxl
 from transformers import CLIPTextModelWithProjection
 
 from benchmarks.report import refresh
-from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
+from trce_lightning.adapters import Adapter, adapter_of, load_adapter
 from trce_lightning.adapters.schedule import DEFAULTS
 from trce_lightning.adapters.single_file import original_state
 from trce_lightning.config.schema import SAMPLERS
@@ -45,7 +47,7 @@ MARK = "models"
 LEVELS = 1
 """The steps of 255 by which a picture may differ, since the last bits are rounded here and there."""
 HEAD = "| configuration | opens | compared with diffusers: largest difference of any pixel, or why not |"
-Pipeline = StableDiffusionPipeline
+Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 Source = Pipeline | Path | tuple[Path, Path]
 """A source that is opened: a pipeline in memory, a folder, or a file with its configuration's folder."""
 
@@ -66,7 +68,7 @@ class Case:
     prompt: str = "a gun"
     side: int = 16
 
-    def open(self, folder: Path) -> StableDiffusionAdapter:
+    def open(self, folder: Path) -> Adapter:
         """The model as this project reads it."""
         source = self.store(self.make(), folder)
         if isinstance(source, Path):
@@ -74,7 +76,7 @@ class Case:
         if isinstance(source, tuple):
             return load_adapter(source[0], config=source[1], resolution=self.side)
         resolution = None if self.side == 16 else self.side
-        return StableDiffusionAdapter(source, resolution=resolution)
+        return adapter_of(source, resolution=resolution)
 
     def difference(self, folder: Path) -> int:
         """Largest difference of a pixel, of 255, over all ways to draw it."""
@@ -84,7 +86,7 @@ class Case:
             for way in [(sampler, steps) for sampler in self.samplers for steps in self.steps]
         )
 
-    def drawn_here(self, adapter: StableDiffusionAdapter, sampler: str | None, steps: int) -> np.ndarray:
+    def drawn_here(self, adapter: Adapter, sampler: str | None, steps: int) -> np.ndarray:
         """A picture by this project, ``[H, W, 3]``."""
         (image,) = generate(
             adapter,
@@ -101,7 +103,12 @@ class Case:
         settings = {key: value for key, value in pipeline.scheduler.config.items() if key != DEFAULTS}
         scheduler = getattr(diffusers, sampler or "DDIMScheduler").from_config(settings)
         parts = {**pipeline.components, "scheduler": scheduler}
-        own = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+        if isinstance(pipeline, StableDiffusionXLPipeline):
+            zeros = pipeline.config.force_zeros_for_empty_prompt
+            settings = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
+        else:
+            settings = {"requires_safety_checker": False}
+        own = type(pipeline)(**parts, **settings)
         own.set_progress_bar_config(disable=True)
         (image,) = own(
             self.prompt,
@@ -614,6 +621,84 @@ def single_files() -> Iterator[Case]:
     yield Case(group, "`.ckpt`", tiny, one_file(suffix="ckpt"), opens=False)
 
 
+# --- Stable Diffusion XL --------------------------------------------------------------------------------
+
+
+def xl(
+    change: Callable[[StableDiffusionXLPipeline], None] = lambda pipeline: None, **settings: Any
+) -> Callable[[], Pipeline]:
+    """The tiny XL after a change, with some of its scheduler's settings changed."""
+
+    def make() -> Pipeline:
+        pipeline = build_tiny_sdxl()
+        change(pipeline)
+        scheduler = getattr(diffusers, settings.get("name", "DDIMScheduler"))
+        others = {key: value for key, value in settings.items() if key != "name"}
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **others)
+        return pipeline
+
+    return make
+
+
+def xl_unet(**settings: Any) -> Callable[[], Pipeline]:
+    return xl(lambda pipeline: setattr(pipeline, "unet", again(pipeline.unet, **settings)))
+
+
+def inverted_twice(pipeline: StableDiffusionXLPipeline) -> None:
+    """A textual inversion in both tokenizers and text encoders."""
+    for end in ("", "_2"):
+        tokenizer, encoder = (getattr(pipeline, f"{part}{end}") for part in ("tokenizer", "text_encoder"))
+        tokenizer.add_tokens("<x>")
+        encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        row = torch.randn(encoder.config.hidden_size, generator=torch.Generator().manual_seed(2))
+        encoder.get_input_embeddings().weight.data[-1] = row
+
+
+def standardised(pipeline: StableDiffusionXLPipeline) -> None:
+    pipeline.vae.register_to_config(latents_mean=[0.5, 0.0, -0.5, 1.0], latents_std=[2.0, 1.0, 0.5, 1.5])
+
+
+def without_first_encoder(pipeline: StableDiffusionXLPipeline) -> None:
+    pipeline.text_encoder, pipeline.tokenizer = None, None
+
+
+def without_zeros(pipeline: StableDiffusionXLPipeline) -> None:
+    pipeline.register_to_config(force_zeros_for_empty_prompt=False)
+
+
+def xl_folder(pipeline: Pipeline, folder: Path) -> Path:
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def xl_models() -> Iterator[Case]:
+    group = "Stable Diffusion XL"
+    samplers = (None, "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
+    yield Case(group, "Stable Diffusion XL, from a folder", xl(), xl_folder, samplers=samplers)
+    yield Case(group, "`StableDiffusionXLPipeline` in one file", xl(), one_file())
+    euler = {"name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}
+    yield Case(
+        group,
+        "XL-Turbo: `EulerAncestralDiscreteScheduler`, trailing, one to four steps without guidance",
+        xl(**euler),
+        samplers=(None, "EulerAncestralDiscreteScheduler"),
+        guidance=0.0,
+        steps=(1, 2, 4),
+    )
+    yield Case(group, "LCM-LoRA for XL, fused: `LCMScheduler`", xl(name="LCMScheduler"), guidance=1.0)
+    yield Case(group, "`force_zeros_for_empty_prompt=False`", xl(without_zeros))
+    yield Case(group, "a prompt with `!!`, which both tokenizers read differently", xl(), prompt="a gun!!")
+    yield Case(group, "textual inversion in both text encoders", xl(inverted_twice), prompt="a <x> gun")
+    yield Case(group, "`latents_mean` and `latents_std`", xl(standardised))
+    once = xl(inverted(1, resized=False))
+    yield Case(group, "textual inversion in one of the tokenizers", once, opens=False)
+    yield Case(group, "one text encoder (XL's refiner)", xl(without_first_encoder), opens=False)
+    refiner = xl_unet(projection_class_embeddings_input_dim=POOLED + 5 * SIZE_WIDTH)
+    yield Case(group, "five sizes (a refiner's denoiser)", refiner, opens=False)
+    name = "`time_cond_proj_dim` for XL (a distilled LCM)"
+    yield Case(group, name, xl_unet(time_cond_proj_dim=8), opens=False)
+
+
 CASES = (
     *schedulers(),
     *other_schedulers(),
@@ -622,6 +707,7 @@ CASES = (
     *in_memory(),
     *folders(),
     *single_files(),
+    *xl_models(),
 )
 
 

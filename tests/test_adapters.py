@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, CLIPTextModelWithProjection
 
-from trce_lightning.adapters import StableDiffusionAdapter, load_adapter, stable_diffusion
+from trce_lightning.adapters import StableDiffusionAdapter, base, load_adapter
 from trce_lightning.errors import InputError
 from trce_lightning.generation.samplers import make_sampler
 from trce_lightning.runtime.fingerprints import fingerprint
@@ -284,7 +284,7 @@ def test_the_autoencoder_takes_a_few_images_at_a_time(
     sizes: list[int] = []
     for half in (tiny_adapter.vae.encoder, tiny_adapter.vae.decoder):
         half.register_forward_hook(lambda network, inputs, output: sizes.append(len(inputs[0])))
-    monkeypatch.setattr(stable_diffusion, "PIXELS_AT_ONCE", 2 * tiny_adapter.side**2)
+    monkeypatch.setattr(base, "PIXELS_AT_ONCE", 2 * tiny_adapter.side**2)
     torch.testing.assert_close(tiny_adapter.decode(latents).float(), images.float(), atol=1, rtol=0)
     torch.testing.assert_close(tiny_adapter.encode_images(images), encoded, atol=1e-5, rtol=1e-4)
     assert sizes == [2, 2, 1] * 2

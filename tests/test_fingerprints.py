@@ -13,7 +13,7 @@ from test_variations import save_lora
 from tiny_runs import cpu_trainer, sample_plan, stage1_statistics, trajectory_config
 from torch import Tensor
 
-from trce_lightning.adapters import StableDiffusionAdapter, stable_diffusion
+from trce_lightning.adapters import StableDiffusionAdapter, base
 from trce_lightning.config.schema import OptimizerConfig, TextualConfig
 from trce_lightning.data.datamodule import TrajectoryDataModule
 from trce_lightning.generation.lora import Lora, lora_applied
@@ -25,13 +25,13 @@ from trce_lightning.textual import apply_edit_
 def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter:
     """How often a network of each class was hashed."""
     counts: Counter = Counter()
-    fingerprint = stable_diffusion.fingerprint
+    fingerprint = base.fingerprint
 
     def counted(network: torch.nn.Module) -> str:
         counts[type(network).__name__] += 1
         return fingerprint(network)
 
-    monkeypatch.setattr(stable_diffusion, "fingerprint", counted)
+    monkeypatch.setattr(base, "fingerprint", counted)
     return counts
 
 

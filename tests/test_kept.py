@@ -8,8 +8,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from tiny_runs import KEEP_PROMPTS, cpu_trainer, one_thread
+from tiny_sdxl import build_tiny_sdxl
 
-from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.adapters import Adapter, StableDiffusionAdapter
+from trce_lightning.adapters.sdxl import SDXLAdapter
 from trce_lightning.closed_form import keep_statistics
 from trce_lightning.runtime.ranks import Rank, on_each_rank
 from trce_lightning.textual import cached_kept, kept_statistics
@@ -23,7 +25,7 @@ def test_several_processes_encode_as_one(
     with one_thread():
         found = cached_kept(trainer, tiny_adapter, prompts, tmp_path / "cache")
     alone, share = (kept_statistics(tiny_adapter, texts) for texts in (prompts, prompts[::devices]))
-    for mean, expected, other in zip(found, alone, share, strict=True):
+    for mean, expected, other in zip(*(means["context"] for means in (found, alone, share)), strict=True):
         torch.testing.assert_close(mean.k, expected.k, rtol=1e-5, atol=1e-7)
         assert not torch.allclose(mean.k, other.k, rtol=1e-2)
 
@@ -33,10 +35,15 @@ def test_prompts_are_encoded_once_for_an_encoder(
 ) -> None:
     trainer, cache = cpu_trainer(tmp_path), tmp_path / "cache"
 
-    def agree(adapter: StableDiffusionAdapter, prompts: Sequence[str]) -> bool:
+    def agree(adapter: Adapter, prompts: Sequence[str]) -> bool:
         found = cached_kept(trainer, adapter, prompts, cache)
         expected = kept_statistics(adapter, prompts)
-        return all(torch.equal(one.k, other.k) for one, other in zip(found, expected, strict=True))
+        assert found.keys() == expected.keys() == adapter.streams().keys()
+        return all(
+            torch.equal(one.k, other.k)
+            for name, own in found.items()
+            for one, other in zip(own, expected[name], strict=True)
+        )
 
     assert agree(tiny_adapter, KEEP_PROMPTS) and agree(tiny_adapter, KEEP_PROMPTS)
     (file,) = cache.iterdir()
@@ -47,6 +54,11 @@ def test_prompts_are_encoded_once_for_an_encoder(
     next(tiny_pipeline.text_encoder.parameters()).data += 0.1
     assert agree(StableDiffusionAdapter(tiny_pipeline), KEEP_PROMPTS)
     assert len(list(cache.iterdir())) == 3
+    # A model of two streams has the means of both in one file.
+    for _ in range(2):
+        assert agree(SDXLAdapter(build_tiny_sdxl()), KEEP_PROMPTS)
+    (file,) = (file for file in cache.iterdir() if len(load_file(file)) == 4)
+    assert set(load_file(file)) == {"every", "eot", "pooled.every", "pooled.eot"}
 
 
 def test_states_are_those_of_full_precision_whatever_the_trainers(
@@ -54,10 +66,11 @@ def test_states_are_those_of_full_precision_whatever_the_trainers(
 ) -> None:
     trainer = cpu_trainer(tmp_path, precision="bf16-mixed")
     found = cached_kept(trainer, tiny_adapter, KEEP_PROMPTS, tmp_path / "cache")
-    assert torch.equal(found.every.k, kept_statistics(tiny_adapter, KEEP_PROMPTS).every.k)
+    every = found["context"].every.k
+    assert torch.equal(every, kept_statistics(tiny_adapter, KEEP_PROMPTS)["context"].every.k)
     with torch.autocast("cpu", torch.bfloat16):
         half = tiny_adapter.text_encoder(tiny_adapter.tokenize(KEEP_PROMPTS)["clip"])[0]
-    assert not torch.equal(found.every.k, keep_statistics(half.flatten(0, 1)).k)
+    assert not torch.equal(every, keep_statistics(half.flatten(0, 1)).k)
 
 
 def test_weights_that_move_between_devices_on_a_rank_can_train(tmp_path: Path) -> None:

@@ -317,7 +317,10 @@ def assert_shapes(found: dict[str, Tensor], network: torch.nn.Module) -> None:
 @pytest.mark.parametrize(
     ("renamed", "message"),
     [
-        (lambda name: f"conditioner.embedders.0.{name}", "two .*Stable Diffusion XL"),
+        (
+            lambda name: f"conditioner.embedders.0.{name}",
+            "a StableDiffusionPipeline, as model.config says.*without any",
+        ),
         (lambda name: f"lora_{name}", r"without any tensor named model\.diffusion_model"),
         (lambda name: None if "first_stage" in name else name, r"without any .*first_stage_model\.\*"),
         # With the package accelerate, diffusers itself refuses it.
@@ -451,14 +454,14 @@ def test_the_delta_is_small_at_full_size(version: str) -> None:
 
 UNET = ["diffusers", "UNet2DConditionModel"]
 PIPELINES = {
-    "FluxPipeline": ({"transformer": ["diffusers", "FluxTransformer2DModel"]}, "joint attention"),
-    "StableDiffusion3Pipeline": ({"transformer": ["diffusers", "SD3Transformer2DModel"]}, "joint attention"),
-    "StableDiffusionXLPipeline": (
+    "FluxPipeline": ({"transformer": ["diffusers", "FluxTransformer2DModel"]}, "its transformer"),
+    "StableDiffusion3Pipeline": ({"transformer": ["diffusers", "SD3Transformer2DModel"]}, "its transformer"),
+    "StableDiffusionXLInpaintPipeline": (
         {
             "unet": UNET,
             "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
         },
-        "two text encoders",
+        "its two text encoders",
     ),
     "StableDiffusionInpaintPipeline": (
         {"unet": UNET, "text_encoder": ["transformers", "CLIPTextModel"]},

@@ -6,14 +6,15 @@ import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import hydra
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import OmegaConf
 
 from trce_lightning import cli
-from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.adapters import adapter_of
 from trce_lightning.concepts import Concept
 from trce_lightning.config import checks
 from trce_lightning.config.arguments import settle
@@ -24,13 +25,15 @@ from trce_lightning.jobs.session import concepts_of
 from trce_lightning.runtime.host import hydra_kept, pipeline_kept, process_kept
 from trce_lightning.runtime.locks import release
 
+Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
+
 
 def erase(
-    pipeline: StableDiffusionPipeline,
+    pipeline: Pipeline,
     concept: str | Concept | Sequence[str],
     *options: str,
     cache: str | Path | None = None,
-) -> StableDiffusionPipeline:
+) -> Pipeline:
     """Erase ``concept`` from ``pipeline`` in place, and return the pipeline.
 
     The weights are those that ``train.py`` would give. The work is done on one device, unless ``options``
@@ -39,7 +42,7 @@ def erase(
     Load the pipeline again in that case.
 
     Args:
-        pipeline: a Stable Diffusion pipeline in memory.
+        pipeline: a pipeline of diffusers in memory, of a class that has an adapter.
         concept: a shipped concept's name, a YAML file's path, several of them, or a :class:`Concept`.
         options: options as on the command line, such as ``"trajectory.epochs=1"`` or ``"stages=[textual]"``.
         cache: a folder of trajectories to reuse. If it is None, they are sampled into a temporary folder.
@@ -51,7 +54,7 @@ def erase(
         places = [f"runs={folder}", f"cache={cache or folder}", "trainer.devices=1"]
         config = compose(concept, "metrics.enabled=false", *places, *options)
         checks.check(config)
-        adapter = StableDiffusionAdapter(pipeline)
+        adapter = adapter_of(pipeline)
         if config.model.channels_last:
             adapter.to_channels_last()
         run = run_of(config, concepts_of(config), adapter)

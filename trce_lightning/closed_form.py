@@ -81,6 +81,10 @@ class Edit:
     """The kinds of matrices that are edited."""
     keyless_distance: float | None = None
     """See :func:`keyless_distance`. It is None if it was not computed."""
+    stream: str = "context"
+    """The name of the states that T maps, where a model reads several kinds."""
+    further: tuple["Edit", ...] = ()
+    """The edits of the other kinds of states. Each is solved by itself."""
 
 
 @dataclass(frozen=True, eq=False)

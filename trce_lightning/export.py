@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from trce_lightning.runtime.storage import (
     write_safetensors,
     write_text,
 )
-from trce_lightning.textual import TextualStatistics
+from trce_lightning.textual import CONTEXT, TextualStatistics
 
+ONE_STREAM = json.dumps([CONTEXT])
+"""The streams of files that name none. They are of earlier versions."""
 CARD = """---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -33,7 +35,7 @@ tags: [concept-erasure, trce]
 # {base} without {concepts}
 
 {base} after {method} with trce-lightning. Open it with
-`StableDiffusionPipeline.from_pretrained(FOLDER)`; no code of trce-lightning is needed.
+`{pipeline}.from_pretrained(FOLDER)`; no code of trce-lightning is needed.
 
 {table}
 
@@ -47,11 +49,35 @@ embeddings, or fine-tune, can undo it.
 def save_edit(
     file: Path, statistics: TextualStatistics, edit: Edit, config: TextualConfig, base: str, fingerprint: str
 ) -> None:
-    """Write T, K, the empty prompt's states and each concept's pairs of states.
+    """Write T, K, the empty prompt's states and each concept's pairs of states, by stream.
 
     The pairs give S and M, and few pairs take less space, see :func:`compact_pairs`. The metadata holds the
-    form and its options, the counts and the base model.
+    form and its options, the counts and the base model. The tensors of a further stream begin with its name.
     """
+    streams = list(zip((statistics, *statistics.further), (edit, *edit.further), strict=True))
+    facts = {
+        "base_model": base,
+        "fingerprint": fingerprint,
+        "concepts": json.dumps({name: len(states) for name, (states, _) in statistics.states.items()}),
+        "options": json.dumps(asdict(config)),
+        "streams": json.dumps([own.stream for own, _ in streams]),
+    }
+    tensors: dict[str, Tensor] = {}
+    for index, (own, solved) in enumerate(streams):
+        prefix = _prefix(index, own.stream)
+        tensors |= {prefix + name: tensor for name, tensor in _tensors_of(own, solved).items()}
+        facts[f"{prefix}keep_weight"] = str(own.keep.weight)
+        facts[f"{prefix}keyless_distance"] = json.dumps(solved.keyless_distance)
+    write_safetensors(file, tensors, facts)
+
+
+def _prefix(index: int, stream: str) -> str:
+    """Return the beginning of a stream's names in a file of edits. The first stream has none."""
+    return f"{stream}." if index else ""
+
+
+def _tensors_of(statistics: TextualStatistics, edit: Edit) -> dict[str, Tensor]:
+    """Return the tensors of one stream."""
     tensors = {"transform": edit.transform, "k": statistics.keep.k, "empty": statistics.empty}
     optional = {"span": statistics.span, "directions": edit.directions}
     if statistics.readers is not None:
@@ -60,15 +86,7 @@ def save_edit(
     for name, states in statistics.states.items():
         malicious, safe = compact_pairs(*states)
         tensors |= {f"malicious.{name}": malicious, f"safe.{name}": safe}
-    metadata = {
-        "base_model": base,
-        "fingerprint": fingerprint,
-        "concepts": json.dumps({name: len(states) for name, (states, _) in statistics.states.items()}),
-        "options": json.dumps(asdict(config)),
-        "keep_weight": str(statistics.keep.weight),
-        "keyless_distance": json.dumps(edit.keyless_distance),
-    }
-    write_safetensors(file, tensors, metadata)
+    return tensors
 
 
 def compact_pairs(malicious: Tensor, safe: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,21 +112,38 @@ def load_edit(file: Path) -> tuple[TextualStatistics, TextualConfig]:
     tensors = read_safetensors(file, "an edit", remedy)
     with reading(file, "an edit", remedy), safe_open(file, "pt") as opened:
         facts = opened.metadata() or {}
-        states = {
-            name: (tensors[f"malicious.{name}"], tensors[f"safe.{name}"])
-            for name in json.loads(facts["concepts"])
-        }
-        keep = KeepStatistics(tensors["k"], float(facts["keep_weight"]))
-        read_by = Readers(tensors["edited"], tensors["others"]) if "edited" in tensors else None
-        statistics = TextualStatistics(states, keep, tensors["empty"], tensors.get("span"), read_by)
-        return statistics, TextualConfig(**json.loads(facts["options"]))
+        concepts, config = json.loads(facts["concepts"]), TextualConfig(**json.loads(facts["options"]))
+        first, *further = [
+            _statistics_of(stream, _prefix(index, stream), list(concepts), tensors, facts)
+            for index, stream in enumerate(json.loads(facts.get("streams", ONE_STREAM)))
+        ]
+        return replace(first, further=tuple(further)), config
+
+
+def _statistics_of(
+    stream: str,
+    prefix: str,
+    concepts: Sequence[str],
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, str],
+) -> TextualStatistics:
+    """Return the statistics of one stream in a file of edits."""
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return TextualStatistics(
+        states={name: (own[f"malicious.{name}"], own[f"safe.{name}"]) for name in concepts},
+        keep=KeepStatistics(own["k"], float(facts[f"{prefix}keep_weight"])),
+        empty=own["empty"],
+        span=own.get("span"),
+        readers=Readers(own["edited"], own["others"]) if "edited" in own else None,
+        stream=stream,
+    )
 
 
 def save_pipeline(folder: Path, adapter: Adapter, card: Mapping[str, Any]) -> None:
     """Write the whole pipeline in diffusers' format. It is moved into place when it is complete."""
     with replacing_folder(folder) as aside:
         adapter.pipeline.save_pretrained(aside)
-        write_text(aside / "README.md", CARD.format(**card))
+        write_text(aside / "README.md", CARD.format(pipeline=type(adapter.pipeline).__name__, **card))
 
 
 def save_delta(file: Path, changed: Mapping[str, Tensor], base: str, fingerprint: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from trce_lightning.adapters import Adapter, Stream
@@ -36,7 +37,7 @@ from trce_lightning.closed_form import (
     sum_statistics,
 )
 from trce_lightning.concepts import Concept, PromptPair, prompt_pairs
-from trce_lightning.config.schema import MATRICES, TextualConfig
+from trce_lightning.config.schema import MATRICES, STREAMS, TextualConfig
 from trce_lightning.errors import InputError
 from trce_lightning.runtime.ranks import Rank, on_each_rank
 from trce_lightning.runtime.storage import read_safetensors, reading, write_safetensors
@@ -45,18 +46,20 @@ from trce_lightning.tokens import Role, Text, position_mask
 log = logging.getLogger(__name__)
 ENCODE_BATCH = 32
 """The number of prompts that are encoded together."""
-CONTEXT = "context"
-"""The stream of an adapter that stage 1 edits."""
+CONTEXT, POOLED = STREAMS
+"""The streams of an adapter: the states of a text's positions, and its one pooled vector."""
+Pairs = dict[str, tuple[Tensor, Tensor]]
+"""The malicious and the safe states by concept, ``[n, d]`` each."""
 ENDINGS = {"key": "to_k", "value": "to_v"}
 """The ends of the entries' names by the kind of their matrix."""
 
 
 @dataclass(frozen=True)
 class TextualStatistics:
-    """The statistics that stage 1 is solved from."""
+    """The statistics that the edit of a stream is solved from."""
 
-    states: dict[str, tuple[Tensor, Tensor]]
-    """The malicious and the safe states by concept, ``[n, d]`` each."""
+    states: Pairs
+    """The states that pair."""
     keep: KeepStatistics
     """The mean over the kept states."""
     empty: Tensor
@@ -68,6 +71,10 @@ class TextualStatistics:
     """
     readers: Readers | None = None
     """The matrices that read states. It is None if only their inputs are needed."""
+    stream: str = CONTEXT
+    """The name of the stream."""
+    further: tuple[TextualStatistics, ...] = ()
+    """The statistics of the other streams."""
 
     @property
     def pairs(self) -> dict[str, PairStatistics]:
@@ -76,6 +83,8 @@ class TextualStatistics:
 
     def solve(self, config: TextualConfig) -> Edit:
         """Return T over all concepts, after ``adversarial_rounds`` answers to it.
+
+        Further streams are solved by themselves.
 
         Each round adds the pairs of R e_m and e_s, where R e_m is the best answer to the last T, see
         :func:`~.closed_form.adversarial_answer`. All rounds weigh the same.
@@ -95,7 +104,13 @@ class TextualStatistics:
         if self.readers is not None:
             distance = keyless_distance(edit.transform, self.readers, asked.m)
             log.info("stage 1: no text state undoes %.2g %% of the edit's effect", 100 * distance)
-        return replace(edit, matrices=tuple(config.matrices), keyless_distance=distance)
+        return replace(
+            edit,
+            matrices=tuple(config.matrices),
+            keyless_distance=distance,
+            stream=self.stream,
+            further=tuple(part.solve(config) for part in self.further),
+        )
 
     def _solve_once(self, pairs: PairStatistics, config: TextualConfig) -> Edit:
         try:
@@ -126,9 +141,9 @@ class TextualStatistics:
 
 
 def textual_statistics(
-    adapter: Adapter, concepts: Sequence[Concept], kept: Kept, config: TextualConfig
+    adapter: Adapter, concepts: Sequence[Concept], kept: Mapping[str, Kept], config: TextualConfig
 ) -> TextualStatistics:
-    """Return the statistics of every concept's pairs and of the states to keep.
+    """Return the statistics of every concept's pairs and of the states to keep, by stream.
 
     K is the weighted mean of four means:
 
@@ -136,33 +151,89 @@ def textual_statistics(
     - their first EoT, which the pairs move, with ``keep_eot_weight``;
     - every position of the empty prompt, with ``empty_prompt_weight``;
     - the EoT of the safe prompts, with ``safe_weight``.
+
+    If the model has none of the streams that ``textual.streams`` names, raise ``InputError``.
     """
-    stream = adapter.streams()[CONTEXT]
+    every = adapter.streams()
+    streams = {name: stream for name, stream in every.items() if name in config.streams}
+    if not streams:
+        raise InputError(
+            f"textual.streams: expected one of {', '.join(every)}, which '{adapter.name}' reads, got "
+            f"{', '.join(config.streams)}"
+        )
     pairs = prompt_pairs(concepts)
-    states = {name: pair_states(adapter, stream, rows, config.positions) for name, rows in pairs.items()}
-    empty = _all_states(adapter.empty(), stream)
+    states: dict[str, Pairs] = {name: {} for name in streams}
+    for concept, rows in pairs.items():
+        encoded = _encode_each(adapter, rows, config.positions)
+        for name, stream in streams.items():
+            states[name][concept] = _paired(stream, encoded, positions_of(name, config.positions))
+    # Zeros as the text of no prompt at all are kept by every T. The empty prompt as a text can be asked for.
+    empty = adapter.encode([""])
+    spans = _spans(adapter, streams, pairs.values()) if config.form == "projection" else {}
+    first, *further = [
+        _statistics(name, stream, states[name], kept[name], empty, spans.get(name), config)
+        for name, stream in streams.items()
+    ]
+    return replace(first, further=tuple(further))
+
+
+def _statistics(
+    name: str,
+    stream: Stream,
+    states: Pairs,
+    kept: Kept,
+    empty: Text,
+    span: Tensor | None,
+    config: TextualConfig,
+) -> TextualStatistics:
+    """Return the statistics of one stream."""
+    nothing = _all_states(empty, stream)
     parts = [
         (1.0, kept.every),
         (config.keep_eot_weight, kept.eot),
-        (config.empty_prompt_weight, keep_statistics(empty)),
+        (config.empty_prompt_weight, keep_statistics(nothing)),
         (config.safe_weight, keep_statistics(torch.cat([safe for _, safe in states.values()]))),
     ]
     weighted = [KeepStatistics(part.k, weight) for weight, part in parts if weight > 0]
-    span = None
-    if config.form == "projection":
-        span = torch.stack([_span(adapter, stream, rows) for rows in pairs.values()]).sum(0)
     read_by = readers_of(stream, config.matrices) if _needs_readers(config) else None
-    return TextualStatistics(states, merge_keep(weighted), empty, span, read_by)
+    return TextualStatistics(states, merge_keep(weighted), nothing, span, read_by, stream=name)
 
 
-def _span(adapter: Adapter, stream: Stream, pairs: Sequence[PromptPair]) -> Tensor:
-    """Return the second moment of malicious states at all positions after the SoT, ``[d, d]`` float64."""
-    parts = []
-    for start in range(0, len(pairs), ENCODE_BATCH):
-        text = adapter.encode([pair.malicious for pair in pairs[start : start + ENCODE_BATCH]])
-        chosen = [text.states[name][text.roles[name] != Role.SOT] for name in stream.segments]
-        parts.append(keep_statistics(torch.cat(chosen)))
-    return merge_keep(parts).k
+def positions_of(stream: str, positions: Sequence[str]) -> Sequence[str]:
+    """Return the positions of a stream whose states pair. The pooled vector pairs whatever is named."""
+    return ("eot",) if stream == POOLED else positions
+
+
+def _spans(
+    adapter: Adapter, streams: Mapping[str, Stream], concepts: Iterable[Sequence[PromptPair]]
+) -> dict[str, Tensor]:
+    """Return Σ over concepts of the second moment of malicious states at all positions after the SoT.
+
+    They are ``[d, d]`` float64, by stream.
+    """
+    sums: dict[str, list[Tensor]] = {name: [] for name in streams}
+    for pairs in concepts:
+        parts: dict[str, list[KeepStatistics]] = {name: [] for name in streams}
+        for start in range(0, len(pairs), ENCODE_BATCH):
+            text = adapter.encode([pair.malicious for pair in pairs[start : start + ENCODE_BATCH]])
+            for name, stream in streams.items():
+                chosen = [
+                    _states(text, part, stream)[text.roles[part] != Role.SOT] for part in stream.segments
+                ]
+                parts[name].append(keep_statistics(torch.cat(chosen)))
+        for name, own in parts.items():
+            sums[name].append(merge_keep(own).k)
+    return {name: torch.stack(moments).sum(0) for name, moments in sums.items()}
+
+
+def _states(text: Text, segment: str, stream: Stream) -> Tensor:
+    """Return the states of a segment as the stream's entries read them, ``[B, L, d]``.
+
+    Narrower states than d have zeros after them.
+    """
+    own = text.states[segment]
+    missing = stream.width - own.shape[-1]
+    return F.pad(own, (0, missing)) if missing else own
 
 
 def readers_of(stream: Stream, matrices: Sequence[str]) -> Readers:
@@ -200,13 +271,17 @@ def pair_states(
     EoT. Padding pairs position by position, if both prompts are padded there. Keywords differ in their number
     of tokens, so each of their tokens pairs with the safe prompt's first EoT.
     """
-    encoded = _encode_each(adapter, pairs, positions)
-    malicious, safe = encoded[: len(pairs)], encoded[len(pairs) :]
+    return _paired(stream, _encode_each(adapter, pairs, positions), positions)
+
+
+def _paired(stream: Stream, encoded: Sequence[_Encoded], positions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Return :func:`pair_states` of encoded pairs."""
+    count = len(encoded) // 2
     aligned = [
-        _aligned(segment, which, *row)
+        _aligned(stream, segment, which, *row)
         for segment in stream.segments
         for which in positions
-        for row in zip(malicious, safe, strict=True)
+        for row in zip(encoded[:count], encoded[count:], strict=True)
     ]
     sources, targets = zip(*aligned, strict=True)
     return torch.cat(sources), torch.cat(targets)
@@ -242,10 +317,12 @@ def batches_by_length(lengths: Sequence[int]) -> list[list[int]]:
     return [batch.tolist() for batch in order.split(ENCODE_BATCH)]
 
 
-def _aligned(segment: str, which: str, malicious: _Encoded, safe: _Encoded) -> tuple[Tensor, Tensor]:
+def _aligned(
+    stream: Stream, segment: str, which: str, malicious: _Encoded, safe: _Encoded
+) -> tuple[Tensor, Tensor]:
     """Return a malicious prompt's states at one kind of position, and the safe states paired with them."""
-    sources, roles = malicious.text.states[segment], malicious.text.roles[segment]
-    targets, safe_roles = safe.text.states[segment], safe.text.roles[segment]
+    sources, roles = _states(malicious.text, segment, stream), malicious.text.roles[segment]
+    targets, safe_roles = _states(safe.text, segment, stream), safe.text.roles[segment]
     mask = position_mask(roles, [which], malicious.term.get(segment))
     if which == "padding":
         mask = mask & position_mask(safe_roles, ["padding"])
@@ -255,16 +332,19 @@ def _aligned(segment: str, which: str, malicious: _Encoded, safe: _Encoded) -> t
 
 
 def apply_edit_(adapter: Adapter, edit: Edit) -> list[str]:
-    """Replace W by W T in place in the stream's edited entries, and return the names of the changed tensors.
+    """Replace W by W T in place in every edited entry, and return the names of the changed tensors.
 
-    Only the columns that read the text states change; biases stay.
+    Only the columns that read the text states change; biases stay. Each stream has a T of its own.
     """
-    weights = _weights(adapter.streams()[CONTEXT], edit.matrices)
-    edits = apply_edits(weights.values(), edit.transform)
-    for weight, edited in zip(weights.values(), edits, strict=True):
-        weight.copy_(edited)
+    streams, names = adapter.streams(), []
+    for own in (edit, *edit.further):
+        weights = _weights(streams[own.stream], own.matrices)
+        edits = apply_edits(weights.values(), own.transform)
+        for weight, edited in zip(weights.values(), edits, strict=True):
+            weight.copy_(edited)
+        names += [f"{name}.weight" for name in weights]
     adapter.weights_changed()
-    return [f"{name}.weight" for name in weights]
+    return names
 
 
 class Kept(NamedTuple):
@@ -276,29 +356,45 @@ class Kept(NamedTuple):
     """The mean over the first EoT of each prompt."""
 
 
-def kept_statistics(adapter: Adapter, prompts: Sequence[str], *, shown: bool = True) -> Kept:
-    """Return the means over the states of ``prompts``. If there are none, both means are 0 with weight 0.
+def kept_statistics(adapter: Adapter, prompts: Sequence[str], *, shown: bool = True) -> dict[str, Kept]:
+    """Return the means over the states of ``prompts`` by stream. If there are none, they are 0 with weight 0.
 
     If ``shown`` is True, a progress bar is shown.
     """
-    stream = adapter.streams()[CONTEXT]
-    nothing = KeepStatistics(torch.zeros(stream.width, stream.width, dtype=torch.float64), 0.0)
-    every, eot = [], []
+    streams = adapter.streams()
+    every: dict[str, list[KeepStatistics]] = {name: [] for name in streams}
+    eot: dict[str, list[KeepStatistics]] = {name: [] for name in streams}
     batches = range(0, len(prompts), ENCODE_BATCH)
     for start in tqdm(batches, "encoding prompts to keep", leave=False, disable=not shown):
         text = adapter.encode(prompts[start : start + ENCODE_BATCH])
-        every.append(keep_statistics(_all_states(text, stream)))
-        ends = [text.states[name][position_mask(text.roles[name], ["eot"])] for name in stream.segments]
-        eot.append(keep_statistics(torch.cat(ends)))
-    return Kept(*(merge_keep(parts) if parts else nothing for parts in (every, eot)))
+        for name, stream in streams.items():
+            every[name].append(keep_statistics(_all_states(text, stream)))
+            ends = [
+                _states(text, part, stream)[position_mask(text.roles[part], ["eot"])]
+                for part in stream.segments
+            ]
+            eot[name].append(keep_statistics(torch.cat(ends)))
+    return {
+        name: Kept(_merged(every[name], stream.width), _merged(eot[name], stream.width))
+        for name, stream in streams.items()
+    }
+
+
+def _merged(parts: Sequence[KeepStatistics], width: int) -> KeepStatistics:
+    """Return the mean of means, or 0 with weight 0 if there are none."""
+    if not parts:
+        return KeepStatistics(torch.zeros(width, width, dtype=torch.float64), 0.0)
+    return merge_keep(parts)
 
 
 def _all_states(text: Text, stream: Stream) -> Tensor:
     """Return the states of all positions that a stream edits, ``[n, d]``."""
-    return torch.cat([text.states[name].flatten(0, 1) for name in stream.segments])
+    return torch.cat([_states(text, segment, stream).flatten(0, 1) for segment in stream.segments])
 
 
-def cached_kept(trainer: pl.Trainer, adapter: Adapter, prompts: Sequence[str], cache: Path) -> Kept:
+def cached_kept(
+    trainer: pl.Trainer, adapter: Adapter, prompts: Sequence[str], cache: Path
+) -> dict[str, Kept]:
     """Return :func:`kept_statistics` with weights 1, from ``cache`` if it has them for these prompts.
 
     If it doesn't, every rank encodes a share of the prompts. All ranks must see ``cache``. Text encoders
@@ -310,7 +406,7 @@ def cached_kept(trainer: pl.Trainer, adapter: Adapter, prompts: Sequence[str], c
     if not prompts:
         raise InputError("textual.keep_prompts: expected at least one prompt to keep, got none")
     text = "\n".join([adapter.text_fingerprint(), *prompts])
-    d = adapter.streams()[CONTEXT].width
+    streams = adapter.streams()
     file = cache / f"kept-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.safetensors"
 
     def encode(rank: Rank) -> None:
@@ -319,14 +415,31 @@ def cached_kept(trainer: pl.Trainer, adapter: Adapter, prompts: Sequence[str], c
             return
         with adapter.encoding_on(rank.device):
             share = kept_statistics(adapter, prompts[rank.index :: rank.world_size], shown=rank.index == 0)
-        means = {name: _over_ranks(trainer, rank, part) for name, part in share._asdict().items()}
+        means = {
+            _name_of(stream, name): _over_ranks(trainer, rank, part)
+            for stream, own in share.items()
+            for name, part in own._asdict().items()
+        }
         if rank.index == 0:
             write_safetensors(file, means)
 
     on_each_rank(trainer, encode)
     means = read_safetensors(file, "sums of the prompts to keep")
     with reading(file, "sums of the prompts to keep"):
-        return Kept(*(KeepStatistics(means[name].view(d, d), 1.0) for name in Kept._fields))
+        return {
+            stream: Kept(
+                *(
+                    KeepStatistics(means[_name_of(stream, name)].view(own.width, own.width), 1.0)
+                    for name in Kept._fields
+                )
+            )
+            for stream, own in streams.items()
+        }
+
+
+def _name_of(stream: str, name: str) -> str:
+    """Return the name of a stored mean."""
+    return name if stream == CONTEXT else f"{stream}.{name}"
 
 
 def _over_ranks(trainer: pl.Trainer, rank: Rank, part: KeepStatistics) -> Tensor:

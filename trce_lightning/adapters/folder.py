@@ -22,7 +22,6 @@ from torch import nn
 from trce_lightning.errors import InputError
 
 log = logging.getLogger(__name__)
-NETWORKS = ("unet", "text_encoder", "vae")
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "(?:pytorch_)?model"}
 PREFERRED = (None, "fp16", "bf16")
 """The preferred variants of weights, the most exact first. Other variants follow by name."""
@@ -37,17 +36,19 @@ class Form(NamedTuple):
     """The file format, ``safetensors`` or ``bin``."""
 
 
-def open_networks(folder: Path, index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, nn.Module]:
-    """Return denoiser, text encoder and autoencoder of a folder by their names in its index.
+def open_networks(
+    folder: Path, index: Mapping[str, Any], names: Sequence[str], dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """Return the named networks of a folder by their names in its index.
 
     If the weights of a network are missing, can't be read or don't fit the network, raise ``InputError``.
     """
-    return {name: _open_network(folder / name, index[name], dtype) for name in NETWORKS}
+    return {name: _open_network(folder / name, index[name], dtype) for name in names}
 
 
-def lacks_weights(folder: Path, index: Mapping[str, Any]) -> bool:
-    """Return whether the folder of any network has no weights in any form."""
-    return any(not forms(folder / name, index[name][0]) for name in NETWORKS)
+def lacks_weights(folder: Path, index: Mapping[str, Any], names: Sequence[str]) -> bool:
+    """Return whether the folder of any of the named networks has no weights in any form."""
+    return any(not forms(folder / name, index[name][0]) for name in names)
 
 
 def forms(folder: Path, library: str) -> list[Form]:

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+import transformers
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from trce_lightning.adapters.base import PipelineAdapter
 from trce_lightning.adapters.folder import lacks_weights, open_networks
-from trce_lightning.adapters.refusals import refuse_other_pipelines
-from trce_lightning.adapters.single_file import (
-    CLIP,
-    NETWORKS,
-    current_name,
-    text_state,
-    unet_state,
-    vae_state,
-)
+from trce_lightning.adapters.protocol import Adapter
+from trce_lightning.adapters.refusals import other_pipeline
+from trce_lightning.adapters.sdxl import SDXLAdapter
+from trce_lightning.adapters.single_file import CLIP, current_name, whole_state
 from trce_lightning.adapters.stable_diffusion import StableDiffusionAdapter
 from trce_lightning.errors import InputError
 
 INDEX = "model_index.json"
 SUFFIX = ".safetensors"
-# The safety checker would blacken images that are to be scored.
-WITHOUT_CHECKER: dict[str, Any] = {
-    "safety_checker": None,
-    "feature_extractor": None,
-    "requires_safety_checker": False,
+FAMILIES: dict[str, type[PipelineAdapter]] = {
+    family.pipeline_class.__name__: family for family in (StableDiffusionAdapter, SDXLAdapter)
 }
+"""The adapter of each family by the name of diffusers' pipeline class."""
 
 
 def load_adapter(
@@ -42,7 +38,7 @@ def load_adapter(
     resolution: int | None = None,
     config: str | Path | None = None,
     channels_last: bool = False,
-) -> StableDiffusionAdapter:
+) -> Adapter:
     """Open a pipeline folder, a ``.safetensors`` file, or a hub id ``owner/name``.
 
     Args:
@@ -65,20 +61,43 @@ def load_adapter(
     else:
         pipeline = _open_folder(source, dtype, revision)
     pipeline.set_progress_bar_config(disable=True)
-    adapter = StableDiffusionAdapter(pipeline, resolution=resolution, name=str(source))
+    adapter = adapter_of(pipeline, resolution=resolution, name=str(source))
     return adapter.to_channels_last() if channels_last else adapter
 
 
-def _open_folder(source: str | Path, dtype: torch.dtype, revision: str | None) -> StableDiffusionPipeline:
+def adapter_of(pipeline: Any, *, resolution: int | None = None, name: str | None = None) -> Adapter:
+    """Return the adapter of a pipeline in memory. If its class has none, raise ``InputError``.
+
+    Args:
+        pipeline: diffusers' pipeline.
+        resolution: the side of images in pixels. None means the model's own.
+        name: the model's name in messages. None means the place it was opened from.
+    """
+    names = [kind.__name__ for kind in type(pipeline).mro() if kind.__name__ in FAMILIES]
+    if not names:
+        index = {**pipeline.config, "_class_name": type(pipeline).__name__}
+        raise other_pipeline(index, name or "memory", list(FAMILIES))
+    adapter: Any = FAMILIES[names[0]](pipeline, name, resolution=resolution)
+    return adapter
+
+
+def _family(index: dict[str, Any], source: str | Path) -> type[PipelineAdapter]:
+    """Return the family of a ``model_index.json``. If it has no adapter, raise ``InputError``."""
+    family = FAMILIES.get(index.get("_class_name", ""))
+    if family is None:
+        raise other_pipeline(index, str(source), list(FAMILIES))
+    family.refuse_index(index, str(source))
+    return family
+
+
+def _open_folder(source: str | Path, dtype: torch.dtype, revision: str | None) -> DiffusionPipeline:
     _check_folder("model.path", source)
     index = _index("model.path", source, revision)
-    refuse_other_pipelines(index, str(source))
-    folder = Path(source) if Path(source).is_dir() else _downloaded(str(source), index, revision)
-    networks = open_networks(folder, index, dtype)
+    family = _family(index, source)
+    folder = Path(source) if Path(source).is_dir() else _downloaded(str(source), family, index, revision)
+    networks = open_networks(folder, index, family.network_names(), dtype)
     try:
-        return StableDiffusionPipeline.from_pretrained(
-            str(folder), dtype=dtype, **networks, **WITHOUT_CHECKER
-        )
+        return family.pipeline_class.from_pretrained(str(folder), dtype=dtype, **networks, **family.unused)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"model.path: expected a tokenizer and a scheduler that can be read in '{folder}', got "
@@ -86,16 +105,19 @@ def _open_folder(source: str | Path, dtype: torch.dtype, revision: str | None) -
         ) from error
 
 
-def _downloaded(hub_id: str, index: dict[str, Any], revision: str | None) -> Path:
+def _downloaded(
+    hub_id: str, family: type[PipelineAdapter], index: dict[str, Any], revision: str | None
+) -> Path:
     """Return the folder of a hub id in the local cache.
 
     If the hub has only half precision, it is the folder with that.
     """
-    folder = Path(StableDiffusionPipeline.download(hub_id, revision=revision, **WITHOUT_CHECKER))
-    if not lacks_weights(folder, index):
+    download = partial(family.pipeline_class.download, hub_id, revision=revision, **family.unused)
+    folder = Path(download())
+    if not lacks_weights(folder, index, family.network_names()):
         return folder
     try:
-        half = StableDiffusionPipeline.download(hub_id, revision=revision, variant="fp16", **WITHOUT_CHECKER)
+        half = download(variant="fp16")
     except ValueError:  # no such variant
         return folder
     return Path(half)
@@ -103,7 +125,7 @@ def _downloaded(hub_id: str, index: dict[str, Any], revision: str | None) -> Pat
 
 def _open_file(
     file: Path, config: str | Path | None, dtype: torch.dtype, revision: str | None
-) -> StableDiffusionPipeline:
+) -> DiffusionPipeline:
     stored = _stored_shapes(file)
     if config is None:
         raise InputError(
@@ -112,23 +134,23 @@ def _open_file(
         )
     _check_folder("model.config", config)
     index = _index("model.config", config, revision)
-    refuse_other_pipelines(index, str(config))
+    family = _family(index, config)
+    _refuse_other_files(file, stored, family)
     if index["vae"][1] != AutoencoderKL.__name__:
         raise InputError(
             f"model.config: expected a pipeline with an {AutoencoderKL.__name__}, as single files have, got "
             f"{index['vae'][1]} in '{config}'"
         )
     try:
-        _refuse_other_tensors(file, stored, config, revision)
+        _refuse_other_tensors(file, stored, index, family, config, revision)
         parts = {"text_encoder": _old_text_encoder(file, config, dtype, revision)}
-        return StableDiffusionPipeline.from_single_file(
+        return family.pipeline_class.from_single_file(
             str(file),
             config=str(config),
             dtype=dtype,
             revision=revision,
-            image_encoder=None,
             **{name: part for name, part in parts.items() if part is not None},
-            **WITHOUT_CHECKER,
+            **{"image_encoder": None, **family.unused},
         )
     except InputError:
         raise
@@ -147,7 +169,7 @@ def _open_file(
 def _stored_shapes(file: Path) -> dict[str, list[int]]:
     """Return the shapes of a file's tensors by name. Only the file's header is read.
 
-    If the file is not Stable Diffusion 1.x or 2.x, raise ``InputError``.
+    If the file can't be read, raise ``InputError``.
     """
     if file.suffix != SUFFIX:
         raise InputError(
@@ -159,25 +181,36 @@ def _stored_shapes(file: Path) -> dict[str, list[int]]:
             shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise InputError(f"model.path: expected a readable {SUFFIX} file, got '{file}': {error}") from error
-    if any(name.startswith("conditioner.embedders.") for name in shapes):
-        raise InputError(
-            f"model: expected one text encoder, got two (Stable Diffusion XL) in '{file}', which have no "
-            "adapter yet"
-        )
-    absent = [prefix for prefix in NETWORKS if not any(name.startswith(prefix) for name in shapes)]
-    if absent:
-        raise InputError(
-            f"model.path: expected a checkpoint of Stable Diffusion 1.x or 2.x, got '{file}' without any "
-            f"tensor named {' or '.join(f'{prefix}*' for prefix in absent)}"
-        )
     return {current_name(name): shape for name, shape in shapes.items()}
 
 
+def _refuse_other_files(file: Path, stored: dict[str, list[int]], family: type[PipelineAdapter]) -> None:
+    """Refuse a file without the family's networks, and a family that has no such files."""
+    kind = family.pipeline_class.__name__
+    if not family.file_prefixes:
+        raise InputError(
+            f"model.path: expected a folder for a {kind}, got '{file}'; it can't be opened from one file"
+        )
+    absent = [
+        prefix for prefix in family.file_prefixes if not any(name.startswith(prefix) for name in stored)
+    ]
+    if absent:
+        raise InputError(
+            f"model.path: expected a checkpoint of a {kind}, as model.config says, got '{file}' without any "
+            f"tensor named {' or '.join(f'{prefix}*' for prefix in absent)}"
+        )
+
+
 def _refuse_other_tensors(
-    file: Path, stored: dict[str, list[int]], config: str | Path, revision: str | None
+    file: Path,
+    stored: dict[str, list[int]],
+    index: dict[str, Any],
+    family: type[PipelineAdapter],
+    config: str | Path,
+    revision: str | None,
 ) -> None:
     """Refuse a file whose tensors are not those of ``config``. A missing one would stay as initialised."""
-    expected = _expected_state(config, revision)
+    expected = _expected_state(index, family, config, revision)
     if missing := sorted(expected.keys() - stored.keys()):
         raise InputError(
             f"model.path: expected all tensors of '{config}', got '{file}' without {len(missing)} of them, "
@@ -192,16 +225,19 @@ def _refuse_other_tensors(
         )
 
 
-def _expected_state(config: str | Path, revision: str | None) -> dict[str, Tensor]:
+def _expected_state(
+    index: dict[str, Any], family: type[PipelineAdapter], config: str | Path, revision: str | None
+) -> dict[str, Tensor]:
     """Return all tensors that ``config`` describes, by their original names. They take no memory."""
     place: dict[str, Any] = {"pretrained_model_name_or_path": str(config), "revision": revision}
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(**place, subfolder="unet"))
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(**place, subfolder="vae"))
-        text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(**place, subfolder="text_encoder"))
-    state = {NETWORKS[0] + name: tensor for name, tensor in unet_state(unet).items()}
-    state |= {NETWORKS[1] + name: tensor for name, tensor in vae_state(vae).items()}
-    return state | text_state(text_encoder)
+        encoders = [
+            getattr(transformers, index[name][1])(CLIPTextConfig.from_pretrained(**place, subfolder=name))
+            for name in family.encoder_names
+        ]
+    return whole_state(unet, vae, encoders)
 
 
 def _plain(shape: list[int] | torch.Size) -> list[int]:
@@ -237,7 +273,7 @@ def _check_folder(option: str, source: str | Path) -> None:
 
 def _index(option: str, source: str | Path, revision: str | None) -> dict[str, Any]:
     try:
-        return StableDiffusionPipeline.load_config(str(source), revision=revision)
+        return DiffusionPipeline.load_config(str(source), revision=revision)
     except OSError as error:
         reason = type(error.__cause__ or error.__context__ or error).__name__
         raise FileNotFoundError(

@@ -5,7 +5,7 @@ A folder's index is checked before anything large is read. The networks are chec
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from diffusers import (
     AsymmetricAutoencoderKL,
     AutoencoderKL,
     AutoencoderTiny,
-    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import Attention
@@ -21,67 +20,81 @@ from torch import nn
 
 from trce_lightning.errors import InputError
 
-PIPELINE = StableDiffusionPipeline.__name__
 AUTOENCODERS = tuple(kind.__name__ for kind in (AutoencoderKL, AutoencoderTiny, AsymmetricAutoencoderKL))
 """The supported autoencoders. Their decoders add no random noise."""
 PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor")
 """The attention processors that all compute the same attention."""
 
 
-def refuse_other_pipelines(index: Mapping[str, Any], source: str) -> None:
-    """Raise ``InputError`` with the reason unless ``model_index.json`` is of Stable Diffusion 1.x or 2.x."""
-    name = index.get("_class_name")
-    if name == PIPELINE and _class_of(index, "unet") == UNet2DConditionModel.__name__:
-        _refuse_other_parts(index, source)
-        return
-    if "text_encoder_2" in index and "unet" in index:
-        reason = "two text encoders have no adapter yet"
-    elif "transformer" in index:
-        reason = "a transformer with joint attention has no adapter yet"
+def other_pipeline(index: Mapping[str, Any], source: str, known: Sequence[str]) -> InputError:
+    """Return the error for an index of another class than the ``known`` ones, with the reason."""
+    if "transformer" in index:
+        reason = "its transformer has no adapter yet"
+    elif "text_encoder_2" in index and "unet" in index:
+        reason = "it reads more than latents and the states of its two text encoders"
     elif "unet" in index and "text_encoder" in index:
         reason = "it reads more than latents and the states of one causal text encoder, or other states"
     else:
         reason = "it has no denoiser that reads the states of a text encoder"
-    raise InputError(f"model: expected a {PIPELINE}, got {name} in '{source}': {reason}")
+    name = index.get("_class_name")
+    return InputError(f"model: expected a {' or '.join(known)}, got {name} in '{source}': {reason}")
 
 
-def _refuse_other_parts(index: Mapping[str, Any], source: str) -> None:
+def refuse_other_parts(
+    index: Mapping[str, Any], source: str, encoders: Sequence[str], tokenizers: Sequence[str]
+) -> None:
+    """Raise ``InputError`` unless ``model_index.json`` names a UNet, and a class for every other part."""
+    if (found := _class_of(index, "unet")) != UNet2DConditionModel.__name__:
+        raise InputError(
+            f"model: expected a unet of {UNet2DConditionModel.__name__}, got {found} in '{source}'"
+        )
     if (found := _class_of(index, "vae")) not in AUTOENCODERS:
         raise InputError(f"model: expected a vae of {', '.join(AUTOENCODERS)}, got {found} in '{source}'")
-    for part in ("tokenizer", "scheduler"):
+    for part in (*tokenizers, "scheduler"):
         if _class_of(index, part) is None:
             raise InputError(f"model: expected a pipeline with a {part}, got none in '{source}'")
-    library, *_ = index.get("text_encoder") or [None]
-    if library != "transformers":
-        raise InputError(
-            f"model: expected a text encoder of the library transformers, got {library} in '{source}'; code "
-            "that comes with a model is never run"
-        )
+    for encoder in encoders:
+        library, *_ = index.get(encoder) or [None]
+        if library != "transformers":
+            raise InputError(
+                f"model: expected a {encoder} of the library transformers, got {library} in '{source}'; "
+                "code that comes with a model is never run"
+            )
 
 
 def _class_of(index: Mapping[str, Any], part: str) -> str | None:
     return (index.get(part) or [None, None])[1]
 
 
-def refuse_what_the_method_does_not_fit(pipeline: StableDiffusionPipeline) -> None:
+def refuse_what_the_method_does_not_fit(
+    pipeline: Any, encoders: Mapping[str, str], added: str | None = None
+) -> None:
     """Raise ``InputError`` with the reason if an edit of K and V would be wrong or have no effect.
 
     Also raise it if a part of the model would not be used, so that images differed from its own pipeline's.
+
+    Args:
+        pipeline: a pipeline whose denoiser is a UNet.
+        encoders: the names of its text encoders with those of their tokenizers.
+        added: the ``addition_embed_type`` that the adapter knows. The last encoder must pool a text for it.
     """
-    refuse_unusable_weights(pipeline)
+    refuse_unusable_weights(pipeline, ("unet", *encoders, "vae"))
     unet = getattr(pipeline, "unet", None)
     if not isinstance(unet, UNet2DConditionModel):
         raise InputError(f"model: expected a UNet2DConditionModel denoiser; {_other_denoiser(pipeline)}")
-    if getattr(pipeline, "text_encoder_2", None) is not None:
-        raise InputError("model: expected one text encoder; two (Stable Diffusion XL) have no adapter yet")
-    for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
+    if "text_encoder_2" not in encoders and getattr(pipeline, "text_encoder_2", None) is not None:
+        raise InputError("model: expected one text encoder, got two")
+    for part in ("vae", *encoders, *encoders.values(), "scheduler"):
         if getattr(pipeline, part, None) is None:
             raise InputError(f"model: expected a pipeline with a {part}, got none")
     _refuse_other_autoencoders(pipeline)
-    _refuse_other_conditions(unet)
-    _refuse_other_attention(unet, pipeline.text_encoder.config.hidden_size)
-    _refuse_other_tokens(pipeline)
-    _refuse_unless_causal(pipeline)
+    _refuse_other_conditions(unet, added)
+    width = sum(getattr(pipeline, encoder).config.hidden_size for encoder in encoders)
+    _refuse_other_attention(unet, width)
+    for index, names in enumerate(encoders.items()):
+        encoder, tokenizer = (getattr(pipeline, name) for name in names)
+        _refuse_other_tokens(encoder, tokenizer)
+        _refuse_unless_causal(encoder, tokenizer, pools=added is not None and index == len(encoders) - 1)
 
 
 def _other_denoiser(pipeline: Any) -> str:
@@ -90,7 +103,7 @@ def _other_denoiser(pipeline: Any) -> str:
     return f"got {type(getattr(pipeline, 'unet', None)).__name__}"
 
 
-def _refuse_other_autoencoders(pipeline: StableDiffusionPipeline) -> None:
+def _refuse_other_autoencoders(pipeline: Any) -> None:
     unet, vae = pipeline.unet.config, pipeline.vae
     if type(vae).__name__ not in AUTOENCODERS:
         raise InputError(
@@ -109,15 +122,16 @@ def _refuse_other_autoencoders(pipeline: StableDiffusionPipeline) -> None:
         )
 
 
-def _refuse_other_conditions(unet: UNet2DConditionModel) -> None:
-    """Refuse a denoiser that reads more than latents, timestep and text states, or reads the text twice."""
+def _refuse_other_conditions(unet: UNet2DConditionModel, added: str | None) -> None:
+    """Refuse a denoiser that reads other things than latents, timestep, text states and ``added``."""
     config, hint = unet.config, ""
     if config.time_cond_proj_dim is not None:
         reads = "the guidance scale (time_cond_proj_dim, as of latent consistency models)"
     elif unet.class_embedding is not None:
         reads = "class labels (class_embed_type or num_class_embeds)"
-    elif config.addition_embed_type is not None:
-        reads = f"further embeddings (addition_embed_type {config.addition_embed_type})"
+    elif config.addition_embed_type != added:
+        reads = f"{'further' if added is None else 'other'} embeddings (addition_embed_type "
+        reads += f"{config.addition_embed_type})"
     elif unet.encoder_hid_proj is not None:
         reads = f"projected states or a picture (encoder_hid_proj, {config.encoder_hid_dim_type})"
         hint = "; call unload_ip_adapter() first" if config.encoder_hid_dim_type == "ip_image_proj" else ""
@@ -155,8 +169,8 @@ def _refuse_other_attention(unet: UNet2DConditionModel, width: int) -> None:
         raise InputError("model: expected plain linear layers for Q, K and V, got others")
 
 
-def _refuse_other_tokens(pipeline: StableDiffusionPipeline) -> None:
-    tokenizer, positions = pipeline.tokenizer, pipeline.text_encoder.config.max_position_embeddings
+def _refuse_other_tokens(encoder: Any, tokenizer: Any) -> None:
+    positions = encoder.config.max_position_embeddings
     if tokenizer.model_max_length > positions:
         raise InputError(
             f"model: expected a tokenizer whose model_max_length is at most the text encoder's {positions} "
@@ -176,36 +190,75 @@ def _refuse_other_tokens(pipeline: StableDiffusionPipeline) -> None:
         )
 
 
-@torch.no_grad()
-def _refuse_unless_causal(pipeline: StableDiffusionPipeline) -> None:
-    start, end = pipeline.tokenizer.bos_token_id, pipeline.tokenizer.eos_token_id
-    device = pipeline.text_encoder.device
-    short, other = torch.tensor([[start, end, end]]), torch.tensor([[start, end, start]])
-    before, after = (pipeline.text_encoder(ids.to(device))[0] for ids in (short, other))
-    width = pipeline.text_encoder.config.hidden_size
-    if before.shape != (1, 3, width):
+SAMPLE = "a photo of 2 cats, in the style of Goya"
+"""A text that two tokenizers must read alike."""
+
+
+def refuse_other_readings(first: Any, second: Any) -> None:
+    """Refuse two tokenizers that read one text as other tokens up to its end. Padding may differ.
+
+    Their encoders' states lie side by side, so one position must stand for one token.
+    """
+    differing = [
+        name
+        for name in ("model_max_length", "bos_token_id", "eos_token_id")
+        if getattr(first, name) != getattr(second, name)
+    ]
+    if missing := first.get_vocab().items() ^ second.get_vocab().items():
+        differing.append(f"their vocabularies, such as {min(missing)[0]!r}")
+    if not differing and first(SAMPLE).input_ids != second(SAMPLE).input_ids:
+        differing.append(f"the tokens of '{SAMPLE}'")
+    if differing:
         raise InputError(
-            f"model: expected a text encoder that gives states of every position first, got "
-            f"{type(pipeline.text_encoder).__name__}, whose first output has the shape {[*before.shape]}"
+            f"model: expected two tokenizers that read a text as the same tokens, got others in "
+            f"{' and '.join(differing)}; load a textual inversion into both tokenizers and text encoders"
         )
+
+
+def refuse_other_pooled(unet: UNet2DConditionModel, width: int, sizes: int) -> None:
+    """Refuse a denoiser that reads something else than a pooled text of ``width`` and so many ``sizes``."""
+    found = unet.add_embedding.linear_1.in_features
+    each = unet.config.addition_time_embed_dim
+    if found != width + sizes * each:
+        raise InputError(
+            f"model: expected a denoiser that reads a pooled text of width {width} and {sizes} sizes of "
+            f"width {each} in add_embedding, got one that reads {found} numbers, such as a refiner"
+        )
+
+
+@torch.no_grad()
+def _refuse_unless_causal(encoder: Any, tokenizer: Any, *, pools: bool) -> None:
+    """Refuse an encoder whose positions see later ones, or whose first output is not what is read.
+
+    That is one vector for a text if it ``pools``, else the states of every position.
+    """
+    start, end, device = tokenizer.bos_token_id, tokenizer.eos_token_id, encoder.device
+    short, other = torch.tensor([[start, end, end]]), torch.tensor([[start, end, start]])
+    outputs = [encoder(ids.to(device)) for ids in (short, other)]
+    width = encoder.config.hidden_size
+    expected = (1, encoder.config.projection_dim) if pools else (1, 3, width)
+    gives = "one vector" if pools else "states of every position"
+    if outputs[0][0].shape != expected:
+        raise InputError(
+            f"model: expected a text encoder that gives {gives} first, got "
+            f"{type(encoder).__name__}, whose first output has the shape {[*outputs[0][0].shape]}"
+        )
+    before, after = (output.last_hidden_state for output in outputs)
     # NaN has another cause, and a later check names it.
     if not torch.allclose(before[:, :2], after[:, :2], atol=1e-3, equal_nan=True):
         raise InputError("model: expected a causal text encoder; this one's end of text sees what follows it")
 
 
-NETWORKS = ("unet", "text_encoder", "vae")
-
-
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def refuse_unusable_weights(pipeline: StableDiffusionPipeline) -> None:
+def refuse_unusable_weights(pipeline: Any, networks: Sequence[str]) -> None:
     """Raise ``InputError`` with a remedy unless all weights are plain tensors in their usual place."""
     if torch.is_inference_mode_enabled():
         raise InputError(
             "model: expected a call outside of torch.inference_mode(), which records no gradients"
         )
-    for name in NETWORKS:
+    for name in networks:
         network = getattr(pipeline, name, None)
         if isinstance(network, nn.Module):
             for reason in _reasons(name, network):

@@ -1,29 +1,32 @@
-"""The conversion of Stable Diffusion 1.x and 2.x into one file with the original code's tensor names.
+"""The conversion of Stable Diffusion 1.x, 2.x and XL into one file with the original code's tensor names.
 
 The names are those of the CompVis and Stability AI checkpoints, which other programs load. diffusers reads
-them with ``StableDiffusionPipeline.from_single_file``, but it can't write them.
+them with ``from_single_file`` of their pipelines, but it can't write them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 
 from trce_lightning.errors import InputError
 
-NETWORKS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
-"""The prefixes of denoiser, autoencoder and text encoder."""
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+"""The prefixes of denoiser and autoencoder."""
+TEXT, TEXTS = "cond_stage_model.", "conditioner.embedders."
+"""The prefixes of the text encoder of 1.x and 2.x, and of both text encoders of XL."""
+CLIP_XL, OPEN_CLIP_XL = f"{TEXTS}0.transformer.text_model.", f"{TEXTS}1.model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
 OLD_CLIP = re.compile(r"cond_stage_model\.transformer\.(?=embeddings\.|encoder\.|final_layer_norm\.)")
 """The prefix of CLIP in some files of 1.x, which were written without the module ``text_model``."""
 OPEN_CLIP_WIDTH = 1024
 """The width of text states by which readers recognise 2.x. Its text encoder has OpenCLIP's names."""
-UNKNOWN = "export: expected the parts of Stable Diffusion 1.x or 2.x for single_file, got '{}'"
+UNKNOWN = "export: expected the parts of Stable Diffusion 1.x, 2.x or XL for single_file, got '{}'"
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -36,6 +39,8 @@ _RESNET = {
 _UNET = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "mid_block.resnets.0": "middle_block.0",
     "mid_block.attentions.0": "middle_block.1",
@@ -78,16 +83,25 @@ _TEXT_LAYER = {
 }
 
 
-def original_state(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
-    """Return all tensors of the three networks under their original names, on the CPU, in their own dtypes.
+def original_state(pipeline: Any) -> dict[str, Tensor]:
+    """Return all tensors of a pipeline under their original names, on the CPU, in their own dtypes.
 
     If the original code has no name for a part of a network, raise ``InputError``.
     """
-    unet, vae, _ = NETWORKS
-    state = {unet + name: tensor for name, tensor in unet_state(pipeline.unet).items()}
-    state |= {vae + name: tensor for name, tensor in vae_state(pipeline.vae).items()}
-    state |= text_state(pipeline.text_encoder)
+    second = getattr(pipeline, "text_encoder_2", None)
+    encoders = [pipeline.text_encoder] if second is None else [pipeline.text_encoder, second]
+    state = whole_state(pipeline.unet, pipeline.vae, encoders)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def whole_state(unet: UNet2DConditionModel, vae: AutoencoderKL, encoders: Sequence[Any]) -> dict[str, Tensor]:
+    """Return all tensors of the networks under their original names. XL has two text encoders."""
+    state = {UNET + name: tensor for name, tensor in unet_state(unet).items()}
+    state |= {VAE + name: tensor for name, tensor in vae_state(vae).items()}
+    if len(encoders) == 1:
+        return state | text_state(encoders[0])
+    first, second = encoders
+    return state | _clip_state(first, CLIP_XL) | _open_clip_state(second, OPEN_CLIP_XL)
 
 
 def current_name(name: str) -> str:
@@ -135,20 +149,36 @@ def vae_state(vae: AutoencoderKL) -> dict[str, Tensor]:
     return {name: part[..., None, None] if linear.search(name) else part for name, part in state.items()}
 
 
-def text_state(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
-    """Return the text encoder's tensors with the prefix. Names are CLIP's own, or OpenCLIP's for 2.x."""
-    # Some versions of transformers put a module text_model around the whole encoder.
-    state = {name.removeprefix("text_model."): tensor for name, tensor in text_encoder.state_dict().items()}
+def text_state(text_encoder: Any) -> dict[str, Tensor]:
+    """Return the tensors of the one text encoder. Names are CLIP's own, or OpenCLIP's for 2.x."""
     if text_encoder.config.hidden_size != OPEN_CLIP_WIDTH:
-        return {CLIP + name: tensor for name, tensor in state.items()}
+        return _clip_state(text_encoder, CLIP)
+    return _open_clip_state(text_encoder, OPEN_CLIP)
+
+
+def _clip_state(text_encoder: nn.Module, prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in _plain_state(text_encoder).items()}
+
+
+def _plain_state(text_encoder: nn.Module) -> dict[str, Tensor]:
+    # Some versions of transformers put a module text_model around the whole encoder.
+    return {name.removeprefix("text_model."): tensor for name, tensor in text_encoder.state_dict().items()}
+
+
+def _open_clip_state(text_encoder: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """Return the tensors by OpenCLIP's names. It multiplies by the projection from the right."""
+    state = _plain_state(text_encoder)
     named: dict[str, Tensor] = {}
     for name, tensor in state.items():
         layer = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+        if name == "text_projection.weight":
+            named[f"{prefix}text_projection"] = tensor.mT
+            continue
         if layer is None:
-            named[OPEN_CLIP + _lookup(_TEXT, name, name)] = tensor
+            named[prefix + _lookup(_TEXT, name, name)] = tensor
             continue
         number, part, kind = layer.groups()
-        block = f"{OPEN_CLIP}transformer.resblocks.{number}"
+        block = f"{prefix}transformer.resblocks.{number}"
         if part == "self_attn.q_proj":
             rows = [state[f"encoder.layers.{number}.self_attn.{one}_proj.{kind}"] for one in "qkv"]
             named[f"{block}.attn.in_proj_{kind}"] = torch.cat(rows)

@@ -18,6 +18,7 @@ POSITIONS = ("sot", "keyword", "eot", "padding")
 FORMS = ("ridge", "null_space", "projection")
 """The closed forms of stage 1."""
 MATRICES = ("key", "value")
+STREAMS = ("context", "pooled")
 """The kinds of matrices that read text states."""
 STAGES = ("textual", "trajectory")
 EXPORTS = ("pipeline", "delta", "single_file")
@@ -128,6 +129,7 @@ class TextualConfig:
 
     form: Annotated[str, OneOf(FORMS)] = "ridge"
     matrices: Annotated[list[Annotated[str, OneOf(MATRICES)]], Len(1)] = items(*MATRICES)  # that are edited
+    streams: Annotated[list[Annotated[str, OneOf(STREAMS)]], Len(1)] = items(*STREAMS)  # that a model reads
     eta: NonNegative = 1.0  # weight of the kept states; ridge and projection
     ridge: NonNegative = 1e-3  # lambda, the weight that holds the edit near W; ridge and projection
     null_space_share: Annotated[float, Interval(gt=0, le=1)] = (

@@ -172,5 +172,5 @@ class ClosedForm(ABC):
             total = total + states.mT @ states
         if self.keep == "prompts":
             kept = cached_kept(job.trainer, job.adapter, job.keep_prompts(), job.cache)
-            total = total + len(states) * kept.every.k
+            total = total + len(states) * kept[CONTEXT].every.k
         return total

@@ -6,6 +6,7 @@ from torch import nn
 
 from trce_lightning.adapters import Adapter
 from trce_lightning.errors import InputError
+from trce_lightning.textual import CONTEXT
 
 KINDS = ("x", "x_strict", "u", "all", "self")
 """Cross-attention; its K and V alone; all else; everything; self-attention."""
@@ -17,7 +18,7 @@ def weights_of(adapter: Adapter, kind: str) -> dict[str, nn.Parameter]:
     Cross-attention is every module that holds maps which read raw text states. Self-attention has the same
     class and none of these. If the model has no such modules, raise ``InputError``.
     """
-    entries = [name for stream in adapter.streams().values() for name in stream.entries]
+    entries = list(adapter.streams()[CONTEXT].entries)
     cross = {name.rpartition(".")[0] for name in entries}
     if kind in ("x", "u", "self") and "" in cross:
         raise InputError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -65,7 +66,7 @@ def pictures(adapter: StableDiffusionAdapter, count: int) -> tuple[Tensor, Tenso
 def train(folder: Path, *, steps: int = STEPS, count: int = 96) -> None:
     """Write ``pytorch_lora_weights.safetensors`` to ``folder``. A killed training continues if run again."""
     torch.manual_seed(0)
-    adapter = load_adapter(weights_folder(), channels_last=True)
+    adapter = cast(StableDiffusionAdapter, load_adapter(weights_folder(), channels_last=True))
     rows = TensorDataset(*pictures(adapter, count))
     part = LoraPart(adapter, steps)
     fit(part, DataLoader(rows, batch_size=BATCH, shuffle=True, drop_last=True), folder / "training")
