@@ -9,6 +9,7 @@ from conftest import build_tiny_pipeline
 from eraser_jobs import HARDENED, Harness, batch_of
 
 from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.adapters.clip_text import ClipText
 from trce_lightning.concepts import Concept
 from trce_lightning.config.schema import TextualConfig
 from trce_lightning.erasers.hardened import Hardened, Hardening, Rows, relative_distance
@@ -227,13 +228,13 @@ def test_the_form_of_stage_1_is_an_option(tmp_path: Path) -> None:
 def test_the_vocabulary_is_tokenized_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = StableDiffusionAdapter(build_tiny_pipeline())
     spelt: list[int] = []
-    detokenize = adapter.detokenize
+    detokenize = ClipText.detokenize
 
-    def counting(segment: str, words: Any) -> list[str]:
+    def counting(self: ClipText, words: Any) -> list[str]:
         spelt.append(len(words))
-        return detokenize(segment, words)
+        return detokenize(self, words)
 
-    monkeypatch.setattr(adapter, "detokenize", counting)
+    monkeypatch.setattr(ClipText, "detokenize", counting)
     eraser, job = Hardened(**HARDENED), Harness(adapter, tmp_path).job
     eraser.ahead(job)
     eraser.module(job)
