@@ -8,9 +8,11 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from tiny_runs import KEEP_PROMPTS, WEAPONS, cpu_trainer
 from torch import Tensor
 
+from trce_lightning import cli
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.concepts import Concept
 from trce_lightning.erasers.protocol import Job
@@ -50,6 +52,33 @@ HARDENED: dict[str, Any] = {
     "other_from": 1,
 }
 """Those of the hardened method."""
+
+STEREO_SMALL: dict[str, Any] = {
+    "rounds": 2,
+    "round_iterations": 2,
+    "round_lr": 1e-2,
+    "inversion_steps": 3,
+    "inversion_lr": 0.05,
+    "inversion_batch_size": 2,
+    "initial": "cat",
+    "levels": 4,
+    "pictures": 2,
+    "picture_guidance_scale": 2.0,
+}
+"""STEREO's, beside :data:`TUNED`."""
+
+MACE_SMALL: dict[str, Any] = {key: own for key, own in TUNED.items() if key != "draws"} | {
+    "pictures": 2,
+    "levels": 4,
+    "ridge": 0.1,
+}
+"""MACE's."""
+
+
+def published(name: str) -> dict[str, Any]:
+    """Return the options of a method's file, which are the published ones where there are some."""
+    options = yaml.safe_load((cli.config_folder() / "method" / f"{name}.yaml").read_text())
+    return {key: value for key, value in options.items() if key not in ("name", "_target_")}
 
 
 def quick(names: Iterable[str], *chosen: str) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_tiny_pipeline, entries_of
-from eraser_jobs import HARDENED, TUNED, Harness, quick
+from eraser_jobs import HARDENED, MACE_SMALL, STEREO_SMALL, TUNED, Harness, quick
 
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.concepts import Concept
@@ -15,10 +15,12 @@ from trce_lightning.erasers.advunlearn import AdvUnlearn
 from trce_lightning.erasers.ca import ConceptAblation
 from trce_lightning.erasers.esd import ESD
 from trce_lightning.erasers.hardened import Hardened
+from trce_lightning.erasers.mace import MACE
 from trce_lightning.erasers.oce import OCE
 from trce_lightning.erasers.rece import RECE
 from trce_lightning.erasers.speed import SPEED
 from trce_lightning.erasers.spm import SPM
+from trce_lightning.erasers.stereo import STEREO
 from trce_lightning.erasers.tuning import TunedEraser
 from trce_lightning.erasers.uce import UCE
 from trce_lightning.errors import InputError
@@ -37,6 +39,8 @@ ERASERS: dict[str, Callable[..., TunedEraser]] = {
     "advunlearn": lambda **options: AdvUnlearn(
         **(TUNED | {"warmup": 1, "attack_steps": 2, "retain_batch_size": 2} | options)
     ),
+    "stereo": lambda **options: STEREO(**(TUNED | STEREO_SMALL | options)),
+    "mace": lambda **options: MACE(**(MACE_SMALL | options)),
 }
 
 
@@ -53,7 +57,8 @@ def test_a_method_counts_exactly_and_changes_what_it_says(
     ahead = eraser.ahead(harness.job)
     result = eraser.erase(harness.job)
     planned = {part: cost.forward + cost.backward for part, cost in ahead.parts.items()}
-    assert planned == harness.counted and all(planned.values())
+    assert planned == {part: count for part, count in harness.counted.items() if count}
+    assert all(planned.values())
     assert eraser.ahead(harness.job).parts["teachers"].forward == 0
     after = {
         f"{part}.{key}": value
@@ -66,8 +71,8 @@ def test_a_method_counts_exactly_and_changes_what_it_says(
     assert moved <= said and len(moved) > 0.8 * len(said)
     assert {key.partition(".")[0] for key in said} == {"text_encoder" if name == "advunlearn" else "unet"}
     numbers = sum(value.numel() for tensors in result.changed.values() for value in tensors.values())
-    assert ahead.training_bytes == (16 if name == "hardened" else 12) * ahead.trainable
-    assert ahead.trainable == numbers if name != "spm" else 0 < ahead.trainable < numbers
+    assert ahead.training_bytes == (16 if name in ("hardened", "stereo") else 12) * ahead.trainable
+    assert ahead.trainable == numbers if name not in ("spm", "mace") else 0 < ahead.trainable < numbers
     assert not any(p.requires_grad for network in adapter.networks().values() for p in network.parameters())
 
 
@@ -98,6 +103,8 @@ def test_losses_that_are_not_finite_are_refused(
         ("spm", {"anchor_weight": 1e50}, r"method\.anchor_weight: "),
         ("hardened", {"learnt_lr": 1e38}, r"method\.learnt_lr: "),
         ("advunlearn", {"warmup": 0, "attack_lr": 1e30}, r"method\.attack_lr: "),
+        ("stereo", {"round_eta": 1e38}, r"method\.round_eta: "),
+        ("stereo", {"erase_weight": 1e38}, r"method\.erase_weight: "),
     ],
 )
 def test_before_the_first_step_the_learning_rate_is_not_blamed(

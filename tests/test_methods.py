@@ -9,7 +9,7 @@ import torch
 import yaml
 from conftest import build_tiny_pipeline
 from diffusers import StableDiffusionPipeline
-from eraser_jobs import HARDENED, TUNED, quick
+from eraser_jobs import HARDENED, STEREO_SMALL, TUNED, quick
 from safetensors.torch import load_file
 from test_configs import composed
 from tiny_runs import KEEP_PROMPTS, WEAPONS
@@ -32,6 +32,13 @@ MORE = {
     "hardened": [
         *(f"method.{name}={count}" for name, count in HARDENED.items() if name not in TUNED),
     ],
+    "stereo": [
+        *(f"method.{name}={value}" for name, value in STEREO_SMALL.items()),
+        "method.variant=x",
+        "method.last_step=4",
+        "method.inversion_steps=2",
+    ],
+    "mace": ["method.pictures=2", "method.levels=4", "method.ridge=0.1"],
     "spm": ["method.warmup=1", "method.anchors=1"],
     "advunlearn": ["method.warmup=2", "method.attack_steps=2", "method.retain_batch_size=2"],
 }
@@ -42,7 +49,8 @@ def options_of(name: str) -> list[str]:
     if "iterations" not in composed("train", "concept=violence", f"method={name}").method:
         return [f"method={name}"]
     batch = [] if name == "hardened" else ["method.batch_size=2"]
-    return [f"method={name}", *SMALL, *batch, *MORE.get(name, [])]
+    small = [option for option in SMALL if name != "mace" or "draws" not in option]
+    return [f"method={name}", *small, *batch, *MORE.get(name, [])]
 
 
 @pytest.fixture
@@ -131,6 +139,38 @@ def test_a_killed_run_continues_to_the_same_weights(
     (file,) = (tmp_path / "whole").glob("delta*.safetensors")
     found, expected = load_file(tmp_path / "killed" / file.name), load_file(file)
     assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("clean_process")
+def test_a_search_that_is_killed_continues_to_the_same_weights(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """STEREO's second inversion ends at its second step. The fits before it aren't done again."""
+    from trce_lightning.erasers.tuning import Tuning
+
+    options = [*tiny, *options_of("stereo"), "export=[delta]", "checkpoint_minutes=1e-6"]
+    cli.train([*options, f"output={tmp_path / 'whole'}", f"cache={tmp_path / 'other'}"])
+    whole_step = Tuning.training_step
+    steps: list[tuple[str, int]] = []
+
+    def killed(self: Any, batch: Any, index: int) -> Any:
+        if (self.eraser.panel, batch["step"]) == ("inversion 2 ", 1):
+            raise KeyError("killed")
+        return whole_step(self, batch, index)
+
+    def counting(self: Any, batch: Any, index: int) -> Any:
+        steps.append((self.eraser.panel, batch["step"]))
+        return whole_step(self, batch, index)
+
+    monkeypatch.setattr(Tuning, "training_step", killed)
+    with pytest.raises(KeyError, match="killed"):
+        cli.train([*options, f"output={tmp_path / 'killed'}"])
+    monkeypatch.setattr(Tuning, "training_step", counting)
+    cli.train([*options, f"output={tmp_path / 'killed'}"])
+    assert steps == [("inversion 2 ", 1), *(("", step) for step in range(4))]
+    found, expected = (load_file(tmp_path / run / "delta.safetensors") for run in ("killed", "whole"))
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 

@@ -80,6 +80,21 @@ def slots_of(adapter: Adapter, prompts: Sequence[str], word: str, vectors: int, 
     return Slots(found, places)
 
 
+def initial_vectors(adapter: Adapter, word: str, vectors: int, option: str) -> dict[str, Tensor]:
+    """Return the mean embedding of a word's tokens n = ``vectors`` times, ``[n, e]`` float32 by segment.
+
+    If the tokenizer doesn't leave the word whole, raise ``InputError`` that names ``option``.
+    """
+    spelt = adapter.mentions([word], [word], trimmed=False)
+    embeddings = adapter.embed(adapter.tokenize([word]))
+    for mask in spelt.values():
+        check_spelt(mask[0], word, word, option)
+    return {
+        name: own[0, spelt[name][0].to(own.device)].mean(0).float().repeat(vectors, 1)
+        for name, own in embeddings.items()
+    }
+
+
 def check_spelt(mask: Tensor, prompt: str, word: str, option: str) -> None:
     """Raise ``InputError`` unless a mask of the word's tokens, bool ``[L]``, found it in the prompt."""
     if not mask.any():

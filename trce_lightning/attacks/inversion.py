@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from trce_lightning.adapters import Adapter
-from trce_lightning.adapters.slots import PLACEHOLDER, Slots, check_spelt, slots_of
+from trce_lightning.adapters.slots import PLACEHOLDER, Slots, initial_vectors, slots_of
 from trce_lightning.attacks.objectives import check_levels, denoising_loss, noised
 from trce_lightning.attacks.protocol import (
     UNIVERSAL,
@@ -239,26 +239,15 @@ class Inversion:
         vectors: Mapping[str, Tensor],
         generator: torch.Generator,
     ) -> Tensor:
-        """Return the objective over a batch that the generator draws: pictures, sentences, levels, noise."""
-        count, sentences = self.batch_size, len(next(iter(slots.ids.values())))
-        chosen, said, level = (
-            torch.randint(high, (count,), generator=generator) for high in (len(z_0), sentences, self.levels)
-        )
-        seen = noised(target.adapter, z_0[chosen.to(z_0.device)], level, self.levels, generator)
+        """Return the objective over a batch that the generator draws; see :func:`inversion_loss`."""
         with autocast_of(target):
-            text = slots.filled(target.adapter, vectors)
-            return denoising_loss(target.adapter, seen, text.rows(said)).mean()
+            return inversion_loss(
+                target.adapter, slots, z_0, vectors, self.batch_size, self.levels, generator
+            )
 
     def initial_vectors(self, adapter: Adapter) -> dict[str, Tensor]:
         """Return the mean embedding of the initial word's tokens n times, ``[n, e]`` by segment."""
-        spelt = adapter.mentions([self.initial], [self.initial], trimmed=False)
-        embeddings = adapter.embed(adapter.tokenize([self.initial]))
-        for mask in spelt.values():
-            check_spelt(mask[0], self.initial, self.initial, f"attack.{self.name}")
-        return {
-            name: own[0, spelt[name][0].to(own.device)].mean(0).float().repeat(self.vectors, 1)
-            for name, own in embeddings.items()
-        }
+        return initial_vectors(adapter, self.initial, self.vectors, f"attack.{self.name}")
 
     def slots(self, adapter: Adapter, prompts: Sequence[str]) -> Slots:
         """Return prompts with n free places instead of `PLACEHOLDER`; see :func:`.slots.slots_of`."""
@@ -320,11 +309,42 @@ class InversionN(Inversion):
         super().__init__(vectors=vectors, **options)
 
 
+def inversion_loss(
+    adapter: Adapter,
+    slots: Slots,
+    z_0: Tensor,
+    vectors: Mapping[str, Tensor],
+    count: int,
+    levels: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """Return the objective over a batch that the generator draws: pictures, sentences, levels, noise.
+
+    Args:
+        slots: sentences with free places.
+        z_0: latents of pictures of the concept, ``[P, C, H, W]``.
+        vectors: the embeddings, ``[n, e]`` by segment.
+        count: noised pictures of the batch.
+        levels: noise levels, those of a sampling run of so many steps.
+    """
+    sentences = len(next(iter(slots.ids.values())))
+    chosen, said, level = (
+        torch.randint(high, (count,), generator=generator) for high in (len(z_0), sentences, levels)
+    )
+    seen = noised(adapter, z_0[chosen.to(z_0.device)], level, levels, generator)
+    return denoising_loss(adapter, seen, slots.filled(adapter, vectors).rows(said)).mean()
+
+
+def training_sentences(kind: str) -> Sequence[str]:
+    """Return the sentences of training for a kind of concept."""
+    return STYLES if kind == "style" else THINGS
+
+
 def _sentences(target: Target) -> tuple[Sequence[str], Sequence[str]]:
     """Return the sentences of training and of the judged images."""
     if all(concept.kind == "style" for concept in target.concepts):
-        return STYLES, HELD_OUT_STYLES
-    return THINGS, HELD_OUT_THINGS
+        return training_sentences("style"), HELD_OUT_STYLES
+    return training_sentences("subject"), HELD_OUT_THINGS
 
 
 def _token_norms(target: Target) -> dict[str, Tensor]:

@@ -170,6 +170,7 @@ class Hardened(TunedEraser):
 
     Args:
         edit: true to apply stage 1 first.
+        draws: points of each sampling run, if it has as many.
         trainable: fnmatch pattern of the denoiser's modules that train.
         learnt: points of each step that are read under the pool's embeddings.
         moved: points of each step that are read under states moved within a ball.

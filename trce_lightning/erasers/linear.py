@@ -56,12 +56,20 @@ def solved(every: Moments, ridge: float) -> Tensor:
     This holds for every W of full column rank, and for each W the edited W T is a minimiser.
     """
     identity = torch.eye(every.m.shape[0], dtype=torch.float64)
-    factor, failed = torch.linalg.cholesky_ex(every.m + ridge * identity)
+    return divided([every.s + ridge * identity], every.m + ridge * identity, ridge)[0]
+
+
+def divided(numerators: Sequence[Tensor], gram_matrix: Tensor, ridge: float) -> list[Tensor]:
+    """Return N M⁻¹ for each N, ``[r, d]`` float64. M is ``[d, d]`` and contains ``ridge``.
+
+    If M has no Cholesky factor, raise ``InputError``.
+    """
+    factor, failed = torch.linalg.cholesky_ex(gram_matrix)
     if failed:
         raise InputError(
             f"method.ridge: expected a system that can be solved, got {ridge}; give a larger one"
         )
-    return torch.cholesky_solve((every.s + ridge * identity).mT, factor).mT.contiguous()
+    return [torch.cholesky_solve(each.mT, factor).mT.contiguous() for each in numerators]
 
 
 def edited_stream(adapter: Adapter, maps: str) -> Stream:
@@ -161,16 +169,21 @@ class ClosedForm(ABC):
         return erased.cpu().double(), guides.cpu().double()
 
     def kept(self, job: Job, segments: Sequence[str]) -> Tensor:
-        """Return Σ e eᵀ over the states to keep, ``[d, d]`` float64.
+        """Return Σ e eᵀ over the states to keep; see :func:`kept_moment`."""
+        return kept_moment(job, segments, self.keep)
 
-        A prompt counts as the sum over its positions, and all prompts to keep together as one prompt.
-        """
-        empty = job.adapter.empty()
-        states = torch.cat([empty.states[name][0] for name in segments]).cpu().double()
-        total = torch.zeros(states.shape[1], states.shape[1], dtype=torch.float64)
-        if self.keep != "none":
-            total = total + states.mT @ states
-        if self.keep == "prompts":
-            kept = cached_kept(job.trainer, job.adapter, job.keep_prompts(), job.cache)
-            total = total + len(states) * kept[CONTEXT].every.k
-        return total
+
+def kept_moment(job: Job, segments: Sequence[str], keep: str) -> Tensor:
+    """Return Σ e eᵀ over the states to keep, ``[d, d]`` float64. ``keep`` is one of :data:`KEPT`.
+
+    A prompt counts as the sum over its positions, and all prompts to keep together as one prompt.
+    """
+    empty = job.adapter.empty()
+    states = torch.cat([empty.states[name][0] for name in segments]).cpu().double()
+    total = torch.zeros(states.shape[1], states.shape[1], dtype=torch.float64)
+    if keep != "none":
+        total = total + states.mT @ states
+    if keep == "prompts":
+        kept = cached_kept(job.trainer, job.adapter, job.keep_prompts(), job.cache)
+        total = total + len(states) * kept[CONTEXT].every.k
+    return total

@@ -5,7 +5,8 @@
 
 ε_m is the network with the membrane, and only the membrane trains. g is the guide. a_j are anchors: random
 text states with norms around that of c, where the membrane must do nothing. The membrane is stored as a
-LoRA, and merged into the weights.
+LoRA, and merged into the weights with strength 1. The strength that depends on the prompt, which SPM applies
+at inference, is a rule of guidance (`trce_lightning.generation.transport`) that reads the LoRA.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from trce_lightning.erasers.protocol import Erased, Job, denoiser_name
 from trce_lightning.erasers.teachers import Encode
 from trce_lightning.erasers.tuning import Batch, PromptEraser, Source, Tuning
 from trce_lightning.errors import InputError
+from trce_lightning.generation.transport import kohya_name
 from trce_lightning.losses import squared_distance
 from trce_lightning.prompts.records import seed_of
 from trce_lightning.sampling import seeded
@@ -33,8 +35,6 @@ ANCHOR = "random states "
 """The beginning of an anchor's name. The rest is its seed, and the prompt whose norm it has."""
 NORMS = (0.8, 1.2)
 """The range of an anchor's norm, relative to that of the concept's states."""
-KOHYA = "lora_unet_"
-"""The beginning of a denoiser's names in LoRA files of other programs."""
 
 
 class Membrane(nn.Module):
@@ -97,7 +97,7 @@ class Membranes(nn.Module):
         """Return the membranes under the names that other programs read, with alpha = rank = 1."""
         tensors: dict[str, Tensor] = {}
         for name, part in zip(self.layers, self.parts, strict=True):
-            key = KOHYA + name.replace(".", "_")
+            key = kohya_name(name)
             tensors |= {f"{key}.lora_down.weight": part.down.weight, f"{key}.lora_up.weight": part.up.weight}
             tensors[f"{key}.alpha"] = torch.tensor(1.0)
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}

@@ -284,6 +284,36 @@ def teachers_of(plan: Walks, cache: Path, generator: str) -> Teachers:
     return Teachers(plan, cache / "teachers" / fingerprint, fingerprint)
 
 
+def picture_walks(
+    kind: str, prompts: Sequence[str], count: int, *, num_steps: int, guidance_scale: float, seed: int
+) -> Walks:
+    """Return ``count`` whole walks, from whose rows :func:`finished` makes pictures. Prompts take turns."""
+
+    def led_by(prompt: str, _: int) -> tuple[str, ...]:
+        return (EMPTY, prompt) if is_guided(guidance_scale) else (prompt,)
+
+    return draw_walks(
+        kind,
+        prompts,
+        led_by,
+        points=count,
+        draws=1,
+        steps=range(num_steps - 1, num_steps),
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+    )
+
+
+def finished(teachers: Teachers, adapter: Adapter) -> Tensor:
+    """Return the latents at the end of :func:`picture_walks`, ``[n, C, H, W]`` on the CPU."""
+    rows, plan = teachers.load(), teachers.plan
+    led = rows["predictions"][:, -1]
+    if plan.guided:
+        led = classifier_free_guidance(rows["predictions"][:, 0], led, plan.guidance_scale)
+    return denoise_step(led, rows["z_t"], adapter.schedule(plan.num_steps), plan.num_steps - 1)
+
+
 def latent_numbers(adapter: Adapter) -> int:
     """Return how many numbers a latent has."""
     return math.prod(adapter.latent_shape)

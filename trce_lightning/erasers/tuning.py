@@ -232,8 +232,8 @@ class Tuning(pl.LightningModule):
         if not torch.isfinite(loss):
             raise self._not_finite(weighted, batch)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
-        logged = {f"loss/{name}": term.detach() for name, term in terms.items()}
-        values = {"loss/total": loss.detach(), **logged}
+        logged = {name: term.detach() for name, term in {"total": loss, **terms}.items()}
+        values = {f"loss/{self.eraser.panel}{name}": value for name, value in logged.items()}
         self.log_dict(values, on_step=True, on_epoch=True, batch_size=1, sync_dist=True)
         return loss
 
@@ -252,8 +252,8 @@ class Tuning(pl.LightningModule):
                 for rows in points
             ),
             self.adapter.denoiser,
-            lr=("method.lr", self.eraser.lr),
-            other=(f"method.{option}", getattr(self.eraser, option)),
+            lr=(self.eraser.option("lr"), self.eraser.lr),
+            other=(self.eraser.option(option), getattr(self.eraser, option)),
         )
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
@@ -263,8 +263,9 @@ class Tuning(pl.LightningModule):
             broken = [name for name, value in self.changed_tensors().items() if not value.isfinite().all()]
             if broken:
                 raise InputError(
-                    f"method.lr: expected finite weights, got NaN or infinity in {len(broken)} tensors, such "
-                    f"as {broken[0]}, with {self.eraser.lr}; lower it, or set trainer.precision=32-true"
+                    f"{self.eraser.option('lr')}: expected finite weights, got NaN or infinity in "
+                    f"{len(broken)} tensors, such as {broken[0]}, with {self.eraser.lr}; lower it, or set "
+                    "trainer.precision=32-true"
                 )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -286,7 +287,6 @@ class TunedEraser(ABC):
 
     Args:
         iterations: optimizer steps.
-        draws: points of each sampling run. Published methods sample anew for each point, which is 1.
         lr: learning rate of AdamW.
         weight_decay: that of AdamW. 0 is Adam.
         num_steps: steps of a full sampling run.
@@ -296,7 +296,6 @@ class TunedEraser(ABC):
 
     iterations: Count
     lr: Positive
-    draws: Count = 1
     weight_decay: NonNegative = 0.0
     num_steps: Steps = 50
     guidance_scale: NonNegative = 3.0
@@ -326,6 +325,15 @@ class TunedEraser(ABC):
     def weight_of(self, term: str) -> float:
         """Return the weight of a term of the loss."""
         return 1.0
+
+    @property
+    def panel(self) -> str:
+        """Return the beginning of the loss curves' names. It tells the fits of one run apart."""
+        return ""
+
+    def option(self, name: str) -> str:
+        """Return how a user sets the number ``name`` of this object."""
+        return f"method.{name}"
 
     def factor_of(self, term: str) -> str:
         """Return the option that can make a term of the loss infinite where all predictions are finite."""
@@ -381,15 +389,22 @@ class TunedEraser(ABC):
     def erase(self, job: Job) -> Erased:
         """Sample the teacher's predictions, then train."""
         sources = self.sources(job)
-        teachers = self.teachers(job, sources)
         with job.part(TEACHERS):
-            for each in teachers.values():
-                each.sample(job.trainer, job.adapter, self.encoder(job.adapter))
+            self.sample(job, sources)
         module = self.module(job)
-        counted = {kind: (teachers[kind], source.per_step) for kind, source in sources.items()}
-        points = Points(counted, self.iterations, job.seed)
-        job.fit(module, points, TRAINING)
+        self.fit(job, module, sources, TRAINING)
         return self.result(job, module)
+
+    def sample(self, job: Job, sources: Mapping[str, Source]) -> None:
+        """Sample the teacher's predictions that are not cached, with the network as it is."""
+        for each in self.teachers(job, sources).values():
+            each.sample(job.trainer, job.adapter, self.encoder(job.adapter))
+
+    def fit(self, job: Job, module: Tuning, sources: Mapping[str, Source], part: str) -> None:
+        """Train on the points of ``sources``, under the name of a part."""
+        teachers = self.teachers(job, sources)
+        counted = {kind: (teachers[kind], source.per_step) for kind, source in sources.items()}
+        job.fit(module, Points(counted, self.iterations, job.seed), part)
 
     def result(self, job: Job, module: Tuning) -> Erased:
         """Return what has changed."""
@@ -402,6 +417,31 @@ class TunedEraser(ABC):
 
 
 @dataclass(kw_only=True)
+class PictureEraser(TunedEraser):
+    """A method that trains parameters of its own on pictures, which each step noises anew.
+
+    Args:
+        batch_size: noised pictures of a kind in each step.
+        levels: noise levels, those of a sampling run of so many steps.
+    """
+
+    batch_size: Count = 1
+    levels: Count = 999
+
+    def sources(self, job: Job) -> dict[str, Source]:
+        """Return no cached points."""
+        return {}
+
+    def trained(self, adapter: Adapter) -> dict[str, dict[str, nn.Parameter]]:
+        """Return no parameters of the pipeline."""
+        return {}
+
+    def factor_of(self, term: str) -> str:
+        """Return the learning rate's option, since no other number can make a loss infinite."""
+        return "lr"
+
+
+@dataclass(kw_only=True)
 class PromptEraser(TunedEraser):
     """A tuned method whose points lie on sampling runs for its texts.
 
@@ -409,11 +449,13 @@ class PromptEraser(TunedEraser):
         prompts: texts to erase: the concept's ``names``, or its ``sentences``.
         guide: what takes the place of an erased text: the ``empty`` prompt, or its safe ``counterpart``.
         batch_size: points of each step.
+        draws: points of each sampling run. Published methods sample anew for each point, which is 1.
         first_step: the first step, from pure noise on, that points come from.
         last_step: the step after the last one that points come from. 0 is ``num_steps``.
     """
 
     batch_size: Count = 1
+    draws: Count = 1
     prompts: Annotated[str, OneOf(PROMPTS)] = "names"
     guide: Annotated[str, OneOf(GUIDES)] = "empty"
     first_step: Natural = 0

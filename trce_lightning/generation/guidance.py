@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -36,6 +37,14 @@ class Guide(Protocol):
 
     def combine(self, outputs: Tensor, step_index: int) -> Tensor:
         """Return the step's prediction, ``[B, C, H, W]``, from the network's outputs ``[N, C, H, W]``."""
+
+
+@runtime_checkable
+class ChangesNetwork(Protocol):
+    """A guide that changes the network while it evaluates a step's inputs."""
+
+    def network_changed(self) -> AbstractContextManager[None]:
+        """Change the network within, for the inputs given last."""
 
 
 @runtime_checkable

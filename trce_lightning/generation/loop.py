@@ -7,6 +7,7 @@ number of devices.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 from trce_lightning.adapters import Adapter
 from trce_lightning.adapters.finite import Finite
 from trce_lightning.errors import InputError
-from trce_lightning.generation.guidance import ClassifierFreeGuidance, Guidance
+from trce_lightning.generation.guidance import ChangesNetwork, ClassifierFreeGuidance, Guidance
 from trce_lightning.generation.image_folder import claim, guidance_scales, load_images, manifest, write_png
 from trce_lightning.generation.lora import lora_applied
 from trce_lightning.generation.samplers import Deterministic, Noisy, Sampler, make_sampler
@@ -254,7 +255,8 @@ class _Drawing:
         for step_index, timestep in enumerate(sampler.timesteps[: max(steps)]):
             latents, text = guide.inputs(step_index)
             seen = sampler.network_input(z_t, step_index)[latents.to(z_t.device)]
-            output = adapter.predict(seen, timestep, text)
+            with guide.network_changed() if isinstance(guide, ChangesNetwork) else nullcontext():
+                output = adapter.predict(seen, timestep, text)
             step = f"step {step_index + 1} of {num_steps}"
             finite.see(f"the denoiser's output in {step}", output, adapter.denoiser)
             z_t = sampler.step(guide.combine(output, step_index), z_t, step_index, generators)
