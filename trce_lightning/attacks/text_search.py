@@ -243,13 +243,11 @@ class TextSearch(WordSearch):
         rows = scores.reshape(len(records), self.finalists).tolist()
         return [row[: len(near)] for row, near in zip(rows, stage, strict=True)]
 
-    def encoded(
-        self, target: Target, texts: Sequence[str | None], *, trimmed: bool = False
-    ) -> Iterator[tuple[Text, slice]]:
-        """Yield the states of texts, with their places. Another text is encoded where there is none."""
-        for start in range(0, len(texts), self.texts_at_once):
+    def encoded(self, layout: Layout, ids: Tensor) -> Iterator[tuple[Text, slice]]:
+        """Yield what the model reads with these ids ``[B, n]`` in a layout's free places, with its rows."""
+        for start in range(0, len(ids), self.texts_at_once):
             rows = slice(start, start + self.texts_at_once)
-            yield target.adapter.encode([text or UNTYPED for text in texts[rows]], trimmed=trimmed), rows
+            yield layout.rows(rows).read(ids[rows]), rows
 
 
 def _near(layout: Layout, vocabulary: Vocabulary, losses: Mapping[tuple[int, ...], float]) -> list[Near]:
