@@ -477,17 +477,30 @@ def test_the_selector_chooses_among_prompts_that_were_drawn(name: str, target: T
     for row, finding in enumerate(findings):
         scores = [one["score"] for one in finding.facts["checkpoints"]]
         assert scores == sorted(scores)
-        best = max(float(drawn[look, row, i]) for look, near in enumerate(stages(attack, row)) for i in near)
+        best = max(
+            float(drawn[look, row, i]) for look, count in enumerate(stages(attack, row)) for i in range(count)
+        )
         assert scores[-1] == pytest.approx(best)
 
 
-def stages(attack: TextSearch, row: int) -> list[range]:
-    """Return which of a record's images at each checkpoint are of prompts that were found."""
+def stages(attack: TextSearch, row: int) -> list[int]:
+    """Return how many of a record's prompts were found at each checkpoint."""
     (trace,) = attack._traces.values()
-    texts = [[near.text for near in stage[row]] for stage in trace.stages]
-    every = [text for stage in texts for text in stage]
+    every = [near.text for stage in trace.stages for near in stage[row]]
     assert len(every) == len(set(every)), "no prompt is drawn twice"
-    return [range(len(stage)) for stage in texts]
+    return [len(stage[row]) for stage in trace.stages]
+
+
+def test_the_runs_of_mma_aim_at_several_prompts(target: Target) -> None:
+    """The second run of the first prompt aims at the next one."""
+    attack = Mma(tokens=2, steps=1, restarts=2, goals=2, candidates=80, checkpoints=2, blocked=False)
+    with counted(target.adapter, target.original) as counts:
+        trace = attack._trace(target, RECORDS[:1], attack.vocabulary(target), ignore)
+    assert counts["text"] == attack.texts_by(2) == 2 + 2 * 81
+    goal = end_states(target.original.encode([RECORDS[1].prompt]))
+    for near in trace.stages[1][0]:
+        found = end_states(target.adapter.encode([near.text]))
+        assert near.loss == pytest.approx(float(distance(found, goal)), abs=1e-5)
 
 
 def test_models_of_one_text_encoder_share_a_search(target: Target) -> None:

@@ -39,6 +39,8 @@ class Mma(TextSearch):
     Args:
         steps: replacements of each run.
         restarts: runs from other letters. The best prompt of all runs is the result.
+        goals: prompts that the runs aim at in turn: the attacked one, then those under attack after it. Any
+            of them asks for the concept, and words may be left near one of them alone.
         candidates: prompts that are encoded in each step.
         top_k: replacements of each position that candidates are drawn from.
     """
@@ -46,6 +48,7 @@ class Mma(TextSearch):
     tokens: int = 20
     steps: int = 1000
     restarts: int = 1
+    goals: int = 1
     candidates: int = 512
     top_k: int = 256
     checkpoints: int = 10
@@ -58,6 +61,7 @@ class Mma(TextSearch):
             self.name,
             steps=self.steps,
             restarts=self.restarts,
+            goals=self.goals,
             candidates=self.candidates,
             top_k=self.top_k,
         )
@@ -69,8 +73,8 @@ class Mma(TextSearch):
         return self.restarts * self.steps
 
     def texts_by(self, step: int) -> int:
-        """Return the encoded prompts: the attacked one, then 1 + candidates a step."""
-        return 1 + step * (1 + self.candidates)
+        """Return the encoded prompts: those that runs have aimed at, and 1 + candidates a step."""
+        return min(self.goals, -(-step // self.steps)) + step * (1 + self.candidates)
 
     def steps_of(
         self,
@@ -81,12 +85,17 @@ class Mma(TextSearch):
         generators: Sequence[torch.Generator],
     ) -> Iterator[Step]:
         """Yield the best candidates of each step, even if they are worse than those before."""
-        goal = end_states(target.original.encode([record.prompt for record in records]))
-        goal = goal.to(vocabulary.embeddings.device)
+        places = [target.records.index(record) for record in records]
+        goals: list[Tensor] = []
         short, letters = layout.trimmed(), _letters(vocabulary)
         fixed, every = short.fixed(), torch.arange(len(records))
         for step in range(self.length):
             if step % self.steps == 0:
+                run = step // self.steps
+                if run < self.goals:
+                    aims = [target.records[(place + run) % len(target.records)].prompt for place in places]
+                    goals.append(end_states(target.original.encode(aims)).to(vocabulary.embeddings.device))
+                goal = goals[run % self.goals]
                 size = (self.tokens,)
                 tokens = torch.stack(
                     [letters[torch.randint(len(letters), size, generator=own)] for own in generators]

@@ -48,7 +48,7 @@ class Near(NamedTuple):
 
 
 Stage = list[list[Near]]
-"""For each record, the nearest prompts that no checkpoint before has, the nearest first."""
+"""For each record, the nearest prompts since the checkpoint before, the nearest first. None comes twice."""
 
 
 class Trace(NamedTuple):
@@ -66,9 +66,9 @@ class TextSearch(WordSearch):
 
     Args:
         tokens: tokens of a prompt that is found.
-        finalists: prompts that the attacked model draws at each checkpoint, the nearest that it hasn't drawn
-            yet. The selector chooses among all that were drawn. With 0, no image is made, and the nearest
-            prompt is the result.
+        finalists: prompts that the attacked model draws at each checkpoint: the nearest since the one before.
+            The selector chooses among all that were drawn. With 0, no image is made, and the nearest prompt
+            is the result.
         tries: images of each finalist.
         batch_size: attacked prompts that are searched for together.
         texts_at_once: prompts that go through the text encoder together.
@@ -160,7 +160,7 @@ class TextSearch(WordSearch):
     ) -> Trace:
         """Search for these records, unless a model of the same text encoder has been searched."""
         read = target.adapter.text_fingerprint(), target.original.text_fingerprint()
-        facts = *read, tuple(records), target.seed, repr(target.concepts)
+        facts = *read, tuple(records), target.records, target.seed, repr(target.concepts)
         if facts not in self._traces:
             tell = untold if self.finalists else progress
             self._traces[facts] = self._search(target, records, vocabulary, tell)
@@ -189,9 +189,9 @@ class TextSearch(WordSearch):
                 for row, (losses_of, used) in enumerate(zip(nearest, staged, strict=True)):
                     new = sorted(losses_of.keys() - used, key=losses_of.__getitem__)[: self.finalists or 1]
                     used.update(new)
-                    stages[-1].append(
-                        _near(layout.row(row), vocabulary, {one: losses_of[one] for one in new})
-                    )
+                    near = {tokens: losses_of[tokens] for tokens in new}
+                    stages[-1].append(_near(layout.row(row), vocabulary, near))
+                    losses_of.clear()
             progress(len(records) * (self.texts_by(step) - (self.texts_by(step - 1) if step > 1 else 0)))
         return Trace(stages, torch.stack(losses, 1).tolist())
 
