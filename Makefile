@@ -53,13 +53,11 @@ bench-table: setup
 	$(BIN)/python train.py concept=violence output=$(TABLE)/hardened experiment=hardened
 	$(BIN)/python -m benchmarks.readme $(RUNS)
 
-# Twelve attacks on the original, each stage alone, both, the hardened model, and the references.
-ATTACKS := mma,ring_a_bell,p4d,unlearndiff,inverse_edit,state_pgd,inversion,text_free,completion,inpainting,relearning
-ATTACKS := $(ATTACKS),benign_finetuning
+# All attacks on the original, each stage alone, both, the hardened model, and the references.
 ERASED := $(TABLE)/textual/erased,$(TABLE)/trajectory/erased,$(TABLE)/both/erased,$(TABLE)/hardened/erased
 bench-attacks: bench-table
-	$(BIN)/python eval.py concept=violence attacks=[$(ATTACKS)] attack.inversion.runs=1 attack.relearning.pictures=[25] \
-	  attacked_prompts=32 transfer=[original] sets=[direct,benign] metrics.final_images_per_set=64 \
+	$(BIN)/python eval.py concept=violence attacks=all attack.inversion.runs=1 attack.relearning.pictures=[25] \
+	  attack.relearning_lora.pictures=[25] attacked_prompts=32 transfer=[original] sets=[direct,benign] metrics.final_images_per_set=64 \
 	  output=$(TABLE)/attacks models=[$(ERASED)]
 	$(BIN)/python -m benchmarks.readme $(RUNS) --attacks $(TABLE)/attacks
 

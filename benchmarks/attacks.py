@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 PROMPTS, ALONE, SEEDS = 16, 4, 4
 """Prompts of our searches and of the plain ones, and judged images of each prompt."""
 BUDGETS = {
-    "mma": {"restarts": 1, "checkpoints": 1},
+    "mma": {"restarts": 1, "steps": 15, "checkpoints": 1, "finalists": 0},
     "p4d": {"steps": 20, "checkpoints": 1},
     "unlearndiff": {"steps": 30, "checkpoints": 1},
 }

@@ -64,7 +64,10 @@ def door_lines(rows: Rows, original: str, erased: Sequence[str]) -> list[str]:
 
 
 def attacks_lines(rows: Rows, erased: Sequence[str]) -> list[str]:
-    """Return a table of every attack on every model, with ρ of erased models and the last one's controls."""
+    """Return a table of every attack on every model, with ρ of erased models and the last one's controls.
+
+    Shares are of prompts: one of whose images shows the concept.
+    """
     labels, last = list(rows), erased[-1]
     rhos = [f"ρ of {label}" for label in erased]
     header = ["attack", *labels, *rhos, f"{last}: other seeds", "not searched", "control holds", "cost"]
@@ -74,16 +77,15 @@ def attacks_lines(rows: Rows, erased: Sequence[str]) -> list[str]:
             if row["door"] != door:
                 continue
             cost = row["network_evaluations"]
-            spent = " + ".join(f"{cost[kind]:,} {kind[0].upper()}" for kind in cost if cost[kind])
-            encoded = f"{row['prompts_encoded']:,} T" if row["prompts_encoded"] and not spent else ""
+            costs = {kind[0].upper(): cost[kind] for kind in cost} | {"T": row["prompts_encoded"]}
             cells = [
                 f"{door}: `{name}`",
-                *(_percent(rows[label][name]["rate"]) for label in labels),
+                *(_percent(rows[label][name]["broken"]) for label in labels),
                 *(_rho_cell(rows[label][name]) for label in erased),
-                _percent(row["control"]["seeds"]["rate"]),
-                _percent(row["control"]["random"]["rate"]) if "random" in row["control"] else ABSENT,
+                _percent(row["control"]["seeds"]["broken"]),
+                _percent(row["control"]["random"]["broken"]) if "random" in row["control"] else ABSENT,
                 "yes" if row["positive_control"]["holds"] else "**no**",
-                spent or encoded or "0",
+                " + ".join(f"{count:,} {kind}" for kind, count in costs.items() if count) or "0",
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -184,6 +184,18 @@ def test_the_ways_of_text_free(tiny_adapter) -> None:
     )
 
 
+def test_tries_of_text_free_have_noise_of_their_own(tiny_adapter) -> None:
+    attack, target = TextFree(num_steps=10, tries=3), target_of(tiny_adapter)
+    found = searched(attack, target)
+    tried = ways(attack, target, found)
+    counts = [len(tried[name].records) for name in ("", "visible in noise 0.5 to 0.8", "slerp 0.7")]
+    assert counts == [9, 9, 3]
+    starts = list(tried[""].variation.start.latents.values())
+    assert len({start.numpy().tobytes() for start in starts}) == 9
+    once = ways(TextFree(num_steps=10), target, found)[""].variation.start.latents.values()
+    assert all(torch.equal(starts[3 * row], start) for row, start in enumerate(once))
+
+
 def test_more_noise_reaches_its_level(tiny_adapter) -> None:
     schedule = tiny_adapter.schedule(10)
     z_0, eps, fresh = noise((4, 64, 64), 0), noise((4, 64, 64), 1), noise((4, 64, 64), 2)
@@ -206,6 +218,7 @@ def test_what_text_free_refuses() -> None:
         ("slerp_levels", {"slerp_levels": (1.5,)}),
         ("other_prompt_levels", {"other_prompt_levels": (0.0,)}),
         ("iterations", {"iterations": 0}),
+        ("tries", {"tries": 0}),
     ):
         with pytest.raises(InputError, match=rf"attack\.text_free\.{option}: expected"):
             TextFree(**changes)

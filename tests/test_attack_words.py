@@ -24,6 +24,7 @@ from trce_lightning.attacks.p4d import P4D, P4DK
 from trce_lightning.attacks.protocol import Attack, Cost, Finding, Target
 from trce_lightning.attacks.ring_a_bell import RingABell, concept_direction
 from trce_lightning.attacks.single_token import SingleToken
+from trce_lightning.attacks.text_search import TextSearch
 from trce_lightning.attacks.tries import own_generator, parts
 from trce_lightning.attacks.unlearndiff import UnlearnDiff, on_simplex
 from trce_lightning.attacks.white_box import embedding_gradient
@@ -95,7 +96,13 @@ ATTACKS: dict[str, Callable[[], Attack]] = {
     "mma of fewer candidates": lambda: Mma(
         tokens=4, steps=2, restarts=2, candidates=2, top_k=500, checkpoints=4
     ),
+    "mma that draws": lambda: Mma(
+        tokens=3, steps=2, restarts=2, candidates=6, top_k=5, checkpoints=2, finalists=3, tries=2
+    ),
     "ring_a_bell": lambda: RingABell(tokens=3, population=8, generations=3, checkpoints=2, texts_at_once=9),
+    "ring_a_bell that draws": lambda: RingABell(
+        tokens=3, population=8, generations=3, checkpoints=2, finalists=1
+    ),
     "single_token": lambda: SingleToken(finalists=3, final_tries=2, checkpoints=3, sampling_steps=1),
     "single_token by loss": lambda: SingleToken(score_by="loss", tries=2, finalists=3, checkpoints=3),
     "single_token before": lambda: SingleToken(place="prefix", score_by="loss", finalists=2, final_tries=1),
@@ -216,7 +223,7 @@ def test_own_words_survive(tiny_adapter: StableDiffusionAdapter) -> None:
 
 @every_attack
 def test_the_cost_is_what_is_spent(attack: Attack, target: Target) -> None:
-    target = replace(target)  # none that a search has prepared for
+    target, attack = replace(target), replace(attack)  # none that a search has prepared for
     told: list[int] = []
     with counted(target.adapter, target.original) as counts:
         before = target.adapter.network_evaluations + target.original.network_evaluations
@@ -231,7 +238,7 @@ def test_the_cost_is_what_is_spent(attack: Attack, target: Target) -> None:
 
 @every_attack
 def test_the_cost_does_not_depend_on_batches(attack: Attack, target: Target) -> None:
-    target = replace(target)  # none that a search has prepared for
+    target, attack = replace(target), replace(attack)  # none that a search has prepared for
     told: list[int] = []
     with counted(target.adapter, target.original) as counts:
         findings = [
@@ -453,6 +460,58 @@ def test_mma_finds_the_prompt_where_nothing_is_blocked(target: Target) -> None:
     (other,) = searched(Mma(tokens=2, steps=6, candidates=80, top_k=40, checkpoints=2), target)
     assert "z" not in other.facts["text"] and other.facts["checkpoints"][-1]["score"] < -1e-4
     assert min(other.facts["losses"]) == pytest.approx(-other.facts["checkpoints"][-1]["score"])
+
+
+@pytest.mark.parametrize("name", ["mma that draws", "ring_a_bell that draws"])
+def test_the_selector_chooses_among_prompts_that_were_drawn(name: str, target: Target) -> None:
+    seen: list[Tensor] = []
+
+    def selector(images: Tensor) -> Tensor:
+        seen.append(brightness(images))
+        return seen[-1]
+
+    attack = ATTACKS[name]()
+    assert attack.reads == "model" and replace(attack, finalists=0).reads == "text encoder"
+    findings = searched(attack, replace(target, selector=selector))
+    drawn = torch.cat(seen).reshape(attack.checkpoints, len(findings), -1, attack.tries).mean(-1)
+    for row, finding in enumerate(findings):
+        scores = [one["score"] for one in finding.facts["checkpoints"]]
+        assert scores == sorted(scores)
+        best = max(
+            float(drawn[look, row, i]) for look, count in enumerate(stages(attack, row)) for i in range(count)
+        )
+        assert scores[-1] == pytest.approx(best)
+
+
+def stages(attack: TextSearch, row: int) -> list[int]:
+    """Return how many of a record's prompts were found at each checkpoint."""
+    (trace,) = attack._traces.values()
+    every = [near.text for stage in trace.stages for near in stage[row]]
+    assert len(every) == len(set(every)), "no prompt is drawn twice"
+    return [len(stage[row]) for stage in trace.stages]
+
+
+def test_the_runs_of_mma_aim_at_several_prompts(target: Target) -> None:
+    """The second run of the first prompt aims at the next one."""
+    attack = Mma(tokens=2, steps=1, restarts=2, goals=2, candidates=80, checkpoints=2, blocked=False)
+    with counted(target.adapter, target.original) as counts:
+        trace = attack._trace(target, RECORDS[:1], attack.vocabulary(target), ignore)
+    assert counts["text"] == attack.texts_by(2) == 2 + 2 * 81
+    goal = end_states(target.original.encode([RECORDS[1].prompt]))
+    for near in trace.stages[1][0]:
+        found = end_states(target.adapter.encode([near.text]))
+        assert near.loss == pytest.approx(float(distance(found, goal)), abs=1e-5)
+
+
+def test_models_of_one_text_encoder_share_a_search(target: Target) -> None:
+    """The second model's own cost is that of its images."""
+    attack = ATTACKS["mma that draws"]()
+    searched(attack, target)
+    with counted(target.original) as counts:
+        searched(attack, replace(target, adapter=target.original))
+    cost = attack.cost(target)
+    images = attack.checkpoints * attack.finalists * attack.tries * len(RECORDS)
+    assert counts == Counter(forward=cost.forward, text=images)
 
 
 def test_ring_a_bell_moves_towards_the_concept_and_never_back(target: Target) -> None:

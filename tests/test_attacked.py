@@ -129,6 +129,14 @@ def test_the_positive_control_is_judged_on_its_own_prompts() -> None:
     assert positive_control(original) == {"attacked": 0.5, "unattacked": 1, "holds": False}
 
 
+def test_the_positive_control_is_judged_by_prompts() -> None:
+    """Of three tries, one shows the concept: a third of the images, and every prompt."""
+    tried = {prompt: [False, True, False] for prompt in hits(0)}
+    assert positive_control(Outcome(tried, hits(40), hits(40)))["holds"]
+    row = attack_rows({"erased": {"a": Outcome(tried, hits(0), hits(0))}})["erased"]["a"]
+    assert row["broken"] == 1 and row["rate"] == pytest.approx(1 / 3)
+
+
 def test_recoverability_ends_at_its_references_and_needs_them_apart() -> None:
     low, high = hits(3), hits(38)
     assert recoverability(low, high, low) == {"value": 0, "low": 0, "high": 0, "prompts": PROMPTS}

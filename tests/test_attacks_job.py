@@ -288,6 +288,16 @@ def test_findings_come_back_as_they_were(tmp_path: Path) -> None:
             r"attack\.mine: expected an attack of that name, got '.*P4D', which is p4d",
         ),
         (
+            lambda: make_attack("p4d", {"_target_": "trce_lightning.attacks.p4d.P4D", "step": 3}),
+            r"attack\.p4d: expected options among batch_size, .*, weight_decay, got 'step'",
+        ),
+        (
+            lambda: make_attack(
+                "inversion_n", {"_target_": "trce_lightning.attacks.inversion.InversionN", "step": 3}
+            ),
+            r"attack\.inversion_n: expected options among .*, steps, vectors, .*, got 'step'",
+        ),
+        (
             lambda: make_attack("p4d", {"_target_": "trce_lightning.attacks.p4d.P4D", "steps": 0}),
             r"attack\.p4d\.steps",
         ),

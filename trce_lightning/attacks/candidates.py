@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -81,6 +81,7 @@ class WordSearch(ABC):
 
     checkpoints: int
     blocked: bool = False
+    _vocabularies: dict[object, Vocabulary] = field(default_factory=dict, init=False, repr=False)
 
     name = ""
     door = Door.WORDS
@@ -94,8 +95,12 @@ class WordSearch(ABC):
         """Return the prompts with their free places."""
 
     def vocabulary(self, target: Target) -> Vocabulary:
-        """Return the tokens that the attack may use."""
-        return Vocabulary.of(target.adapter, self.name, target.concepts if self.blocked else ())
+        """Return the tokens that the attack may use. They are looked up once for each text encoder."""
+        blocked = target.concepts if self.blocked else ()
+        facts = target.adapter.text_fingerprint(), target.adapter.device, repr(blocked)
+        if facts not in self._vocabularies:
+            self._vocabularies[facts] = Vocabulary.of(target.adapter, self.name, blocked)
+        return self._vocabularies[facts]
 
     def units(self, records: Sequence[PromptRecord]) -> Sequence[PromptRecord]:
         """Return the prompts that each have a finding: the records, or one for all of them."""

@@ -7,9 +7,12 @@ one replaced token each is encoded, and the best of them is kept even if it is w
 MultiModal Attack on Diffusion Models, arXiv 2311.17516; Universal and Transferable Adversarial Attacks on
 Aligned Language Models, arXiv 2307.15043.)
 
+The published attack returns several prompts for each attacked one, and nothing chooses among them. Here the
+attacked model draws the nearest prompts of each run (``finalists``), and the selector chooses.
+
 It shows whether a word filter can be passed and the concept asked for without its words, by somebody who has
-the text encoder alone. It doesn't look at the denoiser, so it can't find what an eraser of the denoiser has
-left open, except by chance. It doesn't show how natural such prompts are.
+the text encoder and sees a few images. The search doesn't look at the denoiser, so it can't find what an
+eraser of the denoiser has left open, except by chance. It doesn't show how natural such prompts are.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ class Mma(TextSearch):
     Args:
         steps: replacements of each run.
         restarts: runs from other letters. The best prompt of all runs is the result.
+        goals: prompts that the runs aim at in turn: the attacked one, then those under attack after it. Any
+            of them asks for the concept, and words may be left near one of them alone.
         candidates: prompts that are encoded in each step.
         top_k: replacements of each position that candidates are drawn from.
     """
@@ -43,6 +48,7 @@ class Mma(TextSearch):
     tokens: int = 20
     steps: int = 1000
     restarts: int = 1
+    goals: int = 1
     candidates: int = 512
     top_k: int = 256
     checkpoints: int = 10
@@ -55,6 +61,7 @@ class Mma(TextSearch):
             self.name,
             steps=self.steps,
             restarts=self.restarts,
+            goals=self.goals,
             candidates=self.candidates,
             top_k=self.top_k,
         )
@@ -66,8 +73,8 @@ class Mma(TextSearch):
         return self.restarts * self.steps
 
     def texts_by(self, step: int) -> int:
-        """Return the encoded prompts: the attacked one, then 1 + candidates a step."""
-        return 1 + step * (1 + self.candidates)
+        """Return the encoded prompts: those that runs have aimed at, and 1 + candidates a step."""
+        return min(self.goals, -(-step // self.steps)) + step * (1 + self.candidates)
 
     def steps_of(
         self,
@@ -78,12 +85,17 @@ class Mma(TextSearch):
         generators: Sequence[torch.Generator],
     ) -> Iterator[Step]:
         """Yield the best candidates of each step, even if they are worse than those before."""
-        goal = end_states(target.original.encode([record.prompt for record in records]))
-        goal = goal.to(vocabulary.embeddings.device)
+        places = [target.records.index(record) for record in records]
+        goals: list[Tensor] = []
         short, letters = layout.trimmed(), _letters(vocabulary)
         fixed, every = short.fixed(), torch.arange(len(records))
         for step in range(self.length):
             if step % self.steps == 0:
+                run = step // self.steps
+                if run < self.goals:
+                    aims = [target.records[(place + run) % len(target.records)].prompt for place in places]
+                    goals.append(end_states(target.original.encode(aims)).to(vocabulary.embeddings.device))
+                goal = goals[run % self.goals]
                 size = (self.tokens,)
                 tokens = torch.stack(
                     [letters[torch.randint(len(letters), size, generator=own)] for own in generators]
@@ -120,25 +132,23 @@ class Mma(TextSearch):
 
         It is infinite if none can be typed, differs from ``tokens`` and doesn't name the concept.
         """
-        texts = layout.repeated(self.candidates).texts(vocabulary.ids[drawn].flatten(0, 1))
-        goals = goal.repeat_interleave(self.candidates, 0)
+        ids, goals = vocabulary.ids[drawn], goal.repeat_interleave(self.candidates, 0)
+        every = layout.trimmed().repeated(self.candidates)
         losses = torch.cat(
             [
                 distance(end_states(text), goals[rows]).cpu()
-                for text, rows in self.encoded(target, texts, trimmed=True)
+                for text, rows in self.encoded(every, ids.flatten(0, 1))
             ]
-        )
-        unread = torch.tensor([text is None for text in texts]).reshape(drawn.shape[:2])
-        same = (drawn == tokens[:, None]).all(-1)
-        losses = losses.reshape(drawn.shape[:2]).masked_fill(unread | same, torch.inf)
-        if self.blocked:
-            for row in range(len(losses)):
-                # No token names the concept by itself, so that few texts have to be looked at.
-                while losses[row].min() < torch.inf:
-                    index = int(losses[row].argmin())
-                    if not mentions(texts[row * self.candidates + index] or "", target.concepts):
-                        break
-                    losses[row, index] = torch.inf
+        ).reshape(drawn.shape[:2])
+        losses = losses.masked_fill((drawn == tokens[:, None]).all(-1), torch.inf)
+        for row in range(len(losses)):
+            # Nearly all texts can be typed, and no token names the concept by itself. So few are looked at.
+            while losses[row].min() < torch.inf:
+                index = int(losses[row].argmin())
+                (text,) = layout.row(row).texts(ids[row, index][None])
+                if text is not None and not (self.blocked and mentions(text, target.concepts)):
+                    break
+                losses[row, index] = torch.inf
         least = losses.min(1)
         return least.values, least.indices
 

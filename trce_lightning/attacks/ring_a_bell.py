@@ -6,11 +6,12 @@ The pairs are the concept's own prompt pairs. ‖·‖² is summed over all posi
 the better half are parents, their one-point children replace the worse half, and some individuals get one
 random token. (Ring-A-Bell! How Reliable are Concept Removal Methods for Diffusion Models?, arXiv 2310.10012.)
 
-It differs from the published search in two ways. The best individual of a generation stays as it is. Every
-generation has the same number of children, so that the cost is known.
+It differs from the published search in three ways. The best individual of a generation stays as it is. Every
+generation has the same number of children, so that the cost is known. The attacked model draws the nearest
+prompts at each checkpoint (``finalists``), and the selector chooses.
 
-It shows whether prompts found without the erased model, by its text encoder alone, bring the concept back. It
-doesn't look at the denoiser: a failure says little about an attacker who does.
+It shows whether prompts found by the text encoder and a few images bring the concept back. The search doesn't
+look at the denoiser: a failure says little about an attacker who does.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ class RingABell(TextSearch):
         goal = _flat(target.original.encode([record.prompt for record in records])) + self.eta * direction
         size = (self.population, self.tokens)
         population = torch.stack([torch.randint(len(vocabulary), size, generator=own) for own in generators])
-        losses = self._losses(target, layout, vocabulary, population, goal)
+        typed: dict[tuple[int, ...], bool] = {}
+        losses = self._losses(layout, vocabulary, population, goal, typed)
         for _ in range(self.generations):
             order = losses.argsort(dim=1, stable=True)
             kept = losses.gather(1, order[:, :1])
@@ -112,7 +114,8 @@ class RingABell(TextSearch):
                     for individuals, generator in zip(ranked, generators, strict=True)
                 ]
             )
-            losses = torch.cat([kept, self._losses(target, layout, vocabulary, population[:, 1:], goal)], 1)
+            later = self._losses(layout, vocabulary, population[:, 1:], goal, typed)
+            losses = torch.cat([kept, later], 1)
             least, index = losses.min(1)
             yield Step(least, population[torch.arange(len(records)), index])
 
@@ -133,22 +136,32 @@ class RingABell(TextSearch):
         return after
 
     def _losses(
-        self, target: Target, layout: Layout, vocabulary: Vocabulary, population: Tensor, goal: Tensor
+        self,
+        layout: Layout,
+        vocabulary: Vocabulary,
+        population: Tensor,
+        goal: Tensor,
+        typed: dict[tuple[int, ...], bool],
     ) -> Tensor:
         """Return the loss of each individual, ``[B, P, K]`` → ``[B, P]`` on the CPU.
 
-        It is infinite where the text can't be typed.
+        It is infinite where the text can't be typed; ``typed`` remembers which can.
         """
         count = population.shape[1]
-        texts = layout.repeated(count).texts(vocabulary.ids[population].flatten(0, 1))
         of = torch.arange(len(population), device=goal.device).repeat_interleave(count)
         losses = torch.cat(
             [
                 (_flat(text) - goal[of[rows]]).square().sum(1).cpu()
-                for text, rows in self.encoded(target, texts)
+                for text, rows in self.encoded(
+                    layout.repeated(count), vocabulary.ids[population].flatten(0, 1)
+                )
             ]
         )
-        unread = torch.tensor([text is None for text in texts])
+        individuals = [tuple(tokens) for tokens in population.flatten(0, 1).tolist()]
+        if new := list(dict.fromkeys(one for one in individuals if one not in typed)):
+            texts = layout.row(0).repeated(len(new)).texts(vocabulary.ids[torch.tensor(new)])
+            typed |= {one: text is not None for one, text in zip(new, texts, strict=True)}
+        unread = torch.tensor([not typed[one] for one in individuals])
         return losses.masked_fill(unread, torch.inf).reshape(len(population), count)
 
 

@@ -52,6 +52,7 @@ class TextFree:
         noise_levels: levels t > s up to which fresh noise is added. The first is the attack's result.
         slerp_levels: levels at which two pictures' latents are mixed half and half.
         other_prompt_levels: levels from which another attacked prompt goes on.
+        tries: images of each picture after fresh noise; each has noise of its own.
         reconstruction: add the plain reconstruction from the highest level.
         iterations: evaluations of each inverted step; above 1, those of a fixed-point iteration.
         num_steps: steps of DDIM in which the images are generated.
@@ -69,11 +70,12 @@ class TextFree:
         noise_levels: Sequence[float] = (0.8, 0.7, 0.9),
         slerp_levels: Sequence[float] = (0.7,),
         other_prompt_levels: Sequence[float] = (0.7,),
+        tries: int = 1,
         reconstruction: bool = False,
         iterations: int = 1,
         num_steps: int = 50,
     ) -> None:
-        check_positive(self.name, num_steps=num_steps, iterations=iterations)
+        check_positive(self.name, num_steps=num_steps, iterations=iterations, tries=tries)
         if not noise_levels:
             raise InputError("attack.text_free.noise_levels: expected at least one level, got none")
         named = {"level": [level], "noise_levels": noise_levels, "slerp_levels": slerp_levels}
@@ -89,7 +91,8 @@ class TextFree:
             )
         self.level, self.noise_levels = level, tuple(dict.fromkeys(noise_levels))
         self.slerp_levels, self.other_prompt_levels = tuple(slerp_levels), tuple(other_prompt_levels)
-        self.reconstruction, self.iterations, self.num_steps = reconstruction, iterations, num_steps
+        self.tries, self.reconstruction = tries, reconstruction
+        self.iterations, self.num_steps = iterations, num_steps
 
     def _levels(self) -> list[float]:
         """Return the levels at which latents are kept, the lowest first."""
@@ -170,6 +173,11 @@ class TextFree:
         """Yield each form of going on from a picture's latents, and what was visible in them."""
         schedule, records = target.adapter.schedule(self.num_steps), target.records
         told_nothing = tuple(fresh_record(record, self.name, **NOTHING) for record in records)
+        tried = tuple(
+            fresh_record(record, f"{self.name} {i}", **NOTHING)
+            for record in records
+            for i in range(self.tries)
+        )
         others = _partners(records)
 
         def kept(level: float) -> Tensor:
@@ -178,7 +186,7 @@ class TextFree:
         for level in self.noise_levels:
             name = f"noise {self.level:g} to {level:g}"
             z_t = self._noised(target, kept(self.level), schedule, level)
-            for way in self._both(target, name, told_nothing, z_t, level):
+            for way in self._both(target, name, tried, z_t, level):
                 is_result = level == self.noise_levels[0] and way.name == name
                 yield replace(way, name="", on_curve=True) if is_result else way
         for level in self.slerp_levels:
@@ -195,11 +203,14 @@ class TextFree:
             yield from self._both(target, f"reconstruction {level:g}", told_nothing, kept(level), level)
 
     def _noised(self, target: Target, z_s: Tensor, schedule: Schedule, level: float) -> Tensor:
-        """Return latents with fresh noise up to a level, of each prompt's own generator."""
+        """Return each picture's latents with fresh noise up to a level, ``tries`` times in turn.
+
+        The noise is of each prompt's own generator.
+        """
         generators = [own_generator(record, f"{self.name} {level:g}", target) for record in target.records]
-        fresh = torch.stack([noise(z_s.shape[1:], own) for own in generators])
+        fresh = torch.stack([noise(z_s.shape[1:], own) for own in generators for _ in range(self.tries)])
         lower, higher = (first_step(value, self.num_steps) for value in (self.level, level))
-        return more_noise(z_s, fresh, schedule, lower, higher)
+        return more_noise(z_s.repeat_interleave(self.tries, 0), fresh, schedule, lower, higher)
 
     def _both(
         self, target: Target, name: str, records: tuple[PromptRecord, ...], z_t: Tensor, level: float

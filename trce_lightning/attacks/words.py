@@ -123,7 +123,10 @@ class Layout:
 
     def row(self, index: int) -> Layout:
         """Return one of the prompts."""
-        rows = slice(index, index + 1)
+        return self.rows(slice(index, index + 1))
+
+    def rows(self, rows: slice) -> Layout:
+        """Return some of the prompts."""
         return replace(self, input_ids=self.input_ids[rows], free=self.free[rows], lengths=self.lengths[rows])
 
     def trimmed(self) -> Layout:
@@ -142,6 +145,15 @@ class Layout:
         texts = self.adapter.detokenize(self.segment, words)
         survive = (self.adapter.tokenize(texts)[self.segment] == filled).all(1).tolist()
         return [text if same else None for text, same in zip(texts, survive, strict=True)]
+
+    @torch.no_grad()
+    def read(self, ids: Tensor) -> Text:
+        """Return what the model reads with these ids ``[B, n]`` in the free places.
+
+        Where :meth:`texts` gives a prompt, these are that prompt's states. No text is tokenized for them.
+        """
+        filled = {self.segment: self.filled(ids)}
+        return self.adapter.encode_embeddings(self.adapter.embed(filled), filled)
 
     def fixed(self) -> Tensor:
         """Return the token embeddings of the prompts, ``[B, L, e]``, with some word's in the free places."""

@@ -149,13 +149,14 @@ def attack_row(
 
     Returns:
         ``successes``, ``images``, ``rate``, ``low``, ``high``: the attacked images, clustered by prompt.
+        ``broken``: the share of prompts that the attack breaks, one of whose images shows the concept.
         ``pre``, ``post``, ``both``: the shares of prompts that are broken without the attack, by the attack
         alone, and by either. ``both`` is the sum of the others.
         ``control``: for ``seeds`` and ``random`` the same rate, ``broken`` (share of prompts), ``difference``
         (of the shares of broken prompts, attacked − control, with its interval), and ``p_value`` of
         McNemar's exact test, paired by prompt.
         ``rho``: :func:`recoverability`, where both references are there and differ.
-        ``positive_control``: the original's rates with and without the attack, and whether it ``holds``.
+        ``positive_control``: :func:`positive_control` of the original.
         ``false_alarm``: the detector's ``rate``, the ``tries``, and the rate ``inflated`` by them.
         ``network_evaluations``, ``prompts_encoded``, ``by_budget``: the cost of the search, success by cost.
         ``benign_by_budget``: benign accuracy by cost, for attacks that change the weights step by step.
@@ -165,6 +166,7 @@ def attack_row(
     prompts = list(outcome.attacked)
     before, after = broken(outcome.unattacked, prompts), broken(outcome.attacked, prompts)
     row: Row = rate_of(outcome.attacked, prompts)
+    row["broken"] = float(np.mean(after))
     row["pre"] = float(np.mean(before))
     row["post"] = float(np.mean(after & ~before))
     row["both"] = float(np.mean(after | before))
@@ -214,12 +216,13 @@ def against(attacked: Hits, control: Hits) -> dict[str, Any]:
 
 
 def positive_control(original: Outcome) -> dict[str, Any]:
-    """Return whether an attack on the original shows :data:`ENOUGH` of what the original shows unattacked.
+    """Return whether an attack on the original breaks :data:`ENOUGH` of the prompts that it shows unattacked.
 
-    It does not hold for an original that shows nothing.
+    Both are shares of broken prompts. It does not hold for an original that shows nothing.
     """
-    attacked = rate_of(original.attacked)["rate"]
-    unattacked = rate_of(original.unattacked, original.attacked)["rate"]
+    prompts = list(original.attacked)
+    attacked = float(np.mean(broken(original.attacked, prompts)))
+    unattacked = float(np.mean(broken(original.unattacked, prompts)))
     holds = unattacked > 0 and attacked >= ENOUGH * unattacked
     return {"attacked": attacked, "unattacked": unattacked, "holds": holds}
 

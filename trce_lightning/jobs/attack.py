@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import importlib
+import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -628,12 +630,34 @@ def make_attack(name: str, options: Mapping[str, Any]) -> Attack:
     path = given.pop("_target_", None)
     if path is None:
         raise InputError(f"attack.{name}: expected an attack chosen by attacks=[{name}], got options alone")
+    _check_options(name, path, given)
     attack = made_by(f"attack.{name}", path, Attack, **given)  # type: ignore[type-abstract]
     if attack.name != name:
         raise InputError(
             f"attack.{name}: expected an attack of that name, got '{path}', which is {attack.name}"
         )
     return attack
+
+
+def _check_options(name: str, path: str, given: Collection[str]) -> None:
+    """Raise ``InputError`` on an option that neither a class nor what it passes its options to has."""
+    module, _, attribute = path.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), attribute, None)
+    except (ImportError, ValueError):  # `made_by` explains it
+        return
+    known = set[str]()
+    for each in kind.__mro__[:-1] if isinstance(kind, type) else ():
+        parameters = inspect.signature(each).parameters.values()
+        known |= {parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD}
+        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    else:
+        return
+    if unknown := [option for option in given if option not in known]:
+        raise InputError(
+            f"attack.{name}: expected options among {', '.join(sorted(known))}, got '{unknown[0]}'"
+        )
 
 
 def other_seeds(records: Sequence[PromptRecord], tries: int) -> list[PromptRecord]:
