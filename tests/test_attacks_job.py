@@ -158,7 +158,8 @@ def test_a_model_can_not_have_a_references_name(label: str, tmp_path: Path) -> N
 
 
 def test_other_options_and_other_models_have_other_folders(tiny_adapter, tmp_path: Path) -> None:
-    config = config_of("model.path=/x/erased", f"cache={tmp_path / 'cache'}", "attacks=[state_pgd,mma]")
+    chosen = "attacks=[state_pgd,mma]", "attack.mma.finalists=0"
+    config = config_of("model.path=/x/erased", f"cache={tmp_path / 'cache'}", *chosen)
     attacks = Attacks(config, sources(config), tmp_path / "out")
     edited = StableDiffusionAdapter(build_tiny_pipeline())
     edited.denoiser.conv_in.weight.data += 1
