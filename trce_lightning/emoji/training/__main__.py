@@ -8,6 +8,9 @@ code and steps, on images and captions of all other subjects. The shipped autoen
 used. The result is a pipeline folder in ``FOLDER/without-CATEGORY``, and the denoiser in 8 bits among the
 package's weights, where an evaluation of attacks finds it.
 
+``--family xl|sd3|flux`` trains a sibling on the same pictures and on scenes of two subjects. Its parts run in this
+order: data, encoders, denoiser, check, export. They use the shipped autoencoder, text encoder and judge.
+
 ``--check-without CATEGORY`` logs what that denoiser and the embedded model draw, in a minute.
 """
 
@@ -32,6 +35,7 @@ from trce_lightning.emoji.captions import captions
 from trce_lightning.emoji.eight_bits import packed
 from trce_lightning.emoji.judge import Judge
 from trce_lightning.emoji.package import load_judge, load_never_learnt, never_learnt_file, weights_folder
+from trce_lightning.emoji.siblings import FAMILIES
 from trce_lightning.emoji.subjects import SENSITIVE, SUBJECTS
 from trce_lightning.emoji.training.art import RESOLUTION, Composites, composites, sprites
 from trce_lightning.emoji.training.clip import ClipPart, build_tokenizer, zero_shot_accuracy
@@ -40,6 +44,8 @@ from trce_lightning.emoji.training.judge import JudgePart, measure
 from trce_lightning.emoji.training.package import assemble, export
 from trce_lightning.emoji.training.part import fit
 from trce_lightning.emoji.training.samples import JudgedSamples, drawn_without, named_subjects
+from trce_lightning.emoji.training.siblings.loop import Fit
+from trce_lightning.emoji.training.siblings.parts import STEPS
 from trce_lightning.emoji.training.unet import UNetPart, build_unet, encode_captions
 from trce_lightning.emoji.training.vae import VaePart, encode_latents
 from trce_lightning.errors import InputError
@@ -211,11 +217,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; {', '.join(STEPS)}")
     categories = sorted({subject.category for subject in SUBJECTS})
     parser.add_argument("--without", choices=categories, help="train a denoiser that never learnt this")
     parser.add_argument("--check-without", choices=categories, help="measure the one that ships")
-    parser.add_argument("--steps", type=int, default=UNET_STEPS, help="with --without: steps of training")
+    parser.add_argument("--family", choices=FAMILIES, help="train a sibling")
+    parser.add_argument("--steps", type=int, default=UNET_STEPS, help="of the denoiser (--without, --family)")
+    parser.add_argument("--batch-size", type=int, default=64, help="of the denoiser (--family)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of the denoiser (--family)")
+    parser.add_argument("--minutes", type=float, help="the denoiser's training time at most (--family)")
+    parser.add_argument("--compile", action="store_true", help="compile the denoiser (--family)")
     parser.add_argument("--folder", type=Path, default=Path("work"), help="art, composites, checkpoints")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
@@ -226,8 +237,16 @@ def main() -> None:
     if arguments.without:
         train_without(arguments.folder, arguments.without, arguments.steps)
         return
-    for name in arguments.parts:
-        PARTS[name](arguments.folder)
+    known = STEPS if arguments.family else PARTS
+    names = arguments.parts or list(known)
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(f"PART: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    plan = Fit(arguments.steps, arguments.batch_size, arguments.lr, arguments.minutes, compiled=arguments.compile)
+    for name in names:
+        if arguments.family:
+            STEPS[name](arguments.family, arguments.folder / "siblings", plan)
+        else:
+            PARTS[name](arguments.folder)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,168 @@
+"""Prepare the siblings' training data: latents of composites and scenes, and token ids of their captions."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
+from pathlib import Path
+from random import Random
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPTokenizer, T5Tokenizer
+
+from trce_lightning.emoji.captions import caption, scene_caption
+from trce_lightning.emoji.package import weights_folder
+from trce_lightning.emoji.siblings import TEXT_LENGTH, load_t5_tokenizer, t5_tokenizer_folder
+from trce_lightning.emoji.subjects import BACKGROUNDS, STYLES, SUBJECTS
+from trce_lightning.emoji.training.art import Composites, composites, sprites
+from trce_lightning.emoji.training.fillers import unknown_words, words_in
+from trce_lightning.emoji.training.scenes import scenes
+from trce_lightning.emoji.training.siblings.encoders import UnknownWords, build_t5_tokenizer
+from trce_lightning.emoji.training.vae import encode_latents
+from trce_lightning.runtime.storage import replacing, write_json
+
+NOTHING = len(SUBJECTS)
+"""The label of the right side of a composite, which shows one subject."""
+SCENE_SHARE = 0.5
+"""The share of scenes in a batch."""
+COPIES, SCENES, CAPTIONS = 6, 30_000, 8
+"""The composites of each combination, the scenes, and the captions of each picture."""
+_CHUNK = 2000
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Pictures with their captions. Row ``i`` of every tensor belongs to picture ``i``. Composites come first."""
+
+    latents: Tensor
+    """The latents, unscaled, ``[N, 4, 16, 16]`` float16."""
+    labels: Tensor
+    """The subject (on the left), the subject on the right or ``NOTHING``, style, background: ``[N, 4]`` int64."""
+    clip_ids: Tensor
+    """The token ids of each caption for the first CLIP, ``[N, K, 32]`` int16."""
+    t5_ids: Tensor
+    """The token ids of the same captions for T5, ``[N, K, 32]`` int16."""
+
+    def to(self, device: torch.device) -> Bank:
+        """Return the bank on ``device``."""
+        return Bank(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def draw(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return random rows: latents, labels, and the token ids of one caption of each, ``[size, …]``."""
+        device, singles = self.labels.device, self.singles
+        single = torch.randint(singles, (size,), device=device)
+        scene = torch.randint(singles, len(self.labels), (size,), device=device)
+        rows = torch.where(torch.rand(size, device=device) < SCENE_SHARE, scene, single)
+        which = torch.randint(self.clip_ids.shape[1], (size,), device=device)
+        return (
+            self.latents[rows].float(),
+            self.labels[rows],
+            self.clip_ids[rows, which].long(),
+            self.t5_ids[rows, which].long(),
+        )
+
+    @cached_property
+    def singles(self) -> int:
+        """The number of composites."""
+        return int((self.labels[:, 1] == NOTHING).sum())
+
+
+def prepare(folder: Path, device: torch.device) -> Bank:
+    """Return the training data. What was prepared before is read from ``folder``.
+
+    ``device`` is where the autoencoder encodes the pictures.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures, texts = folder / "pictures.safetensors", folder / "captions.safetensors"
+    if not pictures.exists():
+        with replacing(pictures) as aside:
+            save_file(_pictures(folder.parent, device), aside)
+    columns = load_file(pictures)
+    if not texts.exists():
+        with replacing(texts) as aside:
+            save_file(_token_ids(columns["labels"], folder), aside)
+    return Bank(**columns, **load_file(texts))
+
+
+def _pictures(folder: Path, device: torch.device) -> dict[str, Tensor]:
+    art, workers = sprites(folder), os.cpu_count() or 1
+    single: Composites = composites(art, COPIES, held_out=False, seed=0)
+    pair = scenes(art, SCENES, held_out=False, seed=0, workers=workers)
+    nothing = torch.full_like(single.subject, NOTHING)
+    labels = torch.cat(
+        [
+            torch.stack([single.subject, nothing, single.style, single.background], 1),
+            torch.stack([pair.left, pair.right, pair.style, pair.background], 1),
+        ]
+    )
+    vae = AutoencoderKL.from_pretrained(weights_folder() / "vae", torch_dtype=torch.float32).to(device)
+    log.info("encoding %d composites and %d scenes", len(single.images), len(pair.images))
+    latents = torch.cat([encode_latents(vae, images) for images in (single.images, pair.images)])
+    return {"latents": latents.half(), "labels": labels}
+
+
+def _token_ids(labels: Tensor, folder: Path) -> dict[str, Tensor]:
+    words, rows = filler_words(folder), [tuple(row) for row in labels.tolist()]
+    with ProcessPoolExecutor() as pool:
+        starts = range(0, len(rows), _CHUNK)
+        parts = list(pool.map(partial(_captions, words), starts, [rows[i : i + _CHUNK] for i in starts]))
+    texts = [text for part in parts for text in part]
+    clip = CLIPTokenizer.from_pretrained(weights_folder() / "tokenizer")
+    ids = {"clip_ids": token_ids(clip, texts), "t5_ids": token_ids(t5_tokenizer(folder), texts)}
+    return {name: column.short().unflatten(0, (len(rows), CAPTIONS)) for name, column in ids.items()}
+
+
+def _captions(words: Sequence[str], seed: int, rows: Sequence[tuple[int, int, int, int]]) -> list[str]:
+    """Return ``CAPTIONS`` captions of each row of labels."""
+    rng = Random(seed)
+    swap = UnknownWords(words, rng)
+    return [
+        swap(
+            caption(left, style, background, rng)
+            if right == NOTHING
+            else scene_caption(left, right, style, background, rng)
+        )
+        for left, right, style, background in rows
+        for _ in range(CAPTIONS)
+    ]
+
+
+def filler_words(folder: Path) -> list[str]:
+    """Return English words that no caption and no held-out phrasing has. They are kept in ``folder``."""
+    file = folder / "words.json"
+    if not file.exists():
+        write_json(file, unknown_words(folder.parent / "art", words_in(*_corpus(4000))))
+    return json.loads(file.read_text("utf-8"))
+
+
+def _corpus(count: int) -> list[str]:
+    """Return ``count`` captions of composites and as many of scenes, of any subjects."""
+    rng = Random(3)
+    numbers = (len(SUBJECTS), len(SUBJECTS), len(STYLES), len(BACKGROUNDS))
+    labels = [tuple(map(rng.randrange, numbers)) for _ in range(count)]
+    single = [caption(subject, style, background, rng) for subject, _, style, background in labels]
+    return single + [scene_caption(*row, rng) for row in labels]
+
+
+def t5_tokenizer(folder: Path) -> T5Tokenizer:
+    """Return T5's tokenizer. It is learnt once from captions and kept in ``folder``."""
+    kept = t5_tokenizer_folder(folder)
+    if not kept.exists():
+        build_t5_tokenizer(_corpus(30_000), filler_words(folder)).save_pretrained(kept)
+    return load_t5_tokenizer(folder)
+
+
+def token_ids(tokenizer: CLIPTokenizer | T5Tokenizer, texts: Sequence[str]) -> Tensor:
+    """Return padded token ids of texts, ``[N, 32]``."""
+    options = {"padding": "max_length", "max_length": TEXT_LENGTH, "truncation": True}
+    return torch.tensor(tokenizer(list(texts), **options).input_ids)
