@@ -221,15 +221,15 @@ def main() -> None:
     categories = sorted({subject.category for subject in SUBJECTS})
     parser.add_argument("--without", choices=categories, help="train a denoiser that never learnt this")
     parser.add_argument("--check-without", choices=categories, help="measure the one that ships")
-    parser.add_argument("--family", choices=FAMILIES, help="train a sibling")
+    parser.add_argument("--family", action="append", choices=FAMILIES, help="train a sibling, or several")
     parser.add_argument("--steps", type=int, default=UNET_STEPS, help="of the denoiser (--without, --family)")
     parser.add_argument("--batch-size", type=int, default=64, help="of the denoiser (--family)")
     parser.add_argument("--lr", type=float, default=1e-3, help="of the denoiser (--family)")
     parser.add_argument("--minutes", type=float, help="the denoiser's training time at most (--family)")
-    parser.add_argument("--compile", action="store_true", help="compile the denoiser (--family)")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs (--family)")
     parser.add_argument("--folder", type=Path, default=Path("work"), help="art, composites, checkpoints")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.manual_seed(0)
     if arguments.check_without:
         check_without(arguments.check_without)
@@ -241,12 +241,14 @@ def main() -> None:
     names = arguments.parts or list(known)
     if unknown := [name for name in names if name not in known]:
         raise InputError(f"PART: expected some of {', '.join(known)}, got {', '.join(unknown)}")
-    plan = Fit(arguments.steps, arguments.batch_size, arguments.lr, arguments.minutes, compiled=arguments.compile)
+    plan = Fit(
+        arguments.steps, arguments.batch_size, arguments.lr, arguments.minutes, captured=not arguments.eager
+    )
     for name in names:
-        if arguments.family:
-            STEPS[name](arguments.family, arguments.folder / "siblings", plan)
-        else:
+        if not arguments.family:
             PARTS[name](arguments.folder)
+        for family in arguments.family or ():
+            STEPS[name](family, arguments.folder / "siblings", plan)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
@@ -112,21 +113,26 @@ def _pictures(folder: Path, device: torch.device) -> dict[str, Tensor]:
 
 
 def _token_ids(labels: Tensor, folder: Path) -> dict[str, Tensor]:
-    words, rows = filler_words(folder), [tuple(row) for row in labels.tolist()]
+    t5_tokenizer(folder)
+    rows = [tuple(row) for row in labels.tolist()]
+    starts = range(0, len(rows), _CHUNK)
+    make = partial(_captioned, folder, filler_words(folder))
     with ProcessPoolExecutor() as pool:
-        starts = range(0, len(rows), _CHUNK)
-        parts = list(pool.map(partial(_captions, words), starts, [rows[i : i + _CHUNK] for i in starts]))
-    texts = [text for part in parts for text in part]
-    clip = CLIPTokenizer.from_pretrained(weights_folder() / "tokenizer")
-    ids = {"clip_ids": token_ids(clip, texts), "t5_ids": token_ids(t5_tokenizer(folder), texts)}
-    return {name: column.short().unflatten(0, (len(rows), CAPTIONS)) for name, column in ids.items()}
+        parts = list(pool.map(make, starts, [rows[start : start + _CHUNK] for start in starts]))
+    names = ("clip_ids", "t5_ids")
+    return {
+        name: torch.from_numpy(np.concatenate(ids))
+        for name, ids in zip(names, zip(*parts, strict=True), strict=True)
+    }
 
 
-def _captions(words: Sequence[str], seed: int, rows: Sequence[tuple[int, int, int, int]]) -> list[str]:
-    """Return ``CAPTIONS`` captions of each row of labels."""
+def _captioned(
+    folder: Path, words: Sequence[str], seed: int, rows: Sequence[tuple[int, int, int, int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of ``CAPTIONS`` captions of each row of labels for CLIP and for T5, int16 ``[N, K, 32]``."""
     rng = Random(seed)
     swap = UnknownWords(words, rng)
-    return [
+    texts = [
         swap(
             caption(left, style, background, rng)
             if right == NOTHING
@@ -135,6 +141,11 @@ def _captions(words: Sequence[str], seed: int, rows: Sequence[tuple[int, int, in
         for left, right, style, background in rows
         for _ in range(CAPTIONS)
     ]
+    tokenizers = (CLIPTokenizer.from_pretrained(weights_folder() / "tokenizer"), load_t5_tokenizer(folder))
+    clip, t5 = (
+        token_ids(tokenizer, texts).short().unflatten(0, (len(rows), CAPTIONS)) for tokenizer in tokenizers
+    )
+    return clip.numpy(), t5.numpy()
 
 
 def filler_words(folder: Path) -> list[str]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 
 from trce_lightning.emoji.siblings import RESOLUTION, TEXT_LENGTH, Family
+from trce_lightning.emoji.training.part import native_autocast
 from trce_lightning.emoji.training.siblings.data import Bank, token_ids
+from trce_lightning.emoji.training.siblings.loop import Batch
 from trce_lightning.emoji.training.unet import CAPTION_DROPOUT, build_scheduler, denoising_loss
 
 LOGIT_MEAN = 0.3
@@ -32,11 +35,6 @@ class Condition:
     """The pooled states, ``[B, d]``."""
     guidance: Tensor | None = None
     """The guidance scale that is embedded, ``[B]``, if any."""
-
-    def where(self, dropped: Tensor, other: Condition) -> Condition:
-        """Return the condition with the rows that are ``dropped``, ``[B]``, replaced by ``other``'s only row."""
-        states = torch.where(dropped[:, None, None], other.states, self.states)
-        return Condition(states, torch.where(dropped[:, None], other.pooled, self.pooled), self.guidance)
 
 
 class Texts(nn.Module):
@@ -59,12 +57,8 @@ class Texts(nn.Module):
         first = self.encoders[0](clip_ids, output_hidden_states=True)
         if self.family == "flux":
             return Condition(self.encoders[1](t5_ids).last_hidden_state, first.pooler_output)
-        # The second CLIP's tokenizer differs from the first one's in what follows the end of text.
-        end = self.tokenizer.eos_token_id
-        second = self.encoders[1](
-            clip_ids.where(((clip_ids == end).cumsum(-1) - (clip_ids == end).long()) == 0, 0),
-            output_hidden_states=True,
-        )
+        ids = second_ids(clip_ids, self.tokenizer.eos_token_id)
+        second = self.encoders[1](ids, output_hidden_states=True)
         states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
         if self.family == "xl":
             return Condition(states, second.text_embeds)
@@ -80,6 +74,33 @@ class Texts(nn.Module):
         if self.family != "xl":
             return condition
         return Condition(torch.zeros_like(condition.states), torch.zeros_like(condition.pooled))
+
+
+def second_ids(clip_ids: Tensor, end: int) -> Tensor:
+    """Return the second CLIP's ids: the first one's with padding of token 0 behind the first ``end``."""
+    ends = (clip_ids == end).long()
+    return clip_ids.where(ends.cumsum(-1) == ends, 0)
+
+
+class Drawing:
+    """Random rows of the data as a denoiser reads them: scaled latents, text states and pooled states.
+
+    One caption in ten is dropped: the row then has the condition of ∅.
+    """
+
+    def __init__(self, texts: Texts, bank: Bank, scaling_factor: float) -> None:
+        self.texts, self.bank, self.scaling_factor = texts, bank, scaling_factor
+        self.empty = texts.empty()
+
+    def __call__(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``size`` rows: ``[size, 4, 16, 16]``, ``[size, L, 320]``, ``[size, d]``."""
+        latents, _, clip_ids, t5_ids = self.bank.draw(size)
+        dropped = torch.rand(size, device=latents.device) < CAPTION_DROPOUT
+        with native_autocast(latents.device.type):
+            condition = self.texts(clip_ids, t5_ids)
+        states = torch.where(dropped[:, None, None], self.empty.states, condition.states)
+        pooled = torch.where(dropped[:, None], self.empty.pooled, condition.pooled)
+        return latents * self.scaling_factor, states, pooled
 
 
 def initialise(network: nn.Module) -> nn.Module:
@@ -107,7 +128,9 @@ def velocity_of_sd3(network: nn.Module, z_t: Tensor, t: Tensor, condition: Condi
     )[0]
 
 
-def velocity_of_flux(network: nn.Module, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+def velocity_of_flux(
+    network: nn.Module, z_t: Tensor, t: Tensor, condition: Condition, image_ids: Tensor
+) -> Tensor:
     """Return FLUX's velocity, ``[B, 4, 16, 16]``, at levels ``t``, ``[B]`` from 0 to 1."""
     batch, channels, height, width = z_t.shape
     device = z_t.device
@@ -119,7 +142,7 @@ def velocity_of_flux(network: nn.Module, z_t: Tensor, t: Tensor, condition: Cond
         encoder_hidden_states=condition.states,
         pooled_projections=condition.pooled,
         txt_ids=torch.zeros(condition.states.shape[1], 3, device=device),
-        img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, device, torch.float32),
+        img_ids=image_ids,
         return_dict=False,
     )[0]
     # The last argument is the scale of sizes in pixels over sizes in latents.
@@ -141,7 +164,12 @@ def flow_loss(predict: Predict, network: nn.Module, z_0: Tensor, condition: Cond
 
 
 def guided_loss(
-    teacher: nn.Module, network: nn.Module, z_0: Tensor, condition: Condition, empty: Condition
+    predict: Predict,
+    teacher: nn.Module,
+    network: nn.Module,
+    z_0: Tensor,
+    condition: Condition,
+    empty: Condition,
 ) -> Tensor:
     """Return mean ‖v̂(z_t, t, c, g) − (v_∅ + g (v_c − v_∅))‖² of a frozen teacher, at random levels and scales.
 
@@ -151,46 +179,48 @@ def guided_loss(
     low, high = GUIDANCE_RANGE
     scale = low + (high - low) * torch.rand(len(z_0), device=z_0.device)
     with torch.no_grad():
-        told = velocity_of_flux(teacher, z_t, t, condition).float()
-        untold = velocity_of_flux(
-            teacher,
-            z_t,
-            t,
-            Condition(empty.states.expand_as(condition.states), empty.pooled.expand_as(condition.pooled)),
-        ).float()
+        nothing = Condition(
+            empty.states.expand_as(condition.states), empty.pooled.expand_as(condition.pooled)
+        )
+        told = predict(teacher, z_t, t, condition).float()
+        untold = predict(teacher, z_t, t, nothing).float()
     target = untold + scale[:, None, None, None] * (told - untold)
     asked = Condition(condition.states, condition.pooled, scale)
-    return (velocity_of_flux(network, z_t, t, asked).float() - target).square().mean()
+    return (predict(network, z_t, t, asked).float() - target).square().mean()
 
 
 def loss_of(
-    family: Family, texts: Texts, bank: Bank, scaling_factor: float, teacher: nn.Module | None = None
-) -> Any:
-    """Return the function of a network and a batch's size that returns the loss.
+    family: Family, data: Drawing, teacher: nn.Module | None = None
+) -> Callable[[nn.Module, Batch], Tensor]:
+    """Return the loss as a function of a network and a batch of ``data``.
 
     ``teacher`` is FLUX's, in the phase in which it learns guidance.
     """
-    empty, scheduler = texts.empty(), build_scheduler()
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(bank.labels.device)
-    sizes = torch.tensor([RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION], device=bank.labels.device)
+    empty, device = data.empty, data.bank.labels.device
+    if family == "xl":
+        return _loss_of_xl(device)
+    image_ids = FluxPipeline._prepare_latent_image_ids(1, 8, 8, device, torch.float32)
+    predict = velocity_of_sd3 if family == "sd3" else partial(velocity_of_flux, image_ids=image_ids)
 
-    def loss(network: nn.Module, batch_size: int) -> Tensor:
-        latents, _, clip_ids, t5_ids = bank.draw(batch_size)
-        dropped = torch.rand(batch_size, device=latents.device) < CAPTION_DROPOUT
-        condition = texts(clip_ids, t5_ids).where(dropped, empty)
-        z_0 = latents * scaling_factor
-        if teacher is not None:
-            return guided_loss(teacher, network, z_0, condition, empty)
-        if family == "sd3":
-            return flow_loss(velocity_of_sd3, network, z_0, condition)
-        if family == "flux":
-            return flow_loss(velocity_of_flux, network, z_0, condition)
-        added = {"text_embeds": condition.pooled, "time_ids": sizes.expand(batch_size, -1)}
+    def loss(network: nn.Module, batch: Batch) -> Tensor:
+        z_0, states, pooled = batch
+        condition = Condition(states, pooled)
+        if teacher is None:
+            return flow_loss(predict, network, z_0, condition)
+        return guided_loss(predict, teacher, network, z_0, condition, empty)
 
-        def predict(z_t: Tensor, timestep: Tensor, states: Tensor) -> Any:
-            return network(z_t, timestep, states, added_cond_kwargs=added)
+    return loss
 
-        return denoising_loss(cast("Any", predict), scheduler, z_0, condition.states)
+
+def _loss_of_xl(device: torch.device) -> Callable[[nn.Module, Batch], Tensor]:
+    scheduler = build_scheduler()
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
+    sizes = torch.tensor([RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION], device=device)
+
+    def loss(network: nn.Module, batch: Batch) -> Tensor:
+        z_0, states, pooled = batch
+        added = {"text_embeds": pooled, "time_ids": sizes.expand(len(z_0), -1)}
+        return denoising_loss(partial(network, added_cond_kwargs=added), scheduler, z_0, states)
 
     return loss
 

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from trce_lightning.runtime.storage import read_safetensors, write_safetensors
 
 log = logging.getLogger(__name__)
 LOG_EVERY = 100
+DRAWN_STEPS, WARM_UP_STEPS = 16, 3
 SAVE_EVERY_SECONDS = 120.0
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -43,7 +44,7 @@ class Fit:
         ema_decay: the decay of the weights' average, which is the result.
         warmup_steps: the steps until the learning rate is highest. It then falls to a twentieth by a cosine.
         weight_decay: AdamW's.
-        compiled: True to compile the network, which takes minutes and then saves time in every step.
+        captured: True to replay a step as a CUDA graph, if the device is a GPU.
     """
 
     steps: int
@@ -53,7 +54,7 @@ class Fit:
     ema_decay: float = 0.999
     warmup_steps: int = 200
     weight_decay: float = 0.01
-    compiled: bool = False
+    captured: bool = True
 
     def progress(self, step: int, seconds: float) -> float:
         """Return the share of the fit that is done, from 0 to 1."""
@@ -66,101 +67,150 @@ class Fit:
         return self.lr * cosine * min(1.0, (step + 1) / self.warmup_steps)
 
 
-def fit(network: nn.Module, loss_of: Callable[[nn.Module, int], Tensor], plan: Fit, file: Path) -> nn.Module:
+Batch = tuple[Tensor, ...]
+"""The tensors of a batch. They have the batch's rows in the first dimension."""
+
+
+def fit(
+    network: nn.Module,
+    loss_of: Callable[[nn.Module, Batch], Tensor],
+    draw: Callable[[int], Batch],
+    plan: Fit,
+    file: Path,
+) -> nn.Module:
     """Train ``network`` and return the average of its weights, a network like it.
 
     Args:
         network: on the device that trains.
-        loss_of: returns the loss of one batch from the network and the batch's size.
+        loss_of: returns the loss of a batch.
+        draw: returns random rows of the data, on the device.
         plan: the fit's length.
         file: the checkpoint, from which a killed fit continues.
 
     Raises:
         InputError: the loss is not finite.
     """
-    device = next(network.parameters()).device
-    parameters = dict(network.named_parameters())
-    values = list(parameters.values())
-    optimizer = torch.optim.AdamW(
-        values, lr=plan.lr, betas=(0.9, 0.99), weight_decay=plan.weight_decay, fused=True
-    )
-    average = copy.deepcopy(network).requires_grad_(False).eval()
-    averages = list(average.parameters())
-    step, seconds = _resume(file, parameters, averages, optimizer)
+    training = _Training(network, loss_of, plan)
+    cuda = training.device.type == "cuda"
+    step, seconds = _resume(file, training)
     # Steps of a resumed fit draw other rows and noise than those before.
     torch.manual_seed(step)
     network.train()
-    if plan.compiled:
-        network.compile()
     started = saved = time.monotonic()
-    total = torch.zeros((), device=device)
+    rows: list[Batch] = []
     # On a CPU, the backward pass of flash attention takes several times as long as that of the plain formula.
-    with nullcontext() if device.type == "cuda" else sdpa_kernel(SDPBackend.MATH):
+    with nullcontext() if cuda else sdpa_kernel(SDPBackend.MATH):
         while (done := plan.progress(step, seconds + time.monotonic() - started)) < 1:
-            for group in optimizer.param_groups:
-                group["lr"] = plan.lr_at(step, done)
-            with native_autocast(device.type):
-                loss = loss_of(network, plan.batch_size)
-            loss.backward()
-            nn.utils.clip_grad_norm_(values, 1.0, foreach=True)
-            optimizer.step()
-            optimizer.zero_grad()
-            decay = min(plan.ema_decay, (1 + step) / (10 + step))
-            with torch.no_grad():
-                torch._foreach_lerp_(averages, values, 1 - decay)
-                total += loss
+            if not rows:
+                # A GPU draws and encodes the rows of several steps at once.
+                drawn = draw(plan.batch_size * (DRAWN_STEPS if cuda else 1))
+                rows = list(zip(*(column.split(plan.batch_size) for column in drawn), strict=True))
+            training.lr.fill_(plan.lr_at(step, done))
+            training.weight.fill_(1 - min(plan.ema_decay, (1 + step) / (10 + step)))
+            training.step(rows.pop())
             step += 1
             if step % LOG_EVERY == 0:
-                _report(file.stem, step, done, total, time.monotonic() - started)
-                total.zero_()
+                _report(file.stem, step, done, training.total, time.monotonic() - started)
             if time.monotonic() - saved > SAVE_EVERY_SECONDS:
-                _save(file, parameters, averages, optimizer, step, seconds + time.monotonic() - started)
+                _save(file, training, step, seconds + time.monotonic() - started)
                 saved = time.monotonic()
+    _save(file, training, step, seconds + time.monotonic() - started)
     seconds += time.monotonic() - started
     log.info("%s: %d steps of %d in %.0f s", file.stem, step, plan.batch_size, seconds)
-    _save(file, parameters, averages, optimizer, step, seconds)
-    return average
+    return training.average
+
+
+class _Training:
+    """A network, its optimizer and the average of its weights. :meth:`step` may be a CUDA graph.
+
+    A graph replays the kernels of a whole step. Launched one by one, they would take several times as long.
+    """
+
+    def __init__(self, network: nn.Module, loss_of: Callable[[nn.Module, Batch], Tensor], plan: Fit) -> None:
+        self.network, self.loss_of = network, loss_of
+        self.parameters = dict(network.named_parameters())
+        self.values = list(self.parameters.values())
+        self.device = self.values[0].device
+        self.lr, self.weight, self.total = (torch.zeros((), device=self.device) for _ in range(3))
+        self.captured = self.device.type == "cuda" and plan.captured
+        self.optimizer = torch.optim.AdamW(
+            self.values,
+            lr=self.lr,
+            betas=(0.9, 0.99),
+            weight_decay=plan.weight_decay,
+            fused=True,
+            capturable=self.captured,
+        )
+        self.average = copy.deepcopy(network).requires_grad_(False).eval()
+        self.averages = list(self.average.parameters())
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: Batch = ()
+        self.warmed_up = 0
+
+    def step(self, batch: Batch) -> None:
+        """Make one step on a batch."""
+        if not self.captured or self.warmed_up < WARM_UP_STEPS:
+            self.warmed_up += 1
+            self._on_side_stream(batch) if self.captured else self._step(batch)
+            return
+        if self.graph is None:
+            self.inputs, self.graph = tuple(column.clone() for column in batch), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self._step(self.inputs)
+        for own, column in zip(self.inputs, batch, strict=True):
+            own.copy_(column)
+        self.graph.replay()
+
+    def _on_side_stream(self, batch: Batch) -> None:
+        """Make a step on a stream of its own, which a capture needs before."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._step(batch)
+        torch.cuda.current_stream().wait_stream(side)
+
+    def _step(self, batch: Batch) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        with native_autocast(self.device.type):
+            loss = self.loss_of(self.network, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.values, 1.0, foreach=True)
+        self.optimizer.step()
+        with torch.no_grad():
+            moved = torch._foreach_sub(self.values, self.averages)
+            torch._foreach_mul_(moved, self.weight)
+            torch._foreach_add_(self.averages, moved)
+            self.total += loss
 
 
 def _report(name: str, step: int, done: float, total: Tensor, seconds: float) -> None:
     mean = total.item() / LOG_EVERY
+    total.zero_()
     log.info("%s: step %d (%.0f %%), loss %.4f, %.0f s", name, step, 100 * done, mean, seconds)
     if not math.isfinite(mean):
         raise InputError(f"{name}: expected a finite loss, got {mean} before step {step}")
 
 
-def _save(
-    file: Path,
-    parameters: dict[str, nn.Parameter],
-    averages: Iterable[Tensor],
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    seconds: float,
-) -> None:
+def _save(file: Path, training: _Training, step: int, seconds: float) -> None:
     tensors = {}
-    for (name, value), mean in zip(parameters.items(), averages, strict=True):
+    for (name, value), mean in zip(training.parameters.items(), training.averages, strict=True):
         tensors |= {f"now.{name}": value.detach(), f"average.{name}": mean}
-        tensors |= {f"{moment}.{name}": optimizer.state[value][moment] for moment in _MOMENTS}
+        tensors |= {f"{moment}.{name}": training.optimizer.state[value][moment] for moment in _MOMENTS}
     write_safetensors(file, tensors, {"fit": json.dumps({"step": step, "seconds": seconds})})
 
 
 @torch.no_grad()
-def _resume(
-    file: Path,
-    parameters: dict[str, nn.Parameter],
-    averages: Iterable[Tensor],
-    optimizer: torch.optim.Optimizer,
-) -> tuple[int, float]:
+def _resume(file: Path, training: _Training) -> tuple[int, float]:
     """Fill the fit's tensors from its checkpoint, if there is one. Return its steps and its seconds."""
     if not file.exists():
         return 0, 0.0
     tensors = read_safetensors(file, "a checkpoint of a sibling's part")
     with safe_open(file, "pt") as opened:
         state = json.loads(opened.metadata()["fit"])
-    for (name, value), mean in zip(parameters.items(), averages, strict=True):
+    for (name, value), mean in zip(training.parameters.items(), training.averages, strict=True):
         value.copy_(tensors[f"now.{name}"])
         mean.copy_(tensors[f"average.{name}"])
-        optimizer.state[value] = {
+        training.optimizer.state[value] = {
             "step": torch.tensor(float(state["step"]), device=value.device),
             **{moment: tensors[f"{moment}.{name}"].to(value.device) for moment in _MOMENTS},
         }

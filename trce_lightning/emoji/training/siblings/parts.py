@@ -32,9 +32,9 @@ from trce_lightning.emoji.siblings import (
     t5_tokenizer_folder,
 )
 from trce_lightning.emoji.training.siblings.data import prepare
-from trce_lightning.emoji.training.siblings.denoisers import Texts, initialise, loss_of
+from trce_lightning.emoji.training.siblings.denoisers import Drawing, Texts, initialise, loss_of, second_ids
 from trce_lightning.emoji.training.siblings.encoders import LABELS, ReadOuts
-from trce_lightning.emoji.training.siblings.loop import Fit, fit
+from trce_lightning.emoji.training.siblings.loop import Batch, Fit, fit
 from trce_lightning.emoji.training.siblings.quality import quality
 from trce_lightning.runtime.storage import replacing
 
@@ -71,19 +71,18 @@ def train_encoder(name: str, folder: Path, plan: Fit) -> None:
     encoder = build_t5() if name == "t5" else build_clip_2(len(tokenizer), tokenizer.eos_token_id)
     torch.manual_seed(0)
 
-    def read(network: nn.Module, size: int) -> tuple[Tensor, Tensor]:
+    def draw(size: int) -> Batch:
         _, labels, clip_ids, t5_ids = bank.draw(size)
-        # What follows the end of text changes no state before it, and the mean leaves it out.
-        ends = (clip_ids == tokenizer.eos_token_id).long()
-        return (t5_ids if name == "t5" else clip_ids.where(ends.cumsum(-1) == ends, 0)), labels
+        return (t5_ids if name == "t5" else second_ids(clip_ids, tokenizer.eos_token_id)), labels
 
-    def loss(network: nn.Module, size: int) -> Tensor:
+    def loss(network: nn.Module, batch: Batch) -> Tensor:
         assert isinstance(network, ReadOuts)
-        return network.loss(*read(network, size))
+        return network.loss(*batch)
 
-    network = fit(ReadOuts(encoder).to(device()), loss, plan, folder / "checkpoints" / f"{name}.safetensors")
+    checkpoint = folder / "checkpoints" / f"{name}.safetensors"
+    network = fit(ReadOuts(encoder).to(device()), loss, draw, plan, checkpoint)
     with torch.no_grad():
-        ids, labels = read(network, 4096)
+        ids, labels = draw(4096)
         right = [
             (logits.argmax(-1) == label).float().mean().item()
             for logits, label in zip(network(ids), [*labels.T, *labels.T], strict=True)
@@ -109,23 +108,17 @@ def train_denoiser(family: Family, folder: Path, plan: Fit) -> None:
         network = network.to(memory_format=torch.channels_last)
     pipeline = pipeline_of(family, network, folder).to(device())
     texts = Texts(family, pipeline)
-    factor = pipeline.vae.config.scaling_factor
+    data = Drawing(texts, bank, pipeline.vae.config.scaling_factor)
     checkpoints = folder / "checkpoints"
     if family != "flux":
-        average = fit(
-            network, loss_of(family, texts, bank, factor), plan, checkpoints / f"{family}.safetensors"
-        )
+        average = fit(network, loss_of(family, data), data, plan, checkpoints / f"{family}.safetensors")
     else:
         first, second = (_share(plan, share) for share in (1 - GUIDED_SHARE, GUIDED_SHARE))
-        teacher = fit(network, loss_of(family, texts, bank, factor), first, checkpoints / "flux.safetensors")
+        teacher = fit(network, loss_of(family, data), data, first, checkpoints / "flux.safetensors")
         student = copy.deepcopy(teacher).requires_grad_(True)
         second = replace(second, lr=second.lr / 2)
-        average = fit(
-            student,
-            loss_of(family, texts, bank, factor, teacher),
-            second,
-            checkpoints / "flux-guided.safetensors",
-        )
+        loss = loss_of(family, data, teacher)
+        average = fit(student, loss, data, second, checkpoints / "flux-guided.safetensors")
     save_part(average.cpu(), file)
 
 
