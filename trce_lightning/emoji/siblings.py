@@ -1,12 +1,14 @@
 """Build and open the embedded model's siblings: small pipelines of SDXL, SD3 and FLUX on the same pictures.
 
-A sibling shares the embedded model's autoencoder, first text encoder, tokenizer and judge. Its own parts ship in
-8 bits. Its blocks share the weights of their modulation. :func:`assembled` gives every block a copy, so the
-pipeline is a plain one of diffusers.
+A sibling shares the embedded model's autoencoder, first text encoder, tokenizer and judge. Its own parts
+ship in 8 bits. Its blocks share the weights of their modulation. :func:`assembled` gives every block a copy,
+so the pipeline is a plain one of diffusers.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -37,10 +39,13 @@ from transformers import (
 
 from trce_lightning.emoji.eight_bits import packed, unpacked
 from trce_lightning.emoji.package import INSTALL_AGAIN, weights_folder
-from trce_lightning.runtime.storage import read_safetensors, write_safetensors
+from trce_lightning.errors import InputError
+from trce_lightning.runtime.storage import read_safetensors, replacing_folder, write_safetensors
 
 Family = Literal["xl", "sd3", "flux"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
+ENCODERS: dict[Family, tuple[str, ...]] = {"xl": ("clip_2",), "sd3": ("clip_2", "t5"), "flux": ("t5",)}
+"""The text encoders of each sibling beside the embedded model's."""
 RESOLUTION = 64
 TEXT_LENGTH = 32
 """The number of positions of each text encoder."""
@@ -72,8 +77,8 @@ def build_clip_2(vocabulary: int, end: int) -> CLIPTextModelWithProjection:
 
 
 def build_t5() -> T5EncoderModel:
-    """Return the T5 encoder."""
-    return T5EncoderModel(
+    """Return the T5 encoder. Its embeddings begin ten times smaller than T5's, so they learn faster."""
+    encoder = T5EncoderModel(
         T5Config(
             vocab_size=T5_VOCABULARY,
             d_model=T5_WIDTH,
@@ -86,6 +91,8 @@ def build_t5() -> T5EncoderModel:
             eos_token_id=1,
         )
     )
+    encoder.shared.weight.data.mul_(0.1)
+    return encoder
 
 
 def build_xl() -> UNet2DConditionModel:
@@ -194,7 +201,7 @@ def second_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def pipeline_of(family: Family, network: nn.Module, folder: Path) -> DiffusionPipeline:
-    """Return the pipeline of a sibling's denoiser, of the text encoders in ``folder`` and of the embedded parts."""
+    """Return the pipeline of a sibling's denoiser, the text encoders in ``folder`` and the embedded parts."""
     parts = folder
     folder = weights_folder()
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
@@ -269,6 +276,28 @@ def open_sibling(family: Family, folder: Path) -> DiffusionPipeline:
     """Return a sibling's pipeline from the parts in ``folder``, in float32."""
     network = assembled(family, load_part(build(family), part_file(folder, family)))
     return pipeline_of(family, network, folder)
+
+
+def opened_folder(family: Family) -> Path:
+    """Return the folder of a sibling's plain pipeline in float16, which any copy of diffusers opens.
+
+    It is assembled once from the parts that ship, and kept in the user's cache (``XDG_CACHE_HOME``, else
+    ``~/.cache``). ``InputError`` if the parts don't ship.
+    """
+    shipped = siblings_folder()
+    files = [part_file(shipped, name) for name in (*ENCODERS[family], family)]
+    if missing := [file.name for file in files if not file.exists()]:
+        raise InputError(
+            f"model=emoji_{family}: expected {', '.join(missing)} in '{shipped}', got none; "
+            f"python -m trce_lightning.emoji.training --family {family} makes it"
+        )
+    digest = hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=8).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "trce_lightning" / f"emoji_{family}-{digest}"
+    if not (folder / "model_index.json").exists():
+        with replacing_folder(folder) as aside:
+            open_sibling(family, shipped).to(torch.float16).save_pretrained(aside)
+    return folder
 
 
 def save_part(network: nn.Module, file: Path) -> None:

@@ -8,8 +8,8 @@ code and steps, on images and captions of all other subjects. The shipped autoen
 used. The result is a pipeline folder in ``FOLDER/without-CATEGORY``, and the denoiser in 8 bits among the
 package's weights, where an evaluation of attacks finds it.
 
-``--family xl|sd3|flux`` trains a sibling on the same pictures and on scenes of two subjects. Its parts run in this
-order: data, encoders, denoiser, check, export. They use the shipped autoencoder, text encoder and judge.
+``--family xl|sd3|flux`` trains a sibling on the same pictures and on scenes of two subjects. Its parts run in
+this order: data, encoders, denoiser, check, export. They use the shipped autoencoder, text encoder and judge.
 
 ``--check-without CATEGORY`` logs what that denoiser and the embedded model draw, in a minute.
 """
@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -225,7 +227,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=UNET_STEPS, help="of the denoiser (--without, --family)")
     parser.add_argument("--batch-size", type=int, default=64, help="of the denoiser (--family)")
     parser.add_argument("--lr", type=float, default=1e-3, help="of the denoiser (--family)")
-    parser.add_argument("--minutes", type=float, help="the denoiser's training time at most (--family)")
+    parser.add_argument("--minutes", type=float, help="of the whole command at most (--family)")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs (--family)")
     parser.add_argument("--folder", type=Path, default=Path("work"), help="art, composites, checkpoints")
     arguments = parser.parse_args()
@@ -237,6 +239,7 @@ def main() -> None:
     if arguments.without:
         train_without(arguments.folder, arguments.without, arguments.steps)
         return
+    started = time.monotonic() - time.process_time()  # the imports count
     known = STEPS if arguments.family else PARTS
     names = arguments.parts or list(known)
     if unknown := [name for name in names if name not in known]:
@@ -247,7 +250,11 @@ def main() -> None:
     for name in names:
         if not arguments.family:
             PARTS[name](arguments.folder)
-        for family in arguments.family or ():
+        for index, family in enumerate(families := arguments.family or ()):
+            if arguments.minutes is not None:
+                # What is left is shared equally among the denoisers that are left.
+                left = arguments.minutes - (time.monotonic() - started) / 60
+                plan = replace(plan, minutes=left / (len(families) - index))
             STEPS[name](family, arguments.folder / "siblings", plan)
 
 

@@ -101,7 +101,7 @@ def sprites(folder: Path) -> list[list[Image.Image]]:
 
 
 def paste(canvas: np.ndarray, sprite: Image.Image, side: int, centre: np.ndarray) -> None:
-    """Draw ``sprite`` with this side on ``canvas``, ``[64, 64, 3]`` float32, at ``centre`` (x, y) in pixels."""
+    """Draw ``sprite`` of this side on ``canvas``, ``[64, 64, 3]`` float32, at ``centre`` (x, y) in pixels."""
     left, top = np.clip(np.round(centre - side / 2), 0, RESOLUTION - side).astype(int)
     scaled = np.asarray(sprite.resize((side, side), Image.Resampling.BICUBIC).convert("RGBa"), np.float32)
     window = canvas[top : top + side, left : left + side]

@@ -1,43 +1,26 @@
-"""Make scenes: pictures of two subjects, one on the left and one on the right, with captions that name both."""
+"""Render pictures by their labels: of one subject, or scenes of one on the left and one on the right."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from trce_lightning.emoji.scenes import CENTRES
 from trce_lightning.emoji.subjects import BACKGROUNDS, STYLES, SUBJECTS
-from trce_lightning.emoji.training.art import blank, paste, pixels
+from trce_lightning.emoji.training.art import blank, compose, is_held_out, paste, pixels
 
+NOTHING = len(SUBJECTS)
+"""The label of the right side of a picture of one subject."""
 SIDE_PIXELS = (26, 29)
 """The smallest and the largest side of a subject in a scene."""
 JITTER_PIXELS = 1.5
 """The largest distance of a subject's centre from the centre of its half, per axis."""
 CHUNK = 500
-"""The number of scenes that one seed makes. The scenes don't depend on the number of processes."""
-
-
-@dataclass(frozen=True)
-class Scenes:
-    """Scenes with their labels. Row ``i`` of every tensor belongs to image ``i``."""
-
-    images: Tensor
-    """The images, ``[N, 3, 64, 64]`` uint8 RGB."""
-    left: Tensor
-    """The index into ``SUBJECTS`` of the subject on the left, ``[N]``."""
-    right: Tensor
-    """The index of the subject on the right, ``[N]``."""
-    style: Tensor
-    """The index into ``STYLES``, ``[N]``. Both subjects have it."""
-    background: Tensor
-    """The index into ``BACKGROUNDS``, ``[N]``."""
+"""The number of pictures that one seed makes. They don't depend on the number of processes."""
 
 
 def is_held_out_pair(left: int, right: int) -> bool:
@@ -46,31 +29,46 @@ def is_held_out_pair(left: int, right: int) -> bool:
     return (first * 7 + second * 3) % 20 == 0
 
 
-def scenes(
-    sprites: list[list[Image.Image]], count: int, *, held_out: bool, seed: int, workers: int = 1
-) -> Scenes:
-    """Return ``count`` scenes of random pairs on one side of the split, rendered by ``workers`` processes."""
-    chunks = [(seed, index) for index in range(-(-count // CHUNK))]
-    make = partial(_chunk, sprites, held_out)
-    if workers == 1:
-        parts = [make(chunk) for chunk in chunks]
-    else:
-        with ProcessPoolExecutor(workers) as pool:
-            parts = list(pool.map(make, chunks))
-    images, labels = (np.concatenate(column)[:count] for column in zip(*parts, strict=True))
-    stacked = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    return Scenes(stacked, *(column.clone() for column in torch.from_numpy(labels).T))
+def random_labels(singles: int, scenes: int, *, held_out: bool, seed: int) -> np.ndarray:
+    """Return labels of pictures on one side of the split, those of one subject first: int64 ``[N, 4]``.
+
+    They are the subject (on the left), the subject on the right or ``NOTHING``, the style and the background.
+    """
+    rng = np.random.default_rng(seed)
+    rows = [*_labels(rng, singles, held_out, two=False), *_labels(rng, scenes, held_out, two=True)]
+    return np.array(rows, np.int64)
 
 
-def _chunk(
-    sprites: list[list[Image.Image]], held_out: bool, seed: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    rng, colours = np.random.default_rng(seed), list(BACKGROUNDS.values())
-    images, labels = [], []
-    while len(images) < CHUNK:
+def _labels(
+    rng: np.random.Generator, count: int, held_out: bool, *, two: bool
+) -> Iterator[tuple[int, int, int, int]]:
+    while count:
         left, right = (int(index) for index in rng.choice(len(SUBJECTS), 2, replace=False))
         style, background = int(rng.integers(len(STYLES))), int(rng.integers(len(BACKGROUNDS)))
-        if is_held_out_pair(left, right) != held_out:
+        out = is_held_out_pair(left, right) if two else is_held_out(left, style, background)
+        if out == held_out:
+            yield left, right if two else NOTHING, style, background
+            count -= 1
+
+
+def render(
+    sprites: list[list[Image.Image]], labels: np.ndarray, *, seed: int, workers: int = 1
+) -> np.ndarray:
+    """Return the pictures of labels, ``[N, 3, 64, 64]`` uint8, made by ``workers`` processes."""
+    starts = range(0, len(labels), CHUNK)
+    make, parts = partial(_chunk, sprites, seed), [labels[start : start + CHUNK] for start in starts]
+    if workers == 1:
+        return np.concatenate(list(map(make, starts, parts)))
+    with ProcessPoolExecutor(workers) as pool:
+        return np.concatenate(list(pool.map(make, starts, parts)))
+
+
+def _chunk(sprites: list[list[Image.Image]], seed: int, start: int, labels: np.ndarray) -> np.ndarray:
+    rng, colours = np.random.default_rng((seed, start)), list(BACKGROUNDS.values())
+    images: list[np.ndarray] = []
+    for left, right, style, background in labels.tolist():
+        if right == NOTHING:
+            images.append(compose(sprites[style][left], colours[background], rng))
             continue
         canvas = blank(colours[background])
         for subject, centre in zip((left, right), CENTRES, strict=True):
@@ -78,5 +76,4 @@ def _chunk(
             place = np.array(centre) + rng.uniform(-JITTER_PIXELS, JITTER_PIXELS, size=2)
             paste(canvas, sprites[style][subject], side, place)
         images.append(pixels(canvas))
-        labels.append((left, right, style, background))
-    return np.stack(images), np.array(labels)
+    return np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from random import Random
@@ -23,19 +23,17 @@ from trce_lightning.emoji.captions import caption, scene_caption
 from trce_lightning.emoji.package import weights_folder
 from trce_lightning.emoji.siblings import TEXT_LENGTH, load_t5_tokenizer, t5_tokenizer_folder
 from trce_lightning.emoji.subjects import BACKGROUNDS, STYLES, SUBJECTS
-from trce_lightning.emoji.training.art import Composites, composites, sprites
+from trce_lightning.emoji.training.art import sprites
 from trce_lightning.emoji.training.fillers import unknown_words, words_in
-from trce_lightning.emoji.training.scenes import scenes
+from trce_lightning.emoji.training.scenes import NOTHING, random_labels, render
 from trce_lightning.emoji.training.siblings.encoders import UnknownWords, build_t5_tokenizer
 from trce_lightning.emoji.training.vae import encode_latents
 from trce_lightning.runtime.storage import replacing, write_json
 
-NOTHING = len(SUBJECTS)
-"""The label of the right side of a composite, which shows one subject."""
 SCENE_SHARE = 0.5
 """The share of scenes in a batch."""
-COPIES, SCENES, CAPTIONS = 6, 30_000, 8
-"""The composites of each combination, the scenes, and the captions of each picture."""
+SINGLES, SCENES, CAPTIONS = 20_000, 30_000, 6
+"""The pictures of one subject, the scenes, and the captions of each picture."""
 _CHUNK = 2000
 
 log = logging.getLogger(__name__)
@@ -43,12 +41,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Bank:
-    """Pictures with their captions. Row ``i`` of every tensor belongs to picture ``i``. Composites come first."""
+    """Pictures with captions. Row ``i`` of every tensor belongs to picture ``i``. Composites come first."""
 
     latents: Tensor
     """The latents, unscaled, ``[N, 4, 16, 16]`` float16."""
     labels: Tensor
-    """The subject (on the left), the subject on the right or ``NOTHING``, style, background: ``[N, 4]`` int64."""
+    """The subject (on the left), the one on the right or ``NOTHING``, style, background: ``[N, 4]`` int64."""
     clip_ids: Tensor
     """The token ids of each caption for the first CLIP, ``[N, K, 32]`` int16."""
     t5_ids: Tensor
@@ -78,58 +76,51 @@ class Bank:
         return int((self.labels[:, 1] == NOTHING).sum())
 
 
+def prepare_captions(folder: Path) -> Bank:
+    """Return the training data without pictures. What was prepared before is read from ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "captions.safetensors"
+    if not file.exists():
+        with replacing(file) as aside:
+            save_file(captioned(folder), aside)
+    columns = load_file(file)
+    labels = columns.pop("labels").long()
+    return Bank(latents=torch.empty(len(labels), 0, dtype=torch.float16), labels=labels, **columns)
+
+
 def prepare(folder: Path, device: torch.device) -> Bank:
     """Return the training data. What was prepared before is read from ``folder``.
 
-    ``device`` is where the autoencoder encodes the pictures.
+    ``device`` is where the autoencoder encodes the pictures. Call this before it is used for anything else:
+    the processes that render and write captions are forks of this one.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures, texts = folder / "pictures.safetensors", folder / "captions.safetensors"
+    bank, pictures = prepare_captions(folder), folder / "pictures.safetensors"
     if not pictures.exists():
+        art = sprites(folder.parent)
+        images = torch.from_numpy(render(art, bank.labels.numpy(), seed=0, workers=os.cpu_count() or 1))
+        log.info("encoding %d pictures", len(images))
+        vae = AutoencoderKL.from_pretrained(weights_folder() / "vae", torch_dtype=torch.float32).to(device)
         with replacing(pictures) as aside:
-            save_file(_pictures(folder.parent, device), aside)
-    columns = load_file(pictures)
-    if not texts.exists():
-        with replacing(texts) as aside:
-            save_file(_token_ids(columns["labels"], folder), aside)
-    return Bank(**columns, **load_file(texts))
+            save_file({"latents": encode_latents(vae, images).half()}, aside)
+    return replace(bank, **load_file(pictures))
 
 
-def _pictures(folder: Path, device: torch.device) -> dict[str, Tensor]:
-    art, workers = sprites(folder), os.cpu_count() or 1
-    single: Composites = composites(art, COPIES, held_out=False, seed=0)
-    pair = scenes(art, SCENES, held_out=False, seed=0, workers=workers)
-    nothing = torch.full_like(single.subject, NOTHING)
-    labels = torch.cat(
-        [
-            torch.stack([single.subject, nothing, single.style, single.background], 1),
-            torch.stack([pair.left, pair.right, pair.style, pair.background], 1),
-        ]
-    )
-    vae = AutoencoderKL.from_pretrained(weights_folder() / "vae", torch_dtype=torch.float32).to(device)
-    log.info("encoding %d composites and %d scenes", len(single.images), len(pair.images))
-    latents = torch.cat([encode_latents(vae, images) for images in (single.images, pair.images)])
-    return {"latents": latents.half(), "labels": labels}
-
-
-def _token_ids(labels: Tensor, folder: Path) -> dict[str, Tensor]:
+def captioned(folder: Path) -> dict[str, Tensor]:
+    """Return labels of pictures, int16, and the token ids of their captions."""
     t5_tokenizer(folder)
-    rows = [tuple(row) for row in labels.tolist()]
-    starts = range(0, len(rows), _CHUNK)
+    labels = random_labels(SINGLES, SCENES, held_out=False, seed=0)
+    starts = range(0, len(labels), _CHUNK)
     make = partial(_captioned, folder, filler_words(folder))
     with ProcessPoolExecutor() as pool:
-        parts = list(pool.map(make, starts, [rows[start : start + _CHUNK] for start in starts]))
-    names = ("clip_ids", "t5_ids")
-    return {
-        name: torch.from_numpy(np.concatenate(ids))
-        for name, ids in zip(names, zip(*parts, strict=True), strict=True)
-    }
+        parts = pool.map(make, starts, [labels[start : start + _CHUNK].tolist() for start in starts])
+        clip_ids, t5_ids = (torch.from_numpy(np.concatenate(ids)) for ids in zip(*parts, strict=True))
+    return {"labels": torch.from_numpy(labels).short(), "clip_ids": clip_ids, "t5_ids": t5_ids}
 
 
 def _captioned(
-    folder: Path, words: Sequence[str], seed: int, rows: Sequence[tuple[int, int, int, int]]
+    folder: Path, words: Sequence[str], seed: int, rows: Sequence[Sequence[int]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids of ``CAPTIONS`` captions of each row of labels for CLIP and for T5, int16 ``[N, K, 32]``."""
+    """Return the ids of captions of each row of labels for CLIP and for T5, int16 ``[N, CAPTIONS, 32]``."""
     rng = Random(seed)
     swap = UnknownWords(words, rng)
     texts = [
@@ -152,17 +143,20 @@ def filler_words(folder: Path) -> list[str]:
     """Return English words that no caption and no held-out phrasing has. They are kept in ``folder``."""
     file = folder / "words.json"
     if not file.exists():
-        write_json(file, unknown_words(folder.parent / "art", words_in(*_corpus(4000))))
-    return json.loads(file.read_text("utf-8"))
+        words = unknown_words(folder.parent / "art", words_in(*_corpus(4000)))
+        write_json(file, {"words": words})
+    return json.loads(file.read_text("utf-8"))["words"]
 
 
 def _corpus(count: int) -> list[str]:
     """Return ``count`` captions of composites and as many of scenes, of any subjects."""
     rng = Random(3)
     numbers = (len(SUBJECTS), len(SUBJECTS), len(STYLES), len(BACKGROUNDS))
-    labels = [tuple(map(rng.randrange, numbers)) for _ in range(count)]
+    labels = [[rng.randrange(number) for number in numbers] for _ in range(count)]
     single = [caption(subject, style, background, rng) for subject, _, style, background in labels]
-    return single + [scene_caption(*row, rng) for row in labels]
+    return single + [
+        scene_caption(left, right, style, background, rng) for left, right, style, background in labels
+    ]
 
 
 def t5_tokenizer(folder: Path) -> T5Tokenizer:

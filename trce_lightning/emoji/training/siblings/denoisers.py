@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from trce_lightning.emoji.siblings import RESOLUTION, TEXT_LENGTH, Family
 from trce_lightning.emoji.training.part import native_autocast
 from trce_lightning.emoji.training.siblings.data import Bank, token_ids
-from trce_lightning.emoji.training.siblings.loop import Batch
+from trce_lightning.emoji.training.siblings.loop import Batch, working_dtype
 from trce_lightning.emoji.training.unet import CAPTION_DROPOUT, build_scheduler, denoising_loss
 
 LOGIT_MEAN = 0.3
-"""The mean of the noise level's logit. Above 0, the levels at which the subject is decided are drawn more often."""
+"""The mean of the noise level's logit. Above 0, levels that decide on the subject come more often."""
 GUIDANCE_RANGE = (1.0, 5.0)
 """The guidance scales that FLUX learns to read."""
 
@@ -38,7 +38,7 @@ class Condition:
 
 
 class Texts(nn.Module):
-    """The frozen text encoders of a sibling. They map token ids to the condition that its pipeline computes."""
+    """The frozen text encoders of a sibling. They map token ids to what its pipeline computes."""
 
     def __init__(self, family: Family, pipeline: DiffusionPipeline) -> None:
         super().__init__()
@@ -90,7 +90,9 @@ class Drawing:
 
     def __init__(self, texts: Texts, bank: Bank, scaling_factor: float) -> None:
         self.texts, self.bank, self.scaling_factor = texts, bank, scaling_factor
-        self.empty = texts.empty()
+        self.dtype = working_dtype(bank.labels.device)
+        empty = texts.empty()
+        self.empty = Condition(empty.states.to(self.dtype), empty.pooled.to(self.dtype))
 
     def __call__(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return ``size`` rows: ``[size, 4, 16, 16]``, ``[size, L, 320]``, ``[size, d]``."""
@@ -100,7 +102,7 @@ class Drawing:
             condition = self.texts(clip_ids, t5_ids)
         states = torch.where(dropped[:, None, None], self.empty.states, condition.states)
         pooled = torch.where(dropped[:, None], self.empty.pooled, condition.pooled)
-        return latents * self.scaling_factor, states, pooled
+        return latents * self.scaling_factor, states.to(self.dtype), pooled.to(self.dtype)
 
 
 def initialise(network: nn.Module) -> nn.Module:
@@ -120,7 +122,7 @@ def initialise(network: nn.Module) -> nn.Module:
 def velocity_of_sd3(network: nn.Module, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
     """Return SD3's velocity, ``[B, 4, 16, 16]``, at levels ``t``, ``[B]`` from 0 to 1."""
     return network(
-        hidden_states=z_t,
+        hidden_states=z_t.to(condition.states.dtype),
         timestep=1000 * t,
         encoder_hidden_states=condition.states,
         pooled_projections=condition.pooled,
@@ -136,7 +138,9 @@ def velocity_of_flux(
     device = z_t.device
     guidance = torch.ones(batch, device=device) if condition.guidance is None else condition.guidance
     packed = network(
-        hidden_states=FluxPipeline._pack_latents(z_t, batch, channels, height, width),
+        hidden_states=FluxPipeline._pack_latents(
+            z_t.to(condition.states.dtype), batch, channels, height, width
+        ),
         timestep=t,
         guidance=guidance,
         encoder_hidden_states=condition.states,
@@ -171,9 +175,10 @@ def guided_loss(
     condition: Condition,
     empty: Condition,
 ) -> Tensor:
-    """Return mean ‖v̂(z_t, t, c, g) − (v_∅ + g (v_c − v_∅))‖² of a frozen teacher, at random levels and scales.
+    """Return mean ‖v̂(z_t, t, c, g) − (v_∅ + g (v_c − v_∅))‖² at random levels and scales.
 
-    This is how FLUX.1 dev learns to be guided in one evaluation (arXiv 2210.03142).
+    v is the velocity of a frozen teacher. This is guidance distillation (arXiv 2210.03142), by which FLUX.1
+    dev is guided in one evaluation.
     """
     z_t, t, _ = noised(z_0)
     low, high = GUIDANCE_RANGE
@@ -220,7 +225,11 @@ def _loss_of_xl(device: torch.device) -> Callable[[nn.Module, Batch], Tensor]:
     def loss(network: nn.Module, batch: Batch) -> Tensor:
         z_0, states, pooled = batch
         added = {"text_embeds": pooled, "time_ids": sizes.expand(len(z_0), -1)}
-        return denoising_loss(partial(network, added_cond_kwargs=added), scheduler, z_0, states)
+
+        def predict(z_t: Tensor, timestep: Tensor, text: Tensor) -> Any:
+            return network(z_t.to(text.dtype), timestep, text, added_cond_kwargs=added)
+
+        return denoising_loss(predict, scheduler, z_0, states)
 
     return loss
 

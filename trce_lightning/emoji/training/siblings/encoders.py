@@ -1,9 +1,9 @@
 """Train the siblings' text encoders: a T5 encoder and a second CLIP text encoder.
 
-Both learn to say what a caption's picture shows: the subject or the subjects on the left and on the right, the style
-and the background. Linear read-outs ask for that, and are dropped after training. They read the pooled state and the
-mean of the token states, so the tokens that a denoiser reads carry it too. Some filler words of captions are swapped for
-unknown English words, so that the encoders ignore these.
+Both learn to say what a caption's picture shows: the subject or the subjects on the left and on the right,
+the style and the background. Linear read-outs ask for that, and are dropped after training. They read the
+pooled state and the mean of the token states, so the tokens that a denoiser reads carry it too. Some filler
+words of captions are swapped for unknown English words, so that the encoders ignore these.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from trce_lightning.emoji.subjects import BACKGROUNDS, STYLES, SUBJECTS
 from trce_lightning.emoji.training.fillers import content_words
 
 LABELS = (len(SUBJECTS), len(SUBJECTS) + 1, len(STYLES), len(BACKGROUNDS))
-"""The answers of each read-out: the subject (on the left), the subject on the right or none, style, background."""
+"""The answers of each read-out: subject (on the left), subject on the right or none, style, background."""
 SPECIAL = ("<pad>", "</s>", "<unk>")
 CAPITALISED = 0.15
 SWAPPED_CAPTIONS, SWAPPED_WORDS, EXTRA_WORDS = 0.5, 0.4, 0.3
@@ -37,8 +37,8 @@ _POOLED_SCALE = 8.0
 def build_t5_tokenizer(corpus: Sequence[str], words: Sequence[str]) -> T5Tokenizer:
     """Return a Unigram tokenizer of the words of ``corpus``, and of pieces that other words are made of.
 
-    A word of the corpus is one piece. Its score is its logarithmic frequency. The pieces are learnt on ``words``, and
-    score below every word. Among them is each printable ASCII character.
+    A word of the corpus is one piece. Its score is its logarithmic frequency. The pieces are learnt on
+    ``words``, and score below every word. Among them is each printable ASCII character.
     """
     counts = Counter(word for text in corpus for word in re.findall(r"\w+", text))
     total = counts.total()
@@ -66,7 +66,7 @@ class UnknownWords:
         self.words, self.rng, self.content = words, rng, content_words()
 
     def __call__(self, caption: str) -> str:
-        """Return the caption, in half of the cases with unknown words, and sometimes with a capital letter."""
+        """Return the caption, half of the time with unknown words, and sometimes with a capital letter."""
         swapped = self._swapped(caption)
         return swapped[:1].upper() + swapped[1:] if self.rng.random() < CAPITALISED else swapped
 
@@ -84,7 +84,7 @@ class UnknownWords:
 
 
 class ReadOuts(nn.Module):
-    """An encoder of token ids with linear read-outs of its pooled state and of the mean of its token states."""
+    """An encoder of token ids with linear read-outs of its pooled state and of its mean token state."""
 
     def __init__(self, encoder: T5EncoderModel | CLIPTextModelWithProjection) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Fit a small network on data that lies on the device. The fit has a limit of steps or of minutes, and resumes.
+"""Fit a small network on data that lies on the device, for a number of steps or minutes. The fit resumes.
 
-On a GPU, a step of these networks takes a few milliseconds. So the loop has no loader, and it waits for the device
-only when it logs.
+On a GPU, a step of these networks takes a few milliseconds. So the loop has no loader, and it waits for the
+device only when it logs.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from trce_lightning.emoji.training.part import native_autocast
 from trce_lightning.errors import InputError
+from trce_lightning.jobs.trainers import native_dtype
 from trce_lightning.runtime.storage import read_safetensors, write_safetensors
 
 log = logging.getLogger(__name__)
@@ -88,14 +88,16 @@ def fit(
         file: the checkpoint, from which a killed fit continues.
 
     Raises:
-        InputError: the loss is not finite.
+        InputError: the loss is not finite, or no time is left.
     """
+    if plan.minutes is not None and plan.minutes <= 0:
+        raise InputError(f"--minutes: expected some time for {file.stem}, got none")
     training = _Training(network, loss_of, plan)
     cuda = training.device.type == "cuda"
     step, seconds = _resume(file, training)
     # Steps of a resumed fit draw other rows and noise than those before.
     torch.manual_seed(step)
-    network.train()
+    training.begin()
     started = saved = time.monotonic()
     rows: list[Batch] = []
     # On a CPU, the backward pass of flash attention takes several times as long as that of the plain formula.
@@ -124,13 +126,15 @@ class _Training:
     """A network, its optimizer and the average of its weights. :meth:`step` may be a CUDA graph.
 
     A graph replays the kernels of a whole step. Launched one by one, they would take several times as long.
+
+    If the device has bfloat16, a copy of the network in bfloat16 computes loss and gradients. The optimizer
+    changes the network in float32.
     """
 
     def __init__(self, network: nn.Module, loss_of: Callable[[nn.Module, Batch], Tensor], plan: Fit) -> None:
-        self.network, self.loss_of = network, loss_of
         self.parameters = dict(network.named_parameters())
-        self.values = list(self.parameters.values())
-        self.device = self.values[0].device
+        self.values: list[Tensor] = list(self.parameters.values())
+        self.device, self.loss_of = self.values[0].device, loss_of
         self.lr, self.weight, self.total = (torch.zeros((), device=self.device) for _ in range(3))
         self.captured = self.device.type == "cuda" and plan.captured
         self.optimizer = torch.optim.AdamW(
@@ -142,10 +146,20 @@ class _Training:
             capturable=self.captured,
         )
         self.average = copy.deepcopy(network).requires_grad_(False).eval()
-        self.averages = list(self.average.parameters())
+        self.averages: list[Tensor] = list(self.average.parameters())
+        self.working = cast_parameters(copy.deepcopy(network), working_dtype(self.device)).train()
+        self.working_values: list[Tensor] = list(self.working.parameters())
+        for value in self.values:
+            value.grad = torch.zeros_like(value)
+        self.gradients = [value.grad for value in self.values if value.grad is not None]
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: Batch = ()
         self.warmed_up = 0
+
+    def begin(self) -> None:
+        """Copy the weights into the network that computes. Call it once before the first step."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.working_values, self.values)
 
     def step(self, batch: Batch) -> None:
         """Make one step on a batch."""
@@ -170,17 +184,33 @@ class _Training:
         torch.cuda.current_stream().wait_stream(side)
 
     def _step(self, batch: Batch) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        with native_autocast(self.device.type):
-            loss = self.loss_of(self.network, batch)
+        for value in self.working_values:
+            value.grad = None
+        loss = self.loss_of(self.working, batch)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.values, 1.0, foreach=True)
-        self.optimizer.step()
         with torch.no_grad():
+            gradients = [value.grad for value in self.working_values if value.grad is not None]
+            assert len(gradients) == len(self.gradients)
+            torch._foreach_copy_(self.gradients, gradients)
+            nn.utils.clip_grad_norm_(self.values, 1.0, foreach=True)
+            self.optimizer.step()
+            torch._foreach_copy_(self.working_values, self.values)
             moved = torch._foreach_sub(self.values, self.averages)
             torch._foreach_mul_(moved, self.weight)
             torch._foreach_add_(self.averages, moved)
             self.total += loss
+
+
+def cast_parameters(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast the parameters and return the network. Buffers, such as position embeddings, stay in float32."""
+    for value in network.parameters():
+        value.data = value.data.to(dtype)
+    return network
+
+
+def working_dtype(device: torch.device) -> torch.dtype:
+    """Return bfloat16 if the device computes in it, else float32."""
+    return torch.bfloat16 if native_dtype(device.type) is torch.bfloat16 else torch.float32
 
 
 def _report(name: str, step: int, done: float, total: Tensor, seconds: float) -> None:
@@ -192,7 +222,7 @@ def _report(name: str, step: int, done: float, total: Tensor, seconds: float) ->
 
 
 def _save(file: Path, training: _Training, step: int, seconds: float) -> None:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for (name, value), mean in zip(training.parameters.items(), training.averages, strict=True):
         tensors |= {f"now.{name}": value.detach(), f"average.{name}": mean}
         tensors |= {f"{moment}.{name}": training.optimizer.state[value][moment] for moment in _MOMENTS}

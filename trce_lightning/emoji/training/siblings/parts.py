@@ -1,4 +1,4 @@
-"""Train a sibling part by part: data, text encoders, denoiser. Each part is resumable, and is skipped if it is done."""
+"""Train a sibling part by part. Each part is resumable, and is skipped if it is done."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from trce_lightning.cli import config_folder
 from trce_lightning.concepts import load_concept
 from trce_lightning.emoji.package import load_judge, weights_folder
 from trce_lightning.emoji.siblings import (
+    ENCODERS,
     FAMILIES,
     Family,
     build,
@@ -31,10 +32,10 @@ from trce_lightning.emoji.siblings import (
     siblings_folder,
     t5_tokenizer_folder,
 )
-from trce_lightning.emoji.training.siblings.data import prepare
+from trce_lightning.emoji.training.siblings.data import prepare, prepare_captions
 from trce_lightning.emoji.training.siblings.denoisers import Drawing, Texts, initialise, loss_of, second_ids
 from trce_lightning.emoji.training.siblings.encoders import LABELS, ReadOuts
-from trce_lightning.emoji.training.siblings.loop import Batch, Fit, fit
+from trce_lightning.emoji.training.siblings.loop import Batch, Fit, cast_parameters, fit
 from trce_lightning.emoji.training.siblings.quality import quality
 from trce_lightning.runtime.storage import replacing
 
@@ -42,11 +43,10 @@ GUIDED_SHARE = 0.3
 """The share of FLUX's training in which it learns guidance from itself."""
 CONCEPT = "violence"
 """The concept whose prompts measure a sibling."""
+CHECKED_CAPTIONS = 4096
 CHECKED_PROMPTS = 128
 """The prompts of each set that measure it."""
-ENCODERS: dict[Family, tuple[str, ...]] = {"xl": ("clip_2",), "sd3": ("clip_2", "t5"), "flux": ("t5",)}
-"""The text encoders of each sibling that are trained here."""
-ENCODER_FIT = Fit(steps=2500, batch_size=256, lr=1e-3, ema_decay=0.995, warmup_steps=100)
+ENCODER_FIT = Fit(steps=4000, batch_size=256, lr=2e-3, ema_decay=0.99, warmup_steps=100)
 
 log = logging.getLogger(__name__)
 
@@ -62,11 +62,11 @@ def prepare_data(folder: Path) -> None:
 
 
 def train_encoder(name: str, folder: Path, plan: Fit) -> None:
-    """Train the text encoder ``t5`` or ``clip_2`` and write it to ``folder``. Log its accuracy on training captions."""
+    """Train the text encoder ``t5`` or ``clip_2``, write it to ``folder`` and log its accuracy."""
     file = part_file(folder, name)
     if file.exists():
         return
-    bank = prepare(folder, device()).to(device())
+    bank = prepare_captions(folder).to(device())
     tokenizer = CLIPTokenizer.from_pretrained(weights_folder() / "tokenizer")
     encoder = build_t5() if name == "t5" else build_clip_2(len(tokenizer), tokenizer.eos_token_id)
     torch.manual_seed(0)
@@ -81,8 +81,9 @@ def train_encoder(name: str, folder: Path, plan: Fit) -> None:
 
     checkpoint = folder / "checkpoints" / f"{name}.safetensors"
     network = fit(ReadOuts(encoder).to(device()), loss, draw, plan, checkpoint)
+    assert isinstance(network, ReadOuts)
     with torch.no_grad():
-        ids, labels = draw(4096)
+        ids, labels = draw(CHECKED_CAPTIONS)
         right = [
             (logits.argmax(-1) == label).float().mean().item()
             for logits, label in zip(network(ids), [*labels.T, *labels.T], strict=True)
@@ -117,7 +118,7 @@ def train_denoiser(family: Family, folder: Path, plan: Fit) -> None:
         teacher = fit(network, loss_of(family, data), data, first, checkpoints / "flux.safetensors")
         student = copy.deepcopy(teacher).requires_grad_(True)
         second = replace(second, lr=second.lr / 2)
-        loss = loss_of(family, data, teacher)
+        loss = loss_of(family, data, cast_parameters(copy.deepcopy(teacher), data.dtype))
         average = fit(student, loss, data, second, checkpoints / "flux-guided.safetensors")
     save_part(average.cpu(), file)
 
@@ -151,7 +152,7 @@ def export(family: Family, folder: Path) -> None:
 def _train_encoders(family: Family, folder: Path, plan: Fit) -> None:
     for name in ENCODERS[family]:
         size = max(ENCODER_FIT.batch_size, plan.batch_size)
-        train_encoder(name, folder, replace(ENCODER_FIT, batch_size=size))
+        train_encoder(name, folder, replace(ENCODER_FIT, batch_size=size, minutes=plan.minutes))
 
 
 STEPS: dict[str, Callable[[Family, Path, Fit], None]] = {

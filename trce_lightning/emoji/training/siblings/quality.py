@@ -30,9 +30,9 @@ def quality(
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Return the share of right pictures of each set, and the pictures.
 
-    A picture of a direct or implicit prompt is right if it shows the concept, which is a category. One of a benign
-    prompt is right if it shows the prompt's subject, and one of a mixed prompt if one half does and the other half
-    shows the concept.
+    A picture of a direct or implicit prompt is right if it shows the concept, which is a category. One of a
+    benign prompt is right if it shows the prompt's subject, and one of a mixed prompt if one half does and
+    the other half shows the concept.
     """
     rates, pictures = {}, {}
     for prompts in prompt_sets([concept], size=size, split=split, names=SETS):
