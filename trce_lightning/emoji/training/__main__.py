@@ -9,7 +9,8 @@ used. The result is a pipeline folder in ``FOLDER/without-CATEGORY``, and the de
 package's weights, where an evaluation of attacks finds it.
 
 ``--family xl|sd3|flux`` trains a sibling on the same pictures and on scenes of two subjects. Its parts run in
-this order: data, encoders, denoiser, check, export. They use the shipped autoencoder, text encoder and judge.
+this order: data, encoders, denoiser, judge, check, export. They use the shipped autoencoder, text encoder and
+judge.
 
 ``--check-without CATEGORY`` logs what that denoiser and the embedded model draw, in a minute.
 """

@@ -133,10 +133,12 @@ def _captioned(
         for _ in range(CAPTIONS)
     ]
     tokenizers = (CLIPTokenizer.from_pretrained(weights_folder() / "tokenizer"), load_t5_tokenizer(folder))
-    clip, t5 = (
-        token_ids(tokenizer, texts).short().unflatten(0, (len(rows), CAPTIONS)) for tokenizer in tokenizers
+    # A forked process must not compute with torch, whose threads it lacks.
+    shape = (len(rows), CAPTIONS, TEXT_LENGTH)
+    clip_ids, t5_ids = (
+        token_ids(tokenizer, texts).astype(np.int16).reshape(shape) for tokenizer in tokenizers
     )
-    return clip.numpy(), t5.numpy()
+    return clip_ids, t5_ids
 
 
 def filler_words(folder: Path) -> list[str]:
@@ -167,7 +169,7 @@ def t5_tokenizer(folder: Path) -> T5Tokenizer:
     return load_t5_tokenizer(folder)
 
 
-def token_ids(tokenizer: CLIPTokenizer | T5Tokenizer, texts: Sequence[str]) -> Tensor:
-    """Return padded token ids of texts, ``[N, 32]``."""
+def token_ids(tokenizer: CLIPTokenizer | T5Tokenizer, texts: Sequence[str]) -> np.ndarray:
+    """Return padded token ids of texts, int64 ``[N, 32]``."""
     options = {"padding": "max_length", "max_length": TEXT_LENGTH, "truncation": True}
-    return torch.tensor(tokenizer(list(texts), **options).input_ids)
+    return np.array(tokenizer(list(texts), **options).input_ids)

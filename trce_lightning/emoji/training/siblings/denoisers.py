@@ -68,9 +68,8 @@ class Texts(nn.Module):
     def empty(self) -> Condition:
         """Return the condition of ∅ with one row: the empty prompt, or zeros in SDXL."""
         device = next(self.parameters()).device
-        clip_ids = token_ids(self.tokenizer, [""]).to(device)
-        t5_ids = clip_ids if self.t5_tokenizer is None else token_ids(self.t5_tokenizer, [""]).to(device)
-        condition = self(clip_ids, t5_ids)
+        tokenizers = (self.tokenizer, self.t5_tokenizer or self.tokenizer)
+        condition = self(*(torch.from_numpy(token_ids(each, [""])).to(device) for each in tokenizers))
         if self.family != "xl":
             return condition
         return Condition(torch.zeros_like(condition.states), torch.zeros_like(condition.pooled))

@@ -35,9 +35,10 @@ from trce_lightning.emoji.siblings import (
 from trce_lightning.emoji.training.siblings.data import prepare, prepare_captions
 from trce_lightning.emoji.training.siblings.denoisers import Drawing, Texts, initialise, loss_of, second_ids
 from trce_lightning.emoji.training.siblings.encoders import LABELS, ReadOuts
+from trce_lightning.emoji.training.siblings.judging import fit_scene_judge
 from trce_lightning.emoji.training.siblings.loop import Batch, Fit, cast_parameters, fit
 from trce_lightning.emoji.training.siblings.quality import quality
-from trce_lightning.runtime.storage import replacing
+from trce_lightning.runtime.storage import replacing, write_safetensors
 
 GUIDED_SHARE = 0.3
 """The share of FLUX's training in which it learns guidance from itself."""
@@ -142,11 +143,20 @@ def export(family: Family, folder: Path) -> None:
     """Copy a sibling's parts into the package, where ``model=emoji_xl`` and its like find them."""
     target = siblings_folder()
     target.mkdir(exist_ok=True)
-    for name in (*ENCODERS[family], family):
+    for name in (*ENCODERS[family], family, "scene"):
         with replacing(part_file(target, name)) as aside:
             shutil.copyfile(part_file(folder, name), aside)
     if "t5" in ENCODERS[family]:
         load_t5_tokenizer(folder).save_pretrained(t5_tokenizer_folder(target))
+
+
+def train_scene_judge(folder: Path) -> None:
+    """Fit the read-out that tells scenes from other pictures, and log how well the judge sees scenes."""
+    file = part_file(folder, "scene")
+    if not file.exists():
+        judge, accuracy = fit_scene_judge(folder.parent, load_judge(weights_folder()))
+        write_safetensors(file, judge.scene.state_dict())
+        log.info("the judge on held-out pictures: %s", {name: round(x, 4) for name, x in accuracy.items()})
 
 
 def _train_encoders(family: Family, folder: Path, plan: Fit) -> None:
@@ -159,6 +169,7 @@ STEPS: dict[str, Callable[[Family, Path, Fit], None]] = {
     "data": lambda family, folder, plan: prepare_data(folder),
     "encoders": _train_encoders,
     "denoiser": train_denoiser,
+    "judge": lambda family, folder, plan: train_scene_judge(folder),
     "check": lambda family, folder, plan: check(family, folder),
     "export": lambda family, folder, plan: export(family, folder),
 }
