@@ -288,8 +288,8 @@ def opened_folder(family: Family) -> Path:
     files = [part_file(shipped, name) for name in (*ENCODERS[family], family)]
     if missing := [file.name for file in files if not file.exists()]:
         raise InputError(
-            f"model=emoji_{family}: expected {', '.join(missing)} in '{shipped}', got none; "
-            f"python -m trce_lightning.emoji.training --family {family} makes it"
+            f"model=emoji_{family}: expected {', '.join(missing)} in '{shipped}', got none; the embedded "
+            f"model's card says how --family {family} trains it"
         )
     digest = hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=8).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

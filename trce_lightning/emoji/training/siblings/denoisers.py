@@ -234,8 +234,8 @@ def _loss_of_xl(device: torch.device) -> Callable[[nn.Module, Batch], Tensor]:
 
 
 SAMPLING: dict[Family, dict[str, Any]] = {
-    "xl": {"guidance_scale": 4.0},
-    "sd3": {"guidance_scale": 4.0, "max_sequence_length": TEXT_LENGTH},
+    "xl": {"guidance_scale": 3.0},
+    "sd3": {"guidance_scale": 3.0, "max_sequence_length": TEXT_LENGTH},
     "flux": {"guidance_scale": 3.5, "max_sequence_length": TEXT_LENGTH},
 }
 """The options with which each pipeline draws."""
