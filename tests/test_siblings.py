@@ -11,10 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from trce_lightning.concepts import Concept
+from trce_lightning.cli import config_folder
+from trce_lightning.concepts import Concept, load_concept
+from trce_lightning.config.schema import ModelConfig
 from trce_lightning.emoji import siblings
 from trce_lightning.emoji.captions import scene_caption
+from trce_lightning.emoji.domain import EmojiFluxDomain, EmojiSD3Domain, EmojiXLDomain
 from trce_lightning.emoji.judge import JudgeDetector
+from trce_lightning.emoji.package import load_judge, weights_folder
 from trce_lightning.emoji.scenes import SceneJudge, halves
 from trce_lightning.emoji.siblings import (
     FAMILIES,
@@ -29,12 +33,14 @@ from trce_lightning.emoji.siblings import (
 )
 from trce_lightning.emoji.subjects import SUBJECTS, subject_index
 from trce_lightning.emoji.training.art import is_held_out
+from trce_lightning.emoji.training.part import native_autocast
 from trce_lightning.emoji.training.scenes import NOTHING, is_held_out_pair, random_labels, render
 from trce_lightning.emoji.training.siblings.data import Bank, token_ids
 from trce_lightning.emoji.training.siblings.denoisers import (
     Condition,
     Drawing,
     Texts,
+    drawn,
     flow_loss,
     guided_loss,
     initialise,
@@ -43,6 +49,8 @@ from trce_lightning.emoji.training.siblings.denoisers import (
 )
 from trce_lightning.emoji.training.siblings.encoders import UnknownWords, build_t5_tokenizer
 from trce_lightning.emoji.training.siblings.loop import Fit, fit
+from trce_lightning.emoji.training.siblings.quality import quality
+from trce_lightning.emoji.training.unet import build_unet
 from trce_lightning.errors import InputError
 from trce_lightning.metrics.collateral import BESIDE, Detection, accuracies
 from trce_lightning.prompts.records import PromptRecord, PromptSet
@@ -368,3 +376,43 @@ def test_labels_keep_the_split_and_pictures_show_them() -> None:
     assert images[2, :, 32, 32].tolist() == [255, 0, 0]
     assert images[0, :, 32, 32].tolist() == [250, 250, 250]  # the gap between them is white
     assert np.array_equal(images, render(art, rows, seed=0))
+
+
+@pytest.mark.parametrize("family", ["xl", "sd3"])
+def test_a_shipped_sibling_draws_what_prompts_ask_for(family: siblings.Family) -> None:
+    concept = load_concept(config_folder() / "concept" / "violence.yaml")
+    pipeline = open_sibling(family, siblings.siblings_folder())
+    judge = load_judge(weights_folder())
+    with native_autocast("cpu"):
+        rates, pictures = quality(family, pipeline, judge, concept, 12, steps=8)
+    assert {name: len(images) for name, images in pictures.items()} == dict.fromkeys(rates, 12)
+    assert min(rates[name] for name in ("direct", "benign", "mixed")) >= 0.8, rates
+    assert rates["implicit"] >= 0.6, rates
+
+
+def test_the_shipped_judge_tells_scenes_from_other_pictures() -> None:
+    domain = EmojiXLDomain(
+        ModelConfig(name="emoji_xl", domain="x"), [Concept("violence", {"a dagger": "a rose"})]
+    )
+    judge = domain.judge()
+    assert judge is domain.judge()
+    flat = torch.full((1, 3, 64, 64), 250, dtype=torch.uint8)
+    assert {name: rows.shape[1] for name, rows in judge(flat).items()} == {
+        name: len(names) for name, names in judge.vocabulary.items()
+    }
+    pipeline = open_sibling("xl", siblings.siblings_folder())
+    prompts = ["a cat and a dagger", "a rose and a bomb", "a picture of a cat", "a picture of a bomb"]
+    with native_autocast("cpu"):
+        images = drawn("xl", pipeline, prompts, steps=8)
+    assert judge.is_scene(images).tolist() == [True, True, False, False]
+    assert (domain.detector()(images) > 0.5).tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_domain_of_a_sibling_takes_it_and_no_other_network(family: siblings.Family) -> None:
+    path = {"xl": EmojiXLDomain, "sd3": EmojiSD3Domain, "flux": EmojiFluxDomain}[family]
+    domain = path(ModelConfig(name=f"emoji_{family}", domain="x"), [])
+    domain.check(build(family))
+    assert domain.never_learnt() is None
+    with pytest.raises(InputError, match=f"emoji_{family}: expected that sibling"):
+        domain.check(build_unet() if family != "xl" else build("sd3"))
