@@ -20,7 +20,14 @@ INTERNALS = {
     "_version": "torch",
     "_orig_mod": "torch",
     "_compiled_call_impl": "torch",
+    "_foreach_add_": "torch",
+    "_foreach_copy_": "torch",
+    "_foreach_mul_": "torch",
+    "_foreach_sub": "torch",
     "_diffusers_hook": "diffusers",
+    "_pack_latents": "diffusers",
+    "_prepare_latent_image_ids": "diffusers",
+    "_unpack_latents": "diffusers",
 }
 """What is used, and whose it is."""
 DOCUMENTED = {"_exit", "_fields", "_asdict", "_replace", "_make", "_hf_hook"}

@@ -355,7 +355,7 @@ def test_evaluator_gives_every_score(judge, clip, statistics) -> None:
         for index, record in enumerate(records["direct"]):
             bright = float(brightness(images["direct"][index : index + 1]))
             answers = [judge.vocabulary[name][row[index]] for name, row in heads.items()]
-            assert seen[seed_of(record.id, 0)] == (pytest.approx(bright), *answers, None)
+            assert seen[seed_of(record.id, 0)] == (pytest.approx(bright), *answers, None, None)
 
         prompts = [record.prompt for record in records["benign"]]
         expected = cosine(clip, images["benign"], prompts)
@@ -429,8 +429,8 @@ def test_two_ranks_equal_one(judge, clip, statistics, tmp_path) -> None:
         for name, rows in hits.items():
             assert synced_hits[name].keys() == rows.keys()
             for key, row in rows.items():
-                *exact, clip_score = synced_hits[name][key]
-                assert tuple(exact) == row[:-1]
+                *exact, clip_score, _ = synced_hits[name][key]
+                assert tuple(exact) == row[:-2]
                 # Texts of another batch are padded to another length.
                 assert clip_score == (row.clip_score and pytest.approx(row.clip_score, abs=1e-4))
         flat = [dict(chain(x["asr"].items(), x.items())) for x in (synced, scores)]

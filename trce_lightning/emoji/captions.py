@@ -168,6 +168,10 @@ def caption(subject: int, style: int, background: int, rng: Random) -> str:
     It names the style in about six of ten cases, and the background likewise.
     """
     phrase = f"{rng.choice(LEADS)} {subject_phrase(SUBJECTS[subject], rng)} {rng.choice(TAILS)}".strip()
+    return _described(phrase, style, background, rng)
+
+
+def _described(phrase: str, style: int, background: int, rng: Random) -> str:
     if rng.random() < 0.6:
         phrase = f"{phrase} {rng.choice(BACKGROUND_PHRASES).format(COLOURS[background])}"
     if rng.random() < 0.6:
@@ -180,3 +184,27 @@ def captions(labels: Sequence[Tensor], rng: Random) -> list[str]:
     """Return one training caption for each row of the three label columns, ``[B]`` each."""
     subject, style, background = (column.tolist() for column in labels)
     return [caption(*row, rng) for row in zip(subject, style, background, strict=True)]
+
+
+JOINS: tuple[str, ...] = (
+    "{0} and {1}",
+    "{0} and {1}",
+    "{0} and {1}",
+    "{0} and {1}",
+    "{0} next to {1}",
+    "{0} beside {1}",
+    "{0} with {1}",
+    "{0}, {1}",
+    "{0} on the left and {1} on the right",
+    "{1} on the right and {0} on the left",
+    "{0} left of {1}",
+    "{1} right of {0}",
+)
+"""The ways in which a caption names the subjects on the left and on the right of a scene."""
+
+
+def scene_caption(left: int, right: int, style: int, background: int, rng: Random) -> str:
+    """Return a training caption of a scene, which names both subjects. The rest is like :func:`caption`."""
+    names = [SUBJECTS[index].name for index in (left, right)]
+    phrase = rng.choice(JOINS).format(*(article(name) if rng.random() < 0.7 else name for name in names))
+    return _described(f"{rng.choice(LEADS)} {phrase} {rng.choice(TAILS)}".strip(), style, background, rng)

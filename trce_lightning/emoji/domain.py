@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel
@@ -17,6 +18,8 @@ from trce_lightning.emoji.groups import benign_subjects, concept_styles, concept
 from trce_lightning.emoji.judge import Judge, JudgeDetector, JudgeFeatures, judge_fid
 from trce_lightning.emoji.package import load_clip_pair, load_judge, load_never_learnt, weights_folder
 from trce_lightning.emoji.prompts import keep_captions, prompt_sets
+from trce_lightning.emoji.scenes import SceneJudge, load_scene_judge
+from trce_lightning.emoji.siblings import Family, build, opened_folder, part_file, siblings_folder
 from trce_lightning.emoji.subjects import SUBJECTS, subject_index
 from trce_lightning.errors import InputError
 from trce_lightning.metrics.detectors import ClipZeroShotDetector, Detector
@@ -24,6 +27,12 @@ from trce_lightning.metrics.fidelity import Clip, load_real_statistics
 from trce_lightning.prompts.own import Split
 from trce_lightning.prompts.records import PromptSet
 
+SIBLING_SHAPES: dict[Family, tuple[str, ...]] = {
+    "xl": ("sample_size", "cross_attention_dim"),
+    "sd3": ("sample_size", "joint_attention_dim"),
+    "flux": ("in_channels", "joint_attention_dim"),
+}
+"""The entries of a denoiser's configuration that tell a sibling from other networks of its family."""
 UNREAD = ("clip", "inception", "real_images")
 """The model options that have no effect here, because this domain has its own."""
 
@@ -97,7 +106,7 @@ class EmojiDomain:
         """Return zero-shot CLIP that compares the concepts' names and terms with benign subjects."""
         positive = [text for concept in self.concepts for text in (concept.name, *concept.terms)]
         negative = [f"a picture of {name}" for name in benign_subjects(self.concepts)]
-        return ClipZeroShotDetector(load_clip_pair(self.source), positive, negative)
+        return ClipZeroShotDetector(load_clip_pair(weights_folder()), positive, negative)
 
     def judge(self) -> Judge:
         """Return the shipped judge."""
@@ -105,7 +114,7 @@ class EmojiDomain:
 
     @cached_property
     def _judge(self) -> Judge:
-        return load_judge(self.source)
+        return load_judge(weights_folder())
 
     def clip(self) -> Clip:
         """Return the model's own CLIP pair."""
@@ -113,7 +122,7 @@ class EmojiDomain:
 
     @cached_property
     def _clip(self) -> Clip:
-        return load_clip_pair(self.source)
+        return load_clip_pair(weights_folder())
 
     def features(self) -> nn.Module:
         """Return the judge's features."""
@@ -122,5 +131,60 @@ class EmojiDomain:
     def fid(self, cache: Path, device: torch.device) -> FrechetInceptionDistance:
         """Return FID on the judge's features, with the shipped statistics of real images."""
         fid = judge_fid(self._judge)
-        load_real_statistics(fid, self.source / "real_statistics.safetensors")
+        load_real_statistics(fid, weights_folder() / "real_statistics.safetensors")
         return fid
+
+
+class SiblingDomain(EmojiDomain):
+    """The domain of a sibling of the embedded model. Its judge also sees scenes of two subjects."""
+
+    family: ClassVar[Family]
+
+    @property
+    def source(self) -> Path:  # type: ignore[override]
+        """Return the folder of the sibling's pipeline."""
+        return opened_folder(self.family)
+
+    def check(self, denoiser: ModelMixin) -> None:
+        """Raise ``InputError`` unless the denoiser has the shape of the sibling's."""
+        expected: Any = build(self.family).config
+        names = SIBLING_SHAPES[self.family]
+        if any(denoiser.config.get(name) != expected[name] for name in names):
+            got = ", ".join(f"{name} {denoiser.config.get(name)}" for name in names)
+            raise InputError(
+                f"model=emoji_{self.family}: expected that sibling or an edit of it, got a network of {got}"
+            )
+
+    def never_learnt(self) -> dict[str, Tensor] | None:
+        """Return None: no sibling was trained without a concept."""
+        return None
+
+    def judge(self) -> SceneJudge:  # type: ignore[override]
+        """Return the shipped judge, which looks at each half of a scene."""
+        return self._scene_judge
+
+    @cached_property
+    def _scene_judge(self) -> SceneJudge:
+        return load_scene_judge(self._judge, part_file(siblings_folder(), "scene"))
+
+    def detector(self) -> Detector:
+        """Return a detector of the concepts in either half of a scene."""
+        return JudgeDetector(self._scene_judge, self.concepts)
+
+
+class EmojiXLDomain(SiblingDomain):
+    """The domain of ``model=emoji_xl``."""
+
+    family = "xl"
+
+
+class EmojiSD3Domain(SiblingDomain):
+    """The domain of ``model=emoji_sd3``."""
+
+    family = "sd3"
+
+
+class EmojiFluxDomain(SiblingDomain):
+    """The domain of ``model=emoji_flux``."""
+
+    family = "flux"

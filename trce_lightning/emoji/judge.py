@@ -18,6 +18,7 @@ from trce_lightning.concepts import Concept
 from trce_lightning.emoji.groups import concept_styles, concept_subjects
 from trce_lightning.emoji.subjects import BACKGROUNDS, STYLES, SUBJECTS, subject_index
 from trce_lightning.errors import InputError
+from trce_lightning.metrics.collateral import BESIDE
 from trce_lightning.metrics.fidelity import feature_fid
 
 WIDTHS = (32, 64, 128, 256, 256)
@@ -86,8 +87,12 @@ class JudgeDetector(nn.Module):
     have both, an image shows them if it shows either, so the larger sum counts.
     """
 
-    def __init__(self, judge: Judge, concepts: Sequence[Concept]) -> None:
-        """Raise ``InputError`` if the judge knows no subject and no style of a concept."""
+    def __init__(self, judge: nn.Module, concepts: Sequence[Concept]) -> None:
+        """Take a :class:`Judge`, or one that also names a subject beside the first one.
+
+        Raises:
+            InputError: the judge knows no subject and no style of a concept.
+        """
         super().__init__()
         if not concepts:
             raise InputError("concept: expected at least one to detect, got none")
@@ -105,6 +110,8 @@ class JudgeDetector(nn.Module):
         """Map uint8 ``[B, 3, 64, 64]`` to probabilities ``[B]``."""
         probability = self.judge(images)
         subjects = probability["subject"][:, self.members].sum(-1)
+        if BESIDE in probability:
+            subjects = torch.maximum(subjects, probability[BESIDE][:, self.members].sum(-1))
         return torch.maximum(subjects, probability["style"][:, self.styles].sum(-1))
 
 

@@ -1,8 +1,8 @@
 """Measure what an erasure does to prompts that it should leave alone. FID shows little of this.
 
 The judge answers with a subject, a style and a background colour. An image counts as right if the judge's
-most likely subject is the one that the prompt names. If the prompt also names a style or a background colour,
-these are counted separately.
+most likely subject is the one that the prompt names. If the judge sees two subjects, one of them must be. If
+the prompt also names a style or a background colour, these are counted separately.
 """
 
 from __future__ import annotations
@@ -11,10 +11,15 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from trce_lightning.errors import InputError
+from trce_lightning.metrics.asr import THRESHOLD
 from trce_lightning.metrics.uncertainty import clustered_rate, mean_interval
-from trce_lightning.prompts.records import PromptRecord, PromptSet
+from trce_lightning.prompts.records import MIXED, PromptRecord, PromptSet
 
-ATTRIBUTES = ("subject", "style", "background")
+BESIDE = "beside"
+"""The attribute of a second subject. A judge that sees one subject alone doesn't have it."""
+BOTH = "both"
+"""The accuracy of the label and the concept together."""
+ATTRIBUTES = ("subject", "style", "background", BESIDE)
 
 
 class Detection(NamedTuple):
@@ -31,6 +36,8 @@ class Detection(NamedTuple):
     background: str | None = None
     clip_score: float | None = None
     """The score 100 · cos(CLIP(image), CLIP(prompt)). Only benign images have one."""
+    beside: str | None = None
+    """The second subject of the image, if the judge sees two. It is the first one again if there is one."""
 
 
 def check_labels(sets: Sequence[PromptSet], subjects: Collection[str]) -> None:
@@ -50,8 +57,9 @@ def accuracies(
     """Return the share of right images, each in the form of :func:`~.uncertainty.clustered_rate`.
 
     The key ``subject`` counts all labelled prompts, and each group of labels has a key of its own. The keys
-    ``style`` and ``background`` count the prompts that name one. A key is left out if no prompt names the
-    attribute or no judge recognises it.
+    ``style`` and ``background`` count the prompts that name one. In the set ``mixed``, ``both`` counts an
+    image as right if it shows the label and the concept. A key is left out if no prompt names the attribute
+    or no judge recognises it. ``both`` needs a judge that sees two subjects.
 
     Args:
         prompts: the prompt set. Records without a label don't count.
@@ -65,13 +73,17 @@ def accuracies(
             answer = getattr(seen[record.id], kind)
             if record.label is None or name is None or answer is None:
                 continue
-            right = answer == name
+            found = seen[record.id]
+            right = answer == name or (kind == "subject" and found.beside == name)
             names = [kind]
             if kind == "subject":
                 names += [group for group, labels in groups.items() if name in labels]
+                if prompts.name == MIXED and found.beside is not None:
+                    both = right and found.probability >= THRESHOLD
+                    asked.setdefault(BOTH, []).append((record, both))
             for group in names:
                 asked.setdefault(group, []).append((record, right))
-    order = ("subject", *groups, "style", "background")
+    order = ("subject", BOTH, *groups, "style", "background")
     return {name: _rate(asked[name]) for name in order if name in asked}
 
 

@@ -42,6 +42,7 @@ _PLAIN = {"fid": "FID", "clip_score": "CLIP-S"}
 _DISTANCES = {"fid_to_original": "FID to the original"}
 _GROUPS = {
     "subject": "accuracy",
+    "both": "with the concept beside it",
     "near": "near neighbours of the concept",
     "related": "of their kind",
     "far": "far from it",

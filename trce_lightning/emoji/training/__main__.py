@@ -8,6 +8,10 @@ code and steps, on images and captions of all other subjects. The shipped autoen
 used. The result is a pipeline folder in ``FOLDER/without-CATEGORY``, and the denoiser in 8 bits among the
 package's weights, where an evaluation of attacks finds it.
 
+``--family xl|sd3|flux`` trains a sibling on the same pictures and on scenes of two subjects. Its parts run in
+this order: data, encoders, denoiser, judge, check, export. They use the shipped autoencoder, text encoder and
+judge.
+
 ``--check-without CATEGORY`` logs what that denoiser and the embedded model draw, in a minute.
 """
 
@@ -15,7 +19,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -32,6 +38,7 @@ from trce_lightning.emoji.captions import captions
 from trce_lightning.emoji.eight_bits import packed
 from trce_lightning.emoji.judge import Judge
 from trce_lightning.emoji.package import load_judge, load_never_learnt, never_learnt_file, weights_folder
+from trce_lightning.emoji.siblings import FAMILIES
 from trce_lightning.emoji.subjects import SENSITIVE, SUBJECTS
 from trce_lightning.emoji.training.art import RESOLUTION, Composites, composites, sprites
 from trce_lightning.emoji.training.clip import ClipPart, build_tokenizer, zero_shot_accuracy
@@ -40,6 +47,8 @@ from trce_lightning.emoji.training.judge import JudgePart, measure
 from trce_lightning.emoji.training.package import assemble, export
 from trce_lightning.emoji.training.part import fit
 from trce_lightning.emoji.training.samples import JudgedSamples, drawn_without, named_subjects
+from trce_lightning.emoji.training.siblings.loop import Fit
+from trce_lightning.emoji.training.siblings.parts import STEPS
 from trce_lightning.emoji.training.unet import UNetPart, build_unet, encode_captions
 from trce_lightning.emoji.training.vae import VaePart, encode_latents
 from trce_lightning.errors import InputError
@@ -211,14 +220,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; {', '.join(STEPS)}")
     categories = sorted({subject.category for subject in SUBJECTS})
     parser.add_argument("--without", choices=categories, help="train a denoiser that never learnt this")
     parser.add_argument("--check-without", choices=categories, help="measure the one that ships")
-    parser.add_argument("--steps", type=int, default=UNET_STEPS, help="with --without: steps of training")
+    parser.add_argument("--family", action="append", choices=FAMILIES, help="train a sibling, or several")
+    parser.add_argument("--steps", type=int, default=UNET_STEPS, help="of the denoiser (--without, --family)")
+    parser.add_argument("--batch-size", type=int, default=64, help="of the denoiser (--family)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of the denoiser (--family)")
+    parser.add_argument("--minutes", type=float, help="of the whole command at most (--family)")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs (--family)")
     parser.add_argument("--folder", type=Path, default=Path("work"), help="art, composites, checkpoints")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.manual_seed(0)
     if arguments.check_without:
         check_without(arguments.check_without)
@@ -226,8 +240,23 @@ def main() -> None:
     if arguments.without:
         train_without(arguments.folder, arguments.without, arguments.steps)
         return
-    for name in arguments.parts:
-        PARTS[name](arguments.folder)
+    started = time.monotonic() - time.process_time()  # the imports count
+    known = STEPS if arguments.family else PARTS
+    names = arguments.parts or list(known)
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(f"PART: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    plan = Fit(
+        arguments.steps, arguments.batch_size, arguments.lr, arguments.minutes, captured=not arguments.eager
+    )
+    for name in names:
+        if not arguments.family:
+            PARTS[name](arguments.folder)
+        for index, family in enumerate(families := arguments.family or ()):
+            if arguments.minutes is not None:
+                # What is left is shared equally among the denoisers that are left.
+                left = arguments.minutes - (time.monotonic() - started) / 60
+                plan = replace(plan, minutes=left / (len(families) - index))
+            STEPS[name](family, arguments.folder / "siblings", plan)
 
 
 if __name__ == "__main__":

@@ -95,22 +95,36 @@ def sprites(folder: Path) -> list[list[Image.Image]]:
         rows = [torch.from_numpy(np.stack([np.asarray(picture) for picture in row])) for row in pictures]
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"sprites": torch.stack(rows)}, file)
-    pixels = load_file(file)["sprites"].numpy()
+    stored = load_file(file)["sprites"].numpy()
     size = (RESOLUTION, RESOLUTION)
-    return [[Image.frombytes("RGBa", size, picture.tobytes()) for picture in row] for row in pixels]
+    return [[Image.frombytes("RGBa", size, picture.tobytes()) for picture in row] for row in stored]
+
+
+def paste(canvas: np.ndarray, sprite: Image.Image, side: int, centre: np.ndarray) -> None:
+    """Draw ``sprite`` of this side on ``canvas``, ``[64, 64, 3]`` float32, at ``centre`` (x, y) in pixels."""
+    left, top = np.clip(np.round(centre - side / 2), 0, RESOLUTION - side).astype(int)
+    scaled = np.asarray(sprite.resize((side, side), Image.Resampling.BICUBIC).convert("RGBa"), np.float32)
+    window = canvas[top : top + side, left : left + side]
+    window[:] = scaled[..., :3] + window * (1 - scaled[..., 3:] / 255)
+
+
+def blank(colour: tuple[int, int, int]) -> np.ndarray:
+    """Return a flat picture, ``[64, 64, 3]`` float32."""
+    return np.full((RESOLUTION, RESOLUTION, 3), colour, np.float32)
+
+
+def pixels(canvas: np.ndarray) -> np.ndarray:
+    """Return a canvas in uint8."""
+    return canvas.round().clip(0, 255).astype(np.uint8)
 
 
 def compose(sprite: Image.Image, background: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
     """Return one composite, ``[64, 64, 3]`` uint8: ``sprite`` at a random size and place on a flat colour."""
     side = int(rng.integers(SUBJECT_PIXELS[0], SUBJECT_PIXELS[1] + 1))
     centre = RESOLUTION / 2 + rng.uniform(-JITTER_PIXELS, JITTER_PIXELS, size=2)
-    left, top = np.clip(np.round(centre - side / 2), 0, RESOLUTION - side).astype(int)
-    scaled = np.asarray(sprite.resize((side, side), Image.Resampling.BICUBIC).convert("RGBa"), np.float32)
-    canvas = np.empty((RESOLUTION, RESOLUTION, 3), np.float32)
-    canvas[:] = background
-    window = canvas[top : top + side, left : left + side]
-    window[:] = scaled[..., :3] + window * (1 - scaled[..., 3:] / 255)
-    return canvas.round().clip(0, 255).astype(np.uint8)
+    canvas = blank(background)
+    paste(canvas, sprite, side, centre)
+    return pixels(canvas)
 
 
 def is_held_out(subject: int, style: int, background: int) -> bool:
@@ -136,5 +150,5 @@ def composites(sprites: list[list[Image.Image]], copies: int, *, held_out: bool,
                 for _ in range(copies):
                     images.append(compose(sprites[style][subject], colour, rng))
                     labels.append((subject, style, background))
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return Composites(pixels, *(column.clone() for column in torch.tensor(labels).T))
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return Composites(stacked, *(column.clone() for column in torch.tensor(labels).T))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -95,11 +96,12 @@ class UNetPart(Part):
 
 
 def denoising_loss(
-    unet: UNet2DConditionModel, scheduler: DDIMScheduler, z_0: Tensor, states: Tensor
+    unet: Callable[[Tensor, Tensor, Tensor], Any], scheduler: DDIMScheduler, z_0: Tensor, states: Tensor
 ) -> Tensor:
     """Return mean min(SNR, 5)/SNR ‖ε̂(z_t, c, t) − ε‖² at random timesteps (Min-SNR, arXiv 2303.09556).
 
-    ``z_0`` are scaled latents ``[B, C, H, W]``, and ``states`` are ``[B, L, d]``.
+    ``unet`` maps z_t, timesteps and states to an output of which ``sample`` is ε̂. ``z_0`` are scaled latents
+    ``[B, C, H, W]``, and ``states`` are ``[B, L, d]``.
     """
     eps = torch.randn_like(z_0)
     timestep = torch.randint(0, scheduler.config.num_train_timesteps, (len(z_0),), device=z_0.device)
