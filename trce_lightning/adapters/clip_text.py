@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BatchEncoding
 
 from trce_lightning.errors import InputError
-from trce_lightning.tokens import trim_length
+from trce_lightning.tokens import roles_of, trim_length
 
 
 class Tokens(NamedTuple):

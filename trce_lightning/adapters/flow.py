@@ -190,7 +190,7 @@ class FlowAdapter(PipelineAdapter):
 
     def _tokens_of_clips(self, ids: Tensor) -> list[Tokens]:
         """Return the tokens of each CLIP encoder. Only padding is another in each."""
-        return [clip.tokens_of(ids, self.clips[0].end) for clip in self.clips]
+        return [clip.tokens_of(ids, padded=clip is self.clips[0]) for clip in self.clips]
 
     def _text(self, ids: Mapping[str, Tensor]) -> Text:
         states, roles = {}, {}
@@ -238,7 +238,20 @@ class FlowAdapter(PipelineAdapter):
 
     def _stream(self, name: str, segments: tuple[str, ...]) -> Stream:
         module = self.denoiser.get_submodule(name)
-        return Stream(segments, module.in_features, {name: Entry(module)})
+        scales = {segment: self._scales[segment] for segment in segments}
+        return Stream(segments, module.in_features, {name: Entry(module)}, scales)
+
+    @cached_property
+    def _scales(self) -> dict[str, float]:
+        """Return one over the root mean square of the empty prompt's states after the SoT, by segment.
+
+        The penultimate states of CLIP, those of T5 and pooled vectors differ in size.
+        """
+        empty = self.empty()
+        return {
+            name: 1 / float(states[empty.roles[name] != Role.SOT].square().mean().sqrt())
+            for name, states in empty.states.items()
+        }
 
     def predict(self, z_t: Tensor, timestep: Tensor | int, text: Text) -> Tensor:
         """Return the flow ε − z_0 that the denoiser predicts, ``[B, C, H, W]`` float32."""

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from transformers import CLIPTextModelWithProjection
 
 from trce_lightning.adapters.flow import CLIP, POOLED, T5, FlowAdapter
+from trce_lightning.adapters.refusals import refuse_other_readings
 from trce_lightning.errors import InputError
 from trce_lightning.tokens import Text
 
@@ -45,11 +46,7 @@ class StableDiffusion3Adapter(FlowAdapter):
 
     def _refuse_encoders(self, pipeline: Any) -> None:
         super()._refuse_encoders(pipeline)
-        first, second = pipeline.tokenizer, pipeline.tokenizer_2
-        if first.get_vocab() != second.get_vocab() or first.model_max_length != second.model_max_length:
-            raise InputError(
-                "model: expected two CLIP tokenizers that differ in their padding alone, got others"
-            )
+        refuse_other_readings(pipeline.tokenizer, pipeline.tokenizer_2)
 
     def _context_width(self, pipeline: Any) -> int:
         if pipeline.text_encoder_3 is not None:

@@ -145,6 +145,8 @@ class TextualConfig:
     adversarial_rounds: Natural = 0  # times that the best answers to the edit are erased, too
     adversarial_ridge: Positive = 0.01  # weight that keeps such answers small, in units of tr(G) / d
     positions: Annotated[list[Annotated[str, OneOf(POSITIONS)]], Len(1)] = items("eot")
+    # that pair where the text encoder is a T5
+    t5_positions: Annotated[list[Annotated[str, OneOf(("keyword", "eot"))]], Len(1)] = items("keyword", "eot")
     keep_eot_weight: NonNegative = 1.0  # weight of the kept prompts' first EoT, beside all their positions
     empty_prompt_weight: NonNegative = 1.0
     safe_weight: NonNegative = 1.0
