@@ -132,7 +132,8 @@ def _open_folder(source: str | Path, dtype: torch.dtype, revision: str | None) -
     folder = Path(source) if Path(source).is_dir() else _downloaded(str(source), family, index, revision)
     networks = open_networks(folder, index, _present(family, index), dtype)
     try:
-        return family.pipeline_class.from_pretrained(str(folder), dtype=dtype, **networks, **family.unused)
+        parts = {**_absent(family, index), **networks, **family.unused}
+        return family.pipeline_class.from_pretrained(str(folder), dtype=dtype, **parts)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"model.path: expected a tokenizer and a scheduler that can be read in '{folder}', got "
@@ -143,6 +144,12 @@ def _open_folder(source: str | Path, dtype: torch.dtype, revision: str | None) -
 def _present(family: type[PipelineAdapter], index: dict[str, Any]) -> list[str]:
     """Return the names of the networks that a pipeline has. SD3 may lack its T5."""
     return [name for name in family.network_names() if (index.get(name) or [None])[-1] is not None]
+
+
+def _absent(family: type[PipelineAdapter], index: dict[str, Any]) -> dict[str, None]:
+    """Return None for each encoder and tokenizer that a pipeline lacks. diffusers wants it said."""
+    parts = (*family.encoder_names, *family.tokenizer_names)
+    return {name: None for name in parts if (index.get(name) or [None])[-1] is None}
 
 
 def _downloaded(
