@@ -92,10 +92,11 @@ class ClipText:
     def written_out(self, prompts: Sequence[str]) -> list[str]:
         """Return the prompts as diffusers reads them.
 
-        If a textual inversion has several vectors, it becomes its tokens ``<x> <x>_1 …``.
+        If a textual inversion has several vectors, it becomes its tokens ``<x> <x>_1 …``. SD3 reads none.
         """
         added = self.tokenizer.added_tokens_encoder
-        if any(f"{token}_1" in added for token in added):
+        reads = hasattr(self.pipeline, "maybe_convert_prompt")
+        if reads and any(f"{token}_1" in added for token in added):
             return self.pipeline.maybe_convert_prompt(list(prompts), self.tokenizer)
         return list(prompts)
 

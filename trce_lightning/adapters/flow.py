@@ -357,9 +357,7 @@ class FlowAdapter(PipelineAdapter):
 
     def _refuse_denoiser(self, pipeline: Any) -> None:
         transformer = pipeline.transformer
-        if getattr(transformer, "encoder_hid_proj", None) is not None or getattr(
-            transformer, "image_proj", None
-        ):
+        if any(getattr(transformer, name, None) is not None for name in ("encoder_hid_proj", "image_proj")):
             raise InputError(
                 "model: expected a denoiser of latents, timestep and text alone, got one that reads a "
                 "picture (IP-Adapter); call unload_ip_adapter() first"
