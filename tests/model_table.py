@@ -7,7 +7,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from inspect import signature
 from pathlib import Path
@@ -29,6 +29,7 @@ from diffusers import (
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor, SlicedAttnProcessor
 from published_models import pipeline_of
 from safetensors.torch import load_file, save_file
+from tiny_flow import T5_LENGTH, build, build_sd3
 from tiny_sdxl import POOLED, SIZE_WIDTH, build_tiny_sdxl
 from transformers import CLIPTextModelWithProjection
 
@@ -699,6 +700,146 @@ def xl_models() -> Iterator[Case]:
     yield Case(group, name, xl_unet(time_cond_proj_dim=8), opens=False)
 
 
+# --- Stable Diffusion 3 and FLUX.1 ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FlowCase(Case):
+    """A model of flow matching, whose own scheduler draws, with T5's tokens padded to a small length."""
+
+    guidance: float = 3.5
+
+    def open(self, folder: Path) -> Adapter:
+        """The model as this project reads it."""
+        options: dict[str, Any] = {"resolution": self.side, "max_sequence_length": T5_LENGTH}
+        source = self.store(self.make(), folder)
+        if isinstance(source, tuple):
+            return load_adapter(source[0], config=source[1], **options)
+        return load_adapter(source, **options) if isinstance(source, Path) else adapter_of(source, **options)
+
+    def drawn_here(self, adapter: Adapter, sampler: str | None, steps: int) -> np.ndarray:
+        """A picture by this project, ``[H, W, 3]``. If guidance is embedded, no step evaluates ∅."""
+        scale = self.guidance if adapter.guided else 1.0
+        return replace(self, guidance=scale)._drawn(adapter, sampler, steps)
+
+    def _drawn(self, adapter: Adapter, sampler: str | None, steps: int) -> np.ndarray:
+        return super().drawn_here(adapter, sampler, steps)
+
+    def drawn_by_diffusers(self, pipeline: Any, sampler: str | None, steps: int) -> np.ndarray:
+        """The same picture by diffusers."""
+        pipeline.set_progress_bar_config(disable=True)
+        (image,) = pipeline(
+            self.prompt,
+            height=self.side,
+            width=self.side,
+            num_inference_steps=steps,
+            guidance_scale=self.guidance,
+            max_sequence_length=T5_LENGTH,
+            generator=[torch.Generator().manual_seed(7)],
+            output_type="np",
+        ).images
+        return (image * 255).round().astype(int)
+
+
+def flow(family: str, change: Callable[[Any], None] = lambda pipeline: None, **settings: Any) -> Any:
+    """A tiny pipeline after a change, with some of its scheduler's settings changed."""
+
+    def make() -> Any:
+        pipeline = build(family)
+        change(pipeline)
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **settings)
+        return pipeline
+
+    return make
+
+
+def flow_folder(pipeline: Any, folder: Path) -> Path:
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def flow_file(pipeline: Any, folder: Path) -> tuple[Path, Path]:
+    """A denoiser in one file, under the original code's names, and its configuration's folder."""
+    pipeline.save_pretrained(folder / "base")
+    names = ("joint_blocks.0.x_block.attn.qkv.weight", "context_embedder.weight")
+    save_file(
+        {f"model.diffusion_model.{name}": torch.zeros(2, 2) for name in names}, folder / "x.safetensors"
+    )
+    return folder / "x.safetensors", folder / "base"
+
+
+def quantized_folder(pipeline: Any, folder: Path) -> Path:
+    pipeline.save_pretrained(folder)
+    file = folder / "transformer" / "config.json"
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantization}))
+    return folder
+
+
+def int8_entry(pipeline: Any) -> None:
+    layer = pipeline.transformer.context_embedder
+    layer.weight = torch.nn.Parameter(layer.weight.data.to(torch.int8), requires_grad=False)
+
+
+def with_scheduler(name: str, **settings: Any) -> Callable[[], Any]:
+    def make() -> Any:
+        pipeline = build("sd3")
+        pipeline.scheduler = getattr(diffusers, name)(**settings)
+        return pipeline
+
+    return make
+
+
+def without_shift(pipeline: Any) -> None:
+    pipeline.vae.register_to_config(shift_factor=None)
+
+
+def with_lora(pipeline: Any) -> None:
+    layer = pipeline.transformer.transformer_blocks[0].attn
+    layer.to_q.base_layer = torch.nn.Linear(2, 2)
+
+
+def fused(pipeline: Any) -> None:
+    pipeline.transformer.fuse_qkv_projections()
+
+
+def flow_models() -> Iterator[Case]:
+    group = "Stable Diffusion 3 and FLUX.1"
+    own = (None, "FlowMatchEulerDiscreteScheduler")
+    yield FlowCase(group, "Stable Diffusion 3, from a folder", flow("sd3"), flow_folder, samplers=own)
+    yield FlowCase(
+        group, "Stable Diffusion 3 without T5, from a folder", lambda: build_sd3(t5=False), flow_folder
+    )
+    yield FlowCase(group, "Stable Diffusion 3.5, from a folder", flow("sd35"), flow_folder)
+    yield FlowCase(group, "Stable Diffusion 3 without guidance", flow("sd3"), guidance=1.0)
+    yield FlowCase(
+        group, "a shift by resolution (`use_dynamic_shifting`)", flow("sd3", use_dynamic_shifting=True)
+    )
+    yield FlowCase(group, "`use_karras_sigmas` of a flow", flow("sd3", use_karras_sigmas=True))
+    yield FlowCase(group, "FLUX.1 dev, from a folder", flow("flux_dev"), flow_folder, samplers=own)
+    yield FlowCase(
+        group,
+        "FLUX.1 schnell, one and four steps",
+        flow("flux_schnell"),
+        flow_folder,
+        steps=(1, 4),
+        guidance=0.0,
+    )
+    stochastic = flow("sd3", stochastic_sampling=True)
+    yield FlowCase(group, "`stochastic_sampling=True`", stochastic, opens=False)
+    yield FlowCase(group, "`DDIMScheduler` for a flow", with_scheduler("DDIMScheduler"), opens=False)
+    heun = with_scheduler("FlowMatchHeunDiscreteScheduler")
+    yield FlowCase(group, "`FlowMatchHeunDiscreteScheduler`", heun, opens=False)
+    yield FlowCase(group, "a vae without `shift_factor`", flow("flux_dev", without_shift), opens=False)
+    yield FlowCase(
+        group, "a quantized transformer in a folder", flow("flux_dev"), quantized_folder, opens=False
+    )
+    yield FlowCase(group, "a quantized transformer in memory", flow("flux_dev", int8_entry), opens=False)
+    yield FlowCase(group, "a LoRA in the transformer", flow("flux_dev", with_lora), opens=False)
+    yield FlowCase(group, "`fuse_qkv_projections` of a transformer", flow("flux_dev", fused), opens=False)
+    yield FlowCase(group, "a transformer in one file", flow("sd3"), flow_file, opens=False)
+
+
 CASES = (
     *schedulers(),
     *other_schedulers(),
@@ -708,6 +849,7 @@ CASES = (
     *folders(),
     *single_files(),
     *xl_models(),
+    *flow_models(),
 )
 
 

@@ -54,7 +54,11 @@ def erase(
         places = [f"runs={folder}", f"cache={cache or folder}", "trainer.devices=1"]
         config = compose(concept, "metrics.enabled=false", *places, *options)
         checks.check(config)
-        adapter = adapter_of(pipeline)
+        adapter = adapter_of(
+            pipeline,
+            max_sequence_length=config.model.max_sequence_length,
+            guidance_scale=config.model.guidance_scale,
+        )
         if config.model.channels_last:
             adapter.to_channels_last()
         run = run_of(config, concepts_of(config), adapter)

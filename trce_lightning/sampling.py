@@ -64,6 +64,15 @@ def ddim_schedule(
     return Schedule(timesteps, *levels, prediction_type)
 
 
+def flow_schedule(sigmas: Tensor, timesteps: Tensor) -> Schedule:
+    """Return the levels of flow matching: a = 1 − σ, and each step arrives where the next one begins.
+
+    `sigmas` is [n + 1], descending to the level at which the last step arrives. `timesteps` is [n].
+    """
+    before, after = sigmas[:-1].float(), sigmas[1:].float()
+    return Schedule(timesteps, 1 - before, before, 1 - after, after, "flow")
+
+
 def denoise_step(prediction: Tensor, z_t: Tensor, schedule: Schedule, step_index: int) -> Tensor:
     """Return the latents after a step: z' = a' z_0 + σ' ε, with the z_0 and ε that the prediction implies.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,6 +51,8 @@ CONTEXT, POOLED = STREAMS
 """The streams of an adapter: the states of a text's positions, and its one pooled vector."""
 Pairs = dict[str, tuple[Tensor, Tensor]]
 """The malicious and the safe states by concept, ``[n, d]`` each."""
+T5 = "t5"
+"""The segment of an encoder that isn't causal. Its EoT hasn't a causal encoder's summary of the prompt."""
 ENDINGS = {"key": "to_k", "value": "to_v"}
 """The ends of the entries' names by the kind of their matrix."""
 
@@ -162,11 +165,12 @@ def textual_statistics(
             f"{', '.join(config.streams)}"
         )
     pairs = prompt_pairs(concepts)
+    t5 = config.t5_positions if any(T5 in stream.segments for stream in streams.values()) else ()
     states: dict[str, Pairs] = {name: {} for name in streams}
     for concept, rows in pairs.items():
-        encoded = _encode_each(adapter, rows, config.positions)
+        encoded = _encode_each(adapter, rows, config.positions, t5)
         for name, stream in streams.items():
-            states[name][concept] = _paired(stream, encoded, positions_of(name, config.positions))
+            states[name][concept] = _paired(stream, encoded, positions_of(name, config.positions), t5)
     # Zeros as the text of no prompt at all are kept by every T. The empty prompt as a text can be asked for.
     empty = adapter.encode([""])
     spans = _spans(adapter, streams, pairs.values()) if config.form == "projection" else {}
@@ -227,11 +231,11 @@ def _spans(
 
 
 def _states(text: Text, segment: str, stream: Stream) -> Tensor:
-    """Return the states of a segment as the stream's entries read them, ``[B, L, d]``.
+    """Return the states of a segment as the stream's entries read them, ``[B, L, d]``, in the stream's scale.
 
     Narrower states than d have zeros after them.
     """
-    own = text.states[segment]
+    own = text.states[segment] * stream.scales.get(segment, 1.0)
     missing = stream.width - own.shape[-1]
     return F.pad(own, (0, missing)) if missing else own
 
@@ -269,22 +273,40 @@ def pair_states(
 
     They are ordered by segment, position, then pair. SoT pairs with SoT, and the first EoT with the first
     EoT. Padding pairs position by position, if both prompts are padded there. Keywords differ in their number
-    of tokens, so each of their tokens pairs with the safe prompt's first EoT.
+    of tokens, so each of their tokens pairs with the safe prompt's first EoT. In the segment of T5 it pairs
+    with the mean of the counterpart's tokens. Where one of both isn't found, nothing pairs.
     """
     return _paired(stream, _encode_each(adapter, pairs, positions), positions)
 
 
-def _paired(stream: Stream, encoded: Sequence[_Encoded], positions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return :func:`pair_states` of encoded pairs."""
+def _paired(
+    stream: Stream, encoded: Sequence[_Encoded], positions: Sequence[str], t5: Sequence[str] = ()
+) -> tuple[Tensor, Tensor]:
+    """Return :func:`pair_states` of encoded pairs. The positions of T5's segment are ``t5``.
+
+    If the stream has T5's segment, every segment and kind of position weighs the same, however many states it
+    has: the n_k states of each of K kinds are scaled by √(n / (K n_k)).
+    """
     count = len(encoded) // 2
-    aligned = [
-        _aligned(stream, segment, which, *row)
-        for segment in stream.segments
-        for which in positions
-        for row in zip(encoded[:count], encoded[count:], strict=True)
-    ]
-    sources, targets = zip(*aligned, strict=True)
-    return torch.cat(sources), torch.cat(targets)
+    kinds = []
+    for segment in stream.segments:
+        for which in t5 if segment == T5 else positions:
+            rows = zip(encoded[:count], encoded[count:], strict=True)
+            sources, targets = zip(*(_aligned(stream, segment, which, *row) for row in rows), strict=True)
+            kinds.append((torch.cat(sources), torch.cat(targets)))
+    if T5 in stream.segments:
+        scales = _balance([len(sources) for sources, _ in kinds])
+        kinds = [
+            (sources * scale, targets * scale)
+            for (sources, targets), scale in zip(kinds, scales, strict=True)
+        ]
+    return torch.cat([sources for sources, _ in kinds]), torch.cat([targets for _, targets in kinds])
+
+
+def _balance(counts: Sequence[int]) -> list[float]:
+    """Return a scale for each part, with which the mean of all states is that of the parts' means."""
+    parts = sum(count > 0 for count in counts)
+    return [math.sqrt(sum(counts) / (parts * count)) if count else 0.0 for count in counts]
 
 
 class _Encoded(NamedTuple):
@@ -294,21 +316,30 @@ class _Encoded(NamedTuple):
     term: dict[str, Tensor]
 
 
-def _encode_each(adapter: Adapter, pairs: Sequence[PromptPair], positions: Sequence[str]) -> list[_Encoded]:
+def _encode_each(
+    adapter: Adapter, pairs: Sequence[PromptPair], positions: Sequence[str], t5: Sequence[str] = ()
+) -> list[_Encoded]:
     """Return the encoded malicious prompts, then the safe ones. Prompts of similar length share a batch."""
     prompts = [pair.malicious for pair in pairs] + [pair.safe for pair in pairs]
-    terms, trimmed = 2 * [pair.term for pair in pairs], "padding" not in positions
+    terms = [pair.term for pair in pairs] + [_counterpart(pair) for pair in pairs]
+    trimmed = "padding" not in positions
     encoded: dict[int, _Encoded] = {}
     for rows in tqdm(batches_by_length(adapter.token_counts(prompts)), "encoding pairs", leave=False):
         chosen = [prompts[row] for row in rows]
         text = adapter.encode(chosen, trimmed=trimmed)
         found: dict[str, Tensor] = {}
-        if "keyword" in positions:
+        if "keyword" in (*positions, *t5):
             found = adapter.mentions(chosen, [terms[row] for row in rows], trimmed=trimmed)
         for index, row in enumerate(rows):
             own = slice(index, index + 1)
             encoded[row] = _Encoded(text.rows(own), {name: mask[own] for name, mask in found.items()})
     return [encoded[row] for row in range(len(prompts))]
+
+
+def _counterpart(pair: PromptPair) -> str:
+    """Return the words of the safe prompt that stand in the place of the term."""
+    before, _, after = pair.malicious.partition(pair.term)
+    return pair.safe.removeprefix(before).removesuffix(after)
 
 
 def batches_by_length(lengths: Sequence[int]) -> list[list[int]]:
@@ -327,6 +358,10 @@ def _aligned(
     if which == "padding":
         mask = mask & position_mask(safe_roles, ["padding"])
         return sources[mask], targets[mask]
+    if which == "keyword" and segment == T5:
+        words = safe.term[segment].to(targets.device)
+        found = int(mask.sum()) if words.any() else 0
+        return sources[mask][:found], targets[words].mean(0, keepdim=True).expand(found, -1)
     end = position_mask(safe_roles, ["sot" if which == "sot" else "eot"])
     return sources[mask], targets[end].expand(int(mask.sum()), -1)
 
@@ -388,8 +423,10 @@ def _merged(parts: Sequence[KeepStatistics], width: int) -> KeepStatistics:
 
 
 def _all_states(text: Text, stream: Stream) -> Tensor:
-    """Return the states of all positions that a stream edits, ``[n, d]``."""
-    return torch.cat([_states(text, segment, stream).flatten(0, 1) for segment in stream.segments])
+    """Return the states of all positions that a stream edits, ``[n, d]``. Its segments weigh the same."""
+    parts = [_states(text, segment, stream).flatten(0, 1) for segment in stream.segments]
+    scales = _balance([len(part) for part in parts])
+    return torch.cat([part * scale for part, scale in zip(parts, scales, strict=True)])
 
 
 def cached_kept(

@@ -95,15 +95,16 @@ def eot_index(input_ids: Tensor, eos_token_id: int) -> Tensor:
     return is_eot.int().argmax(1)
 
 
-def roles_of(input_ids: Tensor, eos_token_id: int) -> Tensor:
-    """Return the `Role` of every position: [B, L] → int8 [B, L]. Position 0 is the SoT.
+def roles_of(input_ids: Tensor, eos_token_id: int, *, has_start: bool = True) -> Tensor:
+    """Return the `Role` of every position: [B, L] → int8 [B, L]. With `has_start`, position 0 is the SoT.
 
     If a prompt has no EoT, raise ValueError.
     """
     token_index = torch.arange(input_ids.shape[1], device=input_ids.device)
     first_eot = eot_index(input_ids, eos_token_id)[:, None]
     roles = torch.full_like(input_ids, Role.WORD, dtype=torch.int8)
-    roles[:, 0] = Role.SOT
+    if has_start:
+        roles[:, 0] = Role.SOT
     roles[token_index == first_eot] = Role.EOT
     roles[token_index > first_eot] = Role.PADDING
     return roles

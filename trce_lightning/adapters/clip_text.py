@@ -8,11 +8,11 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BatchEncoding
 
 from trce_lightning.errors import InputError
-from trce_lightning.tokens import trim_length
+from trce_lightning.tokens import roles_of, trim_length
 
 
 class Tokens(NamedTuple):
@@ -52,7 +52,7 @@ class ClipText:
             self.written_out(prompts),
             padding="max_length",
             truncation=True,
-            max_length=self.tokenizer.model_max_length,
+            max_length=self.length,
             return_tensors="pt",
         )
         last = int(tokens.input_ids.max())
@@ -75,9 +75,14 @@ class ClipText:
         return Tokens(own, (~padding).long())
 
     @property
+    def embeddings(self) -> nn.Embedding:
+        """Return the table of token embeddings that the encoder looks up."""
+        return self.encoder.get_input_embeddings()
+
+    @property
     def known(self) -> int:
         """Return the number of tokens that have an embedding."""
-        return self.encoder.get_input_embeddings().num_embeddings
+        return self.embeddings.num_embeddings
 
     @property
     def end(self) -> int:
@@ -87,10 +92,11 @@ class ClipText:
     def written_out(self, prompts: Sequence[str]) -> list[str]:
         """Return the prompts as diffusers reads them.
 
-        If a textual inversion has several vectors, it becomes its tokens ``<x> <x>_1 …``.
+        If a textual inversion has several vectors, it becomes its tokens ``<x> <x>_1 …``. SD3 reads none.
         """
         added = self.tokenizer.added_tokens_encoder
-        if any(f"{token}_1" in added for token in added):
+        reads = hasattr(self.pipeline, "maybe_convert_prompt")
+        if reads and any(f"{token}_1" in added for token in added):
             return self.pipeline.maybe_convert_prompt(list(prompts), self.tokenizer)
         return list(prompts)
 
@@ -99,9 +105,14 @@ class ClipText:
 
         ``special`` adds the start and end tokens. ``cut`` cuts to the model's length.
         """
+        length = {"max_length": self.length} if cut else {}
         return self.tokenizer(
-            self.written_out(prompts), add_special_tokens=special, truncation=cut, verbose=False
+            self.written_out(prompts), add_special_tokens=special, truncation=cut, verbose=False, **length
         ).input_ids
+
+    def roles(self, ids: Tensor) -> Tensor:
+        """Return the role of every position, ``[B, L]`` → int8 ``[B, L]``."""
+        return roles_of(ids, self.end)
 
     def trim_length(self, tokens: Tokens) -> int:
         """Return the number of positions up to the last prompt's EoT."""
@@ -138,19 +149,19 @@ class ClipText:
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
         """Return token embeddings, ``[B, L]`` → ``[B, L, e]``, without gradients."""
-        return self.encoder.get_input_embeddings()(ids.to(self.device))
+        return self.embeddings(ids.to(self.device))
 
     @property
     def embedding_width(self) -> int:
         """Return the width e of a token's embedding."""
-        return self.encoder.get_input_embeddings().embedding_dim
+        return self.embeddings.embedding_dim
 
     @contextmanager
     def embedding(self, given: Tensor) -> Iterator[None]:
         """Let the encoder read embeddings ``[B, L, e]`` within, whatever its token ids."""
         given = given.to(self.device, self.encoder.dtype)
         # The encoder accepts only ids, so a hook replaces the embeddings that it looks up.
-        hook = self.encoder.get_input_embeddings().register_forward_hook(lambda *_: given)
+        hook = self.embeddings.register_forward_hook(lambda *_: given)
         try:
             yield
         finally:

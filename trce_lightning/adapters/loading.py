@@ -14,9 +14,12 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from trce_lightning.adapters.base import PipelineAdapter
+from trce_lightning.adapters.flow import FlowAdapter
+from trce_lightning.adapters.flux import FluxAdapter
 from trce_lightning.adapters.folder import lacks_weights, open_networks
 from trce_lightning.adapters.protocol import Adapter
 from trce_lightning.adapters.refusals import other_pipeline
+from trce_lightning.adapters.sd3 import StableDiffusion3Adapter
 from trce_lightning.adapters.sdxl import SDXLAdapter
 from trce_lightning.adapters.single_file import CLIP, current_name, whole_state
 from trce_lightning.adapters.stable_diffusion import StableDiffusionAdapter
@@ -25,7 +28,8 @@ from trce_lightning.errors import InputError
 INDEX = "model_index.json"
 SUFFIX = ".safetensors"
 FAMILIES: dict[str, type[PipelineAdapter]] = {
-    family.pipeline_class.__name__: family for family in (StableDiffusionAdapter, SDXLAdapter)
+    family.pipeline_class.__name__: family
+    for family in (StableDiffusionAdapter, SDXLAdapter, StableDiffusion3Adapter, FluxAdapter)
 }
 """The adapter of each family by the name of diffusers' pipeline class."""
 
@@ -38,6 +42,8 @@ def load_adapter(
     resolution: int | None = None,
     config: str | Path | None = None,
     channels_last: bool = False,
+    max_sequence_length: int | None = None,
+    guidance_scale: float | None = None,
 ) -> Adapter:
     """Open a pipeline folder, a ``.safetensors`` file, or a hub id ``owner/name``.
 
@@ -50,6 +56,9 @@ def load_adapter(
         config: the folder or hub id of the pipeline that a single file is a checkpoint of. It supplies the
             tokenizer, the scheduler and the networks' sizes. Its weights are not read.
         channels_last: True to lay denoiser and decoder out as NHWC. This changes only speed and last bits.
+        max_sequence_length: the padded length of T5. None means that of diffusers' pipeline.
+        guidance_scale: the scale that is embedded in every evaluation, for denoisers that read one. None
+            means that of diffusers' pipeline.
 
     Raises:
         FileNotFoundError: ``source`` or ``config`` is a path without a pipeline (the hub is not asked for a
@@ -61,23 +70,49 @@ def load_adapter(
     else:
         pipeline = _open_folder(source, dtype, revision)
     pipeline.set_progress_bar_config(disable=True)
-    adapter = adapter_of(pipeline, resolution=resolution, name=str(source))
+    adapter = adapter_of(
+        pipeline,
+        resolution=resolution,
+        name=str(source),
+        max_sequence_length=max_sequence_length,
+        guidance_scale=guidance_scale,
+    )
     return adapter.to_channels_last() if channels_last else adapter
 
 
-def adapter_of(pipeline: Any, *, resolution: int | None = None, name: str | None = None) -> Adapter:
+def adapter_of(
+    pipeline: Any,
+    *,
+    resolution: int | None = None,
+    name: str | None = None,
+    max_sequence_length: int | None = None,
+    guidance_scale: float | None = None,
+) -> Adapter:
     """Return the adapter of a pipeline in memory. If its class has none, raise ``InputError``.
 
     Args:
         pipeline: diffusers' pipeline.
         resolution: the side of images in pixels. None means the model's own.
         name: the model's name in messages. None means the place it was opened from.
+        max_sequence_length: see :func:`load_adapter`.
+        guidance_scale: see :func:`load_adapter`.
     """
     names = [kind.__name__ for kind in type(pipeline).mro() if kind.__name__ in FAMILIES]
     if not names:
         index = {**pipeline.config, "_class_name": type(pipeline).__name__}
         raise other_pipeline(index, name or "memory", list(FAMILIES))
-    adapter: Any = FAMILIES[names[0]](pipeline, name, resolution=resolution)
+    family = FAMILIES[names[0]]
+    options: dict[str, Any] = {"resolution": resolution}
+    if issubclass(family, FlowAdapter):
+        options["max_sequence_length"] = max_sequence_length
+    elif max_sequence_length is not None:
+        raise InputError(
+            f"model.max_sequence_length: expected none for a {names[0]}, which has no T5, got "
+            f"{max_sequence_length}"
+        )
+    if issubclass(family, FluxAdapter):
+        options["guidance_scale"] = guidance_scale
+    adapter: Any = family(pipeline, name, **options)
     return adapter
 
 
@@ -95,14 +130,26 @@ def _open_folder(source: str | Path, dtype: torch.dtype, revision: str | None) -
     index = _index("model.path", source, revision)
     family = _family(index, source)
     folder = Path(source) if Path(source).is_dir() else _downloaded(str(source), family, index, revision)
-    networks = open_networks(folder, index, family.network_names(), dtype)
+    networks = open_networks(folder, index, _present(family, index), dtype)
     try:
-        return family.pipeline_class.from_pretrained(str(folder), dtype=dtype, **networks, **family.unused)
+        parts = {**_absent(family, index), **networks, **family.unused}
+        return family.pipeline_class.from_pretrained(str(folder), dtype=dtype, **parts)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"model.path: expected a tokenizer and a scheduler that can be read in '{folder}', got "
             f"{type(error).__name__}: {_first_line(error)}"
         ) from error
+
+
+def _present(family: type[PipelineAdapter], index: dict[str, Any]) -> list[str]:
+    """Return the names of the networks that a pipeline has. SD3 may lack its T5."""
+    return [name for name in family.network_names() if (index.get(name) or [None])[-1] is not None]
+
+
+def _absent(family: type[PipelineAdapter], index: dict[str, Any]) -> dict[str, None]:
+    """Return None for each encoder and tokenizer that a pipeline lacks. diffusers wants it said."""
+    parts = (*family.encoder_names, *family.tokenizer_names)
+    return {name: None for name in parts if (index.get(name) or [None])[-1] is None}
 
 
 def _downloaded(
@@ -114,7 +161,7 @@ def _downloaded(
     """
     download = partial(family.pipeline_class.download, hub_id, revision=revision, **family.unused)
     folder = Path(download())
-    if not lacks_weights(folder, index, family.network_names()):
+    if not lacks_weights(folder, index, _present(family, index)):
         return folder
     try:
         half = download(variant="fp16")

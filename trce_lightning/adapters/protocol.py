@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -33,6 +34,8 @@ class Stream(NamedTuple):
     """The width d of the states. T is ``[d, d]``."""
     entries: dict[str, Entry]
     """The maps that read these states, by module name in the denoiser."""
+    scales: Mapping[str, float] = MappingProxyType({})
+    """Factors that bring the states of segments to one energy before T is solved, 1 where there is none."""
 
 
 class Adapter(Protocol):

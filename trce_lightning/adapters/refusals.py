@@ -93,7 +93,7 @@ def refuse_what_the_method_does_not_fit(
     _refuse_other_attention(unet, width)
     for index, names in enumerate(encoders.items()):
         encoder, tokenizer = (getattr(pipeline, name) for name in names)
-        _refuse_other_tokens(encoder, tokenizer)
+        refuse_other_tokens(encoder, tokenizer)
         _refuse_unless_causal(encoder, tokenizer, pools=added is not None and index == len(encoders) - 1)
 
 
@@ -169,7 +169,8 @@ def _refuse_other_attention(unet: UNet2DConditionModel, width: int) -> None:
         raise InputError("model: expected plain linear layers for Q, K and V, got others")
 
 
-def _refuse_other_tokens(encoder: Any, tokenizer: Any) -> None:
+def refuse_other_tokens(encoder: Any, tokenizer: Any) -> None:
+    """Raise ``InputError`` unless a CLIP tokenizer fits its encoder and gives start, text and end."""
     positions = encoder.config.max_position_embeddings
     if tokenizer.model_max_length > positions:
         raise InputError(

@@ -1,20 +1,27 @@
-"""The noise schedule of a model: it is read from the model's own scheduler into diffusers' DDIM."""
+"""The noise schedule of a model, which its own scheduler gives.
+
+Models that predict ε or v have diffusers' DDIM of the same ᾱ. Models of flow matching keep their scheduler.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from trce_lightning.config.schema import SAMPLERS
+from trce_lightning.config.schema import FLOW_SAMPLERS, SAMPLERS
 from trce_lightning.errors import InputError
-from trce_lightning.sampling import DIFFUSION_PREDICTIONS
+from trce_lightning.sampling import DIFFUSION_PREDICTIONS, Schedule, flow_schedule
 
 DEFAULTS = "_use_default_values"
 """The key under which diffusers lists settings that were left at their defaults."""
+SHAPES = ("shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+"""The settings that change a flow's noise levels in another way than by a shift."""
 ATOL = 1e-6
 """The absolute tolerance of ᾱ. Some schedulers write 2⁻²⁴ for zero."""
 
@@ -70,6 +77,76 @@ def scheduler_like(
     return scheduler
 
 
+def flow_of(scheduler: Any) -> FlowMatchEulerDiscreteScheduler:
+    """Return a copy of a scheduler of flow matching. ``InputError`` on another scheduler or process."""
+    name = type(scheduler).__name__
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        raise InputError(f"model: expected a scheduler of flow matching, {FLOW_SAMPLERS[0]}, got {name}")
+    for option, why in (
+        ("stochastic_sampling", "since trajectories are deterministic"),
+        ("invert_sigmas", "since noise is at the beginning"),
+    ):
+        if scheduler.config.get(option):
+            raise InputError(f"model: expected {option}=False, {why}, got True in {name}")
+    return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+
+
+def flow_levels(
+    scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, options: Mapping[str, Any]
+) -> Schedule:
+    """Return the noise levels of ``num_steps`` steps.
+
+    ``options`` are what the model's pipeline gives to ``set_timesteps``. If the model has fewer timesteps,
+    raise ``InputError``.
+    """
+    available = scheduler.config.num_train_timesteps
+    if not 1 <= num_steps <= available:
+        raise InputError(f"num_inference_steps: expected from 1 to {available} steps, got {num_steps}")
+    scheduler.set_timesteps(num_steps, **options)
+    return flow_schedule(scheduler.sigmas.cpu(), scheduler.timesteps.cpu())
+
+
+def flow_scheduler(
+    own: FlowMatchEulerDiscreteScheduler,
+    name: str,
+    num_steps: int,
+    timestep_spacing: str | None,
+    options: Mapping[str, Any],
+    device: torch.device | str,
+) -> Any:
+    """Return diffusers' scheduler of class ``name``, one of ``FLOW_SAMPLERS``, on the flow of ``own``.
+
+    Its timesteps are set. DPM-Solver++ shifts its own noise levels as ``own`` does, to s σ / (1 + (s − 1) σ).
+    s is the shift, or with a shift by resolution e^μ (exponential) or μ (linear). If the class is another, or
+    the flow's levels are not given by a shift, or ``timestep_spacing`` is not None, raise ``InputError``.
+    """
+    if name not in FLOW_SAMPLERS:
+        raise InputError(f"sampler: expected one of {', '.join(FLOW_SAMPLERS)} for flow matching, got {name}")
+    if timestep_spacing is not None:
+        raise InputError(
+            "model.timestep_spacing: expected none for flow matching, whose shift places the steps, got "
+            f"{timestep_spacing}"
+        )
+    if name == FLOW_SAMPLERS[0]:
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(own.config)
+        scheduler.set_timesteps(num_steps, device=device, **options)
+        return scheduler
+    config = own.config
+    if shaped := [option for option in SHAPES if config.get(option)]:
+        raise InputError(f"sampler: expected {FLOW_SAMPLERS[0]} for a model with {shaped[0]}, got {name}")
+    shift = own.shift
+    if config.use_dynamic_shifting:
+        shift = math.exp(options["mu"]) if config.time_shift_type == "exponential" else options["mu"]
+    scheduler = DPMSolverMultistepScheduler(
+        num_train_timesteps=config.num_train_timesteps,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=shift,
+    )
+    scheduler.set_timesteps(num_steps, device=device)
+    return scheduler
+
+
 def has_schedule(scheduler: Any, alphas_cumprod: Tensor) -> bool:
     """Return whether a scheduler's own ᾱ are equal to these."""
     own = scheduler.alphas_cumprod
@@ -97,8 +174,8 @@ def _refuse_other_processes(scheduler: Any) -> None:
     name, config = type(scheduler).__name__, scheduler.config
     if not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
         raise InputError(
-            f"model: expected a scheduler with a noise schedule (betas), got {name}; models of flow matching "
-            "and of continuous noise levels have no adapter yet"
+            f"model: expected a scheduler with a noise schedule (betas), got {name}; flow "
+            "matching and continuous noise levels have no adapter in this family"
         )
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in DIFFUSION_PREDICTIONS or config.get("use_flow_sigmas"):

@@ -40,6 +40,8 @@ SAMPLERS = (
     "LCMScheduler",
     "TCDScheduler",
 )
+FLOW_SAMPLERS = ("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler")
+"""The samplers of models of flow matching. The first is their own."""
 SPACINGS = ("leading", "linspace", "trailing")
 OWN_NEVER_LEARNT = "domain"
 """The value of ``never_learnt`` that stands for the model which the domain ships."""
@@ -73,7 +75,7 @@ Finite = IsFinite[float]
 NonNegative = Annotated[Finite, Ge(0)]
 Positive = Annotated[Finite, Gt(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
-Sampler = Annotated[str, OneOf(SAMPLERS)]
+Sampler = Annotated[str, OneOf((*SAMPLERS, FLOW_SAMPLERS[0]))]
 
 
 @dataclass
@@ -110,6 +112,8 @@ class ModelConfig:
     config: str | None = None  # for a single file: folder or hub id of its pipeline; null: hub_id
     resolution: Annotated[int, Ge(8)] = 512  # pixels
     dtype: Annotated[str, OneOf(("float32", "float16", "bfloat16"))] = "float32"
+    # of a T5 encoder, in tokens; an edit holds for one length; null: as diffusers' pipeline; no T5: null
+    max_sequence_length: Annotated[int, Interval(ge=8, le=512)] | None = None
     channels_last: bool = False  # memory layout NHWC of denoiser and decoder; its speed depends on the device
     guidance_scale: NonNegative = 7.5  # for evaluation images
     num_inference_steps: Steps = 50  # for evaluation images
@@ -141,6 +145,8 @@ class TextualConfig:
     adversarial_rounds: Natural = 0  # times that the best answers to the edit are erased, too
     adversarial_ridge: Positive = 0.01  # weight that keeps such answers small, in units of tr(G) / d
     positions: Annotated[list[Annotated[str, OneOf(POSITIONS)]], Len(1)] = items("eot")
+    # that pair where the text encoder is a T5
+    t5_positions: Annotated[list[Annotated[str, OneOf(("keyword", "eot"))]], Len(1)] = items("keyword", "eot")
     keep_eot_weight: NonNegative = 1.0  # weight of the kept prompts' first EoT, beside all their positions
     empty_prompt_weight: NonNegative = 1.0
     safe_weight: NonNegative = 1.0

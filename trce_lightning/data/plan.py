@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -113,6 +113,25 @@ def _without_absent_kept(items: list[tuple[str, Any]]) -> dict[str, Any]:
     So a plan without them has the fingerprint that it had before plans knew them.
     """
     return {name: value for name, value in items if name not in ("kept", "prompt") or value}
+
+
+def without_empty(config: TrajectoryConfig) -> TrajectoryConfig:
+    """Return the options of stage 2 for a model that is distilled from guided sampling and samples without ∅.
+
+    Trajectories follow their prompt alone, and points of prompts to keep stand in the place of unconditional
+    ones. If the ∅ hinge is asked for, raise ``InputError``.
+    """
+    if config.uncond_hinge_weight:
+        raise InputError(
+            "trajectory.uncond_hinge_weight: expected 0 with a model which samples without ∅, got "
+            f"{config.uncond_hinge_weight}"
+        )
+    return replace(
+        config,
+        guidance_scale=1.0,
+        unconditional_per_malicious=0,
+        kept_per_malicious=config.kept_per_malicious + config.unconditional_per_malicious,
+    )
 
 
 def draw_plan(

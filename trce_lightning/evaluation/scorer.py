@@ -41,7 +41,8 @@ class Sampling:
     variation: Variation = field(default_factory=Variation)
 
     def __str__(self) -> str:
-        steps = f"{self.num_steps} steps of {self.variation.scheduler or 'DDIM'}"
+        scheduler = self.variation.scheduler
+        steps = f"{self.num_steps} steps{f' of {scheduler}' if scheduler else ''}"
         spacing = self.variation.timestep_spacing
         rule = self.variation.guidance
         by = f" by {type(rule).__name__}" if rule is not None else ""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trce_lightning.adapters import Adapter
+from trce_lightning.errors import InputError
 from trce_lightning.sampling import classifier_free_guidance, is_guided
 from trce_lightning.tokens import Text
 
@@ -73,19 +74,34 @@ class ClassifierFreeGuidance:
         return 1 + is_guided(guidance_scale)
 
     def guide(self, adapter: Adapter, prompts: Sequence[str], guidance_scales: Sequence[float]) -> Guide:
-        """Return the guide of a batch. It evaluates both texts in one forward pass."""
-        negative = adapter.encode([self.negative_prompt]) if self.negative_prompt else adapter.empty()
-        return _ClassifierFreeGuide(negative, adapter.encode(prompts), torch.tensor(guidance_scales))
+        """Return the guide of a batch. It evaluates both texts in one forward pass.
+
+        If no scale has an effect, no negative prompt is encoded.
+        """
+        scales, negative = torch.tensor(guidance_scales), None
+        if bool((scales > 1).any()):
+            negative = adapter.encode([self.negative_prompt]) if self.negative_prompt else adapter.empty()
+        return _ClassifierFreeGuide(negative, adapter.encode(prompts), scales)
+
+
+def check_scales(adapter: Adapter, guidance_scales: Sequence[float]) -> None:
+    """Raise ``InputError`` if a scale would evaluate ∅ with a model that samples without it."""
+    if not adapter.guided and (guided := [scale for scale in guidance_scales if is_guided(scale)]):
+        raise InputError(
+            f"guidance_scale: expected at most 1 with '{adapter.name}', which samples without ∅, got "
+            f"{guided[0]:g}; model.guidance_scale is embedded, if the model reads one"
+        )
 
 
 class _ClassifierFreeGuide:
-    def __init__(self, negative: Text, conditional: Text, scales: Tensor) -> None:
+    def __init__(self, negative: Text | None, conditional: Text, scales: Tensor) -> None:
         self.guided = torch.tensor(
             [i for i, w in enumerate(scales.tolist()) if is_guided(w)], dtype=torch.int64
         )
         self.scales = scales[self.guided]
         latents = torch.cat([self.guided, torch.arange(len(conditional))])
-        self._inputs = Inputs(latents, Text.cat([negative.expand(len(self.guided)), conditional]))
+        texts = [] if negative is None else [negative.expand(len(self.guided))]
+        self._inputs = Inputs(latents, Text.cat([*texts, conditional]))
 
     def inputs(self, step_index: int) -> Inputs:
         return self._inputs

@@ -18,7 +18,12 @@ from tqdm.auto import tqdm
 from trce_lightning.adapters import Adapter
 from trce_lightning.adapters.finite import Finite
 from trce_lightning.errors import InputError
-from trce_lightning.generation.guidance import ChangesNetwork, ClassifierFreeGuidance, Guidance
+from trce_lightning.generation.guidance import (
+    ChangesNetwork,
+    ClassifierFreeGuidance,
+    Guidance,
+    check_scales,
+)
 from trce_lightning.generation.image_folder import claim, guidance_scales, load_images, manifest, write_png
 from trce_lightning.generation.lora import lora_applied
 from trce_lightning.generation.samplers import Deterministic, Noisy, Sampler, make_sampler
@@ -243,6 +248,7 @@ class _Drawing:
     def _denoise(self, rows: Batch, steps: Collection[int], progress: tqdm) -> dict[int, Tensor]:
         """Return the latents after these numbers of steps. No step is taken after the largest."""
         adapter, scales = self.adapter, guidance_scales(rows, self.guidance_scale)
+        check_scales(adapter, scales)
         guide = self.guidance.guide(adapter, [record.prompt for record in rows], scales)
         generators = [seeded(image_seed(record)) for record in rows]
         pure = torch.stack([noise(adapter.latent_shape, generator) for generator in generators])

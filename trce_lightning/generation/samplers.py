@@ -165,10 +165,14 @@ class _Scheduler:
     def start(self, noise: Tensor, clean: Tensor | None) -> Tensor:
         self._reset(noise.device, self.skipped)
         if clean is None:
-            return noise * self.scheduler.init_noise_sigma
+            return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        if hasattr(self.scheduler, "scale_noise"):  # of flow matching
+            return self.scheduler.scale_noise(clean, self.timesteps[:1], noise)
         return self.scheduler.add_noise(clean, noise, self.timesteps[:1])
 
     def network_input(self, z_t: Tensor, step_index: int) -> Tensor:
+        if not hasattr(self.scheduler, "scale_model_input"):
+            return z_t
         return self.scheduler.scale_model_input(z_t, self.timesteps[step_index])
 
     def step(

@@ -57,6 +57,11 @@ class SafeLatentDiffusion:
         """Return the guide of a batch. It evaluates all texts in one forward pass."""
         if not phrases_of(self.concept):
             raise InputError("guidance.concept: expected a text to lead away from, got none")
+        if not adapter.guided:
+            raise InputError(
+                f"guidance: expected cfg with '{adapter.name}', which samples without ∅, got sld, which "
+                "leads away from it"
+            )
         return _Guide(self, adapter, prompts, torch.tensor(guidance_scales))
 
 

@@ -83,7 +83,8 @@ class Demo:
 
     def draw(self, prompt: str, seed: int, guidance_scale: float, num_steps: int) -> dict[str, Drawing]:
         """Return the prompt's image by each of ``MODELS``, from the same noise."""
-        record = PromptRecord("demo", prompt, seed=seed, guidance_scale=guidance_scale)
+        guided = self.adapters["Erased"].guided
+        record = PromptRecord("demo", prompt, seed=seed, guidance_scale=guidance_scale if guided else None)
         warn_of_cut(self.adapters["Erased"], [prompt], "the page")
         options = self.sessions["Erased"].sampling().options() | {"num_steps": num_steps}
         return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -73,6 +73,8 @@ class Session:
             resolution=model.resolution,
             config=model.config or model.hub_id,
             channels_last=model.channels_last,
+            max_sequence_length=model.max_sequence_length,
+            guidance_scale=model.guidance_scale,
         )
         adapter.name = base_name(model)
         return self._fitting(adapter)
@@ -114,15 +116,29 @@ class Session:
         for name, file in prompt_files(self.config.prompts, self.config.published):
             if name in OWN_SETS:
                 raise InputError(f"option 'prompts': {name!r} is the concept's own set, rename the file")
-            sets.append(load_file(name, file))
+            sets.append(self._without_scales(load_file(name, file)))
         return sets
+
+    def _without_scales(self, prompts: PromptSet) -> PromptSet:
+        """Return the prompts without guidance scales of their own if the model samples without ∅."""
+        own = [record for record in prompts.records if record.guidance_scale is not None]
+        if self.adapter.guided or not own:
+            return prompts
+        log.warning(
+            "%s: the guidance scales of %d prompts are not used, since %s samples without ∅",
+            prompts.name,
+            len(own),
+            self.adapter.name,
+        )
+        records = tuple(replace(record, guidance_scale=None) for record in prompts.records)
+        return replace(prompts, records=records)
 
     def sampling(self) -> Sampling:
         """Return how the model generates images for scoring."""
         model, trainer = self.config.model, self.config.trainer
         dtype = AUTOCAST[choose_precision(trainer.precision, trainer.accelerator)]
         return Sampling(
-            model.guidance_scale,
+            model.guidance_scale if self.adapter.guided else 1.0,
             model.num_inference_steps,
             self.config.metrics.batch_size,
             dtype,

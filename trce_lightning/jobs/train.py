@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from trce_lightning.closed_form import Edit
 from trce_lightning.concepts import Concept, prompt_pairs
 from trce_lightning.config.schema import ModelConfig, TrainConfig
 from trce_lightning.data.datamodule import TrajectoryDataModule, check_batch
-from trce_lightning.data.plan import TrajectoryPlan, draw_plan
+from trce_lightning.data.plan import TrajectoryPlan, draw_plan, without_empty
 from trce_lightning.data.trajectories import generator_of, sample_missing
 from trce_lightning.erasers.protocol import Cost, denoiser_name
 from trce_lightning.erasers.tuning import ADAM_BYTES
@@ -121,6 +121,14 @@ class TrainingRun:
         if "trajectory" in config.stages:
             check_batch(config.trajectory.batch_size, self.trainer.world_size)
             self._check_precision()
+        if "trajectory" in config.stages and not self.adapter.guided:
+            config = self.config = replace(config, trajectory=without_empty(config.trajectory))
+            log.info(
+                "%s samples without ∅: trajectories follow their prompts alone, and %d prompts to keep are "
+                "preserved with each malicious point, none unconditionally",
+                self.adapter.name,
+                config.trajectory.kept_per_malicious,
+            )
         pairs = prompt_pairs(concepts)
         check_pairs(self.adapter, pairs)
         self.generator = generator_of(self.fingerprint, self.trainer)
