@@ -1,4 +1,4 @@
-"""What the adapters of transformer denoisers with flow matching share: SD3 and FLUX.1.
+"""The part that the adapters of transformer denoisers with flow matching share: SD3 and FLUX.1.
 
 Their denoiser reads text in two places, and stage 1 edits both: ``context_embedder`` reads the sequence of
 text states, ``time_text_embed.text_embedder.linear_1`` the pooled vector. Both are linear maps of raw states.

@@ -55,7 +55,7 @@ class Trace(NamedTuple):
     """The course of a search for some records. It is the same for all models of one text encoder."""
 
     stages: list[Stage]
-    """What each checkpoint has."""
+    """The nearest prompts at each checkpoint."""
     losses: list[list[float]]
     """The loss of each step, for each record."""
 
