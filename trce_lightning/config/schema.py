@@ -337,3 +337,25 @@ class EvalConfig:
     never_learnt: str | None = OWN_NEVER_LEARNT
     transfer: list[str] = items()  # labels of models whose findings are tried on the other models as well
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+
+@dataclass
+class TuneConfig:
+    """The options of ``python -m trce_lightning.tune``."""
+
+    concept: dict[str, ConceptConfig] = field(default_factory=dict)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    methods: Annotated[list[str], Len(1)] = items("all")  # names in configs/method_space
+    trials: Count = 8  # of each method, the starting values among them
+    jobs: Count = 1  # processes; each has its own copy of the model
+    images_per_set: Count = 64
+    batch_size: Count = 32  # images that are generated together
+    fid_margin: Positive = 0.4  # rise of FID without a penalty: 5 % of the original's on many images
+    seed: Natural = 0
+    trainer: DeviceConfig = field(default_factory=DeviceConfig)  # of each process
+    journal: str | None = None  # file with a line for each trial; null: RUNS/tuning/CONCEPT-MODEL.jsonl
+    summary: str | None = None  # table of all trials; null: beside the journal
+    write: bool = False  # write each method's best options into configs/
+    runs: str = "runs"
+    cache: str | None = None
+    plan: bool = False  # log the planned work and stop
