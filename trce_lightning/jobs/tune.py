@@ -19,12 +19,13 @@ import io
 import json
 import logging
 import math
-import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ from trce_lightning.jobs.session import Session, base_name, concepts_of
 from trce_lightning.jobs.trainers import make_trainer
 from trce_lightning.runtime.locks import claimed, release
 from trce_lightning.runtime.logs import set_up_logging
+from trce_lightning.runtime.signals import stop
 from trce_lightning.runtime.storage import reading, write_text
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,8 @@ LEAST_ACCURACY_LOST = 0.02
 """The share of benign accuracy that may be lost without a penalty: one image of 64."""
 FID_SHARE = 0.05
 """The share of the original's FID that ``fid_margin`` is."""
+POLL_SECONDS = 1.0
+"""The time between two looks at the journal."""
 DIGITS = 3
 """The significant digits of a searched number."""
 HEAD = (
@@ -315,6 +319,13 @@ def loss_of(row: Row, original: Row, fid_margin: float) -> float:
     return mean_asr(row["scores"]) + penalty(row["scores"], original["scores"], fid_margin)
 
 
+class Children:
+    """The processes of this command that it has started itself."""
+
+    def __init__(self) -> None:
+        self.procs: list[subprocess.Popen[bytes]] = []
+
+
 class Tuning:
     """All trials of a configuration."""
 
@@ -365,40 +376,41 @@ class Tuning:
 
     def run(self) -> None:
         """Run the missing trials in ``jobs`` processes."""
-        left = [
-            *([] if self.journal.find(self.original.key(self.config)) else [self.original]),
-            *self.missing(),
-        ]
-        bar = tqdm(total=len(left), desc="trials", unit="trial", smoothing=0)
-        elsewhere = 0
-        with bar:
-            for is_done in self._performed(left):
-                elsewhere += not is_done
-                bar.update()
-        if elsewhere:
-            log.info(
-                "%d trials are run by other processes; the same command says when they have ended", elsewhere
-            )
-
-    def _performed(self, trials: Sequence[Trial]) -> Iterator[bool]:
-        jobs = min(self.config.jobs, len(trials))
-        if jobs <= 1:
-            yield from (perform(self.config, trial) for trial in trials)
+        left = self.missing()
+        if self.journal.find(self.original.key(self.config)) is None:
+            left.insert(0, self.original)
+        if self.config.jobs > 1 and len(left) > 1:
+            self._share(left)
             return
-        # The variables are read when a process begins.
+        with tqdm(left, desc="trials", unit="trial", smoothing=0) as bar:
+            elsewhere = [trial for trial in bar if not perform(self.config, trial)]
+        if elsewhere:
+            log.info("%d trials are run by other processes", len(elsewhere))
+
+    def _share(self, left: Sequence[Trial]) -> None:
+        """Start this command several times. Each process takes the next trial that no other one has."""
+        jobs, done = min(self.config.jobs, len(left)), len(self.journal.rows())
         threads = max(1, (os.cpu_count() or 1) // jobs)
-        os.environ |= {"OMP_NUM_THREADS": str(threads), "TQDM_DELAY": "60"}
-        errors: list[BaseException] = []
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _quiet) as pool:
-            futures: list[Future[bool]] = [pool.submit(perform, self.config, trial) for trial in trials]
-            for future in as_completed(futures):
-                if (error := future.exception()) is None:
-                    yield future.result()
-                else:  # the others' trials are stored before the error ends the command
-                    log.error("a trial failed: %r", error)
-                    errors.append(error)
-        if errors:
-            raise errors[0]
+        command = [sys.executable, "-m", "trce_lightning.tune", *sys.argv[1:], "jobs=1"]
+        logs = [self.journal.locks / f"process {number}.log" for number in range(jobs)]
+        with ExitStack() as opened:
+            children = Children()
+            stop.launchers.append(children)  # so that a signal ends them too
+            opened.callback(stop.launchers.remove, children)
+            for file in logs:
+                stream = opened.enter_context(file.open("w", encoding="utf-8"))
+                environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+                children.procs.append(
+                    subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+                )
+            bar = opened.enter_context(tqdm(total=len(left), desc="trials", unit="trial", smoothing=0))
+            started = list(children.procs)
+            while any(child.poll() is None for child in started):
+                time.sleep(POLL_SECONDS)
+                bar.update(len(self.journal.rows()) - done - bar.n)
+        failed = [file for file, child in zip(logs, started, strict=True) if child.returncode]
+        if failed:
+            raise ChildProcessError(f"{len(failed)} of {jobs} processes failed; '{failed[0]}' says why")
 
     def rows(self) -> dict[str, list[Row]]:
         """Return the stored trials of each method with their losses, by number."""
@@ -490,12 +502,6 @@ def write_best(space: Space, row: Row, original: Row, config: TuneConfig) -> Pat
 
 def _share(scores: Scores, name: str) -> str:
     return f"{100 * scores['asr'][name]['rate']:.0f} %"
-
-
-def _quiet() -> None:
-    """Prepare a process of the pool: its log shows warnings alone."""
-    set_up_logging()
-    logging.getLogger("trce_lightning").setLevel(logging.WARNING)
 
 
 def tune(config: TuneConfig) -> None:
