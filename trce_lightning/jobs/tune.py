@@ -343,7 +343,10 @@ class Tuning:
         }
 
     def missing(self) -> list[Trial]:
-        """Return the trials that the journal lacks, the most expensive method first."""
+        """Return the trials that the journal lacks: a round of each method's first trial, then its second.
+
+        So methods have equally many trials at any time. A round begins with the most expensive method.
+        """
         rows = self.journal.rows()
         left = [
             trial
@@ -351,7 +354,7 @@ class Tuning:
             for trial in trials
             if not any(row.items() >= trial.key(self.config).items() for row in rows)
         ]
-        return sorted(left, key=lambda trial: -self.costs[trial.method])
+        return sorted(left, key=lambda trial: (trial.number, -self.costs[trial.method]))
 
     def plan(self) -> None:
         """Log how many trials are ahead, and what the first one of each method costs."""
