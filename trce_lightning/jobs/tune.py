@@ -169,7 +169,8 @@ class Trial:
         group = "method" if self.changes_weights else "guidance"
         values = [f"{key}={_written(value)}" for key, value in self.options.items()]
         # Values that were chosen earlier are no part of a trial.
-        return [f"{group}={self.method}", f"{group}_tuning=[]", *values]
+        chosen = [f"{group}_tuning=[]"] if (config_folder() / f"{group}_tuning").is_dir() else []
+        return [f"{group}={self.method}", *chosen, *values]
 
     def config(self, config: TuneConfig, folder: str) -> TrainConfig | EvalConfig:
         """Return the configuration with which the trial erases, or generates images with a rule."""
