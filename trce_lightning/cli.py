@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from trce_lightning.config import arguments, checks
 from trce_lightning.config.composition import config_folder, config_groups
-from trce_lightning.config.schema import DemoConfig, EvalConfig, TrainConfig, TuneConfig
+from trce_lightning.config.schema import DemoConfig, EvalConfig, LeaderboardConfig, TrainConfig, TuneConfig
 from trce_lightning.errors import InputError
 from trce_lightning.runtime.resources import explain_machine, is_peer_gone
 from trce_lightning.runtime.signals import GOES_ON, Stopped, leave, shared, stop
@@ -57,6 +57,11 @@ def tune(argv: Sequence[str] | None = None) -> None:
     _main("tune", TuneConfig, argv)
 
 
+def leaderboard(argv: Sequence[str] | None = None) -> None:
+    """Compare methods. `argv` defaults to the command line. An expected failure exits with code 2."""
+    _main("leaderboard", LeaderboardConfig, argv)
+
+
 def overrides(name: str, schema: type, typed: Sequence[str]) -> list[str]:
     """Return Hydra's arguments for the typed ones, and put `schema` in Hydra's store."""
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
@@ -76,7 +81,8 @@ def _main(name: str, schema: type, argv: Sequence[str] | None) -> None:
             sys.argv[1:] = task
         with expected_failures():
             parsed: Any = OmegaConf.to_object(config)
-            arguments.settle(parsed.concept, task)
+            if hasattr(parsed, "concept"):
+                arguments.settle(parsed.concept, task)
             _run(name, parsed)
 
     if not sys.stderr.isatty():
@@ -134,6 +140,10 @@ def _job(name: str) -> Callable[[Any], None]:
         from trce_lightning.jobs.demo import demonstrate
 
         return demonstrate
+    if name == "leaderboard":
+        from trce_lightning.jobs.leaderboard import leaderboard
+
+        return leaderboard
     if name == "tune":
         from trce_lightning.jobs.tune import tune
 

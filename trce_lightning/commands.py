@@ -45,3 +45,12 @@ def tune() -> None:
         from trce_lightning import cli
 
         cli.tune()
+
+
+def leaderboard() -> None:
+    """Run ``python -m trce_lightning.leaderboard``."""
+    keep_speaking()
+    with answered():
+        from trce_lightning import cli
+
+        cli.leaderboard()

@@ -18,6 +18,7 @@ from trce_lightning.config.schema import (
     ConceptConfig,
     DemoConfig,
     EvalConfig,
+    LeaderboardConfig,
     ModelConfig,
     TrainConfig,
     TuneConfig,
@@ -44,9 +45,12 @@ _LIMITS = {
 """The expected value for each type of pydantic's errors."""
 
 
-def check(config: TrainConfig | EvalConfig | DemoConfig | TuneConfig) -> None:
+def check(config: TrainConfig | EvalConfig | DemoConfig | TuneConfig | LeaderboardConfig) -> None:
     """Raise InputError or OSError if an option doesn't fit. It names the option, what it takes and got."""
     check_values(config)
+    if isinstance(config, LeaderboardConfig):
+        _check_leaderboard(config)
+        return
     if not config.concept:
         raise InputError(
             "no concept chosen; expected concept=NAME, concept=FILE.yaml or concept.terms=[WORD,...]"
@@ -201,6 +205,28 @@ def _check_tuning(config: TuneConfig) -> None:
         check_writable(option, getattr(config, option))
     check_one_device(config.trainer.devices)
     check_judge(config.model, config.concept.values())
+    check_fid(config.model, "images_per_set", config.images_per_set)
+
+
+def _check_leaderboard(config: LeaderboardConfig) -> None:
+    for option in ("output", "runs", "cache"):
+        check_writable(option, getattr(config, option))
+    for option in ("concepts", "methods", "guidances", "seeds"):
+        given = getattr(config, option)
+        if len(set(given)) < len(given):
+            raise InputError(f"option {option!r}: expected each at most once, got {given}")
+    if not config.methods and not config.guidances:
+        raise InputError("option 'methods': expected one at least, of methods or guidances, got none")
+    if others := set(config.overrides) - {*config.methods, *config.guidances}:
+        raise InputError(
+            f"option 'overrides': expected names among methods and guidances, got {', '.join(sorted(others))}"
+        )
+    if config.shard >= config.shards:
+        raise InputError(f"option 'shard': expected less than shards, {config.shards}, got {config.shard}")
+    check_model(config.model, "model.path")
+    check_devices(config.trainer.devices)
+    check_one_device(config.trainer.devices)
+    check_judge(config.model, ())
     check_fid(config.model, "images_per_set", config.images_per_set)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,19 @@ def config_groups(folder: Path, name: str) -> list[str]:
     return [key.removeprefix("optional ") for key in chosen if not key.startswith("override ")]
 
 
-def compose(name: str, schema: type, overrides: Sequence[str]) -> Any:
+def compose(
+    name: str, schema: type, overrides: Sequence[str], changes: Mapping[str, Any] | None = None
+) -> Any:
     """Return the configuration of another command with these overrides, an object of ``schema``.
 
     A command that is running keeps its own. The overrides are Hydra's, so no text of them is rewritten.
+    ``changes`` are nested values that replace composed ones.
     """
     from trce_lightning.runtime.host import hydra_kept  # imported here, because it imports torch
 
     with hydra_kept():
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
         with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-            return OmegaConf.to_object(hydra.compose(name, list(overrides)))
+            composed = hydra.compose(name, list(overrides))
+    OmegaConf.set_struct(composed, False)  # a map, such as `method`, takes further keys
+    return OmegaConf.to_object(OmegaConf.merge(composed, changes or {}))

@@ -22,6 +22,10 @@ STREAMS = ("context", "pooled")
 """The kinds of matrices that read text states."""
 STAGES = ("textual", "trajectory")
 EXPORTS = ("pipeline", "delta", "single_file")
+METHODS = ("trce", "hardened", "esd", "ca", "uce", "rece", "spm", "advunlearn", "speed", "oce")
+"""The methods of the leaderboard."""
+GUIDANCES = ("sld", "sld_max", "safree")
+"""The rules of guidance of the leaderboard."""
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 SAMPLERS = (
     "DDIMScheduler",
@@ -356,6 +360,34 @@ class TuneConfig:
     journal: str | None = None  # file with a line for each trial; null: RUNS/tuning/CONCEPT-MODEL.jsonl
     summary: str | None = None  # table of all trials; null: beside the journal
     write: bool = False  # write each method's best options into configs/
+    runs: str = "runs"
+    cache: str | None = None
+    plan: bool = False  # log the planned work and stop
+
+
+@dataclass
+class LeaderboardConfig:
+    """The options of ``python -m trce_lightning.leaderboard``."""
+
+    concepts: Annotated[list[str], Len(1)] = items(
+        "violence"
+    )  # names or files; + stands between several at once
+    methods: list[str] = items(*METHODS)  # names in configs/method
+    guidances: list[str] = items(*GUIDANCES)  # names in configs/guidance
+    # Options of train.py or eval.py by method or rule: overrides.esd.method.lr=1e-4.
+    overrides: dict[str, Any] = field(default_factory=dict)
+    seeds: Annotated[list[Natural], Len(1)] = items(0, 1, 2)  # of the erasing; prompts and noise are the same
+    model: ModelConfig = field(default_factory=ModelConfig)
+    images_per_set: Count = 512
+    batch_size: Count = 32  # images that are generated together
+    # Options of the attacks that attacks=[NAME,...] chooses, by name: attack.NAME.OPTION.
+    attack: dict[str, Any] = field(default_factory=dict)
+    attacked_prompts: Count = 64  # the first direct prompts
+    trainer: DeviceConfig = field(default_factory=DeviceConfig)  # of each run
+    shard: Natural = 0  # this process's part of the cells
+    shards: Count = 1
+    keep: bool = False  # keep the pipelines and images of finished cells
+    output: str | None = None  # folder of page and cells; null: RUNS/leaderboard
     runs: str = "runs"
     cache: str | None = None
     plan: bool = False  # log the planned work and stop
