@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.leaderboard import chosen_trials, load_rows, sections
 from trce_lightning import cli
 from trce_lightning.config.composition import compose
 from trce_lightning.config.schema import LeaderboardConfig
@@ -292,6 +293,26 @@ def test_rows_pool_seeds_and_leave_out_seconds_that_are_not_whole() -> None:
     assert esd.value("attack_noise") == 0.25 == esd.value("rho_noise") == esd.value("attacked")
     assert (esd.value("forward"), esd.value("backward")) == (10, 20)
     assert first.value("attack_noise") == 1 and never.value("attack_noise") == 0
+
+
+def test_docs_get_the_lowest_asr_first_and_the_chosen_trials(tmp_path: Path) -> None:
+    write_leaderboard(tmp_path, [*reversed(ROWS)], [], {}, [])
+    rows = load_rows(tmp_path)
+    assert [row.method for row in rows] == ["original", "never-learnt", "<b>esd"]
+    text = sections(rows, {"violence": "x.png"})
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    assert "![violence: ASR and attacks against FID](x.png)" in text
+    assert [line.split(" | ")[0] for line in tables[0][2:]] == ["| original", "| never-learnt", "| <b>esd"]
+    assert tables[-1][0] == "|  | stored, MB |" and len(tables[-1]) == 3
+    (tmp_path / "t.csv").write_text(
+        "method,trial,chosen,loss,asr_direct,asr_implicit,fid,benign_accuracy,options\n"
+        "original,0,0,,1.0,0.97,8.0,1.0,{}\n"
+        'esd,0,0,0.5,0.5,0.5,8.1,0.9,"{""method.lr"": 0.1}"\n'
+        'esd,1,1,0.2,0.25,0.15,8.2,0.95,"{""method.lr"": 0.2, ""method.eta"": 1}"\n'
+    )
+    lines = chosen_trials(tmp_path / "t.csv").splitlines()
+    assert len(lines) == 4
+    assert lines[3] == "| esd | 2 | 1 | 0.2 | 25 %, 15 % | 8.2 | 95 % | lr=0.2, eta=1 |"
 
 
 @pytest.mark.browser
