@@ -217,10 +217,6 @@ def _check_leaderboard(config: LeaderboardConfig) -> None:
             raise InputError(f"option {option!r}: expected each at most once, got {given}")
     if not config.methods and not config.guidances:
         raise InputError("option 'methods': expected one at least, of methods or guidances, got none")
-    if others := set(config.overrides) - {*config.methods, *config.guidances}:
-        raise InputError(
-            f"option 'overrides': expected names among methods and guidances, got {', '.join(sorted(others))}"
-        )
     if config.shard >= config.shards:
         raise InputError(f"option 'shard': expected less than shards, {config.shards}, got {config.shard}")
     check_model(config.model, "model.path")

@@ -22,8 +22,8 @@ STREAMS = ("context", "pooled")
 """The kinds of matrices that read text states."""
 STAGES = ("textual", "trajectory")
 EXPORTS = ("pipeline", "delta", "single_file")
-METHODS = ("trce", "hardened", "esd", "ca", "uce", "rece", "spm", "advunlearn", "speed", "oce")
-"""The methods of the leaderboard."""
+ALL = "all"
+"""The name that stands for all methods."""
 GUIDANCES = ("sld", "sld_max", "safree")
 """The rules of guidance of the leaderboard."""
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
@@ -349,7 +349,7 @@ class TuneConfig:
 
     concept: dict[str, ConceptConfig] = field(default_factory=dict)
     model: ModelConfig = field(default_factory=ModelConfig)
-    methods: Annotated[list[str], Len(1)] = items("all")  # names in configs/method_space
+    methods: Annotated[list[str], Len(1)] = items(ALL)  # names in configs/method_space
     trials: Count = 8  # of each method, the starting values among them
     jobs: Count = 1  # processes; each has its own copy of the model
     images_per_set: Count = 64
@@ -372,7 +372,7 @@ class LeaderboardConfig:
     concepts: Annotated[list[str], Len(1)] = items(
         "violence"
     )  # names or files; + stands between several at once
-    methods: list[str] = items(*METHODS)  # names in configs/method
+    methods: list[str] = items(ALL)  # names in configs/method
     guidances: list[str] = items(*GUIDANCES)  # names in configs/guidance
     # Options of train.py or eval.py by method or rule: overrides.esd.method.lr=1e-4.
     overrides: dict[str, Any] = field(default_factory=dict)

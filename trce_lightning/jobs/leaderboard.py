@@ -23,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -38,6 +38,7 @@ from trce_lightning.concepts import load_concept
 from trce_lightning.config.arguments import did_you_mean
 from trce_lightning.config.composition import compose, config_folder
 from trce_lightning.config.schema import (
+    ALL,
     ConceptConfig,
     DeviceConfig,
     EvalConfig,
@@ -95,7 +96,12 @@ class Board:
     def __init__(self, config: LeaderboardConfig) -> None:
         self.config = config
         self.folder = Path(config.output or Path(config.runs) / "leaderboard")
-        self.groups = [Group(self, name) for name in config.concepts]
+        names = {METHOD: names_of(METHOD, config.methods), GUIDANCE: names_of(GUIDANCE, config.guidances)}
+        if others := config.overrides.keys() - {name for own in names.values() for name in own}:
+            raise InputError(
+                f"option 'overrides': expected names of chosen methods, got {', '.join(sorted(others))}"
+            )
+        self.groups = [Group(self, concepts, names) for concepts in config.concepts]
         self.cells = [cell for group in self.groups for cell in group.cells]
 
     @property
@@ -208,17 +214,17 @@ class Board:
 class Group:
     """The cells of one set of concepts, and their references."""
 
-    def __init__(self, board: Board, name: str) -> None:
-        self.board, self.config, self.name = board, board.config, name
-        self.concepts = concept_configs(name)
+    def __init__(self, board: Board, concepts: str, names: Mapping[str, Sequence[str]]) -> None:
+        self.board, self.config = board, board.config
+        self.concepts = concept_configs(concepts)
         self.folder = board.folder / "+".join(self.concepts)
         self.known: Mapping[str, Attacked] = {}
         self._cold = tempfile.TemporaryDirectory()
         self._adapter: Adapter | None = None
         seeds = self.config.seeds
-        methods = [Cell(self, METHOD, name, seed) for name in self.config.methods for seed in seeds]
+        methods = [Cell(self, METHOD, name, seed) for name in names[METHOD] for seed in seeds]
         # No random number enters a rule of guidance.
-        self.cells = methods + [Cell(self, GUIDANCE, name, seeds[0]) for name in self.config.guidances]
+        self.cells = methods + [Cell(self, GUIDANCE, name, seeds[0]) for name in names[GUIDANCE]]
 
     def parts(self) -> Json:
         """Return the options that all of the group's configurations share."""
@@ -339,14 +345,6 @@ class Cell:
     method: str
     seed: int
     _result: Json | None = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        names = sorted(file.stem for file in (config_folder() / self.kind).glob("*.yaml"))
-        if self.method not in names:
-            raise InputError(
-                f"option '{self.kind}s': expected names among {', '.join(names)}, got {self.method!r}."
-                f"{did_you_mean(self.method, names)}"
-            )
 
     @property
     def title(self) -> str:
@@ -508,6 +506,20 @@ class Cell:
             "images",
         ):
             shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+def names_of(kind: str, given: Sequence[str]) -> list[str]:
+    """Return the names of methods or of rules of guidance. ``InputError`` if there is none of a name."""
+    names = sorted(file.stem for file in (config_folder() / kind).glob("*.yaml"))
+    if kind == METHOD and ALL in given:
+        return names
+    for name in given:
+        if name not in names:
+            raise InputError(
+                f"option '{kind}s': expected names among {', '.join(names)}, got {name!r}."
+                f"{did_you_mean(name, names)}"
+            )
+    return list(given)
 
 
 @cache

@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 from trce_lightning.config.arguments import did_you_mean
 from trce_lightning.config.checks import check_values
 from trce_lightning.config.composition import compose, config_folder
-from trce_lightning.config.schema import EvalConfig, TrainConfig, TrainerConfig, TuneConfig
+from trce_lightning.config.schema import ALL, EvalConfig, TrainConfig, TrainerConfig, TuneConfig
 from trce_lightning.errors import InputError
 from trce_lightning.evaluation.scored import Scores
 from trce_lightning.evaluation.scorer import score_on_all_ranks
@@ -55,7 +55,6 @@ from trce_lightning.runtime.signals import stop
 from trce_lightning.runtime.storage import reading, write_text
 
 log = logging.getLogger(__name__)
-ALL = "all"
 ORIGINAL = "original"
 """The name of the trial that changes nothing. The others' penalties refer to it."""
 LEAST_ACCURACY_LOST = 0.02
