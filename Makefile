@@ -8,7 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 BROWSER_STAMP := .venv/.installed-browser
 
-.PHONY: setup demo test test-slow test-browser test-gpu benchmark bench-table bench-attacks lint clean
+.PHONY: setup demo test test-slow test-browser test-gpu benchmark bench-table bench-attacks bench-leaderboard lint clean
 
 setup: $(STAMP)
 
@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 # Alone on the machine, threads that spin for a moment before they sleep are faster; beside another job, slower.
-demo bench-table bench-attacks: export GOMP_SPINCOUNT := 20000
+demo bench-table bench-attacks bench-leaderboard: export GOMP_SPINCOUNT := 20000
 demo: setup
 	$(BIN)/python train.py concept=violence
 
@@ -60,6 +60,10 @@ bench-attacks: bench-table
 	  attack.relearning_lora.pictures=[25] attacked_prompts=32 transfer=[original] sets=[direct,benign] metrics.final_images_per_set=64 \
 	  output=$(TABLE)/attacks models=[$(ERASED)]
 	$(BIN)/python -m benchmarks.readme $(RUNS) --attacks $(TABLE)/attacks
+
+bench-leaderboard: setup
+	$(BIN)/python -m trce_lightning.leaderboard
+	$(BIN)/python -m benchmarks.leaderboard runs/leaderboard
 
 lint: setup
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ ROOMS = (
     ("jobs",),
     ("cli", "api", "compare", "expand"),
     ("commands",),
-    ("emoji.training",),
+    ("emoji.training", "leaderboard", "tune"),
 )
 """Folders and modules of the package. Each may import what stands above it, and its neighbours."""
 SCRIPTS = ("train", "eval", "demo")

@@ -21,12 +21,12 @@ from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from trce_lightning.config import arguments, checks
-from trce_lightning.config.schema import DemoConfig, EvalConfig, TrainConfig
+from trce_lightning.config.composition import config_folder, config_groups
+from trce_lightning.config.schema import DemoConfig, EvalConfig, LeaderboardConfig, TrainConfig, TuneConfig
 from trce_lightning.errors import InputError
 from trce_lightning.runtime.resources import explain_machine, is_peer_gone
 from trce_lightning.runtime.signals import GOES_ON, Stopped, leave, shared, stop
 
-PACKAGE = Path(__file__).resolve().parent
 REMARKS = {"demo": ""}
 """The remark that a command adds after a signal has stopped it. The default is `GOES_ON`."""
 _HELP = frozenset({"--help", "-h"})
@@ -52,17 +52,14 @@ def demonstrate(argv: Sequence[str] | None = None) -> None:
     _main("demo", DemoConfig, argv)
 
 
-def config_folder() -> Path:
-    """Return the folder configs/ of the checkout, or else of the installed package."""
-    checkout = PACKAGE.parent
-    return checkout / "configs" if (checkout / "pyproject.toml").is_file() else PACKAGE / "configs"
+def tune(argv: Sequence[str] | None = None) -> None:
+    """Choose methods' options. `argv` defaults to the command line. An expected failure exits with code 2."""
+    _main("tune", TuneConfig, argv)
 
 
-def config_groups(folder: Path, name: str) -> list[str]:
-    """Return the groups that the defaults list of `name`.yaml chooses from."""
-    defaults = OmegaConf.select(OmegaConf.load(folder / f"{name}.yaml"), "defaults")
-    chosen = [str(key) for entry in defaults if isinstance(entry, DictConfig) for key in entry]
-    return [key.removeprefix("optional ") for key in chosen if not key.startswith("override ")]
+def leaderboard(argv: Sequence[str] | None = None) -> None:
+    """Compare methods. `argv` defaults to the command line. An expected failure exits with code 2."""
+    _main("leaderboard", LeaderboardConfig, argv)
 
 
 def overrides(name: str, schema: type, typed: Sequence[str]) -> list[str]:
@@ -84,7 +81,8 @@ def _main(name: str, schema: type, argv: Sequence[str] | None) -> None:
             sys.argv[1:] = task
         with expected_failures():
             parsed: Any = OmegaConf.to_object(config)
-            arguments.settle(parsed.concept, task)
+            if hasattr(parsed, "concept"):
+                arguments.settle(parsed.concept, task)
             _run(name, parsed)
 
     if not sys.stderr.isatty():
@@ -142,6 +140,14 @@ def _job(name: str) -> Callable[[Any], None]:
         from trce_lightning.jobs.demo import demonstrate
 
         return demonstrate
+    if name == "leaderboard":
+        from trce_lightning.jobs.leaderboard import leaderboard
+
+        return leaderboard
+    if name == "tune":
+        from trce_lightning.jobs.tune import tune
+
+        return tune
     from trce_lightning.jobs.evaluate import evaluate
 
     return evaluate

@@ -36,3 +36,21 @@ def demonstrate() -> None:
         from trce_lightning import cli
 
         cli.demonstrate()
+
+
+def tune() -> None:
+    """Run ``python -m trce_lightning.tune``."""
+    keep_speaking()
+    with answered():
+        from trce_lightning import cli
+
+        cli.tune()
+
+
+def leaderboard() -> None:
+    """Run ``python -m trce_lightning.leaderboard``."""
+    keep_speaking()
+    with answered():
+        from trce_lightning import cli
+
+        cli.leaderboard()

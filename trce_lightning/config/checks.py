@@ -18,8 +18,10 @@ from trce_lightning.config.schema import (
     ConceptConfig,
     DemoConfig,
     EvalConfig,
+    LeaderboardConfig,
     ModelConfig,
     TrainConfig,
+    TuneConfig,
 )
 from trce_lightning.errors import InputError
 from trce_lightning.prompts.hub import HUB_FILE
@@ -43,9 +45,12 @@ _LIMITS = {
 """The expected value for each type of pydantic's errors."""
 
 
-def check(config: TrainConfig | EvalConfig | DemoConfig) -> None:
+def check(config: TrainConfig | EvalConfig | DemoConfig | TuneConfig | LeaderboardConfig) -> None:
     """Raise InputError or OSError if an option doesn't fit. It names the option, what it takes and got."""
     check_values(config)
+    if isinstance(config, LeaderboardConfig):
+        _check_leaderboard(config)
+        return
     if not config.concept:
         raise InputError(
             "no concept chosen; expected concept=NAME, concept=FILE.yaml or concept.terms=[WORD,...]"
@@ -60,6 +65,9 @@ def check(config: TrainConfig | EvalConfig | DemoConfig) -> None:
     check_strategy(config.trainer.strategy)
     if isinstance(config, DemoConfig):
         _check_demo(config)
+        return
+    if isinstance(config, TuneConfig):
+        _check_tuning(config)
         return
     for option in ("output", "runs", "cache"):
         check_writable(option, getattr(config, option))
@@ -171,7 +179,7 @@ def _check_lora(paths: list[str]) -> None:
         check_package("robustness.lora", "peft", "pip install 'trce-lightning[lora]'")
 
 
-def _check_model_config(config: TrainConfig | EvalConfig | DemoConfig) -> None:
+def _check_model_config(config: TrainConfig | EvalConfig | DemoConfig | TuneConfig) -> None:
     """Refuse ``model.config`` if no model is a single file, because it would have no effect."""
     paths = [config.model.path]
     paths += config.models if isinstance(config, EvalConfig) else []
@@ -190,6 +198,40 @@ def _check_demo(config: DemoConfig) -> None:
     if config.model.judge is not None or config.model.domain is not None:
         check_judge(config.model, config.concept.values(), "; model.judge=null gives no verdicts")
     check_package("demo", "gradio", "pip install 'trce-lightning[demo]'")
+
+
+def _check_tuning(config: TuneConfig) -> None:
+    for option in ("runs", "cache"):
+        check_writable(option, getattr(config, option))
+    check_one_device(config.trainer.devices)
+    check_judge(config.model, config.concept.values())
+    check_fid(config.model, "images_per_set", config.images_per_set)
+
+
+def _check_leaderboard(config: LeaderboardConfig) -> None:
+    for option in ("output", "runs", "cache"):
+        check_writable(option, getattr(config, option))
+    for option in ("concepts", "methods", "guidances", "seeds"):
+        given = getattr(config, option)
+        if len(set(given)) < len(given):
+            raise InputError(f"option {option!r}: expected each at most once, got {given}")
+    if not config.methods and not config.guidances:
+        raise InputError("option 'methods': expected one at least, of methods or guidances, got none")
+    if config.shard >= config.shards:
+        raise InputError(f"option 'shard': expected less than shards, {config.shards}, got {config.shard}")
+    check_model(config.model, "model.path")
+    check_devices(config.trainer.devices)
+    check_one_device(config.trainer.devices)
+    check_judge(config.model, ())
+    check_fid(config.model, "images_per_set", config.images_per_set)
+
+
+def check_one_device(devices: Any) -> None:
+    """Refuse several devices for a command whose processes have one device each."""
+    if devices not in ("auto", 1, "1") and not (isinstance(devices, list) and len(devices) == 1):
+        raise InputError(
+            f"option 'trainer.devices': expected one device, since each process has one, got {devices}"
+        )
 
 
 def _check_training(config: TrainConfig) -> None:

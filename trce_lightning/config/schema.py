@@ -22,6 +22,10 @@ STREAMS = ("context", "pooled")
 """The kinds of matrices that read text states."""
 STAGES = ("textual", "trajectory")
 EXPORTS = ("pipeline", "delta", "single_file")
+ALL = "all"
+"""The name that stands for all methods."""
+GUIDANCES = ("sld", "sld_max", "safree")
+"""The rules of guidance of the leaderboard."""
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 SAMPLERS = (
     "DDIMScheduler",
@@ -343,3 +347,53 @@ class EvalConfig:
     never_learnt: str | None = OWN_NEVER_LEARNT
     transfer: list[str] = items()  # labels of models whose findings are tried on the other models as well
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+
+@dataclass
+class TuneConfig:
+    """The options of ``python -m trce_lightning.tune``."""
+
+    concept: dict[str, ConceptConfig] = field(default_factory=dict)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    methods: Annotated[list[str], Len(1)] = items(ALL)  # names in configs/method_space
+    trials: Count = 8  # of each method, the starting values among them
+    jobs: Count = 1  # processes; each has its own copy of the model
+    images_per_set: Count = 64
+    batch_size: Count = 32  # images that are generated together
+    fid_margin: Positive = 0.4  # rise of FID without a penalty: 5 % of the original's on many images
+    seed: Natural = 0
+    trainer: DeviceConfig = field(default_factory=DeviceConfig)  # of each process
+    journal: str | None = None  # file with a line for each trial; null: RUNS/tuning/CONCEPT-MODEL.jsonl
+    summary: str | None = None  # table of all trials; null: beside the journal
+    write: bool = False  # write each method's best options into configs/
+    runs: str = "runs"
+    cache: str | None = None
+    plan: bool = False  # log the planned work and stop
+
+
+@dataclass
+class LeaderboardConfig:
+    """The options of ``python -m trce_lightning.leaderboard``."""
+
+    concepts: Annotated[list[str], Len(1)] = items(
+        "violence"
+    )  # names or files; + stands between several at once
+    methods: list[str] = items(ALL)  # names in configs/method
+    guidances: list[str] = items(*GUIDANCES)  # names in configs/guidance
+    # Options of train.py or eval.py by method or rule: overrides.esd.method.lr=1e-4.
+    overrides: dict[str, Any] = field(default_factory=dict)
+    seeds: Annotated[list[Natural], Len(1)] = items(0, 1, 2)  # of the erasing; prompts and noise are the same
+    model: ModelConfig = field(default_factory=ModelConfig)
+    images_per_set: Count = 512
+    batch_size: Count = 32  # images that are generated together
+    # Options of the attacks that attacks=[NAME,...] chooses, by name: attack.NAME.OPTION.
+    attack: dict[str, Any] = field(default_factory=dict)
+    attacked_prompts: Count = 64  # the first direct prompts
+    trainer: DeviceConfig = field(default_factory=DeviceConfig)  # of each run
+    shard: Natural = 0  # this process's part of the cells
+    shards: Count = 1
+    keep: bool = False  # keep the pipelines and images of finished cells
+    output: str | None = None  # folder of page and cells; null: RUNS/leaderboard
+    runs: str = "runs"
+    cache: str | None = None
+    plan: bool = False  # log the planned work and stop

@@ -26,6 +26,7 @@ from trce_lightning.attacks.protocol import (
     UNIVERSAL,
     Attack,
     ControlTeaches,
+    Cost,
     Finding,
     LearnsFromPictures,
     NeedsBenign,
@@ -125,6 +126,7 @@ class Attacks:
         self.picture_folders: dict[tuple[PromptRecord, ...], Path] = {}
         self.finds: dict[str, list[Find]] = {label: [] for label in self.attacked}
         self.origins: dict[str, Origin] = {}
+        self.attacked_models: dict[str, Attacked] = {}
 
     def _refer(self, label: str, path: str | None) -> None:
         """Add a reference. ``InputError`` if one of the evaluation's own models has its label."""
@@ -135,19 +137,27 @@ class Attacks:
             )
         self.sources[label] = path
 
-    def run(self) -> None:
-        """Attack every model and compute the rows."""
+    def run(self, known: Mapping[str, Attacked] | None = None) -> None:
+        """Attack every model and compute the rows.
+
+        ``known`` are results by label of an earlier run with the same attacks, prompts and original.
+        """
         self.trainer = make_trainer(self.config.trainer, self.folder)
-        outcomes: dict[str, dict[str, Outcome]] = {}
-        alarms: dict[str, float] = {}
+        self.attacked_models = dict(known or {})
         for label in self.sources:
+            if label in self.attacked_models:
+                continue
             target = self._target(label)
             log.info("attacks on %s: %d prompts", label, len(target.records))
-            outcomes[label], alarms[label] = self._outcomes(label, target)
+            outcomes, alarm = self._outcomes(label, target)
+            self.attacked_models[label] = Attacked(outcomes, alarm, target.adapter.network_evaluations)
             del target
             gc.collect()
         self.rows = attack_rows(
-            outcomes, original=self.original_label, never_learnt=NEVER_LEARNT, false_alarms=alarms
+            {label: of_label.outcomes for label, of_label in self.attacked_models.items()},
+            original=self.original_label,
+            never_learnt=NEVER_LEARNT,
+            false_alarms={label: of_label.false_alarm for label, of_label in self.attacked_models.items()},
         )
         for by_attack in self.rows.values():
             for attack in self.attacks:
@@ -157,16 +167,19 @@ class Attacks:
         if self.trainer.is_global_zero:
             write_json(self.folder / "attacks.json", {"rows": self.rows, "transfer": self.transferred})
 
+    def costs(self) -> dict[str, Cost]:
+        """Return the exact cost of the search of each attack on one model, by the attack's name."""
+        target = self._target(self.original_label, pictures=False)
+        return {attack.name: attack.cost(target) for attack in self.attacks}
+
     def announce(self) -> None:
         """Log the exact cost of every search, and which models it serves."""
-        target = self._target(self.original_label, pictures=False)
         serves = {
             Reads.MODEL: f"for each of {len(self.sources)} models",
             Reads.TEXT_ENCODER: "for all models of one text encoder",
             Reads.ORIGINAL: "for all models",
         }
-        for attack in self.attacks:
-            cost = attack.cost(target)
+        for attack, cost in zip(self.attacks, self.costs().values(), strict=True):
             log.info(
                 "ahead: search of %s, %s: %d evaluations forward, %d with a backward pass, "
                 "%d prompts through the text encoder",
@@ -529,6 +542,16 @@ class Attacks:
 
         on_each_rank(self.trainer, make)
         return {finding.prompt_id: finding for finding in load_findings(stem)}
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """The results of all attacks on one model."""
+
+    outcomes: Mapping[str, Outcome]
+    false_alarm: float
+    network_evaluations: int
+    """Evaluations of this model in this process: of searches and images. Stored ones are not counted."""
 
 
 @dataclass(frozen=True)

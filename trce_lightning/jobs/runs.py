@@ -91,7 +91,7 @@ def _claim_output(folder: Path, config: Any) -> Path:
         )
     if (folder / CONFIG).exists() and not config.fresh:
         with reading(folder / CONFIG, "a run's configuration", "choose another folder or fresh=true"):
-            same = _equal(folder, config)
+            same = is_equal(folder, config)
         if not same:
             release()
             raise InputError(
@@ -109,7 +109,7 @@ def _claim_unfinished(folder: Path, config: Any) -> bool:
         return False
     try:
         with reading(folder / CONFIG, "a run's configuration", "that run can't be continued"):
-            if not _equal(folder, config):
+            if not is_equal(folder, config):
                 return False
     except InputError as error:  # a damaged run doesn't stop this one
         log.warning("%s", error)
@@ -135,7 +135,8 @@ def _comparable(config: Any) -> Any:
     return {key: value for key, value in content.items() if key not in NOT_COMPARED}
 
 
-def _equal(folder: Path, config: Any) -> bool:
+def is_equal(folder: Path, config: Any) -> bool:
+    """Return whether a folder's run has this configuration, but for what :data:`NOT_COMPARED` names."""
     return _comparable(OmegaConf.load(folder / CONFIG)) == _comparable(OmegaConf.structured(config))
 
 

@@ -51,7 +51,7 @@ def save_curves(passes: Mapping[str, Scores], file: str | Path) -> None:
         draw(axes)
         axes.set(title=title)
         axes.set_xticks(range(len(passes)), list(passes), rotation=30, ha="right")
-    _save(figure, file)
+    save(figure, file)
 
 
 def save_loss_curves(logs: Sequence[Path], file: str | Path) -> None:
@@ -81,7 +81,7 @@ def save_loss_curves(logs: Sequence[Path], file: str | Path) -> None:
         axes.plot(*zip(*points, strict=True), **style)
         axes.set(title=_base_name(column), xlabel="step")
         axes.legend(frameon=False)
-    _save(figure, file)
+    save(figure, file)
 
 
 def asr_at(scored: Scored, set_name: str, threshold: float) -> float:
@@ -172,6 +172,7 @@ def _read_curves(*logs: Path) -> dict[str, list[tuple[int, float]]]:
     return {column: sorted(points.items()) for column, points in curves.items() if points}
 
 
-def _save(figure: Figure, file: str | Path) -> None:
+def save(figure: Figure, file: str | Path) -> None:
+    """Write a figure. The file is complete or absent."""
     with replacing(file) as aside:
         figure.savefig(aside, dpi=140, facecolor="white")

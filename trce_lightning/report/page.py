@@ -76,19 +76,13 @@ class Report:
 
 def write_page(file: Path, report: Report) -> None:
     """Write the page. ``FileNotFoundError`` or ``InputError`` if an image is missing or unreadable."""
-    environment = Environment(
-        loader=PackageLoader("trce_lightning.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     header, *rows = results_rows(report.scores)
-    figures = {"ASR by threshold": _svg(threshold_figure(report.scored))}
+    figures = {"ASR by threshold": svg(threshold_figure(report.scored))}
     if len(points := trade_off_points(report.scores)) > 1:
-        figures["ASR against FID"] = _svg(trade_off_figure(points))
+        figures["ASR against FID"] = svg(trade_off_figure(points))
     pictures = {title: _data_uri(Image.open(path)) for title, path in report.pictures.items()}
-    page = environment.get_template("report.html.j2").render(
+    page = rendered(
+        "report.html.j2",
         report=report,
         verdict=verdict(report),
         attacked=[
@@ -104,6 +98,18 @@ def write_page(file: Path, report: Report) -> None:
         zip=zip,
     )
     write_text(file, page)
+
+
+def rendered(template: str, **content: Any) -> str:
+    """Return a page from a template of this package."""
+    environment = Environment(
+        loader=PackageLoader("trce_lightning.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**content)
 
 
 def attacks_section(content: Attacks) -> dict[str, Any]:
@@ -125,7 +131,7 @@ def _attack_part(content: Attacks, attack: str) -> dict[str, Any]:
     return {
         "title": f"{content.doors[attack]}: {attack}",
         "sentences": about(content, attack),
-        "figure": None if figure is None else _svg(figure),
+        "figure": None if figure is None else svg(figure),
         "finds": [
             (find, list(zip(labels, map(_thumbnail, (find.original, find.image)), strict=True)))
             for find in content.finds
@@ -201,7 +207,8 @@ def _cell(file: Path, seen: Detection, set_name: str) -> dict[str, Any]:
     }
 
 
-def _svg(figure: Figure) -> Markup:
+def svg(figure: Figure) -> Markup:
+    """Return a figure as SVG within a page."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", facecolor="white")
     # The SVG is our own, so it is safe. HTML has no place for its XML prologue, which is cut.

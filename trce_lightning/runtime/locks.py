@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -52,6 +54,30 @@ def release() -> None:
     if _held is not None:
         _held.release()
         _held = None
+
+
+@contextmanager
+def claimed(file: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Lock ``file`` within. It yields False if another process holds the lock, unless ``wait`` waits for it.
+
+    A process may claim several files, beside the folder that it holds. On a file system without locks it
+    yields True.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=wait)
+    except Timeout:
+        yield False
+        return
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        log.warning("%s: this file system has no locks; start no second process there", file)
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def _holder(file: Path) -> str:

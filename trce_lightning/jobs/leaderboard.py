@@ -1,0 +1,648 @@
+"""Erase, score and attack with all methods, and write one page.
+
+The work is a list of cells: a method or a rule of guidance, concepts, and a seed. A cell is a folder whose
+name holds a hash of its configuration, so the same command finds what is done, and continues what isn't. One
+process works at a cell, and others take the next one. The original's scores and the attacks on the references
+are made once for each set of concepts, before its cells.
+
+    OUTPUT/CONCEPTS/references-HASH/references.json      the original, never-learnt and re-initialised models
+    OUTPUT/CONCEPTS/METHOD/SEED-HASH/erase/              the run of train.py
+    OUTPUT/CONCEPTS/METHOD/SEED-HASH/cell.json           scores, attacks and cost; it comes last
+    OUTPUT/leaderboard.html, .json, .csv
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import json
+import logging
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from tqdm.auto import tqdm
+
+from trce_lightning import __version__
+from trce_lightning.adapters import Adapter
+from trce_lightning.concepts import load_concept
+from trce_lightning.config.arguments import did_you_mean
+from trce_lightning.config.composition import compose, config_folder
+from trce_lightning.config.schema import (
+    ALL,
+    ConceptConfig,
+    DeviceConfig,
+    EvalConfig,
+    ExpectedConfig,
+    LeaderboardConfig,
+    TrainConfig,
+    TrainerConfig,
+)
+from trce_lightning.errors import InputError
+from trce_lightning.evaluation.pooled import image_values
+from trce_lightning.evaluation.scored import Detections, Scored
+from trce_lightning.evaluation.scorer import Scorer, score_on_all_ranks
+from trce_lightning.jobs import announce, runs
+from trce_lightning.jobs.attack import ORIGINAL, Attacked, Attacks
+from trce_lightning.jobs.erase import run_of, train
+from trce_lightning.jobs.session import Session, concepts_of
+from trce_lightning.jobs.train import TrainingRun
+from trce_lightning.jobs.trainers import make_trainer
+from trce_lightning.report.leaderboard import CONCEPTS, Published, rows_of, write_leaderboard
+from trce_lightning.runtime.checkout import commit
+from trce_lightning.runtime.locks import claimed, release
+from trce_lightning.runtime.logs import set_up_logging
+from trce_lightning.runtime.storage import reading, write_json
+
+log = logging.getLogger(__name__)
+SCHEMA = 1
+CELL, REFERENCES = "cell.json", "references.json"
+METHOD, GUIDANCE = "method", "guidance"
+LEAST_IMAGES = 2
+"""The images a set of the tuning prompts, whose scores a cell doesn't need. FID takes two."""
+NOT_IN_HASH = ("runs", "cache", "output", "plan", "fresh", "checkpoint_minutes", "logger", "trainer")
+"""Options that don't decide a result, or by rounding alone. So cells of other machines are found."""
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """The network evaluations of a cell, from nothing."""
+
+    erase: Mapping[str, int]
+    """``forward`` and ``backward``, as the method's own cost."""
+    scores: int
+    attacks: int
+
+    @property
+    def passes(self) -> float:
+        """Return the work in forward passes."""
+        weighed = self.erase["forward"] + announce.TRAINING_COST * self.erase["backward"]
+        return weighed + self.scores + self.attacks
+
+
+class Board:
+    """A leaderboard: its cells, and what they share."""
+
+    def __init__(self, config: LeaderboardConfig) -> None:
+        self.config = config
+        self.folder = Path(config.output or Path(config.runs) / "leaderboard")
+        names = {METHOD: names_of(METHOD, config.methods), GUIDANCE: names_of(GUIDANCE, config.guidances)}
+        if others := config.overrides.keys() - {name for own in names.values() for name in own}:
+            raise InputError(
+                f"option 'overrides': expected names of chosen methods, got {', '.join(sorted(others))}"
+            )
+        self.groups = [Group(self, concepts, names) for concepts in config.concepts]
+        self.cells = [cell for group in self.groups for cell in group.cells]
+
+    @property
+    def own(self) -> list[Cell]:
+        """The cells of this process's shard."""
+        return self.cells[self.config.shard :: self.config.shards]
+
+    def plan(self) -> None:
+        """Log the cells, and the network evaluations and minutes ahead."""
+        left = [cell for cell in self.own if not cell.is_done]
+        log.info(
+            "%d cells, %d of them of this shard, %d done",
+            len(self.cells),
+            len(self.own),
+            len(self.own) - len(left),
+        )
+        if not left:
+            return
+        seconds = self.seconds_per_pass()
+        work = {cell: own for cell in left if (own := self.work_of(cell)) is not None}
+        for kind, count in {
+            "erasing": sum(sum(each.erase.values()) for each in work.values()),
+            "scores": sum(each.scores for each in work.values()),
+            "attacks, about": sum(each.attacks for each in work.values()),
+        }.items():
+            log.info("ahead: %-16s %10d network evaluations", kind, count)
+        total = sum(self.seconds_of(cell, each, seconds) for cell, each in work.items())
+        log.info("ahead: about %.0f min in this process, measured from %s", total / 60, self.measured_from())
+
+    def work_of(self, cell: Cell) -> Work | None:
+        """Return a cell's work, or None with an error in the log if its method refuses it."""
+        try:
+            return cell.work
+        except InputError as error:
+            log.error("%s: will be refused: %s", cell.title, error)
+            return None
+
+    def seconds_of(self, cell: Cell, work: Work, seconds_per_pass: float) -> float:
+        """Return the seconds that a cell takes: those of its method's finished cells, or its passes'."""
+        alike = [other.seconds for other in self.finished if other.method == cell.method]
+        return sum(alike) / len(alike) if alike else work.passes * seconds_per_pass
+
+    @property
+    def finished(self) -> list[Cell]:
+        """The cells that are done."""
+        return [cell for cell in self.cells if cell.is_done]
+
+    def seconds_per_pass(self) -> float:
+        """Return the seconds of a forward pass, images and judging included, from finished cells.
+
+        If there are none, the network alone is timed.
+        """
+        done = self.finished
+        if done:
+            return sum(cell.seconds for cell in done) / sum(cell.work.passes for cell in done)
+        measured = announce.seconds_per_evaluation(self.groups[0].planned_run("trce", 0))
+        if measured is None:
+            raise InputError(
+                "leaderboard: expected room for one latent beside the model, got too little memory"
+            )
+        return measured
+
+    def measured_from(self) -> str:
+        """Return what the estimate of time is measured from."""
+        done = len(self.finished)
+        return f"{done} finished cells" if done else "the network alone; images and judging come on top"
+
+    def run(self) -> dict[str, str]:
+        """Run the missing cells of this shard. Return why cells were refused, by their title."""
+        refused: dict[str, str] = {}
+        left = [cell for cell in self.own if not cell.is_done]
+        with tqdm(total=len(self.own), initial=len(self.own) - len(left), unit="cell", desc="cells") as bar:
+            for cell in left:
+                try:
+                    if not cell.run():
+                        log.info("%s: another process is at it", cell.title)
+                except InputError as error:
+                    log.error("%s: refused: %s", cell.title, error)
+                    refused[cell.title] = str(error)
+                finally:
+                    release()
+                gc.collect()
+                bar.update()
+        return refused
+
+    def assemble(self) -> None:
+        """Write the page from the finished cells of all shards."""
+        done = self.finished
+        groups = [
+            (group.references, [cell.result for cell in group.cells if cell.is_done]) for group in self.groups
+        ]
+        rows = [row for references, cells in groups if references for row in rows_of(references, cells)]
+        if not rows:
+            log.info("no cell is done, so there is no page")
+            return
+        facts = {
+            "command": shlex.join(["python", "-m", "trce_lightning.leaderboard", *sys.argv[1:]]),
+            "version": __version__,
+            "commit": commit(),
+            "model": self.config.model.name,
+            "seeds": self.config.seeds,
+            "images a set": self.config.images_per_set,
+            "attacked prompts": self.config.attacked_prompts,
+            "cells": f"{len(done)} of {len(self.cells)}",
+        }
+        write_leaderboard(self.folder, rows, published(), facts, [cell.result for cell in done])
+        log.info("%s: %d of %d cells", self.folder / "leaderboard.html", len(done), len(self.cells))
+
+
+class Group:
+    """The cells of one set of concepts, and their references."""
+
+    def __init__(self, board: Board, concepts: str, names: Mapping[str, Sequence[str]]) -> None:
+        self.board, self.config = board, board.config
+        self.concepts = concept_configs(concepts)
+        self.folder = board.folder / "+".join(self.concepts)
+        self.known: Mapping[str, Attacked] = {}
+        self._cold = tempfile.TemporaryDirectory()
+        self._adapter: Adapter | None = None
+        seeds = self.config.seeds
+        methods = [Cell(self, METHOD, name, seed) for name in names[METHOD] for seed in seeds]
+        # No random number enters a rule of guidance.
+        self.cells = methods + [Cell(self, GUIDANCE, name, seeds[0]) for name in names[GUIDANCE]]
+
+    def parts(self) -> Json:
+        """Return the options that all of the group's configurations share."""
+        return {
+            "concept": self.concepts,
+            "model": self.config.model,
+            "runs": str(self.folder),
+            "cache": str(self.cache),
+        }
+
+    @property
+    def cache(self) -> Path:
+        """The folder of caches, which all runs share."""
+        return runs.cache_folder(self.config)
+
+    def train_config(self, method: str, seed: int) -> TrainConfig:
+        """Return the configuration of ``train.py`` for a method."""
+        composed: TrainConfig = self.composed("train", TrainConfig, "method", method)
+        metrics = dataclasses.replace(
+            composed.metrics,
+            images_per_set=LEAST_IMAGES,
+            final_images_per_set=self.config.images_per_set,
+            batch_size=self.config.batch_size,
+        )
+        trainer = TrainerConfig(**dataclasses.asdict(self.trainer))
+        export = ["pipeline", "delta"]
+        own = dataclasses.replace(composed, **self.parts(), metrics=metrics, trainer=trainer)
+        return dataclasses.replace(own, seed=seed, export=export)
+
+    def eval_config(self, guidance: str = "cfg") -> EvalConfig:
+        """Return the configuration of ``eval.py`` with the attacks, or with a rule of guidance."""
+        composed: EvalConfig = self.composed("eval", EvalConfig, "guidance", guidance)
+        metrics = dataclasses.replace(
+            composed.metrics,
+            final_images_per_set=self.config.images_per_set,
+            batch_size=self.config.batch_size,
+        )
+        return dataclasses.replace(
+            composed,
+            **self.parts(),
+            metrics=metrics,
+            trainer=self.trainer,
+            attack=self.config.attack if guidance == "cfg" else {},
+            attacked_prompts=self.config.attacked_prompts,
+            # Beside another model, `model` is the original. The attacks are given the models themselves.
+            models=[ORIGINAL] if guidance == "cfg" else [],
+        )
+
+    def composed(self, command: str, schema: type, group: str, name: str) -> Any:
+        """Return the configuration of a command with a method or a rule, and the overrides for it."""
+        changes = json.dumps(self.config.overrides.get(name, {}))
+        return composed_with(command, schema, self.config.model.name, f"{group}={name}", changes)
+
+    @property
+    def trainer(self) -> DeviceConfig:
+        """The options of each run's Trainer. A run has one device."""
+        return dataclasses.replace(self.config.trainer, devices=1)
+
+    def planned_run(self, method: str, seed: int) -> TrainingRun:
+        """Return the run of a method as it would be without any cache. It erases nothing."""
+        cold = dataclasses.replace(self.train_config(method, seed), cache=self._cold.name)
+        run = run_of(cold, concepts_of(cold), self._adapter)
+        self._adapter = run.adapter
+        return run
+
+    @property
+    def references_file(self) -> Path:
+        """The file of the references' results."""
+        return self.folder / f"references-{hash_of(self.eval_config())}" / REFERENCES
+
+    @property
+    def references(self) -> Json | None:
+        """The references' results, or None if there are none yet."""
+        return read(self.references_file)
+
+    def refer(self) -> None:
+        """Score the original and attack the references, once for all cells. Other processes wait."""
+        if self.known or (not self.config.attack and self.references is not None):
+            return
+        file = self.references_file
+        with claimed(file.with_name(".lock"), wait=True):
+            start = time.monotonic()
+            own = self.train_config("trce", self.config.seeds[0])
+            run = run_of(own, concepts_of(own))
+            run.score_original()
+            scorer, scored = run.scorers["final"], run.original["final"].scored
+            result: Json = {
+                "schema": SCHEMA,
+                CONCEPTS: list(self.concepts),
+                "scores": scored.scores,
+                "values": values_of(scorer, scored.detections),
+                "evaluations_per_image": evaluations_per_image(scorer),
+                "attacks": {},
+                "hits": {},
+            }
+            del run, scorer
+            gc.collect()
+            if self.config.attack:
+                attacks = Attacks(self.eval_config(), {ORIGINAL: self.config.model.path}, file.parent)
+                attacks.run()
+                self.known = attacks.attacked_models
+                evaluations = [each.network_evaluations for each in self.known.values()]
+                result |= {
+                    "attacks": attacks.rows,
+                    "hits": {label: hits_of(each) for label, each in self.known.items()},
+                    "attack_evaluations": max(evaluations),
+                }
+            if self.references is None:
+                write_json(file, result | {"seconds": round(time.monotonic() - start, 1)})
+
+
+@dataclass(eq=False)
+class Cell:
+    """A method or a rule of guidance, on the concepts of its group, with one seed."""
+
+    group: Group
+    kind: str
+    method: str
+    seed: int
+    _result: Json | None = field(default=None, init=False)
+
+    @property
+    def title(self) -> str:
+        """The cell's name in the log."""
+        return f"{self.method}, {'+'.join(self.group.concepts)}, seed {self.seed}"
+
+    @cached_property
+    def train_config(self) -> TrainConfig:
+        """The configuration of the erasing."""
+        return self.group.train_config(self.method, self.seed)
+
+    @cached_property
+    def eval_config(self) -> EvalConfig:
+        """The configuration of the attacks, or of the images with a rule of guidance."""
+        return self.group.eval_config("cfg" if self.kind == METHOD else self.method)
+
+    @cached_property
+    def folder(self) -> Path:
+        """The cell's folder."""
+        configs: list[Any] = [self.eval_config]
+        if self.kind == METHOD:
+            configs.append(self.train_config)
+        return self.group.folder / self.method / f"{self.seed}-{hash_of(*configs)}"
+
+    @property
+    def is_done(self) -> bool:
+        """Return whether the cell's result is there."""
+        return (self.folder / CELL).exists()
+
+    @property
+    def result(self) -> Json:
+        """The cell's result."""
+        if self._result is None:
+            self._result = read(self.folder / CELL)
+            assert self._result is not None, "the cell is done"
+        return self._result
+
+    @property
+    def seconds(self) -> float:
+        """The seconds of all of the cell's work."""
+        return float(sum(self.result["seconds"].values()))
+
+    @cached_property
+    def work(self) -> Work:
+        """The work of the cell from nothing."""
+        if self.kind == GUIDANCE:
+            return Work({"forward": 0, "backward": 0}, self._guided_scorer().planned_evaluations, 0)
+        run = self.planned_run
+        scores = run.scorers["final"].planned_evaluations
+        if "epochs" in run.scorers:
+            scores += run.tuning_passes * run.scorers["epochs"].planned_evaluations
+        return Work(cost_of(run), scores, self._attack_evaluations(run))
+
+    @property
+    def planned_run(self) -> TrainingRun:
+        """The cell's run as it would be without any cache."""
+        return self.group.planned_run(self.method, self.seed)
+
+    def _attack_evaluations(self, run: TrainingRun) -> int:
+        """Return the evaluations of all attacks on one model, those of the references if they were made."""
+        if not self.group.config.attack:
+            return 0
+        references = self.group.references
+        if references and references["attack_evaluations"]:
+            return int(references["attack_evaluations"])
+        attacks = Attacks(self.eval_config, {ORIGINAL: self.group.config.model.path}, self.folder)
+        searches = sum(cost.forward + cost.backward for cost in attacks.costs().values())
+        # Without and with each attack, and with its two controls.
+        images = self.group.config.attacked_prompts * (2 + 3 * len(self.group.config.attack))
+        return searches + int(images * evaluations_per_image(run.scorers["final"]))
+
+    def run(self) -> bool:
+        """Erase, score and attack. Return False if another process is at it."""
+        with claimed(self.folder / ".lock") as is_ours:
+            if not is_ours:
+                return False
+            if not self.is_done:
+                log.info("%s: %s", self.title, self.folder)
+                self.group.refer()
+                result = self._erased() if self.kind == METHOD else self._guided()
+                write_json(self.folder / CELL, self._facts() | result)
+                if not self.group.config.keep:
+                    self._clean_up()
+            return True
+
+    def _facts(self) -> Json:
+        return {
+            "schema": SCHEMA,
+            "kind": self.kind,
+            "method": self.method,
+            CONCEPTS: list(self.group.concepts),
+            "seed": self.seed,
+            "model": self.group.config.model.name,
+            "version": __version__,
+            "commit": commit(),
+        }
+
+    def _erased(self) -> Json:
+        """Erase and attack."""
+        folder, planned, seconds = self.folder / "erase", self.planned_run, {}
+        if not (folder / runs.FINISHED).exists():
+            # A run that was begun with another Trainer or cache begins again.
+            begun = (folder / runs.CONFIG).exists()
+            own = dataclasses.replace(self.train_config, output=str(folder))
+            start = time.monotonic()
+            train(dataclasses.replace(own, fresh=begun and not runs.is_equal(folder, own)))
+            seconds["erase and score"] = round(time.monotonic() - start, 1)
+        metrics = read(folder / runs.FINISHED)
+        assert metrics is not None, "the run has written its metrics"
+        start = time.monotonic()
+        attacked = self._attacked(folder / "erased") if self.group.config.attack else {}
+        seconds["attack"] = round(time.monotonic() - start, 1)
+        scored, scorer = Scored.load(folder / "scored" / "erased.json"), planned.scorers["final"]
+        return {
+            "scores": metrics["erased"],
+            "values": values_of(scorer, scored.detections),
+            "evaluations_per_image": evaluations_per_image(scorer),
+            "network_evaluations": dict(self.work.erase),
+            "erase_seconds": erase_seconds(metrics, self.work),
+            "trainable": planned.trainable_numbers(),
+            "cache_bytes": planned.stored_bytes(),
+            "delta_bytes": sum(file.stat().st_size for file in folder.glob("delta*.safetensors")),
+            **attacked,
+            "seconds": seconds,
+        }
+
+    def _attacked(self, pipeline: Path) -> Json:
+        sources = {ORIGINAL: self.group.config.model.path, self.method: str(pipeline)}
+        attacks = Attacks(self.eval_config, sources, self.folder)
+        attacks.run(self.group.known)
+        hits = hits_of(attacks.attacked_models[self.method])
+        return {"attacks": attacks.rows[self.method], "hits": hits}
+
+    def _guided_scorer(self) -> Scorer:
+        session = Session(self.eval_config, concepts_of(self.eval_config))
+        return session.scorer("report", self.group.config.images_per_set)
+
+    def _guided(self) -> Json:
+        """Score the original's images with a rule of guidance."""
+        scorer, start = self._guided_scorer(), time.monotonic()
+        trainer = make_trainer(self.eval_config.trainer, self.folder)
+        with scorer.adapter.unchanged():
+            scores = score_on_all_ranks(trainer, scorer, self.folder / "images", self.method)
+        return {
+            "scores": scores,
+            "values": values_of(scorer, scorer.detections),
+            "evaluations_per_image": evaluations_per_image(scorer),
+            "seconds": {"score": round(time.monotonic() - start, 1)},
+        }
+
+    def _clean_up(self) -> None:
+        """Delete the pipeline, which the changed tensors make again, and all images."""
+        for name in (
+            "erase/erased",
+            "erase/images",
+            "erase/tuning",
+            "erase/checkpoints",
+            "attacks",
+            "images",
+        ):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+def names_of(kind: str, given: Sequence[str]) -> list[str]:
+    """Return the names of methods or of rules of guidance. ``InputError`` if there is none of a name."""
+    names = sorted(file.stem for file in (config_folder() / kind).glob("*.yaml"))
+    if kind == METHOD and ALL in given:
+        return names
+    for name in given:
+        if name not in names:
+            raise InputError(
+                f"option '{kind}s': expected names among {', '.join(names)}, got {name!r}."
+                f"{did_you_mean(name, names)}"
+            )
+    return list(given)
+
+
+@cache
+def composed_with(name: str, schema: type, model: str, choice: str, changes: str) -> Any:
+    """Return the configuration of a command with a model, one more choice, and changes as JSON.
+
+    Callers share it, so they must not change it.
+    """
+    return compose(name, schema, [f"model={model}", choice], json.loads(changes))
+
+
+def concept_configs(name: str) -> dict[str, ConceptConfig]:
+    """Return the concepts of ``concepts``, such as ``violence+horror``, by name: shipped ones, or files.
+
+    ``InputError`` if a name is unknown or given twice.
+    """
+    found: dict[str, ConceptConfig] = {}
+    shipped = {file.stem: file for file in sorted((config_folder() / "concept").glob("*.yaml"))}
+    for part in name.split("+"):
+        file = shipped.get(part, Path(part))
+        if not file.is_file():
+            raise InputError(
+                f"option 'concepts': expected names among {', '.join(shipped)}, files, or several with + "
+                f"between them, got {part!r}.{did_you_mean(part, shipped)}"
+            )
+        concept = load_concept(file)
+        if concept.name in found:
+            raise InputError(f"option 'concepts': expected each concept once, got {name!r}")
+        values = {key: _plain(value) for key, value in dataclasses.asdict(concept).items()}
+        found[concept.name] = ConceptConfig(**values)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Return tuples as lists, also within maps. OmegaConf knows no tuples."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def hash_of(*configs: Any) -> str:
+    """Return a hash of what decides the results of these configurations."""
+    contents = []
+    for config in configs:
+        content: Any = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+        content["metrics"].pop("batch_size")  # an image's noise doesn't depend on its batch
+        contents.append({key: value for key, value in content.items() if key not in NOT_IN_HASH})
+    text = json.dumps(contents, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def read(file: Path) -> Json | None:
+    """Return the content of a JSON file, or None if there is no file."""
+    if not file.exists():
+        return None
+    with reading(file, "a result of the leaderboard"):
+        content: Json = json.loads(file.read_text("utf-8"))
+        return content
+
+
+def values_of(scorer: Scorer, detections: Detections) -> Json:
+    """Return :func:`image_values` for JSON."""
+    values = image_values(scorer.sets, detections, scorer.label_groups)
+    return {name: dataclasses.asdict(each) for name, each in values.items()}
+
+
+def hits_of(attacked: Attacked) -> Json:
+    """Return which images of each prompt show the concept, by attack."""
+    return {name: dict(outcome.attacked) for name, outcome in attacked.outcomes.items()}
+
+
+def evaluations_per_image(scorer: Scorer) -> float:
+    """Return the network evaluations that an image takes."""
+    return scorer.planned_evaluations / sum(len(prompts.records) for prompts in scorer.sets)
+
+
+def cost_of(run: TrainingRun) -> dict[str, int]:
+    """Return the network evaluations of a run's method, ``forward`` and ``backward``, without any cache."""
+    parts = run.method_parts().values()
+    forward, backward = sum(part.forward for part in parts), sum(part.backward for part in parts)
+    if run.plan is not None:
+        forward += announce.missing_evaluations(run)
+        backward += run.plan.training_evaluations(run.config.trajectory)
+    return {"forward": forward, "backward": backward}
+
+
+def erase_seconds(metrics: Json, work: Work) -> float | None:
+    """Return the seconds of erasing alone, or None if a cache or an earlier start did a part of it."""
+    scoring = ("original", "epochs", "final")
+    made = sum(count for part, count in metrics["network_evaluations"].items() if part not in scoring)
+    if made < sum(work.erase.values()):
+        return None
+    return float(sum(seconds for part, seconds in metrics["seconds"].items() if part not in scoring))
+
+
+def published() -> list[Published]:
+    """Return the figures of the paper that this project knows, from the experiments that expect them."""
+    found = []
+    for file in sorted((config_folder() / "experiment").glob("*.yaml")):
+        content: Any = OmegaConf.load(file)
+        if "expected" in content:
+            expected = OmegaConf.to_object(
+                OmegaConf.merge(OmegaConf.structured(ExpectedConfig), content.expected)
+            )
+            assert isinstance(expected, ExpectedConfig)
+            found.append(
+                Published(file.stem, expected.source, expected.asr, expected.fid, expected.clip_score)
+            )
+    return found
+
+
+def leaderboard(config: LeaderboardConfig) -> None:
+    """Run the missing cells of this shard, and write the page from the finished ones of all shards.
+
+    ``InputError`` at the end if a method refused its cell.
+    """
+    set_up_logging()
+    board = Board(config)
+    board.plan()
+    if config.plan:
+        return
+    refused = board.run()
+    board.assemble()
+    if refused:
+        title, reason = next(iter(refused.items()))
+        raise InputError(f"leaderboard: {len(refused)} cells were refused, such as {title}: {reason}")
