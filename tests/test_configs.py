@@ -45,10 +45,11 @@ def test_file_composes_and_has_its_say(file, name):
         assert others, f"{file} belongs to no group of a command"
         pytest.skip(f"a group of {others} alone")
     concept = [] if group == "concept" else ["concept=violence"]
-    # Tuned values are of one method or rule, which the file's name begins with.
+    # Tuned values are of one method or rule, which the file's name begins with. None are of this model.
     tuned = file.stem.rpartition("_")[0]
     others = {
         "method": ["model=sd15"],
+        "guidance": ["model=sd15"],
         "method_tuning": [f"method={tuned}"],
         "guidance_tuning": [f"guidance={tuned}"],
     }
