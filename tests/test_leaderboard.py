@@ -152,7 +152,7 @@ def test_a_result_of_another_machine_is_found(tmp_path: Path, cache: Path) -> No
 def test_a_refused_cell_lets_the_others_run_and_ends_the_command(
     tmp_path: Path, cache: Path, erased: list[str]
 ) -> None:
-    wrong = ("methods=[esd]", "guidances=[sld_max]", "++overrides.esd.method.last_step=99")
+    wrong = ("methods=[esd]", "~overrides.uce", "guidances=[sld_max]", "++overrides.esd.method.last_step=99")
     with pytest.raises(InputError, match="1 cells were refused, such as esd, violence, seed 0: "):
         leaderboard(config_of(tmp_path, cache, *wrong))
     assert erased == ["sld_max, violence, seed 0"]

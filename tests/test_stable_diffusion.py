@@ -454,8 +454,8 @@ def test_the_delta_is_small_at_full_size(version: str) -> None:
 
 UNET = ["diffusers", "UNet2DConditionModel"]
 PIPELINES = {
-    "FluxPipeline": ({"transformer": ["diffusers", "FluxTransformer2DModel"]}, "its transformer"),
-    "StableDiffusion3Pipeline": ({"transformer": ["diffusers", "SD3Transformer2DModel"]}, "its transformer"),
+    "PixArtSigmaPipeline": ({"transformer": ["diffusers", "PixArtTransformer2DModel"]}, "its transformer"),
+    "Flux2Pipeline": ({"transformer": ["diffusers", "Flux2Transformer2DModel"]}, "its transformer"),
     "StableDiffusionXLInpaintPipeline": (
         {
             "unet": UNET,

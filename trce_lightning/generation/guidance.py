@@ -89,7 +89,7 @@ def check_scales(adapter: Adapter, guidance_scales: Sequence[float]) -> None:
     if not adapter.guided and (guided := [scale for scale in guidance_scales if is_guided(scale)]):
         raise InputError(
             f"guidance_scale: expected at most 1 with '{adapter.name}', which samples without ∅, got "
-            f"{guided[0]:g}; model.guidance_scale is embedded, if the model reads one"
+            f"{guided[0]:g}; the denoiser reads model.guidance_scale, if it reads a scale"
         )
 
 
