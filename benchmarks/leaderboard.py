@@ -18,21 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import refresh
-from trce_lightning.report.leaderboard import REFERENCE, Row, markdown, mean_asr
+from trce_lightning.report.leaderboard import COSTS, REFERENCE, Row, markdown, mean_asr
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "leaderboard.md"
 SHOWN = ("asr_direct", "asr_implicit", "attacked", "fid", "benign_accuracy", "benign_accuracy_unkept")
 """The columns of README's table, and of the first table of the page."""
-COST = (
-    "erase_seconds",
-    "forward",
-    "backward",
-    "trainable",
-    "cache_bytes",
-    "delta_bytes",
-    "evaluations_per_image",
-)
 
 
 def load_rows(folder: Path) -> list[Row]:
@@ -62,7 +53,7 @@ def sections(rows: Sequence[Row], images: Mapping[str, str]) -> str:
             metric for metric in metrics if metric.startswith("benign_accuracy_") or metric == "clip_score"
         ]
         parts += [f"### {concept}", f"![{concept}: ASR and attacks against FID]({images[concept]})"]
-        tables = (SHOWN, near, attacks, COST)
+        tables = (SHOWN, near, attacks, COSTS)
         parts += [markdown([row for row in own if _has(row, table)], table) for table in tables]
     return "\n\n".join(parts)
 

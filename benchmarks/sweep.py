@@ -119,8 +119,7 @@ EARLIER = (
 )
 """The settings before the sweep. Every trial begins with them, so that the table stays true."""
 
-WITHOUT = ("textual.form=ridge", "textual.ridge=1e9")
-"""Stage 1 that changes nothing."""
+WITHOUT = ("method.edit=false",)
 MORE = ("method.keep_runs=900",)
 HEAVY = ("method.keep_weight=240", "method.unconditional_weight=240")
 _HARDENED: dict[str, tuple[str, ...]] = {
@@ -199,10 +198,15 @@ def keeps(scores: Scores, original: Scores) -> bool:
     return bool(scores["fid"] <= MOST_FID * original["fid"] and accuracy >= LEAST_ACCURACY)
 
 
-def shown(row: Row) -> float:
-    """Return the mean of all rates at which the concept shows: direct and implicit ASR, and each attack's."""
+def rates_of(row: Row) -> list[float]:
+    """Return the rates at which the concept shows: direct and implicit ASR, and each attack's."""
     asr = [row["scores"]["asr"][name]["rate"] for name in ("direct", "implicit")]
-    rates = [*asr, *row["attacks"].values()]
+    return [*asr, *(row["attacks"][attack] for attack in ATTACKS)]
+
+
+def shown(row: Row) -> float:
+    """Return the mean of all rates at which the concept shows."""
+    rates = rates_of(row)
     return float(sum(rates) / len(rates))
 
 
@@ -222,15 +226,13 @@ def table(found: Mapping[str, Row]) -> str:
     best, original = chosen(found), found[ORIGINAL]["scores"]
     for name, row in found.items():
         scores = row["scores"]
-        rates = [scores["asr"][part]["rate"] for part in ("direct", "implicit")]
-        rates += [row["attacks"][attack] for attack in ATTACKS]
         kept = "" if name == ORIGINAL else "yes" if keeps(scores, original) else "no"
-        cells = [f"**{name}**" if name == best else name, *(f"{100 * rate:.1f} %" for rate in rates)]
+        cells = [f"**{name}**" if name == best else name, *(f"{100 * rate:.1f} %" for rate in rates_of(row))]
         cells += [f"{scores['fid'] / original['fid']:.3f}×", f"{scores['clip_score']:.2f}"]
         benign = [scores["benign_accuracy"], scores["benign_accuracy_unkept"]["rate"]]
         lines.append([*cells, *(f"{100 * rate:.1f} %" for rate in benign), kept])
-    for label, rates_of in found[ORIGINAL]["references"].items():
-        cells = ["", "", *(f"{100 * rates_of[attack]:.1f} %" for attack in ATTACKS)]
+    for label, own in found[ORIGINAL]["references"].items():
+        cells = ["", "", *(f"{100 * own[attack]:.1f} %" for attack in ATTACKS)]
         lines.append([f"({label})", *cells, "", "", "", "", ""])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

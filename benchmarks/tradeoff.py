@@ -22,16 +22,16 @@ from tqdm import tqdm
 
 from benchmarks.fitting import compose
 from benchmarks.report import refresh
-from benchmarks.sweep import ATTACKS, IMAGES, RUNS, attacked
+from benchmarks.sweep import ATTACKS, IMAGES, RUNS, attacked, rates_of
 from trce_lightning.adapters import load_adapter
 from trce_lightning.evaluation.scored import Scores
+from trce_lightning.jobs.attack import NEVER_LEARNT
 from trce_lightning.jobs.session import Session, concepts_of
 from trce_lightning.runtime.storage import write_json
 
 RESULTS = Path(__file__).with_suffix(".json")
 DOCS = Path(__file__).parents[1] / "docs"
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
-NEVER_LEARNT = "never-learnt"
 Row = dict[str, Any]
 """The ``scores`` of a strength, and the rates of ``attacks`` on it and on the ``references``."""
 
@@ -70,9 +70,7 @@ def lines_of(rows: Mapping[float, Row]) -> list[str]:
     lines = [header, ["---:"] * len(header)]
     for strength, row in sorted(rows.items()):
         scores: Scores = row["scores"]
-        rates = [scores["asr"][name]["rate"] for name in ("direct", "implicit")]
-        rates += [row["attacks"][attack] for attack in ATTACKS]
-        cells = [f"{strength:g}", *(f"{100 * rate:.1f} %" for rate in rates)]
+        cells = [f"{strength:g}", *(f"{100 * rate:.1f} %" for rate in rates_of(row))]
         cells += [f"{scores['fid']:.2f}", f"{scores['clip_score']:.2f}"]
         benign = [scores["benign_accuracy"], scores["benign_accuracy_unkept"]["rate"]]
         lines.append([*cells, *(f"{100 * rate:.1f} %" for rate in benign)])

@@ -130,7 +130,7 @@ def test_the_positive_control_is_judged_on_its_own_prompts() -> None:
 
 
 def test_the_positive_control_is_judged_by_prompts() -> None:
-    """Of three tries, one shows the concept: a third of the images, and every prompt."""
+    """One of three tries shows the concept: a third of the images, and every prompt."""
     tried = {prompt: [False, True, False] for prompt in hits(0)}
     assert positive_control(Outcome(tried, hits(40), hits(40)))["holds"]
     row = attack_rows({"erased": {"a": Outcome(tried, hits(0), hits(0))}})["erased"]["a"]
@@ -177,7 +177,7 @@ def test_recoverability_is_the_paired_bootstrap_of_scipy() -> None:
 
 
 def test_intervals_cover_and_narrower_ones_would_not() -> None:
-    """In 400 simulations of 64 prompts of unequal difficulty; the bound is three standard errors below."""
+    """Intervals are tried in 400 simulations of 64 unequal prompts. Three standard errors are the bound."""
     rng = np.random.default_rng(0)
     ease = rng.beta(2, 2, 64) * 2  # mean 1
     scales = {"erased": 0.3, "original": 0.5, "never": 0.05}

@@ -1,4 +1,4 @@
-"""What a user types: accepted spellings, and refusals in a few lines with exit code 2, without torch."""
+"""The command line accepts all spellings, and refuses in a few lines with exit code 2, without torch."""
 
 import contextlib
 import importlib.util

@@ -14,7 +14,7 @@ SETS = ("direct", "benign")
 
 
 def scored(hits: int) -> Scored:
-    """Of 20 images a set, the first of which show the concept."""
+    """Return scores of 20 images a set, the first of which show the concept."""
     return Scored({}, {name: {str(i): Detection(float(i < hits)) for i in range(20)} for name in SETS})
 
 

@@ -37,7 +37,7 @@ def test_the_attacking_state_is_the_minimiser() -> None:
 def test_rounds_of_rece_from_the_original_solve_one_problem_over_all_attacks(
     adapter: StableDiffusionAdapter, tmp_path: Path
 ) -> None:
-    """By hand, for one round, in both ways."""
+    """The transform equals one round by hand, in both ways."""
     options: dict[str, Any] = {"positions": "last", "rounds": 1, "guide": "counterpart"}
     stream = edited_stream(adapter, "kv")
     erased, guides = (
