@@ -290,7 +290,23 @@ class Group:
         self._adapter = run.adapter
         return run
 
-    @property
+    @cached_property
+    def attack_evaluations(self) -> int:
+        """The evaluations of all attacks on one model, those of the references if they were made."""
+        if not self.config.attack:
+            return 0
+        references = self.references
+        if references and references["attack_evaluations"]:
+            return int(references["attack_evaluations"])
+        config = self.eval_config()
+        attacks = Attacks(config, {ORIGINAL: self.config.model.path}, self.folder)
+        searches = sum(cost.forward + cost.backward for cost in attacks.costs().values())
+        # Without and with each attack, and with its two controls.
+        images = self.config.attacked_prompts * (2 + 3 * len(self.config.attack))
+        scorer = Session(config, concepts_of(config)).scorer("report", self.config.images_per_set)
+        return searches + int(images * evaluations_per_image(scorer))
+
+    @cached_property
     def references_file(self) -> Path:
         """The file of the references' results."""
         return self.folder / f"references-{hash_of(self.eval_config())}" / REFERENCES
@@ -396,25 +412,12 @@ class Cell:
         scores = run.scorers["final"].planned_evaluations
         if "epochs" in run.scorers:
             scores += run.tuning_passes * run.scorers["epochs"].planned_evaluations
-        return Work(cost_of(run), scores, self._attack_evaluations(run))
+        return Work(cost_of(run), scores, self.group.attack_evaluations)
 
     @property
     def planned_run(self) -> TrainingRun:
         """The cell's run as it would be without any cache."""
         return self.group.planned_run(self.method, self.seed)
-
-    def _attack_evaluations(self, run: TrainingRun) -> int:
-        """Return the evaluations of all attacks on one model, those of the references if they were made."""
-        if not self.group.config.attack:
-            return 0
-        references = self.group.references
-        if references and references["attack_evaluations"]:
-            return int(references["attack_evaluations"])
-        attacks = Attacks(self.eval_config, {ORIGINAL: self.group.config.model.path}, self.folder)
-        searches = sum(cost.forward + cost.backward for cost in attacks.costs().values())
-        # Without and with each attack, and with its two controls.
-        images = self.group.config.attacked_prompts * (2 + 3 * len(self.group.config.attack))
-        return searches + int(images * evaluations_per_image(run.scorers["final"]))
 
     def run(self) -> bool:
         """Erase, score and attack. Return False if another process is at it."""
