@@ -119,7 +119,7 @@ EARLIER = (
 )
 """The settings before the sweep. Every trial begins with them, so that the table stays true."""
 
-WITHOUT = ("method.edit=false",)
+WITHOUT = ("method.edit=none",)
 MORE = ("method.keep_runs=900",)
 HEAVY = ("method.keep_weight=240", "method.unconditional_weight=240")
 _HARDENED: dict[str, tuple[str, ...]] = {
@@ -145,7 +145,7 @@ SWEEPS: dict[str, Sweep] = {
     "hardened": Sweep(
         (
             "experiment=hardened",
-            "method.edit=true",
+            "method.edit=before",
             "method.strength=1",
             "textual.form=projection",
             "method.lr=3e-4",

@@ -31,7 +31,7 @@ TUNED: dict[str, Any] = {
 HARDENED: dict[str, Any] = {
     key: TUNED[key] for key in ("iterations", "draws", "num_steps", "guidance_scale", "lr")
 } | {
-    "edit": True,
+    "edit": "before",
     "strength": 1.0,
     "learnt": 2,
     "moved": 2,

@@ -150,7 +150,7 @@ def test_strength_goes_on_along_the_way_of_training(tmp_path: Path) -> None:
     moves = []
     for strength in (0.5, 1.0, 1.5):
         adapter = StableDiffusionAdapter(build_tiny_pipeline())
-        eraser = Hardened(**(HARDENED | {"edit": False, "strength": strength, "lr": 1e-2}))
+        eraser = Hardened(**(HARDENED | {"edit": "none", "strength": strength, "lr": 1e-2}))
         eraser.erase(Harness(adapter, tmp_path).job)
         weights = torch.cat([own.detach().flatten() for own in adapter.denoiser.state_dict().values()])
         moves.append(weights - first)
@@ -161,18 +161,35 @@ def test_strength_goes_on_along_the_way_of_training(tmp_path: Path) -> None:
 
 
 def test_without_stage_1_training_begins_with_the_original_and_reads_its_prompts(tmp_path: Path) -> None:
-    run = Started(tmp_path, edit=False)
+    run = Started(tmp_path, edit="none")
     for name, weight in run.original.denoiser.state_dict().items():
         assert torch.equal(run.adapter.denoiser.state_dict()[name], weight), name
     keyed, text = (run.eraser.keyed_text(run.module, run.points), run.module.text(run.points.prompts))
     assert torch.equal(keyed.states["clip"], text.states["clip"])
     adapter = StableDiffusionAdapter(build_tiny_pipeline())
-    erased = Hardened(**(HARDENED | {"edit": False})).erase(Harness(adapter, tmp_path).job)
+    erased = Hardened(**(HARDENED | {"edit": "none"})).erase(Harness(adapter, tmp_path).job)
     assert not erased.files  # no T to publish
     edited = Started(tmp_path)
     assert not torch.equal(
         edited.eraser.keyed_text(edited.module, run.points).states["clip"], text.states["clip"]
     )
+
+
+def test_stage_1_after_training_multiplies_what_training_left(tmp_path: Path) -> None:
+    weights = {}
+    for place in ("none", "after"):
+        adapter = StableDiffusionAdapter(build_tiny_pipeline())
+        harness = Harness(adapter, tmp_path)
+        harness.job.textual.ridge = 0.1
+        erased = Hardened(**(HARDENED | {"edit": place, "lr": 1e-2})).erase(harness.job)
+        weights[place] = {name: own.detach().clone() for name, own in adapter.denoiser.state_dict().items()}
+    transform = erased.files["edit"]["transform"]
+    entries = [name for name in weights["none"] if ".attn2.to_k." in name or ".attn2.to_v." in name]
+    assert entries and not torch.allclose(transform, torch.eye(len(transform)).to(transform), atol=1e-3)
+    for name, trained in weights["none"].items():
+        expected = (trained.double() @ transform.double()).float() if name in entries else trained
+        torch.testing.assert_close(weights["after"][name], expected, atol=1e-5, rtol=1e-4)
+        assert torch.equal(weights["after"][name], erased.changed["unet"][name])
 
 
 def test_entries_serve_their_own_concept_alone(tmp_path: Path) -> None:
@@ -247,4 +264,4 @@ def test_an_edit_of_values_alone_has_no_key(tmp_path: Path) -> None:
     job.textual.matrices = ["value"]
     with pytest.raises(InputError, match=r"textual\.matrices: expected keys and values"):
         Hardened(**HARDENED).ahead(job)
-    Hardened(**(HARDENED | {"edit": False})).ahead(job)  # no edit, no key
+    Hardened(**(HARDENED | {"edit": "none"})).ahead(job)  # no edit, no key

@@ -1,4 +1,4 @@
-"""Hardened TRCE: training against an adversary that sits in the text, after stage 1 or in its place.
+"""Hardened TRCE: training against an adversary that sits in the text, in the place of stage 2.
 
     min_θ  Σ_kinds mean ‖ε_θ(z_t, e, t) − ε(z_t, c_s, t)‖² / RMS(ε(z_t, c_m, t) − ε(z_t, c_s, t))
            + λ_k mean ‖ε_θ(z_k, c_k, t) − ε(z_k, c_k, t)‖² + λ_∅ mean ‖ε_θ(z, ∅, t) − ε(z, ∅, t)‖²
@@ -13,13 +13,14 @@ There are four kinds:
   they stay converged while the network changes. Some begin anew from time to time.
 - *moved*: E(c_m) + δ with |δ_i| ≤ ρ RMS(E(c_m)_i) at every position i, by steps of projected gradient descent
   on the same objective.
-- *keyed*: E(c_m) T⁺ᵀ, what stage 1's matrix maps back to the malicious states. Without stage 1, T = I, and it
+- *keyed*: E(c_m) T⁺ᵀ, what stage 1's matrix maps back to the malicious states, if it comes before. Else it
   is the malicious prompt itself.
 - *other*: prompts to keep and ∅, at later steps, where z_t shows the concept already. So the network doesn't
   complete the concept from a trace of it.
 
 The result is θ_0 + s (θ̄ − θ_0): θ_0 are the weights that training began with, θ̄ the average of the weights
-over the steps, and s the strength. s > 1 goes further along the way than training did.
+over the steps, and s the strength. s > 1 goes further along the way than training did. Stage 1 comes before
+training, after it, or not at all. T depends on the text encoder alone, so it is the same in both places.
 
 This is not in the paper. STEREO (arXiv 2408.16807) and Receler (arXiv 2311.17717) train against adversaries
 in embeddings too, and the ball around the states is RACE's (arXiv 2405.16341).
@@ -40,7 +41,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from trce_lightning.adapters import Adapter
 from trce_lightning.adapters.slots import PLACEHOLDER, Slots, slots_of
 from trce_lightning.concepts import prompt_pairs
-from trce_lightning.config.schema import MATRICES, Count, Natural, NonNegative, Positive, Share
+from trce_lightning.config.schema import MATRICES, Count, Natural, NonNegative, OneOf, Positive, Share
 from trce_lightning.erasers.pool import Pool
 from trce_lightning.erasers.protocol import Ahead, Erased, Job, denoiser_name
 from trce_lightning.erasers.teachers import EMPTY, draw_walks
@@ -54,6 +55,9 @@ from trce_lightning.tokens import Text, state_rms, within_ball
 
 KINDS = ("learnt", "moved", "keyed", "other")
 """The texts under which points of the concept are read."""
+PLACES = ("none", "before", "after")
+_, BEFORE, AFTER = PLACES
+"""Where stage 1 may come."""
 LEAST = 1e-6
 """The least RMS that a distance is divided by."""
 WARMUP = 10
@@ -164,12 +168,12 @@ class Hardening(Tuning):
 
 @dataclass(kw_only=True)
 class Hardened(TunedEraser):
-    """Train against learnt, moved, keyed and other texts, after stage 1 if ``edit`` is true.
+    """Train against learnt, moved, keyed and other texts, and apply stage 1 where ``edit`` says.
 
     ``textual.*`` has the options of stage 1.
 
     Args:
-        edit: true to apply stage 1 first.
+        edit: ``before`` or ``after`` training for stage 1 there, ``none`` for no stage 1.
         draws: points of each sampling run, if it has as many.
         trainable: fnmatch pattern of the denoiser's modules that train.
         learnt: points of each step that are read under the pool's embeddings.
@@ -199,7 +203,7 @@ class Hardened(TunedEraser):
     """
 
     draws: Count = 10
-    edit: bool = False
+    edit: Annotated[str, OneOf(PLACES)] = "none"
     trainable: str = "*"
     learnt: Count = 16
     moved: Natural = 12
@@ -287,7 +291,7 @@ class Hardened(TunedEraser):
                 f"method.visited: expected at most method.pool = {self.pool} entries, which share "
                 f"method.learnt = {self.learnt} points of {world_size} processes evenly, got {self.visited}"
             )
-        if self.edit and self.keyed and set(job.textual.matrices) != set(MATRICES):
+        if self.edit == BEFORE and self.keyed and set(job.textual.matrices) != set(MATRICES):
             raise InputError(
                 "textual.matrices: expected keys and values with method.keyed > 0, since no state undoes an "
                 f"edit of one of them, got {job.textual.matrices}"
@@ -332,25 +336,31 @@ class Hardened(TunedEraser):
         return slots_of(adapter, fitting or prompts, word, self.vectors, "method")
 
     def module(self, job: Job) -> Hardening:
-        """Apply stage 1, if there is one, and return the module that is fitted."""
+        """Apply stage 1, if it comes before, and return the module that is fitted."""
         self._edited: dict[str, nn.Parameter] = {}
         self._files: dict[str, Mapping[str, Tensor]] = {}
-        if not self.edit:
+        if self.edit != BEFORE:
             return Hardening(self, job, None)
+        return Hardening(self, job, torch.linalg.pinv(self.apply_stage_1(job)).mT)
+
+    def apply_stage_1(self, job: Job) -> Tensor:
+        """Edit the denoiser as it is, and return stage 1's matrix T, ``[d, d]``."""
         adapter = job.adapter
         kept = cached_kept(job.trainer, adapter, job.keep_prompts(), job.cache)
         edit = textual_statistics(adapter, job.concepts, kept, job.textual).solve(job.textual)
         names = apply_edit_(adapter, edit)
         self._edited = {name: adapter.denoiser.get_parameter(name) for name in names}
         self._files = {"edit": {"transform": edit.transform}}
-        return Hardening(self, job, torch.linalg.pinv(edit.transform).mT)
+        return edit.transform
 
     def result(self, job: Job, module: Tuning) -> Erased:
-        """Return what stage 1 and training have changed."""
+        """Apply stage 1, if it comes after, and return what it and training have changed."""
         assert isinstance(module, Hardening)
         module.take_average(self.strength)
+        if self.edit == AFTER:
+            self.apply_stage_1(job)
         trained = module.trained[denoiser_name(job.adapter)]
-        changed = {name: own.detach() for name, own in (self._edited | trained).items()}
+        changed = {name: own.detach() for name, own in (trained | self._edited).items()}
         return Erased({denoiser_name(job.adapter): changed}, files=self._files)
 
     def losses(self, module: Tuning, batch: Batch) -> dict[str, Tensor]:
