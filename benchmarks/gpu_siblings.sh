@@ -1,49 +1,76 @@
 #!/usr/bin/env bash
-# Train the embedded model's siblings on a GPU machine without a network, in SECONDS in all:
-#     bash benchmarks/gpu_siblings.sh [SECONDS [BATCH]]
+# Train denoisers of the embedded model's siblings on a GPU machine without a network:
+#     bash benchmarks/gpu_siblings.sh FAMILY [SECONDS [BATCH]]
 #
-# The denoisers train one after the other, in batches of BATCH (default 512), and share what the rest leaves of SECONDS
-# (default 600). T5 trains beside SDXL, which doesn't read it. The folder CARRIED (default work/gpu_siblings) holds what a
-# machine with a network has made: sprites.safetensors.xz, words.json, tokenizer_3, captions.safetensors.xz,
-# clip_2.safetensors, and t5.safetensors in case that T5 can't be trained. Wheels of missing packages lie in .whl.
-# Weights and log go to OUT.
+# The text encoders are those that ship. Some kernels may fail on a GPU. So a few steps are tried first with each of
+# several, side by side and beside the data. The first in KERNELS that works trains for SECONDS (default 110). If it dies,
+# the next one goes on from the last checkpoint. BATCH is 512 if it isn't given.
+# The folder CARRIED (default work/gpu_siblings) holds what a machine with a network has made: sprites.safetensors.xz and
+# words.json. Wheels of missing packages lie in .whl. OUT gets the weights (FAMILY.safetensors), their average so far
+# (FAMILY-average.safetensors), pictures, log.txt and kernels.txt, which has the traceback of each probe that failed.
 set -uo pipefail
-LIMIT=${1:-600} BATCH=${2:-512}
+FAMILY=$1 LIMIT=${2:-110} BATCH=${3:-512}
+KERNELS=${KERNELS:-default no-cudnn written-out cublaslt} LATER=${LATER:-math workspace eager tf32 plain}
 CARRIED=${CARRIED:-work/gpu_siblings} OUT=${OUT:-runs/gpu_siblings} WORK=${WORK:-/tmp/siblings_work}
+STEPS=${STEPS:-1000000}
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 SECONDS=0
-parts=$WORK/siblings
+parts=$WORK/siblings shipped=trce_lightning/emoji/weights/siblings
 mkdir -p "$OUT" "$parts"
-if [ -d .whl ]; then
-    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .whl/*.whl
+python=${PYTHON:-python3}
+if [ -d .whl ] && [ -z "${PYTHON:-}" ]; then
+    $python -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .whl/*.whl
     export PYTHONPATH=/tmp/site:.
 fi
-unpack() {
-    python3 -c 'import lzma, sys; sys.stdout.buffer.write(lzma.open(sys.argv[1]).read())' "$CARRIED/$1.xz" > "$2/$1"
+$python -c 'import lzma, sys; sys.stdout.buffer.write(lzma.open(sys.argv[1]).read())' \
+    "$CARRIED/sprites.safetensors.xz" > "$WORK/sprites.safetensors"
+cp -r "$CARRIED/words.json" "$shipped"/{tokenizer_3,t5.safetensors,clip_2.safetensors} "$parts/"
+say() { echo "$(printf %4d $SECONDS) s: $*" | tee -a "$OUT/log.txt"; }
+part() {
+    $python -m trce_lightning.emoji.training --family "$FAMILY" --folder "$WORK" --batch-size "$BATCH" --lr 2e-3 \
+        --steps "$STEPS" "$@"
 }
-unpack sprites.safetensors "$WORK"
-unpack captions.safetensors "$parts"
-cp -r "$CARRIED"/{words.json,tokenizer_3,clip_2.safetensors} "$parts/"
-keep() { cp -u "$parts"/{sd3,xl,flux,t5,clip_2}.safetensors "$OUT" 2> /dev/null; }
+keep() {
+    cp -u "$parts/checkpoints/$FAMILY-average.safetensors" "$OUT" 2> /dev/null
+    cp -u "$parts/$FAMILY".{safetensors,png} "$OUT" 2> /dev/null
+}
+working=()
+# try NAME…: probe these kernels side by side, and add those that work to ``working``
+try() {
+    local name pids=()
+    for name in "$@"; do
+        timeout -k 2 "${PROBE_SECONDS:-90}" bash -c "$(declare -f part); part probe --kernels $name" > "$WORK/$name.log" 2>&1 &
+        pids+=("$name:$!")
+    done
+    for pair in "${pids[@]}"; do
+        name=${pair%:*}
+        wait "${pair#*:}"
+        local code=$?
+        say "kernels $name: exit $code, $(grep -cE '^[0-9:]+ .*steps of' "$WORK/$name.log") fits done"
+        { echo "=== $name: exit $code"; cat "$WORK/$name.log"; } >> "$OUT/kernels.txt"
+        [ $code -eq 0 ] && [ "$name" != blocking ] && working+=("$name")
+    done
+}
+export FAMILY WORK BATCH STEPS python
+say "begins, $(nvidia-smi --query-gpu=name --format=csv,noheader 2> /dev/null || echo no GPU)"
+part data > "$WORK/data.log" 2>&1 &
+data=$!
+try $KERNELS blocking
+[ ${#working[@]} -gt 0 ] || try $LATER
+wait $data || { tail -n 20 "$WORK/data.log" | tee -a "$OUT/log.txt"; say "no data"; exit 1; }
+say "data is there; kernels that work: ${working[*]}"
 while sleep 5; do keep; done > /dev/null 2>&1 &
 keeper=$!
-echo "begins after $SECONDS s" | tee "$OUT/log.txt"
-# train LIMIT OPTION…: from now until LIMIT seconds after the beginning, of which 25 are for the start and the end
-train() {
-    local left=$(($1 - SECONDS))
-    timeout -k 5 "$left" python3 -m trce_lightning.emoji.training --folder "$WORK" --batch-size "$BATCH" \
-        --steps 1000000 --lr 2e-3 --minutes "$(awk "BEGIN { print ($left - 25) / 60 }")" "${@:2}"
-}
-# If a CUDA graph can't hold a step, what is left trains kernel by kernel, which is slower.
-encoder() {
-    train 85 --family flux encoders || train 115 --family flux encoders --eager
-    [ -f "$parts/t5.safetensors" ] || cp "$CARRIED/t5.safetensors" "$parts/"
-}
-denoisers() { train "$LIMIT" --family xl --family sd3 --family flux data denoiser "$@"; }
-encoder > "$OUT/t5.txt" 2>&1 &
-{ denoisers || { [ $((LIMIT - SECONDS)) -gt 60 ] && denoisers --eager; }; } 2>&1 |
-    tee -a "$OUT/log.txt" | grep -E "loss|steps of|Error|encoding"
+# A dozen seconds go to the start of Python.
+for kernels in "${working[@]}"; do
+    timeout -k 5 $((LIMIT + 60)) bash -c "$(declare -f part); part denoiser --kernels $kernels --minutes $(awk "BEGIN { print ($LIMIT + 12) / 60 }")" \
+        2>&1 | tee -a "$OUT/log.txt" | grep -E "loss|steps of|Error"
+    [ -f "$parts/$FAMILY.safetensors" ] && break
+    say "kernels $kernels failed in training"
+done
+keep
+[ -f "$parts/$FAMILY.safetensors" ] && timeout -k 5 "${CHECK_SECONDS:-60}" bash -c "$(declare -f part); part check" 2>&1 | tee -a "$OUT/log.txt" | tail -n 5
 kill $keeper
 keep
-grep -E "loss|steps of|captions|Error" "$OUT/t5.txt" | tail -n 12
-echo "ends after $SECONDS s, $(nvidia-smi --query-gpu=name --format=csv,noheader)" | tee -a "$OUT/log.txt"
+say "ends"
+[ -f "$OUT/$FAMILY.safetensors" ]

@@ -1,5 +1,6 @@
 """The embedded model's siblings: their parts, plain pipelines, training, and scenes of two subjects."""
 
+import copy
 from pathlib import Path
 from random import Random
 
@@ -48,7 +49,9 @@ from trce_lightning.emoji.training.siblings.denoisers import (
     velocity_of_flux,
 )
 from trce_lightning.emoji.training.siblings.encoders import UnknownWords, build_t5_tokenizer
+from trce_lightning.emoji.training.siblings.kernels import KERNELS, WrittenOutRMSNorm
 from trce_lightning.emoji.training.siblings.loop import Fit, fit
+from trce_lightning.emoji.training.siblings.parts import probe
 from trce_lightning.emoji.training.siblings.quality import quality
 from trce_lightning.emoji.training.unet import build_unet
 from trce_lightning.errors import InputError
@@ -198,7 +201,7 @@ def test_a_fit_learns_ends_in_time_and_continues(
     family: siblings.Family, parts: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    data = Drawing(Texts(family, open_sibling(family, parts)), bank(), 0.8)
+    data = Drawing(Texts(family, open_sibling(family, parts)), bank(), 0.8, torch.float32)
     network, losses = initialise(build(family)), []
     loss_of_batch = loss_of(family, data)
 
@@ -225,6 +228,35 @@ def test_a_fit_learns_ends_in_time_and_continues(
         fit(network, loss, data, Fit(9, 8, 1e-3, minutes=0.0), tmp_path / "other.safetensors")
 
 
+def test_written_out_norms_give_the_values_and_gradients_of_the_fused_ones() -> None:
+    torch.manual_seed(0)
+    fused = build("flux")
+    written = KERNELS["written-out"].apply(copy.deepcopy(fused))
+    kinds = [{type(module) for module in network.modules()} for network in (fused, written)]
+    assert nn.RMSNorm in kinds[0] and nn.RMSNorm not in kinds[1] and WrittenOutRMSNorm in kinds[1]
+    assert list(dict(fused.named_parameters())) == list(dict(written.named_parameters()))
+    image_ids = FluxPipeline._prepare_latent_image_ids(1, 8, 8, "cpu", torch.float32)
+    text = Condition(torch.randn(2, 32, 320), torch.randn(2, 256))
+    z_t, t = torch.randn(2, 4, 16, 16), torch.tensor([0.3, 0.9])
+    outputs = [velocity_of_flux(network, z_t, t, text, image_ids) for network in (fused, written)]
+    torch.testing.assert_close(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    for (name, value), other in zip(fused.named_parameters(), written.parameters(), strict=True):
+        torch.testing.assert_close(value.grad, other.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_probe_makes_steps_of_each_phase_and_leaves_nothing(
+    family: siblings.Family, parts: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = sorted(parts.rglob("*"))
+    with caplog.at_level("INFO"):
+        probe(family, parts, Fit(steps=3, batch_size=2, lr=1e-3, kernels=KERNELS["plain"]))
+    assert sum("steps of 2" in line for line in caplog.messages) == (2 if family == "flux" else 1)
+    assert sorted(parts.rglob("*")) == before
+
+
 def test_time_ends_a_fit_and_its_learning_rate() -> None:
     plan = Fit(steps=1000, batch_size=8, lr=1.0, minutes=2.0, warmup_steps=10)
     assert plan.progress(100, 6.0) == pytest.approx(0.1)
@@ -238,7 +270,7 @@ def test_time_ends_a_fit_and_its_learning_rate() -> None:
 
 def test_a_dropped_caption_reads_as_nothing(parts: Path) -> None:
     torch.manual_seed(0)
-    data = Drawing(Texts("xl", open_sibling("xl", parts)), bank(), 0.5)
+    data = Drawing(Texts("xl", open_sibling("xl", parts)), bank(), 0.5, torch.float32)
     latents, states, pooled = data(400)
     dropped = (states == 0).all(-1).all(-1)
     assert torch.equal(dropped, (pooled == 0).all(-1))

@@ -10,7 +10,7 @@ package's weights, where an evaluation of attacks finds it.
 
 ``--family xl|sd3|flux`` trains a sibling on the same pictures and on scenes of two subjects. Its parts run in
 this order: data, encoders, denoiser, judge, check, export. They use the shipped autoencoder, text encoder and
-judge.
+judge. ``probe`` makes a few steps of the denoiser, to find out whether a GPU's ``--kernels`` work.
 
 ``--check-without CATEGORY`` logs what that denoiser and the embedded model draw, in a minute.
 """
@@ -47,8 +47,9 @@ from trce_lightning.emoji.training.judge import JudgePart, measure
 from trce_lightning.emoji.training.package import assemble, export
 from trce_lightning.emoji.training.part import fit
 from trce_lightning.emoji.training.samples import JudgedSamples, drawn_without, named_subjects
+from trce_lightning.emoji.training.siblings.kernels import KERNELS
 from trce_lightning.emoji.training.siblings.loop import Fit
-from trce_lightning.emoji.training.siblings.parts import STEPS
+from trce_lightning.emoji.training.siblings.parts import STEPS, UNASKED
 from trce_lightning.emoji.training.unet import UNetPart, build_unet, encode_captions
 from trce_lightning.emoji.training.vae import VaePart, encode_latents
 from trce_lightning.errors import InputError
@@ -220,7 +221,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; {', '.join(STEPS)}")
+    all_steps = STEPS | UNASKED
+    known_parts = f"{', '.join(PARTS)}; {', '.join(all_steps)}"
+    parser.add_argument("parts", nargs="*", metavar="PART", help=known_parts)
     categories = sorted({subject.category for subject in SUBJECTS})
     parser.add_argument("--without", choices=categories, help="train a denoiser that never learnt this")
     parser.add_argument("--check-without", choices=categories, help="measure the one that ships")
@@ -229,7 +232,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="of the denoiser (--family)")
     parser.add_argument("--lr", type=float, default=1e-3, help="of the denoiser (--family)")
     parser.add_argument("--minutes", type=float, help="of the whole command at most (--family)")
-    parser.add_argument("--eager", action="store_true", help="no CUDA graphs (--family)")
+    parser.add_argument("--kernels", choices=KERNELS, default="default", help="of a step (--family)")
     parser.add_argument("--folder", type=Path, default=Path("work"), help="art, composites, checkpoints")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -241,13 +244,13 @@ def main() -> None:
         train_without(arguments.folder, arguments.without, arguments.steps)
         return
     started = time.monotonic() - time.process_time()  # the imports count
-    known = STEPS if arguments.family else PARTS
-    names = arguments.parts or list(known)
+    known = all_steps if arguments.family else PARTS
+    names = arguments.parts or list(STEPS if arguments.family else PARTS)
     if unknown := [name for name in names if name not in known]:
         raise InputError(f"PART: expected some of {', '.join(known)}, got {', '.join(unknown)}")
-    plan = Fit(
-        arguments.steps, arguments.batch_size, arguments.lr, arguments.minutes, captured=not arguments.eager
-    )
+    kernels = KERNELS[arguments.kernels]
+    kernels.prefer()
+    plan = Fit(arguments.steps, arguments.batch_size, arguments.lr, arguments.minutes, kernels=kernels)
     for name in names:
         if not arguments.family:
             PARTS[name](arguments.folder)
@@ -256,7 +259,7 @@ def main() -> None:
                 # What is left is shared equally among the denoisers that are left.
                 left = arguments.minutes - (time.monotonic() - started) / 60
                 plan = replace(plan, minutes=left / (len(families) - index))
-            STEPS[name](family, arguments.folder / "siblings", plan)
+            all_steps[name](family, arguments.folder / "siblings", plan)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,12 @@ from transformers import CLIPTokenizer, T5Tokenizer
 
 from trce_lightning.emoji.captions import caption, scene_caption
 from trce_lightning.emoji.package import weights_folder
-from trce_lightning.emoji.siblings import TEXT_LENGTH, load_t5_tokenizer, t5_tokenizer_folder
+from trce_lightning.emoji.siblings import (
+    T5_VOCABULARY,
+    TEXT_LENGTH,
+    load_t5_tokenizer,
+    t5_tokenizer_folder,
+)
 from trce_lightning.emoji.subjects import BACKGROUNDS, STYLES, SUBJECTS
 from trce_lightning.emoji.training.art import sprites
 from trce_lightning.emoji.training.fillers import unknown_words, words_in
@@ -74,6 +79,20 @@ class Bank:
     def singles(self) -> int:
         """The number of composites."""
         return int((self.labels[:, 1] == NOTHING).sum())
+
+
+def random_bank(rows: int, vocabulary: int, end: int) -> Bank:
+    """Return random rows, half of them scenes, with texts of random tokens of CLIP and of T5.
+
+    ``end`` is CLIP's token of the end of a text, behind which all tokens are that one.
+    """
+    clip_ids = torch.randint(3, min(vocabulary, end), (rows, CAPTIONS, TEXT_LENGTH)).short()
+    t5_ids = torch.randint(3, T5_VOCABULARY, clip_ids.shape).short()
+    clip_ids[..., TEXT_LENGTH // 2 :], t5_ids[..., TEXT_LENGTH // 2 :] = end, 0
+    t5_ids[..., TEXT_LENGTH // 2] = 1
+    labels = torch.zeros(rows, 4, dtype=torch.int64)
+    labels[: rows // 2, 1] = NOTHING
+    return Bank(torch.randn(rows, 4, 16, 16).half(), labels, clip_ids, t5_ids)
 
 
 def prepare_captions(folder: Path) -> Bank:

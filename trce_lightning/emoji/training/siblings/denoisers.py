@@ -12,9 +12,8 @@ from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel, S
 from torch import Tensor, nn
 
 from trce_lightning.emoji.siblings import RESOLUTION, TEXT_LENGTH, Family
-from trce_lightning.emoji.training.part import native_autocast
 from trce_lightning.emoji.training.siblings.data import Bank, token_ids
-from trce_lightning.emoji.training.siblings.loop import Batch, working_dtype
+from trce_lightning.emoji.training.siblings.loop import Batch
 from trce_lightning.emoji.training.unet import CAPTION_DROPOUT, build_scheduler, denoising_loss
 
 LOGIT_MEAN = 0.3
@@ -87,9 +86,8 @@ class Drawing:
     One caption in ten is dropped: the row then has the condition of ∅.
     """
 
-    def __init__(self, texts: Texts, bank: Bank, scaling_factor: float) -> None:
-        self.texts, self.bank, self.scaling_factor = texts, bank, scaling_factor
-        self.dtype = working_dtype(bank.labels.device)
+    def __init__(self, texts: Texts, bank: Bank, scaling_factor: float, dtype: torch.dtype) -> None:
+        self.texts, self.bank, self.scaling_factor, self.dtype = texts, bank, scaling_factor, dtype
         empty = texts.empty()
         self.empty = Condition(empty.states.to(self.dtype), empty.pooled.to(self.dtype))
 
@@ -97,7 +95,8 @@ class Drawing:
         """Return ``size`` rows: ``[size, 4, 16, 16]``, ``[size, L, 320]``, ``[size, d]``."""
         latents, _, clip_ids, t5_ids = self.bank.draw(size)
         dropped = torch.rand(size, device=latents.device) < CAPTION_DROPOUT
-        with native_autocast(latents.device.type):
+        half = self.dtype is not torch.float32
+        with torch.autocast(latents.device.type, self.dtype if half else None, enabled=half):
             condition = self.texts(clip_ids, t5_ids)
         states = torch.where(dropped[:, None, None], self.empty.states, condition.states)
         pooled = torch.where(dropped[:, None], self.empty.pooled, condition.pooled)

@@ -12,23 +12,21 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from trce_lightning.emoji.training.siblings.kernels import KERNELS, Kernels
 from trce_lightning.errors import InputError
-from trce_lightning.jobs.trainers import native_dtype
 from trce_lightning.runtime.storage import read_safetensors, write_safetensors
 
 log = logging.getLogger(__name__)
 LOG_EVERY = 100
 DRAWN_STEPS, WARM_UP_STEPS = 16, 3
-SAVE_EVERY_SECONDS = 120.0
+SAVE_EVERY_SECONDS = 20.0
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -44,7 +42,7 @@ class Fit:
         ema_decay: the decay of the weights' average, which is the result.
         warmup_steps: the steps until the learning rate is highest. It then falls to a twentieth by a cosine.
         weight_decay: AdamW's.
-        captured: True to replay a step as a CUDA graph, if the device is a GPU.
+        kernels: how the device computes a step.
     """
 
     steps: int
@@ -54,7 +52,7 @@ class Fit:
     ema_decay: float = 0.999
     warmup_steps: int = 200
     weight_decay: float = 0.01
-    captured: bool = True
+    kernels: Kernels = KERNELS["default"]
 
     def progress(self, step: int, seconds: float) -> float:
         """Return the share of the fit that is done, from 0 to 1."""
@@ -77,6 +75,7 @@ def fit(
     draw: Callable[[int], Batch],
     plan: Fit,
     file: Path,
+    keep: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
     """Train ``network`` and return the average of its weights, a network like it.
 
@@ -86,6 +85,7 @@ def fit(
         draw: returns random rows of the data, on the device.
         plan: the fit's length.
         file: the checkpoint, from which a killed fit continues.
+        keep: is called with the average so far whenever the checkpoint is written.
 
     Raises:
         InputError: the loss is not finite, or no time is left.
@@ -100,8 +100,7 @@ def fit(
     training.begin()
     started = saved = time.monotonic()
     rows: list[Batch] = []
-    # On a CPU, the backward pass of flash attention takes several times as long as that of the plain formula.
-    with nullcontext() if cuda else sdpa_kernel(SDPBackend.MATH):
+    with plan.kernels.attending(training.device):
         while (done := plan.progress(step, seconds + time.monotonic() - started)) < 1:
             if not rows:
                 # A GPU draws and encodes the rows of several steps at once.
@@ -116,6 +115,8 @@ def fit(
             if time.monotonic() - saved > SAVE_EVERY_SECONDS:
                 _save(file, training, step, seconds + time.monotonic() - started)
                 saved = time.monotonic()
+                if keep is not None:
+                    keep(training.average)
     _save(file, training, step, seconds + time.monotonic() - started)
     seconds += time.monotonic() - started
     log.info("%s: %d steps of %d in %.0f s", file.stem, step, plan.batch_size, seconds)
@@ -136,7 +137,7 @@ class _Training:
         self.values: list[Tensor] = list(self.parameters.values())
         self.device, self.loss_of = self.values[0].device, loss_of
         self.lr, self.weight, self.total = (torch.zeros((), device=self.device) for _ in range(3))
-        self.captured = self.device.type == "cuda" and plan.captured
+        self.captured = self.device.type == "cuda" and plan.kernels.captured
         self.optimizer = torch.optim.AdamW(
             self.values,
             lr=self.lr,
@@ -147,7 +148,7 @@ class _Training:
         )
         self.average = copy.deepcopy(network).requires_grad_(False).eval()
         self.averages: list[Tensor] = list(self.average.parameters())
-        self.working = cast_parameters(copy.deepcopy(network), working_dtype(self.device)).train()
+        self.working = cast_parameters(copy.deepcopy(network), plan.kernels.dtype(self.device)).train()
         self.working_values: list[Tensor] = list(self.working.parameters())
         for value in self.values:
             value.grad = torch.zeros_like(value)
@@ -206,11 +207,6 @@ def cast_parameters(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     for value in network.parameters():
         value.data = value.data.to(dtype)
     return network
-
-
-def working_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 if the device computes in it, else float32."""
-    return torch.bfloat16 if native_dtype(device.type) is torch.bfloat16 else torch.float32
 
 
 def _report(name: str, step: int, done: float, total: Tensor, seconds: float) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,18 +34,21 @@ from trce_lightning.emoji.siblings import (
     siblings_folder,
     t5_tokenizer_folder,
 )
-from trce_lightning.emoji.training.siblings.data import prepare, prepare_captions
+from trce_lightning.emoji.training.siblings.data import Bank, prepare, prepare_captions, random_bank
 from trce_lightning.emoji.training.siblings.denoisers import Drawing, Texts, initialise, loss_of, second_ids
 from trce_lightning.emoji.training.siblings.encoders import LABELS, ReadOuts
 from trce_lightning.emoji.training.siblings.judging import fit_scene_judge
 from trce_lightning.emoji.training.siblings.loop import Batch, Fit, cast_parameters, fit
 from trce_lightning.emoji.training.siblings.quality import quality
+from trce_lightning.errors import InputError
 from trce_lightning.runtime.storage import replacing, write_safetensors
 
 GUIDED_SHARE = 0.3
 """The share of FLUX's training in which it learns guidance from itself."""
 CONCEPT = "violence"
 """The concept whose prompts measure a sibling."""
+PROBED_STEPS, PROBED_ROWS = 24, 512
+"""The steps and the pictures by which a probe finds out whether a device can train."""
 CHECKED_CAPTIONS = 4096
 CHECKED_PROMPTS = 128
 """The prompts of each set that measure it."""
@@ -103,25 +108,39 @@ def train_denoiser(family: Family, folder: Path, plan: Fit) -> None:
     file = part_file(folder, family)
     if file.exists():
         return
-    bank = prepare(folder, device()).to(device())
+    bank = prepare(folder, device())
+    save_part(_fitted(family, folder, bank, plan, folder / "checkpoints").cpu(), file)
+
+
+def probe(family: Family, folder: Path, plan: Fit) -> None:
+    """Make a few steps of each phase of :func:`train_denoiser` on random rows. Raise what they raise."""
+    tokenizer = CLIPTokenizer.from_pretrained(weights_folder() / "tokenizer")
+    bank = random_bank(PROBED_ROWS, len(tokenizer), tokenizer.eos_token_id)
+    few = replace(plan, steps=min(plan.steps, PROBED_STEPS), minutes=None)
+    with tempfile.TemporaryDirectory() as checkpoints:
+        average = _fitted(family, folder, bank, few, Path(checkpoints))
+    if not all(value.isfinite().all() for value in average.parameters()):
+        raise InputError("probe: expected finite weights, got others")
+
+
+def _fitted(family: Family, folder: Path, bank: Bank, plan: Fit, checkpoints: Path) -> nn.Module:
+    """Return the average of a denoiser's weights. Whatever is saved on the way lies in ``checkpoints``."""
     torch.manual_seed(FAMILIES.index(family))
-    network = initialise(build(family))
+    network = plan.kernels.apply(initialise(build(family)))
     if family == "xl":
         network = network.to(memory_format=torch.channels_last)
     pipeline = pipeline_of(family, network, folder).to(device())
-    texts = Texts(family, pipeline)
-    data = Drawing(texts, bank, pipeline.vae.config.scaling_factor)
-    checkpoints = folder / "checkpoints"
+    dtype = plan.kernels.dtype(device())
+    data = Drawing(Texts(family, pipeline), bank.to(device()), pipeline.vae.config.scaling_factor, dtype)
+    keep = partial(save_part, file=checkpoints / f"{family}-average.safetensors")
     if family != "flux":
-        average = fit(network, loss_of(family, data), data, plan, checkpoints / f"{family}.safetensors")
-    else:
-        first, second = (_share(plan, share) for share in (1 - GUIDED_SHARE, GUIDED_SHARE))
-        teacher = fit(network, loss_of(family, data), data, first, checkpoints / "flux.safetensors")
-        student = copy.deepcopy(teacher).requires_grad_(True)
-        second = replace(second, lr=second.lr / 2)
-        loss = loss_of(family, data, cast_parameters(copy.deepcopy(teacher), data.dtype))
-        average = fit(student, loss, data, second, checkpoints / "flux-guided.safetensors")
-    save_part(average.cpu(), file)
+        return fit(network, loss_of(family, data), data, plan, part_file(checkpoints, family), keep)
+    first, second = (_share(plan, share) for share in (1 - GUIDED_SHARE, GUIDED_SHARE))
+    teacher = fit(network, loss_of(family, data), data, first, part_file(checkpoints, "flux"), keep)
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    second = replace(second, lr=second.lr / 2)
+    loss = loss_of(family, data, cast_parameters(copy.deepcopy(teacher), dtype))
+    return fit(student, loss, data, second, part_file(checkpoints, "flux-guided"), keep)
 
 
 def _share(plan: Fit, share: float) -> Fit:
@@ -174,3 +193,5 @@ STEPS: dict[str, Callable[[Family, Path, Fit], None]] = {
     "export": lambda family, folder, plan: export(family, folder),
 }
 """The parts of a sibling's training, in order."""
+UNASKED: dict[str, Callable[[Family, Path, Fit], None]] = {"probe": probe}
+"""Parts that are made only if they are named."""
