@@ -15,7 +15,7 @@ from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.cli import config_folder
 from trce_lightning.config.checks import check_values
 from trce_lightning.erasers.linear import edited_stream, read_weights
-from trce_lightning.erasers.oce import OCE, rotation, span
+from trce_lightning.erasers.oce import OCE, leading, rotation, span
 from trce_lightning.erasers.speed import SPEED
 from trce_lightning.errors import InputError
 from trce_lightning.jobs.erase import make_eraser
@@ -76,3 +76,22 @@ def test_oce_leaves_all_norms_and_angles_of_values(adapter: StableDiffusionAdapt
     for name, w in read_weights(edited_stream(adapter, "v")).items():
         assert (w - before[name]).abs().max() > 1e-2
         torch.testing.assert_close(w.mT @ w, before[name].mT @ before[name], atol=1e-4, rtol=1e-4)
+
+
+def test_leading_directions_spare_what_the_span_negates() -> None:
+    """Twelve values near one direction span all. Only that direction is reflected if one is asked for."""
+    w, none = torch.eye(6, dtype=torch.float64), normal(1, 6)[:0]
+    v = torch.linalg.qr(normal(6, 6, seed=2))[0]
+    erased = v[:, :1].mT + 0.05 * normal(12, 6, seed=3)
+    zero = torch.zeros(6, 6, dtype=torch.float64)
+    whole, one = (
+        OCE(erase_scale=1e6, general_scale=0, ridge=1.0, directions=count).rotation_of(
+            w, erased, none, none, zero
+        )
+        for count in (0, 1)
+    )
+    assert (v.mT @ whole @ v).diagonal().max() < -0.9
+    kept = (v.mT @ one @ v).diagonal()
+    assert kept[0] < -0.9 and kept[1:].min() > 0.9
+    torch.testing.assert_close(leading(erased.mT, 6), span(erased.mT))
+    assert torch.linalg.matrix_rank(leading(erased.mT, 2)) == 2

@@ -33,7 +33,7 @@ def test_speed_is_the_constrained_optimum() -> None:
     """No feasible direction lowers the objective, the invariants don't move, and kept states don't either."""
     w, erased, anchors = normal(7, D), normal(5, D, seed=1), normal(5, D, seed=2)
     kept, invariant = normal(4, D, seed=3), normal(2, D, seed=4)
-    projector = null_space(kept, 1e-9)
+    projector = null_space(kept.mT @ kept / len(kept), 1e-9)
     assert round(float(projector.trace())) == D - 4
     sums = moments(erased, anchors, 1 / len(erased))
     transform = speed_transform(sums, projector, invariant, ridge=0.4, slack=0.0)
@@ -53,7 +53,8 @@ def test_speeds_slack_is_an_inverse_penalty() -> None:
         normal(5, D, seed=2),
         normal(2, D, seed=4),
     )
-    projector, slack = null_space(normal(4, D, seed=3), 1e-9), 0.5
+    kept, slack = normal(4, D, seed=3), 0.5
+    projector = null_space(kept.mT @ kept / len(kept), 1e-9)
     sums = moments(erased, anchors, 1 / len(erased))
     transform = speed_transform(sums, projector, invariant, ridge=0.4, slack=slack)
     delta = (w @ transform - w).requires_grad_(True)
@@ -84,7 +85,7 @@ def test_a_texts_states_after_its_start_are_summed_and_texts_averaged(
     assert [len(states) for states in both] == [31, 31]
     c_t = sum(states.mT @ states for states in both) / 2
     c_a = sum(empty[1:].mT @ states for states in both) / 2
-    projector = null_space(empty, 1e-3)
+    projector = null_space(empty.mT @ empty / len(empty), 1e-3)
     sums = Moments(c_a, c_t)
     expected = speed_transform(sums, projector, invariant_states(empty), ridge=0.7, slack=0.5)
     original = read_weights(edited_stream(adapter, "v"))
@@ -108,13 +109,20 @@ def test_refining_keeps_what_a_plain_edit_moves_most() -> None:
     sums, kept = moments(normal(5, D), normal(5, D, seed=1), 1 / 5), normal(40, D, seed=2)
     gram_matrix = normal(D, D, seed=3)
     gram_matrix = gram_matrix @ gram_matrix.mT
-    plain = SPEED(refined=True, copies=0).retained(kept, sums, gram_matrix, 0)
-    assert 0 < len(plain) < 40
-    copies = SPEED(refined=False, copies=2).retained(kept, sums, gram_matrix, 0)
-    assert len(copies) == 120
-    shift = copies[40:80] - kept
-    least = torch.linalg.eigh(gram_matrix).eigenvectors[:, 0]
-    assert torch.linalg.matrix_rank(shift) == 1 and (shift @ least).abs().max() > 1
+    _, count = SPEED(refined=True, copies=0).retained(kept, sums, gram_matrix, 0)
+    assert 0 < count < 40
+    _, refined = SPEED(refined=True, copies=3).retained(kept, sums, gram_matrix, 0)
+    assert count < refined < 4 * count
+    plain, count = SPEED(refined=False, copies=0).retained(kept, sums, gram_matrix, 0)
+    assert count == 40
+    torch.testing.assert_close(plain, kept.mT @ kept)
+    # Copies are moved along the direction that the maps read least. In the others, nothing changes.
+    copied, count = SPEED(refined=False, copies=2).retained(kept, sums, gram_matrix, 0)
+    assert count == 120
+    least = torch.linalg.eigh(gram_matrix).eigenvectors[:, :1]
+    others = torch.eye(D, dtype=torch.float64) - least @ least.mT
+    torch.testing.assert_close(others @ copied @ others, 3 * others @ plain @ others)
+    assert float(least.mT @ (copied - 3 * plain) @ least) > 40
 
 
 def test_the_empty_prompts_invariants_are_its_start_and_centres() -> None:
@@ -123,3 +131,14 @@ def test_the_empty_prompts_invariants_are_its_start_and_centres() -> None:
     found = invariant_states(empty)
     assert torch.equal(found[0], empty[0])
     torch.testing.assert_close(found[1:], torch.stack([group.mean(0) for group in groups]))
+
+
+@pytest.mark.parametrize(("positions", "states"), [("last", 1), ("after_start", 32)])
+def test_prompts_are_kept_where_texts_are_erased(
+    adapter: StableDiffusionAdapter, tmp_path: Path, positions: str, states: int
+) -> None:
+    """At the last content token, or at all 32 positions; and the empty prompt at all of its own."""
+    eraser = SPEED(keep="prompts", positions=positions, refined=False, copies=0)
+    job = Harness(adapter, tmp_path).job
+    kept = eraser.erase(job).facts["kept states"]
+    assert kept == 32 + states * len(job.keep_prompts())

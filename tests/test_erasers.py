@@ -1,6 +1,7 @@
 """All erasers: exact counts, what changes, the same weights each time, and many concepts at once."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from trce_lightning.erasers.esd import ESD
 from trce_lightning.erasers.hardened import Hardened
 from trce_lightning.erasers.mace import MACE
 from trce_lightning.erasers.oce import OCE
+from trce_lightning.erasers.protocol import Eraser
 from trce_lightning.erasers.rece import RECE
 from trce_lightning.erasers.speed import SPEED
 from trce_lightning.erasers.spm import SPM
@@ -84,6 +86,30 @@ def test_the_same_seed_gives_the_same_weights(name: str, tmp_path: Path) -> None
         changed = ERASERS[name]().erase(Harness(own, tmp_path).job).changed
         found.append([value.clone() for tensors in changed.values() for value in tensors.values()])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("eraser", "differs"),
+    [
+        (UCE(keep="prompts"), False),
+        (RECE(keep="prompts", rounds=2), False),
+        (OCE(), False),
+        (SPEED(threshold=1.0, copies=0), False),
+        (SPEED(threshold=1.0, copies=2), True),
+        (ERASERS["esd"](), True),
+        pytest.param(ERASERS["mace"](), True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_method_says_whether_its_result_depends_on_the_seed(
+    eraser: Eraser, differs: bool, tmp_path: Path
+) -> None:
+    """Two seeds give the same bits where it doesn't, for the same prompts to keep."""
+    found = []
+    for seed in (0, 1):
+        harness = Harness(StableDiffusionAdapter(build_tiny_pipeline()), tmp_path)
+        changed = eraser.erase(replace(harness.job, seed=seed)).changed
+        found.append(torch.cat([own.flatten() for named in changed.values() for own in named.values()]))
+    assert eraser.reads_seed == differs != torch.equal(*found)
 
 
 @pytest.mark.parametrize("name", quick(ERASERS, "esd"))

@@ -94,6 +94,12 @@ def test_a_cell_is_run_once_a_method_more_runs_alone_and_the_table_has_what_runs
     assert page.count("<tr data-concept") == 3 and "TRCE, Table 1" in page
 
 
+def test_a_method_without_random_numbers_has_one_seed(tmp_path: Path, cache: Path) -> None:
+    config = config_of(tmp_path, cache, "methods=[uce,esd,trce]", "guidances=[sld]", "seeds=[3,4]")
+    cells = [(cell.method, cell.seed) for cell in Board(config).cells]
+    assert cells == [("uce", 3), ("esd", 3), ("esd", 4), ("trce", 3), ("trce", 4), ("sld", 3)]
+
+
 def test_a_killed_cell_continues(
     tmp_path: Path, cache: Path, erased: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -167,6 +167,15 @@ def test_trials_run_once_in_rounds_and_more_of_them_go_on(
     assert counted == [("original", 0), ("uce", 0)], "other images are other trials"
 
 
+def test_no_trial_begins_when_the_time_is_over(tmp_path: Path, counted: list[tuple[str, int]]) -> None:
+    for minutes, count in ((5, 0), (20, 2)):
+        tuning = Tuning(config_of(tmp_path, "methods=[uce]", "trials=1", f"minutes={minutes}"))
+        tuning.plan()
+        tuning.began -= 60 * 10
+        tuning.run()
+        assert len(counted) == count
+
+
 def test_a_trial_that_another_process_runs_is_left_to_it(
     tmp_path: Path, counted: list[tuple[str, int]]
 ) -> None:

@@ -358,6 +358,7 @@ class TuneConfig:
     methods: Annotated[list[str], Len(1)] = items(ALL)  # names in configs/method_space
     trials: Count = 8  # of each method, the starting values among them
     jobs: Count = 1  # processes; each has its own copy of the model
+    minutes: Positive | None = None  # after so many minutes no trial begins; null: no limit
     images_per_set: Count = 64
     batch_size: Count = 32  # images that are generated together
     fid_margin: Positive = 0.4  # rise of FID without a penalty: 5 % of the original's on many images

@@ -146,6 +146,11 @@ class ClosedForm(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
 
+    @property
+    def reads_seed(self) -> bool:
+        """Return False: no random number enters the algebra."""
+        return False
+
     @abstractmethod
     def edit(self, job: Job, stream: Stream) -> Erased:
         """Solve, edit the model, and return what has changed."""

@@ -9,6 +9,9 @@ G projects on the values of the states to erase, G* on those of their guides, k 
 the mean of k kᵀ over prompts to keep. With A = U Σ Vᵀ the maximiser is R = U Vᵀ. For one erased direction v
 and a large s_e it is the reflection I − 2 v vᵀ: the concept's value is negated. A guide is a direction that
 the reflection spares. R depends on W, so there is no one T.
+
+Erased values that span all of a map's outputs leave nothing to spare: every value is negated. ``directions``
+takes the leading directions of the erased values in place of their span.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 
 from trce_lightning.adapters import Stream
-from trce_lightning.config.schema import NonNegative, OneOf, Positive
+from trce_lightning.config.schema import Natural, NonNegative, OneOf, Positive
 from trce_lightning.erasers.linear import ClosedForm, read_weights, write_weights
 from trce_lightning.erasers.protocol import Erased, Job
 from trce_lightning.erasers.texts import prompt_states
@@ -30,6 +33,16 @@ def span(columns: Tensor) -> Tensor:
     """Return the projection on the span of columns, ``[d, n]`` → ``[d, d]``. Repeated columns count once."""
     unit = columns / columns.norm(dim=0).clamp_min(torch.finfo(columns.dtype).tiny)
     return unit @ torch.linalg.pinv(unit, rtol=1e-9)
+
+
+def leading(columns: Tensor, count: int) -> Tensor:
+    """Return the projection on the ``count`` leading directions of unit columns, ``[d, n]`` → ``[d, d]``.
+
+    These are the left singular vectors of the largest singular values. There are at most min(d, n).
+    """
+    unit = columns / columns.norm(dim=0).clamp_min(torch.finfo(columns.dtype).tiny)
+    chosen = torch.linalg.svd(unit, full_matrices=False)[0][:, :count]
+    return chosen @ chosen.mT
 
 
 def rotation(a: Tensor) -> Tensor:
@@ -48,6 +61,8 @@ class OCE(ClosedForm):
         keep_scale: s_c, the weight of the concept's neighbours, which must survive.
         general_scale: s_g, the weight of the prompts to keep.
         ridge: λ, the weight that holds each map near W.
+        directions: directions of the erased values that G projects on, the leading ones. 0 is all, as
+            published.
     """
 
     keep: Annotated[str, OneOf(("none", "prompts"))] = "prompts"
@@ -55,6 +70,7 @@ class OCE(ClosedForm):
     keep_scale: NonNegative = 0.3
     general_scale: NonNegative = 0.5
     ridge: Positive = 1.5
+    directions: Natural = 0
     name: ClassVar[str] = "oce"
     title: ClassVar[str] = "OCE (orthogonal concept erasure)"
 
@@ -80,7 +96,9 @@ class OCE(ClosedForm):
     ) -> Tensor:
         """Return R of a map ``[d_out, d]``, for states ``[n, d]`` and C ``[d, d]``."""
         identity = torch.eye(len(w), dtype=w.dtype)
-        a = -self.erase_scale * span(w @ erased.mT) @ (identity - span(w @ guides.mT))
+        values = w @ erased.mT
+        projection = leading(values, self.directions) if self.directions else span(values)
+        a = -self.erase_scale * projection @ (identity - span(w @ guides.mT))
         kept = w @ neighbours.mT
         a = a + self.keep_scale * kept @ kept.mT + self.general_scale * w @ general @ w.mT
         return rotation(a + self.ridge * w @ w.mT)

@@ -86,6 +86,13 @@ class Eraser(Protocol):
     title: str
     """The method's name with its source, for model cards."""
 
+    @property
+    def reads_seed(self) -> bool:
+        """Return whether the result depends on ``Job.seed``, for the same prompts to keep.
+
+        If it doesn't, runs with other seeds would be copies of one run.
+        """
+
     def ahead(self, job: Job) -> Ahead:
         """Return the work ahead, without changing anything.
 

@@ -39,9 +39,12 @@ CENTRES = 3
 """The number of centres of the empty prompt's states after the first."""
 
 
-def null_space(kept: Tensor, threshold: float) -> Tensor:
-    """Return P, ``[d, d]``: the directions in which states ``[n, d]`` have a mean square below it."""
-    values, vectors = torch.linalg.eigh(kept.mT @ kept / len(kept))
+def null_space(mean_square: Tensor, threshold: float) -> Tensor:
+    """Return P, ``[d, d]``: the directions in which kept states have a mean square below the threshold.
+
+    ``mean_square`` is the mean of k kᵀ, ``[d, d]``.
+    """
+    values, vectors = torch.linalg.eigh(mean_square)
     free = vectors[:, values < threshold]
     return free @ free.mT
 
@@ -77,7 +80,8 @@ class SPEED(ClosedForm):
     Args:
         positions: the states of these texts: the ``last`` content token, all positions ``from_last`` on, or
             all ``after_start``. Those of a text are summed.
-        keep: the states that are kept: those of the ``empty`` prompt, or of ``prompts`` too.
+        keep: the states that are kept: those of the ``empty`` prompt, or of ``prompts`` too, at their last
+            content token or, unless ``positions`` is that, at all positions.
         threshold: directions whose mean square over the kept states is lower than this are free.
         ridge: ρ, the weight that holds the edit near W.
         slack: λ. 0 lets the empty prompt's states not move at all, and a larger value lets them move more.
@@ -95,6 +99,11 @@ class SPEED(ClosedForm):
     name: ClassVar[str] = "speed"
     title: ClassVar[str] = "SPEED (arXiv 2503.07392)"
 
+    @property
+    def reads_seed(self) -> bool:
+        """Return whether there are copies of kept states, which are moved at random."""
+        return self.copies > 0
+
     def edit(self, job: Job, stream: Stream) -> Erased:
         """Solve for T and apply it."""
         erased, anchors = self.states(job, stream.segments)
@@ -103,9 +112,11 @@ class SPEED(ClosedForm):
         empty = prompt_states(job.adapter, stream.segments, [""], "all")
         kept = empty
         if self.keep == "prompts":
-            kept = torch.cat([empty, prompt_states(job.adapter, stream.segments, job.keep_prompts(), "last")])
-        kept = self.retained(kept, sums, gram(stream), job.seed)
-        projector = null_space(kept, self.threshold)
+            # As many as stand for the erased texts: states that could move must be among those that may not.
+            where = "last" if self.positions == "last" else "all"
+            kept = torch.cat([empty, prompt_states(job.adapter, stream.segments, job.keep_prompts(), where)])
+        second_moment, count = self.retained(kept, sums, gram(stream), job.seed)
+        projector = null_space(second_moment / count, self.threshold)
         free = round(float(projector.trace()))
         if free == 0:
             raise InputError(
@@ -116,25 +127,33 @@ class SPEED(ClosedForm):
             sums, projector, invariant_states(empty), ridge=self.ridge, slack=self.slack
         )
         changed = apply_transform(job.adapter, stream, transform).changed
-        return Erased(changed, {"free directions": free, "kept states": len(kept)})
+        return Erased(changed, {"free directions": free, "kept states": count})
 
-    def retained(self, kept: Tensor, sums: Moments, gram_matrix: Tensor, seed: int) -> Tensor:
-        """Return the kept states that count, with their copies. ``sums`` are C_a and C_t."""
+    def retained(self, kept: Tensor, sums: Moments, gram_matrix: Tensor, seed: int) -> tuple[Tensor, int]:
+        """Return Σ k kᵀ over the kept states that count and over their copies, and how many these are.
+
+        ``sums`` are C_a and C_t. One copy of all states is in memory at a time.
+        """
         c_a, c_t = sums
-        identity = torch.eye(len(c_t), dtype=torch.float64)
-        plain = (c_a - c_t) @ torch.linalg.inv(identity + c_t)
-        kept = self._moved_most(kept, plain, gram_matrix)
-        if not self.copies:
-            return kept
-        direction = torch.linalg.eigh(gram_matrix).eigenvectors[:, 0]
-        generator = seeded(seed_of("copies of kept states", seed))
-        moved = kept.repeat(self.copies, 1)
-        moved = moved + torch.randn(len(moved), 1, generator=generator, dtype=torch.float64) * direction
-        return torch.cat([kept, self._moved_most(moved, plain, gram_matrix)])
+        plain = (c_a - c_t) @ torch.linalg.inv(torch.eye(len(c_t), dtype=torch.float64) + c_t)
 
-    def _moved_most(self, states: Tensor, plain: Tensor, gram_matrix: Tensor) -> Tensor:
-        if not self.refined:
-            return states
-        moved = states @ plain.mT
-        influence = ((moved @ gram_matrix) * moved).sum(1).clamp_min(0).sqrt()
-        return states[influence >= influence.mean()]
+        def influence(states: Tensor) -> Tensor:
+            moved = states @ plain.mT
+            return ((moved @ gram_matrix) * moved).sum(1).clamp_min(0).sqrt()
+
+        def moved_most(states: Tensor, least: Tensor | float) -> Tensor:
+            return states[influence(states) >= least]
+
+        kept = moved_most(kept, influence(kept).mean() if self.refined else 0.0)
+        direction = torch.linalg.eigh(gram_matrix).eigenvectors[:, 0]
+
+        def copied(number: int) -> Tensor:
+            generator = seeded(seed_of(f"copy {number} of kept states", seed))
+            return kept + torch.randn(len(kept), 1, generator=generator, dtype=torch.float64) * direction
+
+        total, count, copies = kept.mT @ kept, len(kept), range(self.copies)
+        influences = [float(influence(copied(number)).mean()) for number in copies if self.refined]
+        for number in copies:
+            states = moved_most(copied(number), sum(influences) / self.copies)
+            total, count = total + states.mT @ states, count + len(states)
+        return total, count

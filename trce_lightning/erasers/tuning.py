@@ -305,6 +305,11 @@ class TunedEraser(ABC):
     bytes_per_number: ClassVar[int] = ADAM_BYTES
     """The bytes of training for each number that trains."""
 
+    @property
+    def reads_seed(self) -> bool:
+        """Return True: points, their noise and their order are drawn."""
+        return True
+
     @abstractmethod
     def sources(self, job: Job) -> dict[str, Source]:
         """Return the points of each kind, whose predictions the teacher makes."""

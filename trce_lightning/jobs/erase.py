@@ -49,9 +49,18 @@ def train(config: TrainConfig) -> None:
 
 def run_of(config: TrainConfig, concepts: list[Concept], adapter: Adapter | None = None) -> TrainingRun:
     """Return the run of the configured method."""
-    if config.method.get("name") == "trce":
+    if _is_trce(config):
         return TrainingRun(config, concepts, adapter)
     return MethodRun(config, concepts, adapter)
+
+
+def reads_seed(config: TrainConfig) -> bool:
+    """Return whether the configured method's result depends on the seed, for the same prompts to keep."""
+    return _is_trce(config) or make_eraser(config.method).reads_seed
+
+
+def _is_trce(config: TrainConfig) -> bool:
+    return config.method.get("name") == "trce"
 
 
 def make_eraser(options: Mapping[str, Any]) -> Eraser:

@@ -53,7 +53,7 @@ from trce_lightning.evaluation.scored import Detections, Scored
 from trce_lightning.evaluation.scorer import Scorer, score_on_all_ranks
 from trce_lightning.jobs import announce, runs
 from trce_lightning.jobs.attack import ORIGINAL, Attacked, Attacks
-from trce_lightning.jobs.erase import run_of, train
+from trce_lightning.jobs.erase import reads_seed, run_of, train
 from trce_lightning.jobs.session import Session, concepts_of
 from trce_lightning.jobs.train import TrainingRun
 from trce_lightning.jobs.trainers import make_trainer
@@ -221,10 +221,14 @@ class Group:
         self.known: Mapping[str, Attacked] = {}
         self._cold = tempfile.TemporaryDirectory()
         self._adapter: Adapter | None = None
-        seeds = self.config.seeds
-        methods = [Cell(self, METHOD, name, seed) for name in names[METHOD] for seed in seeds]
+        methods = [Cell(self, METHOD, name, seed) for name in names[METHOD] for seed in self.seeds_of(name)]
         # No random number enters a rule of guidance.
-        self.cells = methods + [Cell(self, GUIDANCE, name, seeds[0]) for name in names[GUIDANCE]]
+        self.cells = methods + [Cell(self, GUIDANCE, name, board.config.seeds[0]) for name in names[GUIDANCE]]
+
+    def seeds_of(self, method: str) -> Sequence[int]:
+        """Return the seeds with which a method's results differ."""
+        seeds = self.config.seeds
+        return seeds if reads_seed(self.train_config(method, seeds[0])) else seeds[:1]
 
     def parts(self) -> Json:
         """Return the options that all of the group's configurations share."""

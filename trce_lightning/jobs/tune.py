@@ -61,6 +61,8 @@ LEAST_ACCURACY_LOST = 0.02
 """The share of benign accuracy that may be lost without a penalty: one image of 64."""
 FID_SHARE = 0.05
 """The share of the original's FID that ``fid_margin`` is."""
+PLANNED = "TRCE_TUNE_PLANNED"
+"""The environment variable of a process whose parent has planned, and names the methods in order of cost."""
 POLL_SECONDS = 1.0
 """The time between two looks at the journal."""
 DIGITS = 3
@@ -330,10 +332,11 @@ class Tuning:
     """All trials of a configuration."""
 
     def __init__(self, config: TuneConfig) -> None:
-        self.config, self.journal = config, journal_of(config)
+        self.config, self.journal, self.began = config, journal_of(config), time.monotonic()
         every = sorted(file.stem for file in spaces_folder().glob("*.yaml"))
         self.spaces = [load_space(name) for name in (every if ALL in config.methods else config.methods)]
         self.original = Trial(ORIGINAL, 0, None)
+        self.costs: dict[str, float] = {}
         self.trials = {
             space.name: [
                 Trial(space.name, number, options, space.changes_weights)
@@ -345,7 +348,8 @@ class Tuning:
     def missing(self) -> list[Trial]:
         """Return the trials that the journal lacks: a round of each method's first trial, then its second.
 
-        So methods have equally many trials at any time. A round begins with the most expensive method.
+        So methods have equally many trials at any time. A round begins with the most expensive method. Before
+        :meth:`plan`, their order is that of ``methods``.
         """
         rows = self.journal.rows()
         left = [
@@ -354,11 +358,10 @@ class Tuning:
             for trial in trials
             if not any(row.items() >= trial.key(self.config).items() for row in rows)
         ]
-        return sorted(left, key=lambda trial: (trial.number, -self.costs[trial.method]))
+        return sorted(left, key=lambda trial: (trial.number, -self.costs.get(trial.method, 0.0)))
 
     def plan(self) -> None:
         """Log how many trials are ahead, and what the first one of each method costs."""
-        self.costs = {}
         adapter = None
         for name, (first, *_) in self.trials.items():
             self.costs[name] = 0.0
@@ -385,16 +388,29 @@ class Tuning:
         if self.config.jobs > 1 and len(left) > 1:
             self._share(left)
             return
-        with tqdm(left, desc="trials", unit="trial", smoothing=0) as bar:
-            elsewhere = [trial for trial in bar if not perform(self.config, trial)]
+        elsewhere, skipped = 0, 0
+        for trial in tqdm(left, desc="trials", unit="trial", smoothing=0):
+            if self.is_late():
+                skipped += 1
+            else:
+                elsewhere += not perform(self.config, trial)
         if elsewhere:
-            log.info("%d trials are run by other processes", len(elsewhere))
+            log.info("%d trials are run by other processes", elsewhere)
+        if skipped:
+            log.info("%d trials were not begun after %g minutes", skipped, self.config.minutes)
+
+    def is_late(self) -> bool:
+        """Return whether the time is over in which trials begin."""
+        minutes = self.config.minutes
+        return minutes is not None and time.monotonic() - self.began >= 60 * minutes
 
     def _share(self, left: Sequence[Trial]) -> None:
         """Start this command several times. Each process takes the next trial that no other one has."""
         jobs, done = min(self.config.jobs, len(left)), len(self.journal.rows())
         threads = max(1, (os.cpu_count() or 1) // jobs)
-        command = [sys.executable, "-m", "trce_lightning.tune", *sys.argv[1:], "jobs=1"]
+        methods = ",".join(sorted(self.trials, key=lambda name: -self.costs.get(name, 0.0)))
+        own = ["jobs=1", f"methods=[{methods}]"]
+        command = [sys.executable, "-m", "trce_lightning.tune", *sys.argv[1:], *own]
         logs = [self.journal.locks / f"process {number}.log" for number in range(jobs)]
         with ExitStack() as opened:
             children = Children()
@@ -402,7 +418,7 @@ class Tuning:
             opened.callback(stop.launchers.remove, children)
             for file in logs:
                 stream = opened.enter_context(file.open("w", encoding="utf-8"))
-                environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+                environment = os.environ | {"OMP_NUM_THREADS": str(threads), PLANNED: "1"}
                 children.procs.append(
                     subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
                 )
@@ -512,7 +528,8 @@ def tune(config: TuneConfig) -> None:
     set_up_logging()
     check_values(config)
     tuning = Tuning(config)
-    tuning.plan()
+    if PLANNED not in os.environ:
+        tuning.plan()
     if config.plan:
         return
     tuning.run()
