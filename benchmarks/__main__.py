@@ -36,6 +36,7 @@ NAMES = (
     "scaling",
     "options",
     "flops",
+    "erasers",
     "help",
 )
 GPU = "gpu"
