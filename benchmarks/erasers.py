@@ -30,9 +30,10 @@ from trce_lightning.erasers.ca import ConceptAblation
 from trce_lightning.erasers.esd import ESD
 from trce_lightning.erasers.hardened import Hardened
 from trce_lightning.erasers.mace import MACE
-from trce_lightning.erasers.protocol import Eraser, Job
+from trce_lightning.erasers.protocol import Job
 from trce_lightning.erasers.spm import SPM
 from trce_lightning.erasers.stereo import STEREO
+from trce_lightning.erasers.tuning import TunedEraser
 from trce_lightning.evaluation.scorer import score_on_all_ranks
 from trce_lightning.jobs.erase import MethodRun, run_of
 from trce_lightning.jobs.session import Session, concepts_of
@@ -96,8 +97,8 @@ def outcome(session: Session, evaluations: int, folder: Path) -> Outcome:
     """Score a session's model as it is."""
     scorer = session.scorer("tune", IMAGES)
     scores = score_on_all_ranks(make_trainer(CPU, folder), scorer, folder / "images", "tuning prompts")
-    rates = (scores["asr"][name]["rate"] for name in ("direct", "implicit"))
-    return Outcome(evaluations, *rates, scores["benign_accuracy"])
+    direct, implicit = (scores["asr"][name]["rate"] for name in ("direct", "implicit"))
+    return Outcome(evaluations, direct, implicit, scores["benign_accuracy"])
 
 
 def ours(method: str, same: Sequence[str]) -> Outcome:
@@ -171,7 +172,7 @@ STEP: Mapping[str, Any] = {"iterations": 1, "num_steps": 2, "lr": 1e-4}
 class Step:
     """One step of a method, and what must change."""
 
-    eraser: Callable[[], Eraser]
+    eraser: Callable[[], TunedEraser]
     component: str
     changes: Callable[[str], bool]
     """Whether a parameter of this name changes, a bias or a norm's among them."""
