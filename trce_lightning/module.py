@@ -73,13 +73,15 @@ class TRCE(pl.LightningModule):
         if self.edit is None or self.edited_names:
             return
         self.edited_names = apply_edit_(self.adapter, self.edit)
-        log.info(
-            "stage 1 edited %d matrices: condition number %.2g, erase residual %.3f, keep residual %.2g",
-            len(self.edited_names),
-            self.edit.condition_number,
-            self.edit.erase_residual,
-            self.edit.keep_residual,
-        )
+        log.info("stage 1 edited %d matrices", len(self.edited_names))
+        for own in (self.edit, *self.edit.further):
+            log.info(
+                "stage 1, %s: condition number %.2g, erase residual %.3f, keep residual %.2g",
+                own.stream,
+                own.condition_number,
+                own.erase_residual,
+                own.keep_residual,
+            )
 
     def setup(self, stage: str) -> None:
         """Apply stage 1, and make the parameters of stage 2 trainable.
