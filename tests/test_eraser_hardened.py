@@ -238,7 +238,7 @@ def test_the_form_of_stage_1_is_an_option(tmp_path: Path) -> None:
             type(job)(**(vars(job) | {"textual": TextualConfig(form=form, ridge=0.1)}))
         )
         assert isinstance(module, Hardening)
-        keys.append(module.key)
+        keys.append(module.keys["clip"])
     assert not torch.allclose(*keys)
 
 
@@ -257,6 +257,14 @@ def test_the_vocabulary_is_tokenized_once(tmp_path: Path, monkeypatch: pytest.Mo
     eraser.module(job)
     whole = len(adapter.vocabulary()["clip"])
     assert len([count for count in spelt if count >= whole]) == 1 and max(spelt) >= whole > 1
+
+
+def test_streams_that_the_model_lacks_are_refused_before_anything_is_sampled(tmp_path: Path) -> None:
+    job = Harness(StableDiffusionAdapter(build_tiny_pipeline()), tmp_path).job
+    job.textual.streams = ["pooled"]
+    with pytest.raises(InputError, match=r"textual\.streams: expected one of context, .* got pooled"):
+        Hardened(**HARDENED).ahead(job)
+    Hardened(**(HARDENED | {"edit": "none"})).ahead(job)  # no edit, no streams
 
 
 def test_an_edit_of_values_alone_has_no_key(tmp_path: Path) -> None:

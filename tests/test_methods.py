@@ -295,7 +295,7 @@ EXPERIMENTS = cli.config_folder() / "experiment"
     [
         ["method=uce", "textual.keep_prompts=x"],
         ["method=trce,esd", "trajectory.beta=2"],
-        ["experiment=hardened", "textual.form=ridge"],
+        ["experiment=hardened", "method.edit=before", "textual.form=ridge"],
         ["experiment=smoke", "trajectory.epochs=9"],
         ["experiment=sd14_sexual", "stages=[textual]"],
         ["method=trce", "experiment=hardened", "trajectory.epochs=9"],
@@ -314,6 +314,8 @@ def test_options_that_the_method_reads_are_taken(argv: list[str]) -> None:
         (["experiment=hardened", "stages=[textual]"], "stages"),
         (["experiment=hardened", "optimizer.lr=1"], "optimizer.lr"),
         (["method=uce", "experiment=hardened", "textual.form=ridge"], "textual.form"),
+        (["method=hardened", "textual.streams=[pooled]"], "textual.streams"),
+        (["method=hardened", "method.edit=none", "textual.eta=1"], "textual.eta"),
     ],
 )
 def test_options_that_the_method_does_not_read_are_refused(argv: list[str], option: str) -> None:

@@ -143,6 +143,18 @@ class TextualStatistics:
             raise InputError(f"textual.form={config.form}: {error}") from error
 
 
+def edited_streams(adapter: Adapter, config: TextualConfig) -> dict[str, Stream]:
+    """Return the model's streams that ``textual.streams`` names. If there are none, raise ``InputError``."""
+    every = adapter.streams()
+    streams = {name: stream for name, stream in every.items() if name in config.streams}
+    if not streams:
+        raise InputError(
+            f"textual.streams: expected one of {', '.join(every)}, which '{adapter.name}' reads, got "
+            f"{', '.join(config.streams)}"
+        )
+    return streams
+
+
 def textual_statistics(
     adapter: Adapter, concepts: Sequence[Concept], kept: Mapping[str, Kept], config: TextualConfig
 ) -> TextualStatistics:
@@ -157,13 +169,7 @@ def textual_statistics(
 
     If the model has none of the streams that ``textual.streams`` names, raise ``InputError``.
     """
-    every = adapter.streams()
-    streams = {name: stream for name, stream in every.items() if name in config.streams}
-    if not streams:
-        raise InputError(
-            f"textual.streams: expected one of {', '.join(every)}, which '{adapter.name}' reads, got "
-            f"{', '.join(config.streams)}"
-        )
+    streams = edited_streams(adapter, config)
     pairs = prompt_pairs(concepts)
     t5 = config.t5_positions if any(T5 in stream.segments for stream in streams.values()) else ()
     states: dict[str, Pairs] = {name: {} for name in streams}

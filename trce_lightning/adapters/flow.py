@@ -169,11 +169,15 @@ class FlowAdapter(PipelineAdapter):
 
     @torch.no_grad()
     def embed(self, input_ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return token embeddings by segment, ``[B, L]`` → ``[B, L, e]``, without gradients."""
-        tokens = self._tokens_of_clips(input_ids[CLIP])
-        of_clips = [clip.embed(own.ids) for clip, own in zip(self.clips, tokens, strict=True)]
-        found = {CLIP: torch.cat(of_clips, -1)}
-        return found if self.t5 is None else {**found, T5: self.t5.embed(input_ids[T5])}
+        """Return token embeddings of the given segments, ``[B, L]`` → ``[B, L, e]``, without gradients."""
+        found = {}
+        if CLIP in input_ids:
+            tokens = self._tokens_of_clips(input_ids[CLIP])
+            of_clips = [clip.embed(own.ids) for clip, own in zip(self.clips, tokens, strict=True)]
+            found[CLIP] = torch.cat(of_clips, -1)
+        if self.t5 is not None and T5 in input_ids:
+            found[T5] = self.t5.embed(input_ids[T5])
+        return found
 
     def encode_embeddings(self, embeddings: Mapping[str, Tensor], input_ids: Mapping[str, Tensor]) -> Text:
         """Return the text of token embeddings ``[B, L, e]`` by segment. It carries gradients.

@@ -87,8 +87,8 @@ def initial_vectors(adapter: Adapter, word: str, vectors: int, option: str) -> d
     """
     spelt = adapter.mentions([word], [word], trimmed=False)
     embeddings = adapter.embed(adapter.tokenize([word]))
-    for mask in spelt.values():
-        check_spelt(mask[0], word, word, option)
+    for name in embeddings:
+        check_spelt(spelt[name][0], word, word, option)
     return {
         name: own[0, spelt[name][0].to(own.device)].mean(0).float().repeat(vectors, 1)
         for name, own in embeddings.items()

@@ -31,7 +31,7 @@ TRCE, CFG = "trce", "cfg"
 TRCE_OPTIONS = ("stages", "textual", "trajectory", "optimizer")
 """The options of TRCE."""
 READS = {"hardened": ("textual",)}
-"""The options of TRCE that other methods read."""
+"""The options of TRCE that other methods read, if ``method.edit`` says where."""
 _LIMITS = {
     "greater_than_equal": "at least {ge:g}",
     "less_than_equal": "at most {le:g}",
@@ -272,13 +272,17 @@ def check_method_options(arguments: Iterable[str], experiments: Path) -> None:
     if not names or TRCE in names:
         return
     read = set.intersection(*(set(READS.get(name, ())) for name in names))
+    edits = any(key == "method.edit" and value != "none" for key, _, value in typed)
     for key, _, _ in typed:
         part = key.partition(".")[0]
-        if part in TRCE_OPTIONS and part not in read and key != "textual.keep_prompts":
-            raise InputError(
-                f"option {key!r}: expected none beside method={','.join(names)}, which doesn't read it; it "
-                "belongs to method=trce"
-            )
+        if part not in TRCE_OPTIONS or key == "textual.keep_prompts" or (part in read and edits):
+            continue
+        reason = (
+            "which reads it only with method.edit=before or after"
+            if part in read
+            else "which doesn't read it; it belongs to method=trce"
+        )
+        raise InputError(f"option {key!r}: expected none beside method={','.join(names)}, {reason}")
 
 
 def experiment_method(folder: Path, name: str) -> str | None:

@@ -13,8 +13,8 @@ There are four kinds:
   they stay converged while the network changes. Some begin anew from time to time.
 - *moved*: E(c_m) + δ with |δ_i| ≤ ρ RMS(E(c_m)_i) at every position i, by steps of projected gradient descent
   on the same objective.
-- *keyed*: E(c_m) T⁺ᵀ, what stage 1's matrix maps back to the malicious states, if it comes before. Else it
-  is the malicious prompt itself.
+- *keyed*: E(c_m) T⁺ᵀ, what stage 1's matrix maps back to the malicious states, if it comes before. Each
+  stream of text that stage 1 edits has its own T. Else it is the malicious prompt itself.
 - *other*: prompts to keep and ∅, at later steps, where z_t shows the concept already. So the network doesn't
   complete the concept from a trace of it.
 
@@ -50,13 +50,13 @@ from trce_lightning.errors import InputError
 from trce_lightning.losses import squared_distance
 from trce_lightning.prompts.records import seed_of
 from trce_lightning.sampling import seeded
-from trce_lightning.textual import apply_edit_, cached_kept, textual_statistics
+from trce_lightning.textual import apply_edit_, cached_kept, edited_streams, textual_statistics
 from trce_lightning.tokens import Text, state_rms, within_ball
 
 KINDS = ("learnt", "moved", "keyed", "other")
 """The texts under which points of the concept are read."""
 PLACES = ("none", "before", "after")
-_, BEFORE, AFTER = PLACES
+NONE, BEFORE, AFTER = PLACES
 """Where stage 1 may come."""
 LEAST = 1e-6
 """The least RMS that a distance is divided by."""
@@ -106,15 +106,15 @@ class Hardening(Tuning):
     Args:
         eraser: the method.
         job: the job.
-        key: T⁺ᵀ of stage 1, ``[d, d]``, which maps states to those that the edit maps back. None means that
-            there is no stage 1.
+        keys: by segment of text the matrix, ``[w, w]``, which maps states to those that stage 1 maps back;
+            see :func:`keys_of`. Without stage 1 there is none.
     """
 
-    def __init__(self, eraser: Hardened, job: Job, key: Tensor | None) -> None:
+    def __init__(self, eraser: Hardened, job: Job, keys: Mapping[str, Tensor]) -> None:
         super().__init__(eraser, job.adapter, eraser.trained(job.adapter), seed=job.seed)
         adapter = job.adapter
         self.slots = eraser.slots(job)
-        self.key = None if key is None else key.float()
+        self.keys = {segment: key.float() for segment, key in keys.items()}
         pairs = prompt_pairs(job.concepts).values()
         self.concept_of = {pair.malicious: index for index, rows in enumerate(pairs) for pair in rows}
         self.concepts = len(job.concepts)
@@ -296,6 +296,8 @@ class Hardened(TunedEraser):
                 "textual.matrices: expected keys and values with method.keyed > 0, since no state undoes an "
                 f"edit of one of them, got {job.textual.matrices}"
             )
+        if self.edit != NONE:
+            edited_streams(job.adapter, job.textual)
         self.slots(job)
         return super().ahead(job)
 
@@ -340,18 +342,20 @@ class Hardened(TunedEraser):
         self._edited: dict[str, nn.Parameter] = {}
         self._files: dict[str, Mapping[str, Tensor]] = {}
         if self.edit != BEFORE:
-            return Hardening(self, job, None)
-        return Hardening(self, job, torch.linalg.pinv(self.apply_stage_1(job)).mT)
+            return Hardening(self, job, {})
+        return Hardening(self, job, keys_of(job.adapter, self.apply_stage_1(job)))
 
-    def apply_stage_1(self, job: Job) -> Tensor:
-        """Edit the denoiser as it is, and return stage 1's matrix T, ``[d, d]``."""
+    def apply_stage_1(self, job: Job) -> dict[str, Tensor]:
+        """Edit the denoiser as it is, and return stage 1's matrix T of each stream, ``[d, d]``."""
         adapter = job.adapter
         kept = cached_kept(job.trainer, adapter, job.keep_prompts(), job.cache)
         edit = textual_statistics(adapter, job.concepts, kept, job.textual).solve(job.textual)
         names = apply_edit_(adapter, edit)
         self._edited = {name: adapter.denoiser.get_parameter(name) for name in names}
-        self._files = {"edit": {"transform": edit.transform}}
-        return edit.transform
+        further = {each.stream: each.transform for each in edit.further}
+        files = {f"{name}.transform": transform for name, transform in further.items()}
+        self._files = {"edit": {"transform": edit.transform, **files}}
+        return {edit.stream: edit.transform, **further}
 
     def result(self, job: Job, module: Tuning) -> Erased:
         """Apply stage 1, if it comes after, and return what it and training have changed."""
@@ -480,14 +484,13 @@ class Hardened(TunedEraser):
     def keyed_text(self, module: Hardening, points: Rows) -> Text:
         """Return E(c_m) T⁺ᵀ, which stage 1 maps to the malicious prompts' states as far as it can.
 
-        Without stage 1, return E(c_m).
+        Segments that stage 1 leaves alone stay. Without stage 1, return E(c_m).
         """
         text = module.text(points.prompts)
-        if module.key is None:
-            return text
-        key = module.key.to(module.device)
-        segments = module.adapter.streams()["context"].segments
-        states = {name: own @ key if name in segments else own for name, own in text.states.items()}
+        states = {
+            name: own @ module.keys[name].to(module.device) if name in module.keys else own
+            for name, own in text.states.items()
+        }
         return Text(states, text.roles)
 
     def other_text(self, module: Hardening, prompts: list[str], count: int, step: int) -> Text:
@@ -495,6 +498,20 @@ class Hardened(TunedEraser):
         generator = module.generator(step, "other texts")
         empty = (torch.rand(count, generator=generator) < EMPTY_SHARE).tolist()
         return module.text([EMPTY if empty[row] else prompts[row % len(prompts)] for row in range(count)])
+
+
+def keys_of(adapter: Adapter, transforms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return by segment the matrix K, ``[w, w]``, for which ‖T [eᵀK, 0]ᵀ − [eᵀ, 0]ᵀ‖ is least.
+
+    ``transforms`` has T by stream, ``[d, d]``. A segment may have narrower states, w ≤ d, with zeros after
+    them. So K = ((T_w)⁺)_wᵀ, where T_w has the first w columns of T. If w = d, it is T⁺ᵀ.
+    """
+    empty, streams, keys = adapter.empty(), adapter.streams(), {}
+    for name, transform in transforms.items():
+        for segment in streams[name].segments:
+            width = empty.states[segment].shape[-1]
+            keys[segment] = torch.linalg.pinv(transform[:, :width])[:, :width].mT
+    return keys
 
 
 def _foreign_word(adapter: Adapter, sentences: str) -> str:

@@ -75,10 +75,17 @@ def divided(numerators: Sequence[Tensor], gram_matrix: Tensor, ridge: float) -> 
 def edited_stream(adapter: Adapter, maps: str) -> Stream:
     """Return the context stream with the entries that ``maps`` names.
 
-    If the model has none of these, or reads the text by maps that are neither keys nor values, raise
-    ``InputError``.
+    If the model has none of these, reads the text by maps that are neither keys nor values, or has segments
+    of several widths, raise ``InputError``.
     """
     stream = adapter.streams()[CONTEXT]
+    empty = adapter.empty()
+    widths = {name: empty.states[name].shape[-1] for name in stream.segments}
+    if len(set(widths.values())) > 1:
+        raise InputError(
+            f"method: expected text states of one width, got {widths} in '{adapter.name}'; stage 1 of "
+            "method=trce edits such a model"
+        )
     if maps == "kv":
         return stream
     wanted = {NAMED[part] for part in maps}

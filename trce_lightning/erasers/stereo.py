@@ -286,6 +286,11 @@ class STEREO(PromptEraser):
         predicted = module.adapter.predict(rows["z_t"], rows["timestep"], module.text(rows["taught"]))
         return {"erase": squared_distance(predicted, target).mean()}
 
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """Return the scale of the points and that of the pictures."""
+        return (*super().scales, "picture_guidance_scale")
+
     def ahead(self, job: Job) -> Ahead:
         """Return the work ahead, with that of the search unless its result is cached."""
         world_size = job.trainer.world_size

@@ -143,6 +143,15 @@ def draw_walks(
     return Walks(tuple(walks), num_steps, guidance_scale)
 
 
+def refuse_guided(adapter: Adapter, option: str, guidance_scale: float) -> None:
+    """Raise ``InputError`` if an option would guide sampling away from ∅ and the model samples without it."""
+    if is_guided(guidance_scale) and not adapter.guided:
+        raise InputError(
+            f"{option}: expected at most 1 with '{adapter.name}', which samples without ∅, got "
+            f"{guidance_scale:g}"
+        )
+
+
 class _Sampler(pl.LightningModule):
     """A module that samples the shards that ``folder`` lacks, under ``Trainer.predict``."""
 

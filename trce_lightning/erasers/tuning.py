@@ -24,7 +24,15 @@ from trce_lightning.adapters.finite import loss_not_finite
 from trce_lightning.config.schema import Count, Natural, NonNegative, OneOf, Positive, Steps
 from trce_lightning.data.datamodule import ContinuedLoader
 from trce_lightning.erasers.protocol import Ahead, Cost, Erased, Job
-from trce_lightning.erasers.teachers import Encode, Teachers, Walks, draw_walks, latent_numbers, teachers_of
+from trce_lightning.erasers.teachers import (
+    Encode,
+    Teachers,
+    Walks,
+    draw_walks,
+    latent_numbers,
+    refuse_guided,
+    teachers_of,
+)
 from trce_lightning.erasers.texts import GUIDES, PROMPTS, erased_pairs
 from trce_lightning.errors import InputError
 from trce_lightning.prompts.records import seed_of
@@ -336,6 +344,11 @@ class TunedEraser(ABC):
         """Return the beginning of the loss curves' names. It tells the fits of one run apart."""
         return ""
 
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """Return the options that are guidance scales of sampling."""
+        return ("guidance_scale",)
+
     def option(self, name: str) -> str:
         """Return how a user sets the number ``name`` of this object."""
         return f"method.{name}"
@@ -358,6 +371,8 @@ class TunedEraser(ABC):
 
     def ahead(self, job: Job) -> Ahead:
         """Return the evaluations of teachers that are not cached, and those of training."""
+        for option in self.scales:
+            refuse_guided(job.adapter, f"method.{option}", getattr(self, option))
         if (batches := job.trainer.accumulate_grad_batches) > 1:
             raise InputError(
                 f"trainer.accumulate_grad_batches: expected 1 with method={self.name}, whose own options say "
