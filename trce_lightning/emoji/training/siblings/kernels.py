@@ -98,4 +98,7 @@ KERNELS: dict[str, Kernels] = {
     "plain": Kernels(captured=False, half=False, blas="cublaslt", attention=_MATH, written_out=True),
     "blocking": Kernels(captured=False, environment={"CUDA_LAUNCH_BLOCKING": "1"}),
 }
-"""Kernels by name, the faster ones first. With ``blocking``, a traceback names the kernel that failed."""
+"""Kernels by name, the faster ones first. With ``blocking``, a traceback names the kernel that failed.
+
+On an H200 with PyTorch 2.11, FLUX's backward pass fails in cuDNN's attention, so it needs ``no-cudnn``.
+"""
