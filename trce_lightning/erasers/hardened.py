@@ -57,7 +57,7 @@ KINDS = ("learnt", "moved", "keyed", "other")
 """The texts under which points of the concept are read."""
 PLACES = ("none", "before", "after")
 NONE, BEFORE, AFTER = PLACES
-"""Where stage 1 may come."""
+"""The places where stage 1 may come."""
 LEAST = 1e-6
 """The least RMS that a distance is divided by."""
 WARMUP = 10
