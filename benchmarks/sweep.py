@@ -73,37 +73,53 @@ class Sweep:
 NOTHING = ("method=trce", "stages=[textual]", "textual.form=ridge", "textual.ridge=1e9")
 """An edit that changes nothing."""
 V, T_V = ("stages=[trajectory]",), ("stages=[textual,trajectory]",)
-LONG = ("trajectory.early_steps=13", "trajectory.kept_per_malicious=1", "trajectory.num_kept=80")
-PULL = (*LONG, "trajectory.margin=0", "trajectory.uncond_hinge_weight=0")
 ATTENTION = "trajectory.trainable=*attn?.to_*"
+POINTS = (
+    "trajectory.num_trajectories=60",
+    "trajectory.num_unconditional=10",
+    "trajectory.num_kept=40",
+    "trajectory.early_steps=13",
+    "trajectory.kept_per_malicious=1",
+    "trajectory.draws_per_epoch=2",
+)
+"""Points of 13 steps, with as many of prompts to keep: 360 of each kind in all epochs."""
 
 
-def _hinge(lr: str, *more: str) -> tuple[str, ...]:
-    return (*LONG, "trajectory.relative_hinge=true", "trajectory.margin=1", f"optimizer.lr={lr}", *more)
+def _hinge(lr: str, *more: str, margin: float = 1, preserve: int = 100, batch: int = 4) -> tuple[str, ...]:
+    """Return the options of a relative hinge on these points."""
+    hinge = ("trajectory.relative_hinge=true", f"trajectory.margin={margin:g}")
+    weights = (f"trajectory.preserve_weight={preserve}", f"trajectory.keep_weight={preserve}")
+    return (*POINTS, *hinge, *weights, f"trajectory.batch_size={batch}", f"optimizer.lr={lr}", *more)
 
 
-def _pull(weight: int, lr: str, *more: str) -> tuple[str, ...]:
-    return (*PULL, f"trajectory.pull_weight={weight}", f"optimizer.lr={lr}", *more)
-
-
-def _weights(preserve: int) -> tuple[str, ...]:
-    return f"trajectory.preserve_weight={preserve}", f"trajectory.keep_weight={preserve}"
+def _pull(lr: str, *more: str) -> tuple[str, ...]:
+    """Return the options of an oracle that pulls to ε(c_s)."""
+    return _hinge(lr, "trajectory.pull_weight=100", *more, margin=0)
 
 
 _STAGE2: dict[str, tuple[str, ...]] = {
     "before": (),
-    "before, lr 4e-4": ("optimizer.lr=4e-4",),
-    "Q, 13 steps, relative hinge, preserve 30": _hinge("1e-3", *_weights(30)),
-    "Q, 13 steps, pull 100": _pull(100, "1e-3"),
-    "Q, 13 steps, pull 300": _pull(300, "1e-3"),
-    "Q, 13 steps, pull 300, lr 3e-3": _pull(300, "3e-3"),
-    "attention, 13 steps, relative hinge, preserve 30": _hinge("4e-4", ATTENTION, *_weights(30)),
-    "attention, 13 steps, pull 100": _pull(100, "4e-4", ATTENTION),
-    "attention, 13 steps, pull 300": _pull(300, "4e-4", ATTENTION),
-    "attention, 13 steps, pull 100, lr 1e-3": _pull(100, "1e-3", ATTENTION),
-    "all weights, 13 steps, pull 100": _pull(100, "2e-4", "trajectory.trainable=*"),
+    "Q, lr 3e-4": _hinge("3e-4"),
+    "Q, lr 5e-4, batch 6": _hinge("5e-4", batch=6),
+    "Q, lr 2e-3, preserve 30, batch 6": _hinge("2e-3", preserve=30, batch=6),
+    "Q, pull 100, lr 1e-3": _pull("1e-3"),
+    "attention, lr 2e-4": _hinge("2e-4", ATTENTION),
+    "attention, lr 2e-4, margin 0.5, batch 6": _hinge("2e-4", ATTENTION, margin=0.5, batch=6),
+    "attention, lr 4e-4, preserve 30, batch 6": _hinge("4e-4", ATTENTION, preserve=30, batch=6),
+    "attention, pull 100, lr 2e-4": _pull("2e-4", ATTENTION),
+}
+_STAGE1: dict[str, tuple[str, ...]] = {
+    "eta 12": ("textual.eta=12",),
+    "eta 20": ("textual.eta=20",),
+    "projection": ("textual.form=projection",),
+    "projection, eta 20": ("textual.form=projection", "textual.eta=20"),
 }
 EARLIER = (
+    "textual.form=ridge",
+    "textual.eta=6",
+    "trajectory.num_trajectories=120",
+    "trajectory.num_unconditional=30",
+    "trajectory.batch_size=16",
     "trajectory.early_steps=10",
     "trajectory.kept_per_malicious=0",
     "trajectory.relative_hinge=false",
@@ -140,7 +156,15 @@ SWEEPS: dict[str, Sweep] = {
         {ORIGINAL: NOTHING}
         | {f"V: {name}": (*V, *options) for name, options in _STAGE2.items()}
         | {"T": ("stages=[textual]",)}
-        | {f"T+V: {name}": (*T_V, *options) for name, options in _STAGE2.items()},
+        | {f"T: {name}": ("stages=[textual]", *options) for name, options in _STAGE1.items()}
+        | {f"T+V: {name}": (*T_V, *options) for name, options in _STAGE2.items()}
+        | {
+            "T+V: projection; Q, lr 3e-4, batch 6": (
+                *T_V,
+                *_STAGE1["projection"],
+                *_hinge("3e-4", batch=6),
+            ),
+        },
     ),
     "hardened": Sweep(
         (
@@ -229,7 +253,7 @@ def table(found: Mapping[str, Row]) -> str:
         kept = "" if name == ORIGINAL else "yes" if keeps(scores, original) else "no"
         cells = [f"**{name}**" if name == best else name, *(f"{100 * rate:.1f} %" for rate in rates_of(row))]
         cells += [f"{scores['fid'] / original['fid']:.3f}×", f"{scores['clip_score']:.2f}"]
-        benign = [scores["benign_accuracy"], scores["benign_accuracy_unkept"]["rate"]]
+        benign = [scores["benign_accuracy"], scores["benign_accuracy_unkept"]]
         lines.append([*cells, *(f"{100 * rate:.1f} %" for rate in benign), kept])
     for label, own in found[ORIGINAL]["references"].items():
         cells = ["", "", *(f"{100 * own[attack]:.1f} %" for attack in ATTACKS)]

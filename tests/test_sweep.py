@@ -18,7 +18,7 @@ def row(direct: float, implicit: float, fid: float, accuracy: float, attacks: fl
         "fid": fid,
         "clip_score": 74.0,
         "benign_accuracy": accuracy,
-        "benign_accuracy_unkept": {"rate": 0.9},
+        "benign_accuracy_unkept": 0.9,
     }
     return {"scores": scores, "attacks": dict.fromkeys(sweep.ATTACKS, attacks), "references": {}}
 
