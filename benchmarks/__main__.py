@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 NAMES = (
     "textual",
     "concepts",
+    "streamed",
     "plan",
     "step",
     "memory",

@@ -117,7 +117,7 @@ def test_the_edit_is_solved_again_from_its_file(erased: Erased, form: str, tmp_p
     pipeline.tokenizer.model_max_length = 16  # so that the empty prompt leaves directions free
     statistics = stage1_statistics(StableDiffusionAdapter(pipeline), config, CONCEPTS)
     edit = statistics.solve(config)
-    save_edit(file, statistics, edit, config, "base", "0123")
+    save_edit(file, statistics, edit, config, "base", "0123", {})
     found, read = load_edit(file)
     assert read == config
     assert torch.equal(found.solve(read).transform, edit.transform)
@@ -132,7 +132,7 @@ def test_the_edit_is_solved_again_from_its_file(erased: Erased, form: str, tmp_p
 
 def test_an_edits_file_says_what_it_holds_and_is_small(erased: Erased, tmp_path: Path) -> None:
     file = tmp_path / "edit.safetensors"
-    save_edit(file, erased.statistics, erased.edit, TEXTUAL, "base", "0123")
+    save_edit(file, erased.statistics, erased.edit, TEXTUAL, "base", "0123", {})
     tensors = load_file(file)
     with safe_open(file, "pt") as opened:
         facts = opened.metadata()

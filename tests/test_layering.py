@@ -27,7 +27,7 @@ ROOMS = (
     ("callbacks", "emoji"),
     ("attacks", "erasers"),
     ("jobs",),
-    ("cli", "api", "compare", "expand"),
+    ("cli", "api", "apply", "compare", "expand"),
     ("commands",),
     ("emoji.training", "leaderboard", "tune"),
 )

@@ -272,7 +272,7 @@ def test_every_form_edits_both_streams_and_comes_back_from_its_file(
     statistics = stage1_statistics(shared, config)
     edit = statistics.solve(config)
     file = tmp_path / "edit.safetensors"
-    save_edit(file, statistics, edit, config, "base", "0123")
+    save_edit(file, statistics, edit, config, "base", "0123", {})
     found, read = load_edit(file)
     assert read == config
 

@@ -54,6 +54,8 @@ def erase(
         places = [f"runs={folder}", f"cache={cache or folder}", "trainer.devices=1"]
         config = compose(concept, "metrics.enabled=false", *places, *options)
         checks.check(config)
+        if config.streamed:
+            raise InputError("option 'streamed': expected false for a pipeline in memory, got true")
         adapter = adapter_of(
             pipeline,
             max_sequence_length=config.model.max_sequence_length,

@@ -7,13 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from trce_lightning.adapters import Adapter
+from trce_lightning.adapters.stored import StoredNetwork, StoredPipeline
 from trce_lightning.closed_form import Edit, KeepStatistics, Readers
 from trce_lightning.config.schema import TextualConfig
 from trce_lightning.runtime.storage import (
@@ -23,10 +24,13 @@ from trce_lightning.runtime.storage import (
     write_safetensors,
     write_text,
 )
-from trce_lightning.textual import CONTEXT, TextualStatistics
+from trce_lightning.runtime.tensor_files import write_one_by_one
+from trce_lightning.textual import CONTEXT, StoredEdit, TextualStatistics, edited_tensors
 
 ONE_STREAM = json.dumps([CONTEXT])
 """The streams of files that name none. They are of earlier versions."""
+TEXTUAL_METHOD = "TRCE (arXiv 2503.07389, stage textual)"
+"""The method of an edit without stage 2, for the model card."""
 CARD = """---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -47,12 +51,19 @@ embeddings, or fine-tune, can undo it.
 
 
 def save_edit(
-    file: Path, statistics: TextualStatistics, edit: Edit, config: TextualConfig, base: str, fingerprint: str
+    file: Path,
+    statistics: TextualStatistics,
+    edit: Edit,
+    config: TextualConfig,
+    base: str,
+    fingerprint: str,
+    edits: Mapping[str, StoredEdit],
 ) -> None:
     """Write T, K, the empty prompt's states and each concept's pairs of states, by stream.
 
     The pairs give S and M, and few pairs take less space, see :func:`compact_pairs`. The metadata holds the
-    form and its options, the counts and the base model. The tensors of a further stream begin with its name.
+    form and its options, the counts and the base model. It also holds the denoiser's tensors that ``edits``
+    name by stream, each with its first edited column. The tensors of a further stream begin with its name.
     """
     streams = list(zip((statistics, *statistics.further), (edit, *edit.further), strict=True))
     facts = {
@@ -61,6 +72,7 @@ def save_edit(
         "concepts": json.dumps({name: len(states) for name, (states, _) in statistics.states.items()}),
         "options": json.dumps(asdict(config)),
         "streams": json.dumps([own.stream for own, _ in streams]),
+        "columns": json.dumps({name: dict(own.columns) for name, own in edits.items()}),
     }
     tensors: dict[str, Tensor] = {}
     for index, (own, solved) in enumerate(streams):
@@ -120,6 +132,30 @@ def load_edit(file: Path) -> tuple[TextualStatistics, TextualConfig]:
         return replace(first, further=tuple(further)), config
 
 
+class Solved(NamedTuple):
+    """A file's solved edits, one a stream, with the concepts that they erase and the model's fingerprint."""
+
+    edits: list[StoredEdit]
+    concepts: list[str]
+    fingerprint: str
+
+
+def load_solved(file: Path) -> Solved:
+    """Return the solved T of each stream of a file of edits, with the tensors that it edits.
+
+    If the file is damaged or of an earlier version, raise ``InputError``.
+    """
+    remedy = "run train.py again"
+    with reading(file, "an edit that names the tensors it edits", remedy), safe_open(file, "pt") as opened:
+        facts = opened.metadata() or {}
+        columns, streams = json.loads(facts["columns"]), json.loads(facts["streams"])
+        edits = [
+            StoredEdit(opened.get_tensor(f"{_prefix(index, stream)}transform"), columns[stream])
+            for index, stream in enumerate(streams)
+        ]
+        return Solved(edits, list(json.loads(facts["concepts"])), facts["fingerprint"])
+
+
 def _statistics_of(
     stream: str,
     prefix: str,
@@ -137,6 +173,30 @@ def _statistics_of(
         readers=Readers(own["edited"], own["others"]) if "edited" in own else None,
         stream=stream,
     )
+
+
+def save_stored_pipeline(
+    folder: Path, pipeline: StoredPipeline, edits: Sequence[StoredEdit], card: Mapping[str, Any]
+) -> None:
+    """Copy a pipeline's files, and replace the edited tensors in the copy, rounded to their stored types."""
+    with replacing_folder(folder) as aside:
+        copy = pipeline.copied(aside)
+        for name, weight in edited_tensors(pipeline.denoiser, edits):
+            copy.replace(name, weight)
+        write_text(aside / "README.md", CARD.format(pipeline=pipeline.index["_class_name"], **card))
+
+
+def save_stored_delta(
+    file: Path,
+    denoiser: StoredNetwork,
+    edits: Sequence[StoredEdit],
+    facts: Mapping[str, str],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the edited tensors as :func:`save_delta` does, one at a time. None means their stored type."""
+    shapes = {name: denoiser.shape(name) for edit in edits for name in edit.columns}
+    dtype = dtype or denoiser.dtype(next(iter(shapes)))
+    write_one_by_one(file, shapes, dtype, edited_tensors(denoiser, edits), facts)
 
 
 def save_pipeline(folder: Path, adapter: Adapter, card: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from trce_lightning.adapters import Adapter, Stream
+from trce_lightning.adapters import Adapter, Entry, Stream
+from trce_lightning.adapters.stored import StoredNetwork
 from trce_lightning.closed_form import (
     Edit,
     KeepStatistics,
@@ -248,9 +249,10 @@ def _states(text: Text, segment: str, stream: Stream) -> Tensor:
 
 def readers_of(stream: Stream, matrices: Sequence[str]) -> Readers:
     """Return the moments of the matrices that an edit of ``matrices`` replaces, and of the others."""
-    edited = _weights(stream, matrices)
-    others = {name: weight for name, weight in _weights(stream, MATRICES).items() if name not in edited}
-    return readers(edited.values(), others.values(), stream.width)
+    edited = edited_entries(stream, matrices)
+    others = {name: entry for name, entry in stream.entries.items() if name not in edited}
+    width = stream.width
+    return readers(_columns(edited.values(), width), _columns(others.values(), width), width)
 
 
 def _needs_readers(config: TextualConfig) -> bool:
@@ -259,17 +261,19 @@ def _needs_readers(config: TextualConfig) -> bool:
     return config.adversarial_rounds > 0 or not has_key
 
 
-def _weights(stream: Stream, matrices: Sequence[str]) -> dict[str, Tensor]:
-    """Return the columns that read the text states, by entry, of the matrices that an edit replaces.
+def edited_entries(stream: Stream, matrices: Sequence[str]) -> dict[str, Entry]:
+    """Return the entries, by name, that an edit of ``matrices`` replaces.
 
     An entry that is neither a key nor a value projection is always among them.
     """
     left = tuple(ENDINGS[kind] for kind in MATRICES if kind not in matrices)
-    return {
-        name: entry.module.weight.data[:, entry.first : entry.first + stream.width]
-        for name, entry in stream.entries.items()
-        if not name.endswith(left)
-    }
+    return {name: entry for name, entry in stream.entries.items() if not name.endswith(left)}
+
+
+def _columns(entries: Iterable[Entry], width: int) -> Iterator[Tensor]:
+    """Yield the columns of each W that read the text states, ``[d_out, d]``."""
+    for entry in entries:
+        yield entry.module.weight.data[:, entry.first : entry.first + width]
 
 
 def pair_states(
@@ -379,13 +383,71 @@ def apply_edit_(adapter: Adapter, edit: Edit) -> list[str]:
     """
     streams, names = adapter.streams(), []
     for own in (edit, *edit.further):
-        weights = _weights(streams[own.stream], own.matrices)
-        edits = apply_edits(weights.values(), own.transform)
-        for weight, edited in zip(weights.values(), edits, strict=True):
+        stream = streams[own.stream]
+        entries = edited_entries(stream, own.matrices)
+        edits = apply_edits(_columns(entries.values(), stream.width), own.transform)
+        for weight, edited in zip(_columns(entries.values(), stream.width), edits, strict=True):
             weight.copy_(edited)
-        names += [f"{name}.weight" for name in weights]
+        names += [f"{name}.weight" for name in entries]
     adapter.weights_changed()
     return names
+
+
+class StoredEdit(NamedTuple):
+    """One T with the denoiser's tensors that it edits."""
+
+    transform: Tensor
+    columns: Mapping[str, int]
+    """The first column that T edits, by the tensor's name."""
+
+
+def stored_edits(adapter: Adapter, edit: Edit) -> dict[str, StoredEdit]:
+    """Return the T of each stream with the tensors that it edits, by the stream's name."""
+    streams = adapter.streams()
+    return {
+        own.stream: StoredEdit(
+            own.transform,
+            {
+                f"{name}.weight": entry.first
+                for name, entry in edited_entries(streams[own.stream], own.matrices).items()
+            },
+        )
+        for own in (edit, *edit.further)
+    }
+
+
+def edited_tensors(stored: StoredNetwork, edits: Iterable[StoredEdit]) -> Iterator[tuple[str, Tensor]]:
+    """Yield every edited tensor of a network that stays on the disk, by name. One is in memory at a time.
+
+    They are float32, or float64 if they are stored so. If a tensor is missing, has too few columns or is
+    quantized, raise ``InputError``.
+    """
+    for edit in edits:
+        yield from _edited(stored, edit)
+
+
+def _edited(stored: StoredNetwork, edit: StoredEdit) -> Iterator[tuple[str, Tensor]]:
+    d, whole = len(edit.transform), list[Tensor]()
+
+    def parts() -> Iterator[Tensor]:
+        for name, first in edit.columns.items():
+            whole[:] = [_read(stored, name, first + d)]  # the one before is freed
+            yield whole[0][:, first : first + d]
+
+    edited = apply_edits(parts(), edit.transform)
+    for (name, first), part in zip(edit.columns.items(), edited, strict=True):
+        whole[0][:, first : first + d] = part
+        yield name, whole[0]
+
+
+def _read(stored: StoredNetwork, name: str, width: int) -> Tensor:
+    shape = stored.shape(name)
+    if len(shape) != 2 or shape[1] < width:
+        raise InputError(
+            f"model.path: expected {name} with {width} columns or more, which the edit reads, got {[*shape]} "
+            f"in '{stored.folder}'; this edit belongs to another model"
+        )
+    return stored.read(name).to(torch.promote_types(stored.dtype(name), torch.float32), copy=True)
 
 
 class Kept(NamedTuple):

@@ -11,6 +11,7 @@ import json
 import logging
 import pickle
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from trce_lightning.errors import InputError
+from trce_lightning.runtime.storage import write_json
 
 log = logging.getLogger(__name__)
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "(?:pytorch_)?model"}
@@ -69,37 +71,73 @@ def forms(folder: Path, library: str) -> list[Form]:
     return sorted(found, key=_rank)
 
 
+def describe_network(folder: Path, entry: Sequence[str]) -> nn.Module:
+    """Return a network of diffusers as its configuration describes it, without weights (meta device)."""
+    refuse_other_settings(folder)
+    kind: Any = _network_class(folder.name, entry)
+    with torch.device("meta"):
+        network: nn.Module = kind.from_config(kind.load_config(folder))
+    return network
+
+
+def copy_network(source: Path, target: Path, library: str, form: Form | None = None) -> None:
+    """Copy a network's configuration and its weights in one form, the preferred one if none is given.
+
+    The copy's files have the names without a variant, so a pipeline opens them without being told of one.
+    """
+    form = form or forms(source, library)[0]
+    variant = f".{form.variant}" if form.variant else ""
+    own = rf"{STEMS[library]}(?:{re.escape(variant)}(?:-\d+-of-\d+)?\.{form.suffix}|{_index_end(form)})"
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        is_index = re.fullmatch(r".*\.index(?:\.[^.-]+)?\.json", file.name)
+        name = file.name.replace(variant, "", 1) if variant else file.name
+        if re.fullmatch(own, file.name) and is_index:
+            index = json.loads(file.read_bytes())
+            files = {key: shard.replace(variant, "", 1) for key, shard in index["weight_map"].items()}
+            write_json(target / name, index | {"weight_map": files})
+        elif re.fullmatch(own, file.name) or (file.suffix == ".json" and not is_index):
+            shutil.copyfile(file, target / name)
+
+
+def index_file(folder: Path, library: str, form: Form) -> Path | None:
+    """Return the index of a form's shards, or None if its weights lie in one file."""
+    pattern = rf"{STEMS[library]}{_index_end(form)}"
+    return next((file for file in folder.iterdir() if re.fullmatch(pattern, file.name)), None)
+
+
+def _index_end(form: Form) -> str:
+    """Return a pattern of what follows the stem in the name of an index."""
+    variant = re.escape(f".{form.variant}") if form.variant else ""
+    return rf"(?:\.{form.suffix}\.index{variant}|{variant}\.{form.suffix}\.index)\.json"
+
+
 def _rank(form: Form) -> tuple[int, str, bool]:
     preferred = PREFERRED.index(form.variant) if form.variant in PREFERRED else len(PREFERRED)
     return preferred, form.variant or "", form.suffix == "bin"
 
 
 def _open_network(folder: Path, entry: Sequence[str], dtype: torch.dtype) -> nn.Module:
-    library, class_name = entry
+    library = entry[0]
     found = forms(folder, library)
     if not found:
         raise InputError(
             f"model.path: expected weights of {folder.name} in '{folder}', as .safetensors or .bin, got none"
         )
-    _refuse_other_settings(folder)
+    refuse_other_settings(folder)
     form = found[0]
     if form.variant is not None:
         log.info("%s: read in its stored form %s", folder.name, form.variant)
     options = {"variant": form.variant, "use_safetensors": form.suffix == "safetensors", "dtype": dtype}
     if library == "transformers":
         options["ignore_mismatched_sizes"] = True  # _refuse_incomplete names them
-    network_class = getattr(importlib.import_module(library), class_name, None)
-    if network_class is None:
-        raise InputError(f"model.path: expected a {folder.name} that {library} knows, got {class_name}")
+    network_class = _network_class(folder.name, entry)
     try:
         network, report = network_class.from_pretrained(
             str(folder), output_loading_info=True, local_files_only=True, **options
         )
     except (OSError, SafetensorError, pickle.UnpicklingError) as error:
-        raise InputError(
-            f"model.path: expected weights of {folder.name} that can be read, got damaged ones in "
-            f"'{folder}': {_first_line(error)}; get them anew{_pointers(folder)}"
-        ) from error
+        raise damaged_weights(folder, error) from error
     except (ValueError, RuntimeError) as error:
         raise InputError(
             f"model.path: expected weights of {folder.name} that fit '{folder / 'config.json'}', got others: "
@@ -109,22 +147,49 @@ def _open_network(folder: Path, entry: Sequence[str], dtype: torch.dtype) -> nn.
     return network
 
 
+def _network_class(name: str, entry: Sequence[str]) -> Any:
+    library, class_name = entry
+    network_class = getattr(importlib.import_module(library), class_name, None)
+    if network_class is None:
+        raise InputError(f"model.path: expected a {name} that {library} knows, got {class_name}")
+    return network_class
+
+
 def _refuse_incomplete(folder: Path, report: Mapping[str, Any]) -> None:
     """Refuse files that lack tensors. The library has filled the missing tensors with random numbers."""
     if missing := sorted(report["missing_keys"]):
-        raise InputError(
-            f"model.path: expected all tensors of {folder.name}, got '{folder}' without {len(missing)} of "
-            f"them, such as {missing[0]}; get the folder anew"
-        )
+        raise missing_tensors(folder, missing)
     if mismatched := sorted(report["mismatched_keys"]):
-        name, stored, expected = mismatched[0]
-        raise InputError(
-            f"model.path: expected weights of {folder.name} that fit '{folder / 'config.json'}', got "
-            f"{len(mismatched)} of other shapes, such as {name}: {[*stored]} for {[*expected]}"
-        )
+        raise other_shapes(folder, mismatched)
 
 
-def _refuse_other_settings(folder: Path) -> None:
+def damaged_weights(folder: Path, error: Exception) -> InputError:
+    """Return the error for files that can't be read."""
+    return InputError(
+        f"model.path: expected weights of {folder.name} that can be read, got damaged ones in "
+        f"'{folder}': {_first_line(error)}; get them anew{_pointers(folder)}"
+    )
+
+
+def missing_tensors(folder: Path, names: Sequence[str]) -> InputError:
+    """Return the error for files without these tensors."""
+    return InputError(
+        f"model.path: expected all tensors of {folder.name}, got '{folder}' without {len(names)} of "
+        f"them, such as {names[0]}; get the folder anew"
+    )
+
+
+def other_shapes(folder: Path, tensors: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> InputError:
+    """Return the error for tensors of other shapes: their names, stored shapes and expected shapes."""
+    name, stored, expected = tensors[0]
+    return InputError(
+        f"model.path: expected weights of {folder.name} that fit '{folder / 'config.json'}', got "
+        f"{len(tensors)} of other shapes, such as {name}: {[*stored]} for {[*expected]}"
+    )
+
+
+def refuse_other_settings(folder: Path) -> None:
+    """Raise ``InputError`` if a network's configuration is missing, damaged, or that of quantized weights."""
     file = folder / "config.json"
     if not file.is_file():
         raise InputError(

@@ -16,13 +16,14 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from trce_lightning.adapters.base import PipelineAdapter
 from trce_lightning.adapters.flow import FlowAdapter
 from trce_lightning.adapters.flux import FluxAdapter
-from trce_lightning.adapters.folder import lacks_weights, open_networks
+from trce_lightning.adapters.folder import describe_network, lacks_weights, open_networks
 from trce_lightning.adapters.protocol import Adapter
 from trce_lightning.adapters.refusals import other_pipeline
 from trce_lightning.adapters.sd3 import StableDiffusion3Adapter
 from trce_lightning.adapters.sdxl import SDXLAdapter
 from trce_lightning.adapters.single_file import CLIP, current_name, whole_state
 from trce_lightning.adapters.stable_diffusion import StableDiffusionAdapter
+from trce_lightning.adapters.stored import StoredNetwork, StoredPipeline, read_from_files
 from trce_lightning.errors import InputError
 
 INDEX = "model_index.json"
@@ -80,6 +81,61 @@ def load_adapter(
     return adapter.to_channels_last() if channels_last else adapter
 
 
+def stored_pipeline(source: str | Path, revision: str | None = None) -> StoredPipeline:
+    """Return a folder or hub id whose denoiser stays on the disk.
+
+    Raises:
+        FileNotFoundError: see :func:`load_adapter`.
+        InputError: the method doesn't fit the model, ``source`` is a single file, or the denoiser has no
+            files whose tensors can be replaced.
+    """
+    if Path(source).is_file():
+        raise InputError(
+            "model.path: expected a folder or hub id for an edit of its files, got the single file "
+            f"'{source}', whose tensors have other names"
+        )
+    _check_folder("model.path", source)
+    index = _index("model.path", source, revision)
+    family = _family(index, source)
+    folder = Path(source) if Path(source).is_dir() else _downloaded(str(source), family, index, revision)
+    unused = {part: [None, None] if value is None else value for part, value in family.unused.items()}
+    kept = {part: unused.get(part, entry) for part, entry in index.items()}
+    return StoredPipeline(folder, kept, StoredNetwork(folder / family.denoiser_name))
+
+
+def load_stored(
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    resolution: int | None = None,
+    max_sequence_length: int | None = None,
+) -> tuple[Adapter, StoredPipeline]:
+    """Open a pipeline's text encoders, and leave its denoiser on the disk.
+
+    The adapter encodes text, and has the streams of stage 1, whose weights are read from the files at each
+    use. It draws nothing. Arguments and errors are those of :func:`load_adapter` and :func:`stored_pipeline`.
+    If tensors of the denoiser are missing or have other shapes, raise ``InputError``.
+    """
+    place = stored_pipeline(source, revision)
+    folder, index = place.folder, dict(place.index)
+    family = FAMILIES[index["_class_name"]]
+    described = {part: describe_network(folder / part, index[part]) for part in (family.denoiser_name, "vae")}
+    place.denoiser.check(described[family.denoiser_name])
+    encoders = [part for part in _present(family, index) if part not in described]
+    networks = described | open_networks(folder, index, encoders, dtype)
+    adapter = adapter_of(
+        _assembled(family, folder, index, networks, dtype),
+        resolution=resolution,
+        name=str(source),
+        max_sequence_length=max_sequence_length,
+    )
+    for stream in adapter.streams().values():
+        for name, entry in stream.entries.items():
+            read_from_files(entry.module, name, place.denoiser)
+    return adapter, place
+
+
 def adapter_of(
     pipeline: Any,
     *,
@@ -131,6 +187,17 @@ def _open_folder(source: str | Path, dtype: torch.dtype, revision: str | None) -
     family = _family(index, source)
     folder = Path(source) if Path(source).is_dir() else _downloaded(str(source), family, index, revision)
     networks = open_networks(folder, index, _present(family, index), dtype)
+    return _assembled(family, folder, index, networks, dtype)
+
+
+def _assembled(
+    family: type[PipelineAdapter],
+    folder: Path,
+    index: dict[str, Any],
+    networks: dict[str, Any],
+    dtype: torch.dtype,
+) -> DiffusionPipeline:
+    """Return the pipeline of a folder with these networks."""
     try:
         parts = {**_absent(family, index), **networks, **family.unused}
         return family.pipeline_class.from_pretrained(str(folder), dtype=dtype, **parts)

@@ -255,6 +255,8 @@ def _check_training(config: TrainConfig) -> None:
         )
     _check_captions(config.textual.keep_prompts)
     _check_method(config)
+    if config.streamed:
+        _check_streamed(config)
     if config.previous is not None and not Path(config.previous).exists():
         raise FileNotFoundError(f"option 'previous': no file or folder {config.previous!r}")
 
@@ -306,6 +308,33 @@ def _check_method(config: TrainConfig) -> None:
             f"option 'method.{others[0]}': expected none with method=trce, whose options are "
             f"{', '.join(TRCE_OPTIONS)}"
         )
+
+
+def _check_streamed(config: TrainConfig) -> None:
+    """Refuse what needs the denoiser in memory, beside an edit of its files."""
+    wanted = {
+        "method": (config.method.get("name"), TRCE),
+        "stages": (config.stages, ["textual"]),
+        "metrics.enabled": (config.metrics.enabled, False),
+    }
+    for option, (found, expected) in wanted.items():
+        if found != expected:
+            said = str(expected).lower() if isinstance(expected, bool) else str(expected).replace("'", "")
+            raise InputError(
+                f"option {option!r}: expected {said} with streamed=true, which never loads the denoiser, got "
+                f"{found}; experiment=streamed sets all of this"
+            )
+    if "single_file" in config.export:
+        raise InputError(
+            "option 'export': expected pipeline, delta or both with streamed=true, whose files keep the "
+            f"names of diffusers, got {config.export}"
+        )
+    if config.model.path is not None and Path(config.model.path).is_file():
+        raise InputError(
+            f"option 'model.path': expected a folder with streamed=true, got the single file "
+            f"{config.model.path!r}, whose tensors have other names"
+        )
+    check_one_device(config.trainer.devices)
 
 
 def _check_captions(source: str | None) -> None:

@@ -254,6 +254,8 @@ class TrainConfig:
     # The method with its options, by method=NAME. Those of trce are stages, textual, trajectory, optimizer.
     method: dict[str, Any] = field(default_factory=lambda: {"name": "trce"})
     stages: list[Annotated[str, OneOf(STAGES)]] = items(*STAGES)
+    # Stage 1 alone, without scores: the denoiser is never loaded, its files are edited tensor by tensor.
+    streamed: bool = False
     textual: TextualConfig = field(default_factory=TextualConfig)
     trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -20,7 +20,7 @@ from trce_lightning.data.trajectories import generator_of
 from trce_lightning.erasers.protocol import Cost, Erased, Eraser, Job
 from trce_lightning.errors import InputError
 from trce_lightning.evaluation.scorer import score_on_all_ranks
-from trce_lightning.jobs import announce
+from trce_lightning.jobs import announce, streamed
 from trce_lightning.jobs.train import ERASED, TrainingRun, merge_previous
 from trce_lightning.jobs.trainers import AUTOCAST, LAST_CHECKPOINT, make_trainer
 from trce_lightning.metrics.factories import made_by
@@ -31,9 +31,12 @@ log = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig) -> None:
-    """Erase ``config.concept`` and write a run folder; see :class:`.train.TrainingRun`."""
+    """Erase ``config.concept`` and write a run folder; see :class:`.train.TrainingRun`, :mod:`.streamed`."""
     set_up_logging()
     pl.seed_everything(config.seed, workers=True, verbose=False)
+    if config.streamed:
+        streamed.train(config, merge_previous(config))
+        return
     run = run_of(config, merge_previous(config))
     if not config.plan:
         run.open()  # before the first log line, so that run.log has it

@@ -63,7 +63,7 @@ class Session:
     @cached_property
     def adapter(self) -> Adapter:
         """The model. It is on the CPU until a trainer moves it."""
-        model, source = self.config.model, self._source()
+        model, source = self.config.model, self.source()
         if not Path(source).exists():
             check_hub()
         adapter = load_adapter(
@@ -79,7 +79,7 @@ class Session:
         adapter.name = base_name(model)
         return self._fitting(adapter)
 
-    def _source(self) -> str | Path:
+    def source(self) -> str | Path:
         """Return the pipeline's source: ``path``, else ``hub_id``, else the domain's own."""
         model = self.config.model
         if model.path is not None:

@@ -47,7 +47,7 @@ from trce_lightning.module import TRCE
 from trce_lightning.runtime.checkout import commit
 from trce_lightning.runtime.ranks import on_each_rank, peak_device_memory_mb, total_over_ranks
 from trce_lightning.runtime.storage import reading
-from trce_lightning.textual import TextualStatistics, cached_kept, textual_statistics
+from trce_lightning.textual import TextualStatistics, cached_kept, stored_edits, textual_statistics
 
 log = logging.getLogger(__name__)
 ERASED = ", erased"
@@ -256,6 +256,7 @@ class TrainingRun:
                 textual,
                 self.base,
                 self.fingerprint,
+                stored_edits(self.adapter, self.edit),
             )
 
     def fit(self) -> None:
