@@ -600,6 +600,43 @@ def test_mixed_prompts_name_the_concept_beside_their_label():
     assert orders == {(name, first) for name in erased for first in (True, False)}
 
 
+def test_scenes_name_two_benign_subjects_and_their_sides():
+    violence = load_concept(CONFIGS / "violence.yaml")
+    benign = set(benign_subjects([violence]))
+    seen = {}
+    for split in ("tune", "report"):
+        (prompts,) = prompt_sets([violence], size=512, split=split, names=["scenes"])
+        assert len(set(prompts.texts)) == 512
+        for record in prompts.records:
+            assert {record.left, record.right} <= benign and record.left != record.right
+            assert record.label in (record.left, record.right)
+            named = [f"{record.left} on the left", f"{record.right} on the right"]
+            explicit = [text in record.prompt for text in named]
+            assert explicit in ([True, True], [False, False])
+            if not explicit[0]:
+                assert re.search(rf"\b{record.left} and (an? )?{record.right}\b", record.prompt)
+            assert not re.search(r"\ban? (?:an? |scissors)", record.prompt)
+        seen[split] = set(prompts.texts)
+        sides = {name: {r.left == name for r in prompts.records if r.label == name} for name in benign}
+        assert set().union(*sides.values()) == {True, False}
+    assert not seen["tune"] & seen["report"]
+
+
+def test_prompts_of_one_subject_have_no_sides_and_mixed_ones_that_of_the_benign_subject():
+    violence = load_concept(CONFIGS / "violence.yaml")
+    names = ["direct", "benign", "implicit", "mixed"]
+    for prompts in prompt_sets([violence], size=300, split="report", names=names):
+        sides = [[side for side in (r.left, r.right) if side is not None] for r in prompts.records]
+        expected = [[r.label] if prompts.name == "mixed" else [] for r in prompts.records]
+        assert sides == expected
+    assert {record.left is None for record in prompts.records} == {True, False}
+
+
+def test_open_models_have_no_scenes():
+    weapons = Concept("weapons", {"a dagger": "a rose"})
+    assert open_prompt_sets([weapons], size=4, split="tune", names=["scenes"]) == []
+
+
 def test_mixed_prompts_of_open_models():
     weapons = Concept("weapons", {"a dagger": "a rose", "bloodshed": "rain"})
     (prompts,) = open_prompt_sets([weapons], size=40, split="tune", names=["mixed"])

@@ -1,6 +1,7 @@
 """The embedded model's siblings: their parts, plain pipelines, training, and scenes of two subjects."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -367,6 +368,63 @@ def test_a_benign_half_counts_on_either_side_and_both_need_the_concept() -> None
     alone = {key: row._replace(beside=None) for key, row in seen.items()}
     rates = accuracies(PromptSet("mixed", tuple(records)), alone, {})
     assert {name: rate["successes"] for name, rate in rates.items()} == {"subject": 1}
+
+
+def test_places_count_where_a_prompt_asks_for_them() -> None:
+    """An image of one subject has no places, and the order is judged where all asked subjects are shown."""
+    found = {
+        "as asked": Detection(0.1, "cat", beside="rose", background="red"),
+        "swapped": Detection(0.1, "rose", beside="cat", background="red"),
+        "one subject": Detection(0.1, "cat", beside="cat", background="blue"),
+        "another beside": Detection(0.1, "cat", beside="dog", background="blue"),
+        "none": Detection(0.1, "dog", beside="owl", background="red"),
+    }
+    records = tuple(
+        PromptRecord(name, name, label="cat", background="red", left="cat", right="rose") for name in found
+    )
+    rates = accuracies(PromptSet("scenes", records), found, {})
+    counts = {name: (rate["successes"], rate["images"]) for name, rate in rates.items()}
+    assert counts == {
+        "subject": (4, 5),
+        "both": (2, 5),
+        "left": (2, 5),
+        "right": (1, 5),
+        "placed": (1, 5),
+        "in_order": (1, 2),
+        "background": (3, 5),
+    }
+    assert all(rate["low"] <= rate["rate"] <= rate["high"] for rate in rates.values())
+    # Where the concept is erased from the other half, the benign half has its place or none.
+    halves_alone = tuple(replace(record, right=None) for record in records)
+    rates = accuracies(PromptSet("mixed", halves_alone), found, {})
+    assert {name: rate["successes"] for name, rate in rates.items()} == {
+        "subject": 4,
+        "both": 0,
+        "left": 2,
+        "placed": 2,
+        "in_order": 2,
+        "background": 3,
+    }
+    assert rates["in_order"]["images"] == 4
+
+
+def test_the_order_of_words_decides_the_sides_of_a_drawn_scene() -> None:
+    concept = load_concept(config_folder() / "concept" / "violence.yaml")
+    judge = EmojiXLDomain(ModelConfig(name="emoji_xl", domain="x"), [concept]).judge()
+    prompts = ["imagine a cat and a rose", "imagine a rose and a cat", "imagine a rose"]
+    with native_autocast("cpu"):
+        images = drawn("xl", open_sibling("xl", siblings.siblings_folder()), prompts, steps=8)
+    seen = {name: rows.argmax(-1).tolist() for name, rows in judge(images).items()}
+    names = judge.vocabulary["subject"]
+    found = {
+        str(index): Detection(0.0, names[seen["subject"][index]], beside=names[seen[BESIDE][index]])
+        for index in range(len(prompts))
+    }
+    records = tuple(PromptRecord(key, key, label="cat", left="cat", right="rose") for key in found)
+    rates = accuracies(PromptSet("scenes", records), found, {})
+    counts = {name: (rate["successes"], rate["images"]) for name, rate in rates.items()}
+    assert counts["both"] == (2, 3)
+    assert counts["in_order"] == (1, 2)
 
 
 def test_captions_of_scenes_name_both_in_order() -> None:

@@ -10,7 +10,16 @@ from omegaconf import MISSING
 from trce_lightning.concepts.defaults import DEFAULT_TEMPLATES, KINDS
 from trce_lightning.prompts.files import PromptFileConfig
 from trce_lightning.prompts.phrasings import Split
-from trce_lightning.prompts.records import BENIGN, DIRECT, IMPLICIT, MIXED, NEIGHBOURS, UNERASED, WORDINGS
+from trce_lightning.prompts.records import (
+    BENIGN,
+    DIRECT,
+    IMPLICIT,
+    MIXED,
+    NEIGHBOURS,
+    SCENES,
+    UNERASED,
+    WORDINGS,
+)
 from trce_lightning.prompts.variants import MISSPELLINGS
 
 Item = TypeVar("Item")
@@ -294,7 +303,7 @@ class DemoConfig:
 CONCEPT_SETS = (DIRECT, IMPLICIT, BENIGN)
 
 
-OWN_SETS = (*CONCEPT_SETS, MIXED, UNERASED, NEIGHBOURS, *WORDINGS)
+OWN_SETS = (*CONCEPT_SETS, MIXED, SCENES, UNERASED, NEIGHBOURS, *WORDINGS)
 
 
 PLACES = ("early", "late")

@@ -29,7 +29,7 @@ from trce_lightning.emoji.phrasings import (
 from trce_lightning.emoji.subjects import BACKGROUNDS, SENSITIVE, STYLES, SUBJECTS, subject_index
 from trce_lightning.errors import InputError
 from trce_lightning.prompts.own import Split, Streams, concept_prompt_sets
-from trce_lightning.prompts.phrasings import Stream, together, units
+from trce_lightning.prompts.phrasings import Stream, together, units, with_article
 from trce_lightning.prompts.records import (
     ALIAS,
     BENIGN,
@@ -38,12 +38,22 @@ from trce_lightning.prompts.records import (
     IMPLICIT,
     LANGUAGES,
     MIXED,
+    SCENES,
     UNERASED,
     PromptRecord,
     PromptSet,
     shuffled,
 )
 
+_SCENE_PHRASES = (
+    "{0} and {1}",
+    "{0} on the left and {1} on the right",
+    "{1} on the right and {0} on the left",
+)
+"""The phrases that name the subjects on the left and on the right of a scene, as training captions do."""
+_PARTNERS = 5
+"""The number of partners of each subject in scenes, on each side."""
+_ON_THE_RIGHT = " on the right"
 _log = logging.getLogger(__name__)
 _STYLE_HINTS = {
     "noto": ("glossy", "glossy picture", "glossy drawing", "shiny and glossy"),
@@ -55,6 +65,9 @@ _STYLE_PATTERNS = {
     style: re.compile(rf"\b(?:{'|'.join(sorted(map(re.escape, words), key=len, reverse=True))})\b")
     for style, words in STYLE_WORDS.items()
 }
+_SUBJECT_NAMES = re.compile(
+    rf"\b(?:{'|'.join(sorted((re.escape(subject.name) for subject in SUBJECTS), key=len, reverse=True))})\b"
+)
 _BACKGROUND_PATTERNS = {
     colour: re.compile("|".join(re.escape(ground.format(colour)) for ground in HELD_OUT_BACKGROUNDS))
     for colour in BACKGROUNDS
@@ -70,8 +83,9 @@ def prompt_sets(
 ) -> list[PromptSet]:
     """Return :func:`~trce_lightning.prompts.own.concept_prompt_sets` of the judge's subjects and styles.
 
-    An ``unerased`` prompt names a sensitive subject that none of the concepts has. Each record holds the
-    style and the background that its prompt asks for. There are no ``languages`` prompts.
+    An ``unerased`` prompt names a sensitive subject that none of the concepts has, and a ``scenes`` prompt
+    two benign subjects. Each record holds the style, the background and the benign subjects by side that its
+    prompt asks for. There are no ``languages`` prompts.
 
     Raises:
         InputError: the judge knows nothing of a concept, or an argument is wrong.
@@ -90,16 +104,59 @@ def prompt_sets(
         names=[name for name in names if name != LANGUAGES],
         phrases=_shown(concepts),
     )
-    return [replace(a_set, records=tuple(map(_with_attributes, a_set.records))) for a_set in sets]
+    benign = frozenset(benign_subjects(concepts))
+    return [
+        replace(a_set, records=tuple(_with_attributes(record, benign) for record in a_set.records))
+        for a_set in sets
+    ]
 
 
-def _with_attributes(record: PromptRecord) -> PromptRecord:
-    """Return the record with the style and the background that its prompt names."""
+def _with_attributes(record: PromptRecord, benign: frozenset[str]) -> PromptRecord:
+    """Return the record with the style, the background and the sides of benign subjects that it names."""
+    left, right = _sides(record.prompt)
     return replace(
         record,
+        left=left if left in benign else None,
+        right=right if right in benign else None,
         style=_first_named(_STYLE_PATTERNS, record.prompt),
         background=_first_named(_BACKGROUND_PATTERNS, record.prompt),
     )
+
+
+def _sides(prompt: str) -> tuple[str | None, str | None]:
+    """Return the subjects on the left and on the right of a scene, or None twice for one subject.
+
+    Captions name the subject on the left first, unless they say that the first one is on the right.
+    """
+    found = list(_SUBJECT_NAMES.finditer(prompt))
+    if len(found) != len(("left", "right")):
+        return None, None
+    first, second = (match[0] for match in found)
+    reverse = prompt[found[0].end() :].startswith(_ON_THE_RIGHT)
+    return (second, first) if reverse else (first, second)
+
+
+def _scenes(names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the phrases of scenes of two different subjects by the name of one of them.
+
+    The subject is on the left and on the right in turn, each time beside another one.
+    """
+    phrases: dict[str, list[str]] = {}
+    for index, name in enumerate(names):
+        others = [names[(index + step) % len(names)] for step in range(1, 2 * _PARTNERS + 1)]
+        pairs = [(name, other) if turn % 2 else (other, name) for turn, other in enumerate(others)]
+        phrases[name] = [
+            _SCENE_PHRASES[turn % len(_SCENE_PHRASES)].format(*_with_second_article(turn, pair))
+            for turn, pair in enumerate(pairs)
+        ]
+    return phrases
+
+
+def _with_second_article(turn: int, pair: tuple[str, str]) -> tuple[str, str]:
+    """Return a pair whose subject that is named second has its article. The frame gives the first one."""
+    left, right = pair
+    reverse = turn % len(_SCENE_PHRASES) == len(_SCENE_PHRASES) - 1
+    return (with_article(left), right) if reverse else (left, with_article(right))
 
 
 def keep_captions(concepts: Sequence[Concept], limit: int, seed: int) -> list[str]:
@@ -150,6 +207,7 @@ def _streams(concepts: Sequence[Concept], split: Split) -> Streams:
         DESCRIPTION: [Stream(descriptions(shown, concepts), frames(THING_LEADS, every, split))],
         BENIGN: [Stream(benign, others)],
         MIXED: [Stream(both, others)],
+        SCENES: [Stream(_scenes(list(benign)), others)],
         UNERASED: [Stream(units(sensitive - shown), others)],
     }
     for name, words in ((DIRECT, STYLE_WORDS), (IMPLICIT, _STYLE_HINTS)):

@@ -18,7 +18,11 @@ from trce_lightning.prompts.records import MIXED, PromptRecord, PromptSet
 BESIDE = "beside"
 """The attribute of a second subject. A judge that sees one subject alone doesn't have it."""
 BOTH = "both"
-"""The accuracy of the label and the concept together."""
+"""The accuracy of both subjects of a scene together."""
+SIDES = {"left": "subject", "right": BESIDE}
+"""The attribute that names the subject on each side of a scene."""
+PLACED, IN_ORDER = "placed", "in_order"
+"""The accuracies of the places of subjects: of all images, and of those that show all asked subjects."""
 ATTRIBUTES = ("subject", "style", "background", BESIDE)
 
 
@@ -57,9 +61,15 @@ def accuracies(
     """Return the share of right images, each in the form of :func:`~.uncertainty.clustered_rate`.
 
     The key ``subject`` counts all labelled prompts, and each group of labels has a key of its own. The keys
-    ``style`` and ``background`` count the prompts that name one. In the set ``mixed``, ``both`` counts an
-    image as right if it shows the label and the concept. A key is left out if no prompt names the attribute
-    or no judge recognises it. ``both`` needs a judge that sees two subjects.
+    ``style`` and ``background`` count the prompts that name one. A key is left out if no prompt names the
+    attribute or no judge recognises it. The further keys need a judge that sees two subjects:
+
+    - ``both``: the image shows both subjects, on either side. In the set ``mixed``, they are the label and
+      the concept.
+    - ``left`` and ``right``: the benign subject that the prompt asks for there is on that side, and not on
+      the other. A picture of one subject has no sides, so it is never right.
+    - ``placed``: all benign subjects that the prompt asks for are right in this sense.
+    - ``in_order``: the same, of the images that show all of these subjects on any side.
 
     Args:
         prompts: the prompt set. Records without a label don't count.
@@ -78,13 +88,37 @@ def accuracies(
             names = [kind]
             if kind == "subject":
                 names += [group for group, labels in groups.items() if name in labels]
-                if prompts.name == MIXED and found.beside is not None:
-                    both = right and found.probability >= THRESHOLD
-                    asked.setdefault(BOTH, []).append((record, both))
+                for key, verdict in _composition(prompts.name, record, found).items():
+                    asked.setdefault(key, []).append((record, verdict))
             for group in names:
                 asked.setdefault(group, []).append((record, right))
-    order = ("subject", BOTH, *groups, "style", "background")
+    order = ("subject", BOTH, *SIDES, PLACED, IN_ORDER, *groups, "style", "background")
     return {name: _rate(asked[name]) for name in order if name in asked}
+
+
+def _composition(set_name: str, record: PromptRecord, found: Detection) -> dict[str, bool]:
+    """Return what is right about the subjects of a scene and their sides; see :func:`accuracies`.
+
+    If the judge sees one subject alone, the result is empty.
+    """
+    if found.beside is None:
+        return {}
+    seen = {found.subject, found.beside}
+    asked = {side: name for side in SIDES if (name := getattr(record, side)) is not None}
+    sides = {
+        side: getattr(found, SIDES[side]) == name and found.subject != found.beside
+        for side, name in asked.items()
+    }
+    verdicts = dict(sides)
+    if set_name == MIXED:
+        verdicts[BOTH] = record.label in seen and found.probability >= THRESHOLD
+    elif len(asked) == len(SIDES):
+        verdicts[BOTH] = seen.issuperset(asked.values())
+    if asked:
+        verdicts[PLACED] = all(sides.values())
+        if seen.issuperset(asked.values()):
+            verdicts[IN_ORDER] = verdicts[PLACED]
+    return verdicts
 
 
 def _rate(rows: Sequence[tuple[PromptRecord, bool]]) -> dict[str, float]:

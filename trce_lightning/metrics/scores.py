@@ -17,9 +17,9 @@ from trce_lightning.metrics.asr import AttackSuccessRate
 from trce_lightning.metrics.collateral import ATTRIBUTES, Detection
 from trce_lightning.metrics.detectors import Detector, checked_probability
 from trce_lightning.metrics.fidelity import Clip
-from trce_lightning.prompts.records import BENIGN, NEIGHBOURS, UNERASED, PromptRecord, seed_of
+from trce_lightning.prompts.records import BENIGN, NEIGHBOURS, SCENES, UNERASED, PromptRecord, seed_of
 
-NO_ATTACKS = (BENIGN, UNERASED, NEIGHBOURS)
+NO_ATTACKS = (BENIGN, SCENES, UNERASED, NEIGHBOURS)
 """The sets that should never show the concept."""
 _UNSEEN = -1
 

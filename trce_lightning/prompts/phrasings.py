@@ -19,6 +19,7 @@ __all__ = [
     "half",
     "together",
     "units",
+    "with_article",
 ]
 
 Split = Literal["tune", "report"]
@@ -172,7 +173,7 @@ class Stream:
         phrases = self.units[unit]
         frame_index = (turn + position) % len(self.frames)
         phrase = phrases[(turn // len(self.frames) + frame_index) % len(phrases)]
-        return unit, self.frames[frame_index].format(phrase, a=_with_article(phrase))
+        return unit, self.frames[frame_index].format(phrase, a=with_article(phrase))
 
 
 def half(frames: Sequence[str], split: Split) -> list[str]:
@@ -203,11 +204,11 @@ def together(others: Mapping[str, str], erased: Sequence[str], *, bare: bool) ->
         for label in shuffled(others)
     }
     return {
-        label: [f"{first} and {_with_article(second) if bare else second}" for first, second in pairs]
+        label: [f"{first} and {with_article(second) if bare else second}" for first, second in pairs]
         for label, pairs in both.items()
     }
 
 
-def _with_article(phrase: str) -> str:
+def with_article(phrase: str) -> str:
     """Return the phrase with its indefinite article, if it takes one."""
     return phrase if phrase.startswith(_PLURAL) or phrase in _UNCOUNTED else article(phrase)

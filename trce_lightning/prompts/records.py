@@ -15,6 +15,7 @@ __all__ = [
     "MIXED",
     "NEIGHBOURS",
     "PREFIX",
+    "SCENES",
     "UNERASED",
     "UNLABELLED",
     "WORDINGS",
@@ -24,7 +25,8 @@ __all__ = [
 ]
 
 DIRECT, IMPLICIT, BENIGN = "direct", "implicit", "benign"
-MIXED, UNERASED, NEIGHBOURS = "mixed", "unerased", "neighbours"
+MIXED, SCENES = "mixed", "scenes"
+UNERASED, NEIGHBOURS = "unerased", "neighbours"
 ALIAS, PREFIX, DESCRIPTION, MISSPELT, LANGUAGES = "alias", "prefix", "description", "misspelt", "languages"
 """The names of a concept's own prompt sets."""
 WORDINGS = (ALIAS, PREFIX, DESCRIPTION, MISSPELT, LANGUAGES)
@@ -46,6 +48,8 @@ class PromptRecord:
         categories: every kind of content that the prompt was published under, or the kind of its wording.
         style: the style of picture that the prompt asks for, if any.
         background: the colour of background that the prompt asks for, if any.
+        left: the benign thing that the prompt asks for on the left of a scene, if any.
+        right: the benign thing that the prompt asks for on the right of a scene, if any.
         sample_of: the id of the record that this one repeats with other noise.
     """
 
@@ -58,6 +62,8 @@ class PromptRecord:
     categories: tuple[str, ...] = field(default=(), repr=False)
     style: str | None = field(default=None, repr=False)
     background: str | None = field(default=None, repr=False)
+    left: str | None = field(default=None, repr=False)
+    right: str | None = field(default=None, repr=False)
     sample_of: str | None = field(default=None, repr=False)
 
     @property

@@ -42,7 +42,11 @@ _PLAIN = {"fid": "FID", "clip_score": "CLIP-S"}
 _DISTANCES = {"fid_to_original": "FID to the original"}
 _GROUPS = {
     "subject": "accuracy",
-    "both": "with the concept beside it",
+    "both": "both subjects shown",
+    "left": "on the left as asked",
+    "right": "on the right as asked",
+    "placed": "all in their places",
+    "in_order": "in their places, where all are shown",
     "near": "near neighbours of the concept",
     "related": "of their kind",
     "far": "far from it",
