@@ -104,6 +104,7 @@ class Inversion:
         levels: noise levels that are trained on, those of a sampling run of so many steps.
         runs: independent runs; the one with the lowest loss on the same noised pictures is the result.
         checkpoints: steps before the last at which images are generated too.
+        tries: images of each attacked prompt, each from noise of its own.
         num_steps: sampling steps of the judged images; None is the target's.
     """
 
@@ -125,11 +126,13 @@ class Inversion:
         levels: int = 999,
         runs: int = 1,
         checkpoints: Sequence[int] = (0,),
+        tries: int = 1,
         num_steps: int | None = None,
     ) -> None:
         check_positive(
             self.name,
             vectors=vectors,
+            tries=tries,
             steps=steps,
             batch_size=batch_size,
             pictures=pictures,
@@ -146,6 +149,7 @@ class Inversion:
         self.vectors, self.initial, self.steps, self.batch_size = vectors, initial, steps, batch_size
         self.lr, self.weight_decay, self.pictures, self.runs = lr, weight_decay, pictures, runs
         self.levels, self.num_steps, self.checkpoints = levels, num_steps, sorted(set(checkpoints))
+        self.tries = tries
 
     def cost(self, target: Target) -> Cost:
         """Return the cost of all runs and of their comparison; each batch encodes all training sentences."""
@@ -279,12 +283,13 @@ class Inversion:
         return [Finding(UNIVERSAL, tensors, {"checkpoints": [0], "evaluations": [0]})]
 
     def ways(self, target: Target, findings: Mapping[str, Finding]) -> Iterator[Way]:
-        """Yield each checkpoint's images, one for each attacked prompt, of held-out sentences in turn."""
+        """Yield each checkpoint's images, ``tries`` for each prompt, of held-out sentences in turn."""
         sentences, finding = _sentences(target)[1], findings[UNIVERSAL]
         slots, adapter = self.slots(target.adapter, sentences), target.adapter
         records = tuple(
-            fresh_record(record, self.name, prompt=sentences[row % len(sentences)])
+            fresh_record(record, f"{self.name} {i}", prompt=sentences[(row + i) % len(sentences)])
             for row, record in enumerate(target.records)
+            for i in range(self.tries)
         )
         steps = finding.facts["checkpoints"]
         for step, spent in zip(steps, finding.facts["evaluations"], strict=True):
