@@ -37,6 +37,7 @@ NAMES = (
     "options",
     "flops",
     "erasers",
+    "eraser_memory",
     "help",
 )
 GPU = "gpu"
