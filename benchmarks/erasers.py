@@ -25,8 +25,8 @@ from trce_lightning.jobs.session import Session, concepts_of
 from trce_lightning.jobs.trainers import make_trainer
 
 SAME = (
-    "method.iterations=60",
-    "method.batch_size=16",
+    "method.iterations=40",
+    "method.batch_size=8",
     "method.num_steps=20",
     "method.lr=1e-3",
     "method.guide=empty",
@@ -35,11 +35,11 @@ SAME = (
 )
 """The numbers of both loops of ESD. The released ones, 1,000 steps of one latent, take hours on a CPU."""
 SAME_ATTACKED = (
-    "method.iterations=30",
-    "method.batch_size=8",
-    "method.retain_batch_size=8",
+    "method.iterations=20",
+    "method.batch_size=4",
+    "method.retain_batch_size=4",
     "method.num_steps=20",
-    "method.warmup=10",
+    "method.warmup=5",
     "method.attack_steps=3",
     "method.attack_lr=1e-2",
     "method.lr=1e-4",
