@@ -38,6 +38,7 @@ NAMES = (
     "options",
     "flops",
     "erasers",
+    "eraser_memory",
     "help",
 )
 GPU = "gpu"

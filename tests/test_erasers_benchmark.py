@@ -8,7 +8,7 @@ from conftest import build_tiny_pipeline
 from eraser_jobs import quick
 
 from benchmarks import released
-from benchmarks.erasers import STEPS, one_step
+from benchmarks.eraser_memory import STEPS, one_step
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.erasers.weights import weights_of
 
