@@ -43,7 +43,7 @@ class Step:
     eraser: Callable[[], TunedEraser]
     component: str
     changes: Callable[[str], bool]
-    """Whether a parameter of this name changes, a bias or a norm's among them."""
+    """The test of a parameter's name: true if it changes, a bias or a norm's among them."""
     numbers: int
     """How many numbers these are."""
     what: str
@@ -58,7 +58,7 @@ def _reads_text(name: str) -> bool:
 
 
 def _in_blocks(name: str) -> bool:
-    """Whether a weight belongs to a linear map or a convolution inside the transformer blocks."""
+    """Return whether a weight belongs to a linear map or a convolution inside the transformer blocks."""
     return ".attentions." in name and name.endswith(".weight") and "norm" not in name
 
 

@@ -47,7 +47,7 @@ SAME_ATTACKED = (
     "method.prompts=names",
     "method.eta=1.0",
 )
-"""Those of AdvUnlearn, whose released attack has 30 steps."""
+"""The options of AdvUnlearn, whose released attack has 30 steps."""
 DRAWS = 20
 """Points that ours takes from each sampling run. The released loops take one."""
 IMAGES = 64
@@ -55,7 +55,7 @@ IMAGES = 64
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one loop took and left."""
+    """The cost and the result of one loop."""
 
     evaluations: int
     direct: float

@@ -25,7 +25,7 @@ from trce_lightning.tokens import Text
 
 @dataclass(frozen=True)
 class Loop:
-    """What both loops share: their numbers, and the networks.
+    """The numbers and networks that both loops share.
 
     Args:
         student: the model in training.

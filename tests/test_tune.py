@@ -143,7 +143,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         ran.append((trial.method, trial.number))
         if trial.options is None:
             return scores(1.0, 1.0), 0, "cpu"
-        if trial.options.get("method.lr", 1.0) < 9e-5:
+        if trial.options.get("method.lr", 1.0) < 3e-4:
             raise InputError("method.lr: expected a larger one")
         return scores(0.5 - trial.options.get("method.lr", 0.0)), 7, "cpu"
 
