@@ -1,8 +1,7 @@
 """Stage 1 on the files of FLUX.1's and SDXL's denoisers, in full shape, without loading them (Linux).
 
 Weights are random numbers in bfloat16 that repeat, in shards of 10 GB. FLUX.1 and its edited copy take 48 GB
-of disk meanwhile. Text encoders have their true widths and one layer each. Real ones take more time and
-memory.
+of disk meanwhile. Text encoders have their true widths and one layer each. T is given: they encode nothing.
 """
 
 from __future__ import annotations
@@ -41,15 +40,11 @@ from benchmarks.processes import alone, forget_peak, peak_gb
 from benchmarks.report import Row
 from trce_lightning.adapters import load_stored, stored_pipeline
 from trce_lightning.adapters.stored import StoredPipeline
-from trce_lightning.cli import config_folder
 from trce_lightning.closed_form import apply_edits
-from trce_lightning.concepts import load_concept
-from trce_lightning.config.schema import TextualConfig
 from trce_lightning.emoji.siblings import load_t5_tokenizer, siblings_folder
 from trce_lightning.export import save_stored_delta, save_stored_pipeline
-from trce_lightning.prompts.keep import keep_prompts
 from trce_lightning.runtime.tensor_files import write_one_by_one
-from trce_lightning.textual import StoredEdit, kept_statistics, stored_edits, textual_statistics
+from trce_lightning.textual import StoredEdit
 
 log = logging.getLogger(__name__)
 SHARD_BYTES = 10_000_000_000
@@ -57,7 +52,6 @@ PERIOD = 1_000_003
 """The random numbers after which they repeat. It is prime, so rows of weights differ."""
 CARD: Mapping[str, Any] = {"base": "", "concepts": "", "method": "", "table": "", "changed": 0}
 LIMIT_GB = 2.0
-KEPT_PROMPTS = 64
 T5_WIDTH, T5_LENGTH = 4096, 512
 FLUX, XL = "FLUX.1", "SD XL"
 
@@ -225,21 +219,6 @@ def check(before: StoredPipeline, after: StoredPipeline, edits: list[StoredEdit]
     ]
 
 
-def whole(folder: Path) -> Cost:
-    """Solve for T with the text encoders, and write the delta, as a run with ``streamed=true`` does."""
-    concept = load_concept(config_folder() / "concept" / "violence.yaml")
-    kept = keep_prompts([concept], limit=KEPT_PROMPTS)
-
-    def edit() -> None:
-        config = TextualConfig()
-        adapter, place = load_stored(folder, dtype=torch.bfloat16, max_sequence_length=T5_LENGTH)
-        statistics = textual_statistics(adapter, [concept], kept_statistics(adapter, kept), config)
-        edits = list(stored_edits(adapter, statistics.solve(config)).values())
-        save_stored_delta(folder / "delta.safetensors", place.denoiser, edits, {})
-
-    return measured(edit)
-
-
 def loaded(folder: Path, edits: list[StoredEdit]) -> Cost:
     """Load SDXL's denoiser in bfloat16 with diffusers, edit it in memory, and save it."""
 
@@ -281,9 +260,4 @@ def run() -> list[Row]:
                 Row("… by the clock", copied.seconds, "s", plain[1]),
                 Row("… peak memory", copied.gb, "GB", plain[2], most=LIMIT_GB),
             ]
-            if family == FLUX:
-                solved = alone(whole, folder)
-                what = "… solving for T as well, one layer of each text encoder, 64 kept prompts"
-                rows.append(Row(f"{what}, CPU time", solved.cpu_seconds, "s"))
-                rows.append(Row("… peak memory", solved.gb, "GB"))
     return rows

@@ -28,7 +28,7 @@ from trce_lightning.config.schema import TextualConfig
 from trce_lightning.emoji.domain import EmojiDomain, EmojiSD3Domain, EmojiXLDomain
 from trce_lightning.emoji.siblings import opened_folder
 from trce_lightning.errors import InputError
-from trce_lightning.export import save_stored_delta, save_stored_pipeline
+from trce_lightning.export import save_edit, save_stored_delta, save_stored_pipeline
 from trce_lightning.runtime.tensor_files import write_one_by_one
 from trce_lightning.textual import apply_edit_, edited_tensors, stored_edits
 
@@ -240,6 +240,35 @@ def test_an_edit_of_another_model_is_refused(folders: dict[str, Path], tmp_path:
     with pytest.raises(InputError, match=r"with 50 columns or more.*this edit belongs to another model"):
         save_stored_delta(tmp_path / "delta.safetensors", denoiser, wider, {})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["EDIT", "MODEL"], "expected --out FOLDER, --delta FILE or both, got none"),
+        (["EDIT", "MODEL", "--out", "."], "--out: expected a new place, got '.', which is there"),
+        (["no-file", "MODEL", "--out", "new"], "EDIT: no file 'no-file'"),
+        (
+            ["EDIT", "no-model", "--out", "new"],
+            "expected a diffusers pipeline folder, got 'no-model'",
+        ),
+        (["OLD", "MODEL", "--out", "new"], "expected an edit that names the tensors it edits, got"),
+    ],
+)
+def test_an_edit_that_cannot_be_applied_is_refused(
+    typed: list[str], said: str, folders: dict[str, Path], tmp_path: Path, capfd: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapter, _ = load_stored(folders["sd"])
+    statistics = stage1_statistics(adapter, FORM)
+    edit = statistics.solve(FORM)
+    save_edit(Path("EDIT"), statistics, edit, FORM, "base", "0123", stored_edits(adapter, edit))
+    save_file({"transform": edit.transform}, "OLD")
+    Path("MODEL").symlink_to(folders["sd"])
+    with pytest.raises(SystemExit):
+        apply(typed)
+    assert said in " ".join(capfd.readouterr().err.split())
+    assert not Path("new").exists()
 
 
 @pytest.mark.parametrize(
