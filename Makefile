@@ -49,7 +49,8 @@ RUNS := $(TABLE)/both $(TABLE)/textual $(TABLE)/trajectory --hardened $(TABLE)/h
 bench-table: setup
 	$(BIN)/python train.py concept=violence output=$(TABLE)/both
 	$(BIN)/python train.py concept=violence output=$(TABLE)/textual stages=[textual]
-	$(BIN)/python train.py concept=violence output=$(TABLE)/trajectory stages=[trajectory]
+	$(BIN)/python train.py concept=violence output=$(TABLE)/trajectory stages=[trajectory] \
+	  'trajectory.trainable=*attn?.to_*' optimizer.lr=2e-4
 	$(BIN)/python train.py concept=violence output=$(TABLE)/hardened experiment=hardened
 	$(BIN)/python -m benchmarks.readme $(RUNS)
 
