@@ -220,6 +220,20 @@ def test_inversion_lowers_the_loss_counts_and_repeats(tiny_adapter) -> None:
     assert by_random["all"].tensors["clip.0"].shape == twice[0]["all"].tensors["clip.6"].shape
 
 
+def test_each_try_of_an_inversion_has_its_own_noise_and_belongs_to_its_prompt(tiny_adapter) -> None:
+    target, attack = target_of(tiny_adapter), Inversion(**LEARN, tries=2)
+    found = searched(attack, target)
+    assert same_findings(found, searched(Inversion(**LEARN), target)), "tries cost no search"
+    records = ways(attack, target, found)[""].records
+    assert [record.prompt_id for record in records] == [
+        record.prompt_id for record in target.records for _ in range(2)
+    ]
+    assert len({record.id for record in records}) == len(records), "an image's noise follows from its id"
+    assert all(record.seed is None for record in records)
+    once = ways(Inversion(**LEARN), target, found)[""].records
+    assert [record.id for record in once] == [record.id for record in records[::2]]
+
+
 def test_several_vectors_are_an_attack_of_their_own(tiny_adapter) -> None:
     target, attack = target_of(tiny_adapter), InversionN(**LEARN, vectors=3)
     found = searched(attack, target)["all"]
@@ -246,6 +260,7 @@ def test_what_inversion_refuses(tiny_adapter, monkeypatch: pytest.MonkeyPatch) -
         ("batch_size", 0),
         ("vectors", 0),
         ("runs", 0),
+        ("tries", 0),
         ("pictures", 0),
         ("levels", 0),
         ("num_steps", 0),
