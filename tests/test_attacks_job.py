@@ -296,7 +296,7 @@ def test_findings_come_back_as_they_were(tmp_path: Path) -> None:
             lambda: make_attack(
                 "inversion_n", {"_target_": "trce_lightning.attacks.inversion.InversionN", "step": 3}
             ),
-            r"attack\.inversion_n: expected options among .*, steps, vectors, .*, got 'step'",
+            r"attack\.inversion_n: expected options among .*, steps, tries, vectors, .*, got 'step'",
         ),
         (
             lambda: make_attack("p4d", {"_target_": "trce_lightning.attacks.p4d.P4D", "steps": 0}),
