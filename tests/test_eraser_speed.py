@@ -79,7 +79,7 @@ def test_speed_moves_no_state_that_it_keeps(adapter: StableDiffusionAdapter, tmp
 def test_a_texts_states_after_its_start_are_summed_and_texts_averaged(
     adapter: StableDiffusionAdapter, tmp_path: Path
 ) -> None:
-    """By hand: both texts have 31 states after the start."""
+    """The goals are computed by hand: both texts have 31 states after the start."""
     both = [adapter.encode([text]).states["clip"][0, 1:].double() for text in ("a gun", "an axe")]
     empty = adapter.empty().states["clip"][0].double()
     assert [len(states) for states in both] == [31, 31]

@@ -1,4 +1,4 @@
-"""What a run leaves opens without any of its code: delta, pipeline folder, edit."""
+"""The files that a run leaves open without any of its code: delta, pipeline folder, edit."""
 
 import dataclasses
 import json

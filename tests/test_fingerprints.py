@@ -36,7 +36,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
 
 ALL = ("UNet2DConditionModel", "CLIPTextModel", "AutoencoderKL")
-"""What a whole model is hashed by; tests of whole runs count them."""
+"""The parts by which a whole model is hashed; tests of whole runs count them."""
 
 
 def weight_of(adapter: StableDiffusionAdapter) -> Tensor:

@@ -29,9 +29,9 @@ INTERNALS = {
     "_prepare_latent_image_ids": "diffusers",
     "_unpack_latents": "diffusers",
 }
-"""What is used, and whose it is."""
+"""The private names that are used, and the package that owns each."""
 DOCUMENTED = {"_exit", "_fields", "_asdict", "_replace", "_make", "_hf_hook"}
-"""Of os, of named tuples and of accelerate, which are told to users all the same."""
+"""Names of os, of named tuples and of accelerate, which are told to users all the same."""
 
 
 def private(name: object) -> bool:

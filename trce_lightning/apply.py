@@ -49,7 +49,7 @@ def apply(edit: Path, model: str, out: Path | None, delta: Path | None) -> None:
         if path is not None and path.exists():
             raise InputError(f"{option}: expected a new place, got '{path}', which is there")
     if not edit.is_file():
-        raise FileNotFoundError(f"EDIT: no file '{edit}'")
+        raise FileNotFoundError(f"EDIT: no file '{edit}'; expected edit.safetensors of a run")
     solved = load_solved(edit)
     pipeline = stored_pipeline(model)
     facts = {"base_model": model, "fingerprint": solved.fingerprint}
