@@ -8,7 +8,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 BROWSER_STAMP := .venv/.installed-browser
 
-.PHONY: setup demo test test-slow test-browser test-gpu benchmark bench-table bench-attacks bench-leaderboard lint clean
+.PHONY: setup demo test test-slow test-browser test-gpu benchmark bench-stages bench-table \
+  bench-attacks bench-attacks-hardened bench-leaderboard lint clean
 
 setup: $(STAMP)
 
@@ -18,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 # Alone on the machine, threads that spin for a moment before they sleep are faster; beside another job, slower.
-demo bench-table bench-attacks bench-leaderboard: export GOMP_SPINCOUNT := 20000
+demo bench-stages bench-table bench-attacks bench-attacks-hardened bench-leaderboard: export GOMP_SPINCOUNT := 20000
 demo: setup
 	$(BIN)/python train.py concept=violence
 
@@ -46,22 +47,31 @@ benchmark: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks
 
 TABLE := runs/table
-RUNS := $(TABLE)/both $(TABLE)/textual $(TABLE)/trajectory --hardened $(TABLE)/hardened
-bench-table: setup
+STAGES := $(TABLE)/both $(TABLE)/textual $(TABLE)/trajectory
+HARDENED := $(TABLE)/hardened
+bench-stages: setup
 	$(BIN)/python train.py concept=violence output=$(TABLE)/both
 	$(BIN)/python train.py concept=violence output=$(TABLE)/textual stages=[textual]
 	$(BIN)/python train.py concept=violence output=$(TABLE)/trajectory stages=[trajectory] \
 	  'trajectory.trainable=*attn?.to_*' optimizer.lr=2e-4
-	$(BIN)/python train.py concept=violence output=$(TABLE)/hardened experiment=hardened
-	$(BIN)/python -m benchmarks.readme $(RUNS)
 
-# All attacks on the original, each stage alone, both, the hardened model, and the references.
-ERASED := $(TABLE)/textual/erased,$(TABLE)/trajectory/erased,$(TABLE)/both/erased,$(TABLE)/hardened/erased
-bench-attacks: bench-table
-	$(BIN)/python eval.py concept=violence attacks=all attack.inversion.runs=1 attack.relearning.pictures=[25] \
-	  attack.relearning_lora.pictures=[25] attacked_prompts=32 transfer=[original] sets=[direct,benign] metrics.final_images_per_set=64 \
-	  output=$(TABLE)/attacks models=[$(ERASED)]
-	$(BIN)/python -m benchmarks.readme $(RUNS) --attacks $(TABLE)/attacks
+bench-table: bench-stages
+	$(BIN)/python train.py concept=violence output=$(HARDENED) experiment=hardened
+	$(BIN)/python -m benchmarks.readme $(STAGES) --hardened $(HARDENED)
+
+# All attacks on the original, each stage alone, both, and the references.
+ATTACK := $(BIN)/python eval.py concept=violence attacks=all attack.inversion.runs=1 attack.relearning.pictures=[25] \
+  attack.relearning_lora.pictures=[25] attacked_prompts=32 sets=[direct,benign] metrics.final_images_per_set=64
+bench-attacks: bench-stages
+	$(ATTACK) output=$(TABLE)/attacks models=[$(TABLE)/textual/erased,$(TABLE)/trajectory/erased,$(TABLE)/both/erased]
+	$(BIN)/python -m benchmarks.readme $(STAGES) $(addprefix --hardened ,$(wildcard $(HARDENED))) \
+	  --attacks $(TABLE)/attacks
+
+# The same on the hardened model. The references are attacked once for both.
+bench-attacks-hardened: bench-table bench-attacks
+	$(ATTACK) output=$(TABLE)/attacks-hardened models=[$(HARDENED)/erased]
+	$(BIN)/python -m benchmarks.readme $(STAGES) --hardened $(HARDENED) \
+	  --attacks $(TABLE)/attacks $(TABLE)/attacks-hardened
 
 bench-leaderboard: setup
 	$(BIN)/python -m trce_lightning.leaderboard

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from benchmarks.processes import alone
 from benchmarks.report import Row
 from benchmarks.timing import in_turns, seconds
 from trce_lightning.adapters import load_adapter
+from trce_lightning.adapters.attention import AttentionInFloat32
 from trce_lightning.emoji.package import weights_folder
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,8 @@ TOLERANCE = 1e-3
 """Relative difference of the gradients with and without an option."""
 TRAINABLE = 24_780_800
 REPEATS = 5
+HALF_TOLERANCE = 0.1
+"""The same in bfloat16."""
 
 
 class Step:
@@ -52,6 +56,11 @@ class Step:
         with sdpa_kernel(SDPBackend.MATH):
             return self()
 
+    def in_half_precision(self, attention: AbstractContextManager[Any]) -> Tensor:
+        """Return the gradients under autocast, with attention computed in a context."""
+        with torch.autocast("cpu", torch.bfloat16), attention:
+            return self()
+
     def recomputed(self) -> Tensor:
         """Return the gradients with gradient checkpointing."""
         self.unet.enable_gradient_checkpointing()
@@ -71,6 +80,18 @@ def layout_and_attention(name: str) -> list[Row]:
         Row(f"… {name}: the fused attention kernel (default)", times["plain"], "s", times["explicit"]),
         Row(f"… {name}: gradient checkpointing", times["again"], "s", times["plain"]),
     ]
+
+
+def half_precision(name: str) -> list[Row]:
+    """Measure attention in float32 where all else is in bfloat16."""
+    step = Step(*network_and_inputs(name))
+    functions = {
+        "plain": lambda: step.in_half_precision(nullcontext()),
+        "ours": lambda: step.in_half_precision(AttentionInFloat32()),
+    }
+    times = compare(functions, HALF_TOLERANCE)
+    what = f"forward + backward in bfloat16, {name}: attention in float32 (default)"
+    return [Row(what, times["ours"], "s", times["plain"])]
 
 
 def compilation(name: str) -> list[Row]:
@@ -99,13 +120,13 @@ def network_and_inputs(name: str) -> tuple[UNet2DConditionModel, tuple[Tensor, T
     return unet, (z_t, torch.full((rows,), 500), states.expand(rows, -1, -1))
 
 
-def compare(functions: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:
+def compare(functions: Mapping[str, Callable[[], Tensor]], tolerance: float = TOLERANCE) -> dict[str, float]:
     """Return median seconds, after a check that all give the gradients of "plain"."""
     expected = functions["plain"]()
     for name, function in functions.items():
         difference = ((function() - expected).norm() / expected.norm()).item()
         log.info("options: %s differs by %.2g", name, difference)
-        assert difference <= TOLERANCE, f"{name}: expected equal gradients, got a difference of {difference}"
+        assert difference <= tolerance, f"{name}: expected equal gradients, got a difference of {difference}"
     return in_turns(functions, REPEATS)
 
 
@@ -137,4 +158,5 @@ def run() -> list[Row]:
     """Measure each option in a process of its own."""
     rows = alone(layout_and_attention, "embedded model")
     rows += alone(layout_and_attention, "SD 1.4 at 16×16 latents")
+    rows += alone(half_precision, "embedded model")
     return [*rows, *alone(compilation, "embedded model"), *alone(optimizers)]

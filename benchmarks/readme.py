@@ -1,9 +1,9 @@
 """Write tables of finished runs into README and docs: `python -m benchmarks.readme RUN STAGE_RUN …`.
 
 The first run makes the README's table. All runs make the table by stage in `docs/results.md`. It has tests of
-the first run against the second. `--hardened RUN` adds a hardened run to both. `--attacks EVALUATION` adds a
-row for each door to the README's table, and writes the tables of `docs/attacks.md` and `docs/robustness.md`.
-It is an evaluation of the original and of all runs.
+the first run against the second. `--hardened RUN` adds a hardened run to both. `--attacks EVALUATION …` adds
+a row for each door to the README's table, and writes the table of `docs/attacks.md`, and that of
+`docs/robustness.md` if the hardened run was attacked. Evaluations of different runs share their references.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from benchmarks.report import refresh
 from trce_lightning.compare import load_runs, paired_tests
 from trce_lightning.evaluation.attacked import Verdict
-from trce_lightning.jobs.attack import NEVER_LEARNT, REINITIALISED
+from trce_lightning.jobs.attack import NEVER_LEARNT, ORIGINAL, REINITIALISED
 from trce_lightning.report.attacks import DOORS
 from trce_lightning.report.tables import ABSENT, rate_cell, results_table
 
@@ -58,7 +58,10 @@ def door_lines(rows: Rows, original: str, erased: Sequence[str]) -> list[str]:
         taught = (
             f" ({_percent(rows[NEVER_LEARNT][name]['rate'])} if never learnt)" if NEVER_LEARNT in rows else ""
         )
-        shown = [rate_cell(rows[label][name]) for label in (original, *erased)]
+        shown = [
+            rate_cell(rows[label][name]) if name in rows.get(label, {}) else ABSENT
+            for label in (original, *erased)
+        ]
         lines.append(f"| {' | '.join([f'attacked, {door}: `{name}`{taught}', *shown])} |")
     return lines
 
@@ -119,24 +122,24 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def write_attacks(evaluation: Path, lines: Sequence[str], erased: Sequence[str]) -> list[str]:
-    """Write the table and the picture of ``docs/attacks.md``, and the table of ``docs/robustness.md``.
-
-    Return the README's ``lines`` with one for each door.
-    """
-    rows = json.loads((evaluation / "metrics.json").read_text("utf-8"))["attacks"]
-    refresh("\n".join(attacks_lines(rows, erased)), ROOT / "docs" / "attacks.md", "attacks")
-    write_robustness(rows, next(iter(rows)), erased)
-    attacks_figure(rows).savefig(ROOT / "docs" / "images" / "attacks.png", dpi=110)
-    return [*lines, *door_lines(rows, next(iter(rows)), erased)]
+def load_attacks(evaluations: Sequence[Path]) -> Rows:
+    """Return the rows of several evaluations. Those of a reference, which all have, are the first one's."""
+    rows: dict[str, Mapping[str, Mapping[str, Any]]] = {}
+    for evaluation in evaluations:
+        rows = json.loads((evaluation / "metrics.json").read_text("utf-8"))["attacks"] | rows
+    return rows
 
 
-def write_robustness(rows: Rows, original: str, erased: Sequence[str]) -> None:
-    """Write the table of ``docs/robustness.md``: the original, the erased models, and the references."""
-    shown = {
-        label: rows[label] for label in (original, *erased, NEVER_LEARNT, REINITIALISED) if label in rows
-    }
-    refresh("\n".join(attacks_lines(shown, erased)), ROOT / "docs" / "robustness.md", "robustness")
+def write_attacks(rows: Rows, stages: Sequence[str], hardened: Sequence[str]) -> None:
+    """Write the table and the picture of ``docs/attacks.md``, and the table of ``docs/robustness.md``."""
+    pages = {"attacks": stages, "robustness": hardened}
+    for name, erased in pages.items():
+        labels = (ORIGINAL, *erased, NEVER_LEARNT, REINITIALISED)
+        shown = {label: rows[label] for label in labels if label in rows}
+        attacked = [label for label in erased if label in shown]
+        if attacked:
+            refresh("\n".join(attacks_lines(shown, attacked)), ROOT / "docs" / f"{name}.md", name)
+            attacks_figure(shown).savefig(ROOT / "docs" / "images" / f"{name}.png", dpi=110)
 
 
 def main() -> None:
@@ -146,7 +149,7 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("stage_runs", nargs="+", type=Path, metavar="STAGE_RUN")
-    parser.add_argument("--attacks", type=Path, metavar="EVALUATION")
+    parser.add_argument("--attacks", nargs="+", type=Path, metavar="EVALUATION")
     parser.add_argument("--hardened", type=Path, metavar="RUN")
     options = parser.parse_args()
     hardened = [] if options.hardened is None else [options.hardened]
@@ -154,8 +157,9 @@ def main() -> None:
     found = [scored.scores for scored in load_runs([options.run, *hardened]).values()]
     lines = results_table(dict(zip(titles, found, strict=False)), RESULTS).splitlines()
     if options.attacks is not None:
-        labels = [run.name for run in (options.run, *hardened)]
-        lines = write_attacks(options.attacks, lines, labels)
+        rows, last = load_attacks(options.attacks), [run.name for run in hardened]
+        write_attacks(rows, [run.name for run in (*options.stage_runs, options.run)], last)
+        lines += door_lines(rows, ORIGINAL, [options.run.name, *last])
     refresh("\n".join(lines), ROOT / "README.md", "results")
     columns = load_runs([*options.stage_runs, options.run, *hardened])
     scores = {title: scored.scores for title, scored in columns.items()}

@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
+from trce_lightning.adapters.attention import attention_for_gradients
 from trce_lightning.adapters.base import PipelineAdapter, settings_of
 from trce_lightning.adapters.clip_text import ClipText, Tokens
 from trce_lightning.adapters.finite import not_finite, weights_not_finite
@@ -262,7 +263,8 @@ class FlowAdapter(PipelineAdapter):
         self.network_evaluations += len(z_t)
         dtype = self.denoiser.dtype
         steps = torch.as_tensor(timestep, device=z_t.device).expand(len(z_t))
-        return self._flow(z_t.to(dtype), steps, text, dtype).float()
+        with attention_for_gradients(self.denoiser):
+            return self._flow(z_t.to(dtype), steps, text, dtype).float()
 
     @abstractmethod
     def _flow(self, z_t: Tensor, timesteps: Tensor, text: Text, dtype: torch.dtype) -> Tensor:

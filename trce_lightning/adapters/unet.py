@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
+from trce_lightning.adapters.attention import attention_for_gradients
 from trce_lightning.adapters.base import PipelineAdapter, settings_of
 from trce_lightning.adapters.clip_text import ClipText, Tokens
 from trce_lightning.adapters.finite import not_finite, weights_not_finite
@@ -167,12 +168,14 @@ class UNetAdapter(PipelineAdapter):
         """Return the denoiser's output for latents ``[B, C, H, W]``, float32."""
         self.network_evaluations += len(z_t)
         dtype = self.denoiser.dtype
-        return self.denoiser(
-            z_t.to(dtype),
-            timestep,
-            encoder_hidden_states=text.states[SEGMENT].to(dtype),
-            added_cond_kwargs=self._conditions(z_t, text),
-        ).sample.float()
+        with attention_for_gradients(self.denoiser):
+            output = self.denoiser(
+                z_t.to(dtype),
+                timestep,
+                encoder_hidden_states=text.states[SEGMENT].to(dtype),
+                added_cond_kwargs=self._conditions(z_t, text),
+            )
+        return output.sample.float()
 
     def _conditions(self, z_t: Tensor, text: Text) -> dict[str, Tensor] | None:
         """Return what the denoiser reads besides latents, timestep and text states."""
