@@ -101,9 +101,9 @@ def _rho_cell(row: Mapping[str, Any]) -> str:
 
 def attacks_figure(rows: Rows) -> Figure:
     """Return a picture of every attack's success: a row an attack, a point with its interval a model."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
     names = [name for door in DOORS for name, row in next(iter(rows.values())).items() if row["door"] == door]
+    figure = Figure(figsize=(8, 2 + 0.4 * len(names)), layout="constrained")
+    axes = figure.subplots()
     for index, (label, by_attack) in enumerate(rows.items()):
         shares = [by_attack[name] for name in names]
         height = [place + (index - len(rows) / 2) * 0.12 for place in range(len(names))]

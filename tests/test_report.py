@@ -235,7 +235,8 @@ def test_curves_plot_the_scores_at_their_epochs(tmp_path, monkeypatch):
         curves.Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))
     )
     save_curves({"original": ORIGINAL, "stage 1": {}, "epoch 1": ERASED}, tmp_path / "curves.png")
-    assert Image.open(tmp_path / "curves.png").width > 1000
+    image = Image.open(tmp_path / "curves.png")
+    assert image.width == pytest.approx(1.24 * image.height, rel=0.05), "four panels stand in two rows"
     axes = {axes.get_title(): axes for axes in figures[0].axes}
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes["ASR, % of images"].lines}
     assert lines.keys() == {"direct", "implicit", "attack", "false alarm"}
@@ -245,6 +246,16 @@ def test_curves_plot_the_scores_at_their_epochs(tmp_path, monkeypatch):
     assert max(bands[0]) == pytest.approx(95)
     assert axes["FID (lower is better)"].lines[0].get_xydata().tolist() == [[0, 10], [2, 12.5]]
     assert len(axes["benign accuracy, %"].lines) == 3
+
+
+@pytest.mark.parametrize(
+    ("count", "rows", "columns"), [(1, 1, 1), (2, 1, 2), (5, 2, 3), (6, 2, 3), (7, 3, 3)]
+)
+def test_panels_stand_in_rows_without_empty_ones(count, rows, columns):
+    figure, places = curves._panels(count)
+    assert figure.axes == places and len(places) == count
+    grid = places[0].get_gridspec()
+    assert (grid.nrows, grid.ncols) == (rows, columns)
 
 
 def test_curves_need_scores(tmp_path):

@@ -4,6 +4,7 @@
 """
 
 import csv
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -44,14 +45,23 @@ def save_curves(passes: Mapping[str, Scores], file: str | Path) -> None:
         panels["benign accuracy, %"] = partial(_draw_scores, history=history, names=ACCURACIES, factor=100)
     if not panels:
         raise InputError(f"save_curves: expected scores of at least one epoch, got {dict(passes)}")
-    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
-    for axes, (title, draw) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
+    figure, places = _panels(len(panels))
+    for axes, (title, draw) in zip(places, panels.items(), strict=True):
         draw(axes)
         axes.set(title=title)
         axes.set_xticks(range(len(passes)), list(passes), rotation=30, ha="right")
     save(figure, file)
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """Return a figure with ``count`` panels in rows, about as wide as high, which a page can show large."""
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(4.2 * columns, 3.4 * rows), layout="constrained")
+    places = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for empty in places[count:]:
+        figure.delaxes(empty)
+    return figure, places[:count]
 
 
 def save_loss_curves(logs: Sequence[Path], file: str | Path) -> None:
@@ -73,8 +83,8 @@ def save_loss_curves(logs: Sequence[Path], file: str | Path) -> None:
             f"{', '.join(map(str, logs))}: expected loss/ or hinge/ columns with numbers in them, got none"
         )
     names = sorted({_base_name(column) for column in curves})
-    figure = Figure(figsize=(4.2 * len(names), 3.2), layout="constrained")
-    panels = dict(zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True))
+    figure, places = _panels(len(names))
+    panels = dict(zip(names, places, strict=True))
     for column, points in curves.items():
         axes, epoch_mean = panels[_base_name(column)], column.endswith("_epoch")
         style = {"marker": "o", "label": "epoch mean"} if epoch_mean else {"linewidth": 0.8, "label": "step"}
