@@ -52,7 +52,7 @@ def test_the_more_it_turns_the_longer_it_lasts() -> None:
 
 def test_only_triggers_change_and_only_in_the_first_steps(tiny_adapter: StableDiffusionAdapter) -> None:
     prompts = ["a gun at sea", "tea"]
-    guide = Safree(concept="a gun, gun", alpha=0.0, steps=1).guide(tiny_adapter, prompts, [2.0, 1.0])
+    guide = Safree(concept="a gun, gun", alpha=0.0, steps=1).guide(tiny_adapter, prompts, [2.0, 1.0], 5)
     plain = tiny_adapter.encode(prompts)
     first, late = guide.inputs(0), guide.inputs(5)
     assert first.latents.tolist() == [0, 0, 1] and len(first.text) == 3
@@ -85,7 +85,7 @@ def test_half_precision_of_the_denoiser_changes_no_projection(tiny_adapter: Stab
     found = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            guide = Safree(concept="a gun, axe", alpha=0.0).guide(tiny_adapter, prompts, [2.0] * 3)
+            guide = Safree(concept="a gun, axe", alpha=0.0).guide(tiny_adapter, prompts, [2.0] * 3, 5)
         found.append(guide)
     assert torch.equal(found[0].safe["clip"], found[1].safe["clip"])
     assert torch.equal(found[0].last, found[1].last) and bool((found[0].last >= 0).any())
@@ -93,12 +93,12 @@ def test_half_precision_of_the_denoiser_changes_no_projection(tiny_adapter: Stab
 
 def test_blanks_around_phrases_do_not_count(tiny_adapter: StableDiffusionAdapter) -> None:
     written = ("gun,axe", " gun , axe,", "gun, axe")
-    guides = [Safree(concept=text).guide(tiny_adapter, ["a gun at sea"], [2.0]).safe for text in written]
+    guides = [Safree(concept=text).guide(tiny_adapter, ["a gun at sea"], [2.0], 5).safe for text in written]
     assert all(torch.equal(guide["clip"], guides[2]["clip"]) for guide in guides)
     with pytest.raises(InputError, match=r"guidance\.concept: expected phrases"):
-        Safree(concept=" , ").guide(tiny_adapter, ["a"], [2.0])
+        Safree(concept=" , ").guide(tiny_adapter, ["a"], [2.0], 5)
 
 
 def test_phrases_are_needed(tiny_adapter: StableDiffusionAdapter) -> None:
     with pytest.raises(InputError, match=r"guidance\.concept: expected phrases"):
-        Safree().guide(tiny_adapter, ["a"], [2.0])
+        Safree().guide(tiny_adapter, ["a"], [2.0], 5)

@@ -20,6 +20,8 @@ from trce_lightning.generation.variation import Variation
 from trce_lightning.jobs.session import Session
 from trce_lightning.prompts.records import PromptRecord
 
+STEPS = 10
+
 
 def rows(*values: float) -> Tensor:
     """One latent of one number each."""
@@ -29,7 +31,7 @@ def rows(*values: float) -> Tensor:
 def combined(adapter: StableDiffusionAdapter, outputs: Tensor, *steps: int, **options: Any) -> list[float]:
     """The predictions at some steps, for one image at scale 2 and the same outputs ∅, S, p each time."""
     given: dict[str, Any] = {"warmup": 0, "concept": "gore", "momentum_scale": 0.0} | options
-    guide = SafeLatentDiffusion(**given).guide(adapter, ["a gun"], [2.0])
+    guide = SafeLatentDiffusion(**given).guide(adapter, ["a gun"], [2.0], STEPS)
     return [guide.combine(outputs, step).item() for step in steps]
 
 
@@ -56,17 +58,29 @@ def test_nothing_is_led_away_before_the_warm_up_ends_but_the_momentum_grows(
 ) -> None:
     """γ₀ = 2, ν₁ = 0.6 · 2 = 1.2, γ₁ = 2 + 0.5 · 1.2 = 2.6: ε₀ = CFG = 3, ε₁ = 1 + 2 (1 − 2.6)."""
     options: dict[str, Any] = {"scale": 10.0, "threshold": 0.0, "momentum_scale": 0.5, "momentum": 0.4}
-    first, second = combined(tiny_adapter, rows(1, 3, 2), 0, 1, warmup=1, **options)
+    first, second = combined(tiny_adapter, rows(1, 3, 2), 0, 1, warmup=1 / STEPS, **options)
     assert first == 3.0 and second == pytest.approx(-2.2)
     # ν₂ = 0.4 · 1.2 + 0.6 · 2.6 = 2.04, γ₂ = 2 + 1.02
-    *_, third = combined(tiny_adapter, rows(1, 3, 2), 0, 1, 2, warmup=1, **options)
+    *_, third = combined(tiny_adapter, rows(1, 3, 2), 0, 1, 2, warmup=1 / STEPS, **options)
     assert third == pytest.approx(1 + 2 * (1 - 3.02))
+
+
+@pytest.mark.parametrize(
+    ("warmup", "num_steps", "first"), [(0.2, 50, 10), (0.14, 50, 7), (0.2, 5, 1), (0.14, 5, 1)]
+)
+def test_the_warm_up_is_a_share_of_the_steps(
+    tiny_adapter: StableDiffusionAdapter, warmup: float, num_steps: int, first: int
+) -> None:
+    rule = SafeLatentDiffusion(warmup=warmup, scale=10.0, threshold=0.0, momentum_scale=0.0, concept="gore")
+    guide = rule.guide(tiny_adapter, ["a gun"], [2.0], num_steps)
+    predicted = [guide.combine(rows(1, 3, 2), step).item() for step in range(num_steps)]
+    assert predicted == [3.0] * first + [-1.0] * (num_steps - first)
 
 
 def test_each_image_has_its_own_scale_and_momentum(tiny_adapter: StableDiffusionAdapter) -> None:
     """The middle image isn't guided, and follows its prompt."""
     rule = SafeLatentDiffusion(warmup=0, scale=10.0, threshold=0.0, momentum_scale=0.0, concept="gore")
-    guide = rule.guide(tiny_adapter, ["a", "b", "c"], [2.0, 1.0, 3.0])
+    guide = rule.guide(tiny_adapter, ["a", "b", "c"], [2.0, 1.0, 3.0], STEPS)
     inputs = guide.inputs(0)
     assert inputs.latents.tolist() == [0, 2, 0, 2, 0, 1, 2] and len(inputs.text) == 7
     found = guide.combine(rows(1, 1, 3, 3, 2, 5, 2), 0)
@@ -117,9 +131,9 @@ def session_of(*options: str) -> Session:
 @pytest.mark.parametrize(
     ("name", "numbers"),
     [
-        ("sld_weak", (15, 20, 0, 0, 0)),
-        ("sld", (10, 1000, 0.01, 0.3, 0.4)),
-        ("sld_strong", (7, 2000, 0.025, 0.5, 0.7)),
+        ("sld_weak", (15 / 50, 20, 0, 0, 0)),
+        ("sld", (10 / 50, 1000, 0.01, 0.3, 0.4)),
+        ("sld_strong", (7 / 50, 2000, 0.025, 0.5, 0.7)),
         ("sld_max", (0, 5000, 1.0, 0.5, 0.7)),
     ],
 )
@@ -135,7 +149,7 @@ def test_the_settings_are_the_published_ones(name: str, numbers: tuple[float, ..
 def test_only_phrases_that_fit_are_read(tiny_adapter: StableDiffusionAdapter) -> None:
     for comma in (", ", ",", " ,  "):
         rule = SafeLatentDiffusion(concept=comma.join(["gore", "x" * 40, "war"]))
-        text = rule.guide(tiny_adapter, ["a"], [2.0]).inputs(0).text
+        text = rule.guide(tiny_adapter, ["a"], [2.0], STEPS).inputs(0).text
         assert torch.equal(text.states["clip"][1], tiny_adapter.encode(["gore, war"]).states["clip"][0])
 
 

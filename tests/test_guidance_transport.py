@@ -109,6 +109,6 @@ def test_files_that_fit_no_map_are_refused(
     save_file({"lora_unet_elsewhere.alpha": torch.ones(1)}, tmp_path / "other.safetensors")
     rule = FacilitatedTransport(lora=str(tmp_path / "other.safetensors"), concept="gun")
     with pytest.raises(InputError, match=r"guidance\.lora: expected the maps of .* got 1 other tensors"):
-        rule.guide(tiny_adapter, ["a gun"], [2.0])
+        rule.guide(tiny_adapter, ["a gun"], [2.0], 5)
     with pytest.raises(InputError, match=r"guidance\.concept"):
-        FacilitatedTransport(lora=str(lora)).guide(tiny_adapter, ["a gun"], [2.0])
+        FacilitatedTransport(lora=str(lora)).guide(tiny_adapter, ["a gun"], [2.0], 5)

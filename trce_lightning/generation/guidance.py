@@ -55,8 +55,10 @@ class Guidance(Protocol):
     def evaluations(self, guidance_scale: float) -> int:
         """Return the number of network evaluations of one image at one step."""
 
-    def guide(self, adapter: Adapter, prompts: Sequence[str], guidance_scales: Sequence[float]) -> Guide:
-        """Return the guide of a batch with one prompt and one scale for each image."""
+    def guide(
+        self, adapter: Adapter, prompts: Sequence[str], guidance_scales: Sequence[float], num_steps: int
+    ) -> Guide:
+        """Return the guide of a batch with one prompt and one scale for each image, in so many steps."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,10 @@ class ClassifierFreeGuidance:
         """Return 2 if guidance has an effect, else 1."""
         return 1 + is_guided(guidance_scale)
 
-    def guide(self, adapter: Adapter, prompts: Sequence[str], guidance_scales: Sequence[float]) -> Guide:
-        """Return the guide of a batch. It evaluates both texts in one forward pass.
+    def guide(
+        self, adapter: Adapter, prompts: Sequence[str], guidance_scales: Sequence[float], num_steps: int
+    ) -> Guide:
+        """Return the guide of a batch. It evaluates both texts in one forward pass, alike in all steps.
 
         If no scale has an effect, no negative prompt is encoded.
         """

@@ -249,12 +249,12 @@ class _Drawing:
         """Return the latents after these numbers of steps. No step is taken after the largest."""
         adapter, scales = self.adapter, guidance_scales(rows, self.guidance_scale)
         check_scales(adapter, scales)
-        guide = self.guidance.guide(adapter, [record.prompt for record in rows], scales)
         generators = [seeded(image_seed(record)) for record in rows]
         pure = torch.stack([noise(adapter.latent_shape, generator) for generator in generators])
         pure = pure.to(adapter.device)
         finite, sampler = Finite(adapter.name), self._sampler_of(rows)
         num_steps = len(sampler.timesteps)
+        guide = self.guidance.guide(adapter, [record.prompt for record in rows], scales, num_steps)
         z_t = self._first_latents(rows, pure, sampler)
         keep_region = self._region(rows, pure, sampler)
         reached = {0: z_t}

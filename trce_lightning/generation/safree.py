@@ -95,7 +95,9 @@ class Safree:
         """Return 2 if guidance has an effect, else 1."""
         return ClassifierFreeGuidance().evaluations(guidance_scale)
 
-    def guide(self, adapter: Adapter, prompts: Sequence[str], guidance_scales: Sequence[float]) -> _Guide:
+    def guide(
+        self, adapter: Adapter, prompts: Sequence[str], guidance_scales: Sequence[float], num_steps: int
+    ) -> _Guide:
         """Return the guide of a batch. It encodes each prompt once for each of its tokens."""
         if not phrases_of(self.concept):
             raise InputError("guidance.concept: expected phrases to project away from, got none")

@@ -127,7 +127,9 @@ class FacilitatedTransport:
         """Return 2 if guidance has an effect, else 1."""
         return ClassifierFreeGuidance().evaluations(guidance_scale)
 
-    def guide(self, adapter: Adapter, prompts: Sequence[str], guidance_scales: Sequence[float]) -> Guide:
+    def guide(
+        self, adapter: Adapter, prompts: Sequence[str], guidance_scales: Sequence[float], num_steps: int
+    ) -> Guide:
         """Return the guide of a batch."""
         phrases = phrases_of(self.concept)
         if not phrases:
@@ -136,7 +138,7 @@ class FacilitatedTransport:
         strength = transport_strength(
             text, named, token_sets(adapter, prompts, text), token_sets(adapter, phrases, named)
         )
-        plain = ClassifierFreeGuidance().guide(adapter, prompts, guidance_scales)
+        plain = ClassifierFreeGuidance().guide(adapter, prompts, guidance_scales, num_steps)
         return _Guide(adapter, plain, read_factors(adapter, Path(self.lora)), strength)
 
 
