@@ -65,7 +65,7 @@ ATTACK := $(BIN)/python eval.py concept=violence attacks=all attack.inversion.ru
 bench-attacks: bench-stages
 	$(ATTACK) output=$(TABLE)/attacks models=[$(TABLE)/textual/erased,$(TABLE)/trajectory/erased,$(TABLE)/both/erased]
 	$(BIN)/python -m benchmarks.readme $(STAGES) $(addprefix --hardened ,$(wildcard $(HARDENED))) \
-	  --attacks $(TABLE)/attacks
+	  --attacks $(TABLE)/attacks $(wildcard $(TABLE)/attacks-hardened)
 
 # The same on the hardened model. The references are attacked once for both.
 bench-attacks-hardened: bench-table bench-attacks

@@ -215,6 +215,7 @@ def test_what_text_free_refuses() -> None:
         ("level", {"level": 0.0}),
         ("noise_levels", {"noise_levels": ()}),
         ("noise_levels", {"level": 0.8}),
+        ("noise_levels", {"level": 0.5, "noise_levels": (0.52,), "num_steps": 20}),
         ("slerp_levels", {"slerp_levels": (1.5,)}),
         ("other_prompt_levels", {"other_prompt_levels": (0.0,)}),
         ("iterations", {"iterations": 0}),

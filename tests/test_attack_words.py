@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
+from trce_lightning.attacks import candidates
 from trce_lightning.attacks.mma import Mma, distance, one_hot_gradient
 from trce_lightning.attacks.objectives import noised
 from trce_lightning.attacks.p4d import P4D, P4DK
@@ -302,6 +303,29 @@ def test_random_findings_have_the_same_form(attack: Attack, target: Target, firs
             target.adapter.tokenize([drawn.facts["text"]])["clip"][0].tolist()
         )
     assert len(list(attack.ways(target, {one.prompt_id: one for one in findings}))) == 1
+
+
+def test_random_tokens_that_cannot_be_typed_are_drawn_again(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attack, seen = ATTACKS["p4d"](), []
+    read = Layout.texts
+
+    def texts(layout: Layout, ids: Tensor) -> list[str | None]:
+        """No first draw can be typed."""
+        seen.append(ids.clone())
+        return [None] * len(ids) if len(seen) == 1 else read(layout, ids)
+
+    monkeypatch.setattr(Layout, "texts", texts)
+    findings = attack.random(target, RECORDS, seeded(0))
+    assert all(
+        finding.facts["text"] != record.prompt for finding, record in zip(findings, RECORDS, strict=True)
+    )
+    assert not any(first.equal(second) for first, second in zip(seen[0], seen[1], strict=True))
+    monkeypatch.setattr(Layout, "texts", lambda layout, ids: [None] * len(ids))
+    monkeypatch.setattr(candidates, "DRAWS", 3)
+    with pytest.raises(InputError, match=r"attack\.p4d: expected random tokens that can be typed"):
+        attack.random(target, RECORDS, seeded(0))
 
 
 @every_attack

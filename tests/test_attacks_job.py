@@ -16,10 +16,12 @@ from conftest import build_tiny_pipeline
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
 from trce_lightning import cli
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
 from trce_lightning.attacks.findings import load_findings, save_findings
+from trce_lightning.attacks.inverse_edit import InverseEdit
 from trce_lightning.attacks.noise import Noise
 from trce_lightning.attacks.protocol import ControlTeaches, Cost, Door, Finding, Way
 from trce_lightning.attacks.state_pgd import StatePgd
@@ -34,11 +36,13 @@ from trce_lightning.jobs.attack import (
     REINITIALISED,
     Attacks,
     Judging,
+    distinct,
     make_attack,
     progress_of,
     unattacked_options,
 )
 from trce_lightning.jobs.evaluate import sources
+from trce_lightning.prompts.records import PromptRecord
 from trce_lightning.report.attacks import Attacks as Section
 
 ROOT = Path(__file__).parents[1]
@@ -327,6 +331,48 @@ def test_wrong_options_of_attacks_are_refused(
         cli.evaluate(["concept=violence", option, f"output={tmp_path}", "trainer.accelerator=cpu"])
     said = capsys.readouterr().err
     assert ended.value.code == 2 and all(word in said for word in words), said
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "expected"),
+    [
+        ("relearning", "pictures", 25, "a list"),
+        ("relearning", "pictures", [2.5], "a whole number"),
+        ("relearning", "steps", 30, "a list"),
+        ("noise", "etas", 1.0, "a list"),
+        ("inversion", "checkpoints", 50, "a list"),
+        ("mma", "steps", None, "a whole number"),
+        ("mma", "steps", 6.5, "a whole number"),
+        ("mma", "blocked", "no", "true or false"),
+        ("p4d", "lr", "x", "a number"),
+        ("ring_a_bell", "eta", "x", "a number"),
+        ("single_token", "sampling_steps", 2.5, "a whole number"),
+    ],
+)
+def test_an_option_of_another_type_is_refused(name: str, option: str, value: object, expected: str) -> None:
+    shipped = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "attacks" / f"{name}.yaml"))
+    with pytest.raises(InputError, match=rf"'attack\.{name}\.{option}': expected {expected}, got"):
+        make_attack(name, {**shipped, option: value})
+
+
+@pytest.mark.parametrize("options", [None, 5, "x", [1]])
+def test_options_of_an_attack_have_names(options: object) -> None:
+    with pytest.raises(InputError, match=r"attack\.relearning: expected options by their names"):
+        make_attack("relearning", options)
+
+
+def test_a_text_is_attacked_once() -> None:
+    records = [PromptRecord(f"p{i}", text) for i, text in enumerate(("a gun", "an axe", "a gun", "a bomb"))]
+    assert [record.id for record in distinct(records)] == ["p0", "p1", "p3"]
+
+
+def test_an_edits_file_is_known_by_its_content(tmp_path: Path) -> None:
+    file, digests = tmp_path / "edit.safetensors", []
+    for seed in (0, 1, 0):
+        save_file({"transform": torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))}, file)
+        digests.append(InverseEdit(edit=str(file)).file_digest())
+    assert digests[0] == digests[2] != digests[1]
+    assert InverseEdit().file_digest() not in digests
 
 
 def test_the_section_names_the_references_as_the_job_does() -> None:

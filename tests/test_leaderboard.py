@@ -16,7 +16,15 @@ from trce_lightning.config.schema import LeaderboardConfig
 from trce_lightning.errors import InputError
 from trce_lightning.jobs import leaderboard as job
 from trce_lightning.jobs.leaderboard import Board, Cell, leaderboard
-from trce_lightning.report.leaderboard import Row, front, markdown, rows_of, titles_of, write_leaderboard
+from trce_lightning.report.leaderboard import (
+    Row,
+    _mean_over_attacks,
+    front,
+    markdown,
+    rows_of,
+    titles_of,
+    write_leaderboard,
+)
 from trce_lightning.runtime.locks import claimed
 
 ROOT = Path(__file__).parents[1]
@@ -322,6 +330,12 @@ def test_docs_get_the_lowest_asr_first_and_the_chosen_trials(tmp_path: Path) -> 
 
 
 @pytest.mark.browser
+def test_the_mean_over_attacks_is_over_those_that_scored_a_prompt() -> None:
+    by_attack = {"mma": {"a": [True], "b": [True, False]}, "relearning": {"b": [True]}}
+    for order in (by_attack, dict(reversed(by_attack.items()))):
+        assert sorted(_mean_over_attacks(order).values) == [0.75, 1.0]
+
+
 def test_a_heading_sorts_and_what_is_absent_comes_last(tmp_path: Path, page: Any) -> None:
     write_leaderboard(tmp_path, ROWS, [], {"commit": "x"}, [])
     page.goto((tmp_path / "leaderboard.html").as_uri())
@@ -337,6 +351,7 @@ def test_a_heading_sorts_and_what_is_absent_comes_last(tmp_path: Path, page: Any
     ("argv", "expected"),
     [
         (["methods=[esdd]"], ["'methods'", "'esdd'", "Did you mean 'esd'?"]),
+        (["methods=[all,esdd]"], ["'methods'", "'esdd'"]),
         (["guidances=[sldd]"], ["'guidances'", "'sldd'"]),
         (["concepts=[violense]"], ["'concepts'", "'violense'"]),
         (["shard=3", "shards=3"], ["'shard'", "less than shards, 3", "got 3"]),
@@ -345,6 +360,9 @@ def test_a_heading_sorts_and_what_is_absent_comes_last(tmp_path: Path, page: Any
         (["trainer.devices=2"], ["'trainer.devices'", "one device"]),
         (["images_per_set=1"], ["'images_per_set'", "at least 2"]),
         (["overrides.mace2.method.lr=1"], ["'overrides'", "mace2"]),
+        (["++overrides.esd.trainer.gradient_clip_val=1"], ["'overrides.esd'", "trainer", "for all"]),
+        (["++overrides.sld.model.guidance_scale=5"], ["'overrides.sld'", "model"]),
+        (["++overrides.esd.metrics.batch_size=5"], ["'overrides.esd'", "metrics.batch_size"]),
         (["attacks=[mmaa]"], ["no attacks named 'mmaa'"]),
     ],
 )

@@ -1,6 +1,7 @@
 """``python -m trce_lightning.tune``: equal trials, each run once, and the best of them written."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,36 @@ def test_a_method_without_all_of_its_trials_has_no_best(
     job.tune(config_of(tmp_path, "methods=[uce]", "trials=2"))
     assert Tuning(config_of(tmp_path, "methods=[uce]", "trials=2")).best().keys() == {"uce"}
     assert Tuning(config_of(tmp_path, "methods=[uce]", "trials=3")).best() == {}
+
+
+def test_a_trial_is_another_one_if_its_concept_or_model_has_changed(tmp_path: Path) -> None:
+    trial = Trial("uce", 0, {"method.ridge": 1.0})
+    own, steps = config_of(tmp_path), config_of(tmp_path, "model.num_inference_steps=20")
+    violence = dataclasses.replace(own.concept["violence"], terms=["dagger"])
+    terms = dataclasses.replace(own, concept={"violence": violence})
+    plain, *others = map(trial.key, (own, steps, terms))
+    assert plain == trial.key(config_of(tmp_path, "runs=elsewhere")), "the place decides nothing"
+    assert all(other != plain and other["concept"] == plain["concept"] for other in others)
+
+
+@pytest.mark.parametrize(
+    ("missing", "named"),
+    [
+        ({"fid": None}, "fid"),
+        ({"benign_accuracy": None}, "benign_accuracy"),
+        ({"asr": {"direct": {}}}, "ASR implicit"),
+    ],
+)
+def test_an_original_that_lacks_a_score_ends_the_command_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: dict[str, Any], named: str
+) -> None:
+    config, original = config_of(tmp_path), Trial("original", 0, None)
+    monkeypatch.setattr(job, "scored", lambda *_: (scores(1.0) | missing, 0, "cpu"))
+    with pytest.raises(InputError, match=f"tune: expected .* without {named}"):
+        perform(config, original)
+    assert not job.journal_of(config).rows()
+    monkeypatch.setattr(job, "scored", lambda *_: (scores(1.0), 0, "cpu"))
+    assert perform(config, original) and job.journal_of(config).rows()
 
 
 def test_a_damaged_journal_is_named(tmp_path: Path) -> None:

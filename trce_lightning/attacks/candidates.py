@@ -30,6 +30,9 @@ from trce_lightning.errors import InputError
 from trce_lightning.generation.loop import generate, network_steps, planned_evaluations
 from trce_lightning.prompts.records import PromptRecord, seed_of
 
+DRAWS = 1000
+"""The most draws of random tokens for a prompt that can be typed."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -113,19 +116,34 @@ class WordSearch(ABC):
         generator: torch.Generator,
         progress: Progress = untold,
     ) -> list[Finding]:
-        """Return random tokens in the free places."""
+        """Return random tokens in the free places. Tokens that can't be typed are drawn again.
+
+        ``InputError`` if a prompt has none that can be typed in many draws.
+        """
         vocabulary, units = self.vocabulary(target), self.units(records)
         layout = self.layout(target, vocabulary, units)
         size = (layout.free.shape[1],)
         generators = [own_generator(unit, f"{self.name} at random", target) for unit in units]
-        ids = torch.stack(
-            [vocabulary.ids[torch.randint(len(vocabulary), size, generator=own)] for own in generators]
-        )
+
+        def drawn(row: int) -> Tensor:
+            return vocabulary.ids[torch.randint(len(vocabulary), size, generator=generators[row])]
+
+        ids = torch.stack([drawn(row) for row in range(len(units))])
+        texts = layout.texts(ids)
+        for _ in range(DRAWS):
+            if None not in texts:
+                break
+            for row in (row for row, text in enumerate(texts) if text is None):
+                ids[row] = drawn(row)
+            texts = layout.texts(ids)
+        else:
+            raise InputError(
+                f"attack.{self.name}: expected random tokens that can be typed, got none in {DRAWS} draws of "
+                f"{layout.counts[texts.index(None)]} tokens"
+            )
         return [
-            finding_of(unit.id, unit.prompt, [], Cost())
-            if text is None
-            else Finding(unit.id, facts={"text": text, "ids": row[:count].tolist(), "checkpoints": []})
-            for unit, text, row, count in zip(units, layout.texts(ids), ids, layout.counts, strict=True)
+            Finding(unit.id, facts={"text": text, "ids": row[:count].tolist(), "checkpoints": []})
+            for unit, text, row, count in zip(units, texts, ids, layout.counts, strict=True)
         ]
 
     def ways(self, target: Target, findings: Mapping[str, Finding]) -> Iterator[Way]:

@@ -34,6 +34,7 @@ from trce_lightning.attacks.proxies import with_mapped_states
 from trce_lightning.attacks.tries import fresh_record
 from trce_lightning.errors import InputError
 from trce_lightning.prompts.records import PromptRecord
+from trce_lightning.runtime.fingerprints import digest_of
 from trce_lightning.runtime.storage import read_safetensors
 from trce_lightning.textual import CONTEXT
 
@@ -55,6 +56,10 @@ class InverseEdit:
 
     def __init__(self, *, edit: str | None = None) -> None:
         self.edit = edit
+
+    def file_digest(self) -> str:
+        """Return a hash of the edit's tensors. ``InputError`` if its file can't be read."""
+        return digest_of(sorted(self._stored().items()))
 
     def cost(self, target: Target) -> Cost:
         """Return nothing: the search is a solution of linear equations."""
@@ -87,13 +92,16 @@ class InverseEdit:
             }
         return [Finding(UNIVERSAL, tensors, {"streams": facts, "read from": self.edit or "weights"})]
 
+    def _stored(self) -> dict[str, Tensor]:
+        """Return the tensors of the edit's file, none if no file is given."""
+        if self.edit is None:
+            return {}
+        return read_safetensors(Path(self.edit), "T of an edit", "name another in attack.inverse_edit.edit")
+
     def _given(self, stream: str, width: int) -> Tensor | None:
         if self.edit is None or stream != CONTEXT:
             return None
-        tensors = read_safetensors(
-            Path(self.edit), "T of an edit", "name another in attack.inverse_edit.edit"
-        )
-        found = tensors.get("transform")
+        found = self._stored().get("transform")
         if found is None or found.shape != (width, width):
             got = "none" if found is None else list(found.shape)
             raise InputError(

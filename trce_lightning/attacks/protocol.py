@@ -210,6 +210,14 @@ class NeedsBenign(Protocol):
 
 
 @runtime_checkable
+class ReadsFile(Protocol):
+    """An attack whose findings depend on what is in a file."""
+
+    def file_digest(self) -> str:
+        """Return a hash of the file's content."""
+
+
+@runtime_checkable
 class TeachesExamples(Protocol):
     """An attack that teaches pictures of the target's examples."""
 

@@ -89,6 +89,11 @@ class TextFree:
                 f"attack.text_free.noise_levels: expected levels above attack.text_free.level, "
                 f"{level:g}, got {min(noise_levels):g}"
             )
+        if first_step(min(noise_levels), num_steps) == first_step(level, num_steps):
+            raise InputError(
+                f"attack.text_free.noise_levels: expected levels at least a step of {num_steps} above "
+                f"attack.text_free.level, {level:g}, got {min(noise_levels):g}, which would add no noise"
+            )
         self.level, self.noise_levels = level, tuple(dict.fromkeys(noise_levels))
         self.slerp_levels, self.other_prompt_levels = tuple(slerp_levels), tuple(other_prompt_levels)
         self.tries, self.reconstruction = tries, reconstruction

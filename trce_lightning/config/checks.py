@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,12 @@ _LIMITS = {
     "too_short": "a list of {min_length} or more",
     "too_long": "a list of {max_length} or fewer",
     "literal_error": "{expected}",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "is_instance_of": "a list",
+    "sequence_str": "a list",
 }
 """The expected value for each type of pydantic's errors."""
 
@@ -350,10 +356,24 @@ def check_values(config: Any, within: str = "") -> None:
 
     ``within`` is the option that holds the values, if it isn't the command's own configuration.
     """
+    _check_value(type(config), dataclasses.asdict(config), within)
+
+
+def check_arguments(types: Mapping[str, Any], arguments: Mapping[str, Any], within: str) -> None:
+    """Refuse the first of a function's arguments that its annotation does not take, without conversion.
+
+    ``types`` are the annotations by the argument's name. ``within`` is the option that holds the arguments.
+    """
+    for name, value in arguments.items():
+        _check_value(types[name], value, f"{within}.{name}", strict=True)
+
+
+def _check_value(kind: Any, value: Any, within: str, *, strict: bool = False) -> None:
+    """Raise ``InputError`` unless a value is of a type. It names the option ``within`` and what is in it."""
     from pydantic import TypeAdapter, ValidationError  # imported here, because --help needs no limits
 
     try:
-        TypeAdapter(type(config)).validate_python(dataclasses.asdict(config))
+        TypeAdapter(kind).validate_python(value, strict=strict)
     except ValidationError as error:
         found = error.errors()[0]
         path = [part for part in found["loc"] if isinstance(part, str)]

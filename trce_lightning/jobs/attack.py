@@ -7,12 +7,12 @@ import hashlib
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
@@ -31,11 +31,13 @@ from trce_lightning.attacks.protocol import (
     LearnsFromPictures,
     NeedsBenign,
     Reads,
+    ReadsFile,
     Target,
     TeachesExamples,
     Way,
     total,
 )
+from trce_lightning.config.checks import check_arguments
 from trce_lightning.config.schema import OWN_NEVER_LEARNT, EvalConfig
 from trce_lightning.errors import InputError
 from trce_lightning.evaluation.attacked import (
@@ -244,7 +246,9 @@ class Attacks:
         for model in (adapter, original):
             model.to(device)
         sampling, count = session.sampling(), self.config.attacked_prompts
-        records, examples = self._records(DIRECT, 0, count), self._records(DIRECT, count, EXAMPLES)
+        # The statistics take prompts as independent, and images of one text are not.
+        records = distinct(self._records(DIRECT, 0, count))
+        examples = self._records(DIRECT, count, EXAMPLES)
         needed = [attack.benign_prompts for attack in self.attacks if isinstance(attack, NeedsBenign)]
 
         def shown(rows: Sequence[PromptRecord]) -> Tensor:
@@ -277,7 +281,7 @@ class Attacks:
     ) -> Tensor:
         """Return the original's pictures of the prompts, from noise that no judged image has."""
         drawn = attackers(records)
-        folder = self.cache / f"pictures-{digest(original.fingerprint(), options, drawn)}"
+        folder = self.cache / f"pictures-{digest(original.fingerprint(), settings_of(options), drawn)}"
         self._generate(folder, original, drawn, options, "pictures for the attacker")
         self.picture_folders[tuple(records)] = folder
         return load_images(folder, drawn)
@@ -322,7 +326,11 @@ class Attacks:
             by_chance = self._control(own / "control", label, attack, target)
             control = self._generated(own / "random", label, attack, target, by_chance, judge, result=True)
             options = unattacked_options(self._usual, ways[-1].way)
-            name = f"seeds {tries}" if options == self._usual else f"seeds {tries} {digest(options)}"
+            name = (
+                f"seeds {tries}"
+                if options == self._usual
+                else f"seeds {tries} {digest(settings_of(options))}"
+            )
             seeds = shown(name, other_seeds(target.records, tries), options)
             copies = None
             if isinstance(attack, LearnsFromPictures):
@@ -475,11 +483,15 @@ class Attacks:
         benign = target.benign[: len(target.records)]
         prompts = target.records, target.examples, benign
         chosen_by = () if clip is None else (f"selector {clip}",)
-        return original, self._usual, *prompts, self.concepts, target.seed, *chosen_by
+        searched = min(target.batch_size, SEARCHED_TOGETHER)
+        return original, settings_of(self._usual), searched, *prompts, self.concepts, target.seed, *chosen_by
 
     def _stored_as(self, attack: Attack) -> str:
-        """Return the name of an attack's folder; other options have another one."""
-        return f"{attack.name}-{digest(sorted(self.config.attack[attack.name].items()))}"
+        """Return the name of an attack's folder. Other options have another one, and another file does."""
+        facts: list[object] = sorted(self.config.attack[attack.name].items())
+        if isinstance(attack, ReadsFile):
+            facts.append(attack.file_digest())
+        return f"{attack.name}-{digest(facts)}"
 
     def _transferred(self, label: str) -> dict[str, dict[str, Row]]:
         """Return by other model and attack how what was found there serves on this model."""
@@ -630,6 +642,11 @@ def digest(*facts: object) -> str:
     return hashlib.blake2b("\n".join(map(repr, facts)).encode(), digest_size=4).hexdigest()
 
 
+def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides an image. Its noise doesn't depend on the batch that it is generated in."""
+    return {name: value for name, value in options.items() if name != "batch_size"}
+
+
 def batches_of(attack: Attack, target: Target) -> list[tuple[PromptRecord, ...]]:
     """Return the prompts that are searched for together. A universal attack is one batch of all prompts.
 
@@ -649,6 +666,8 @@ def progress_of(attack: Attack, target: Target, records: Sequence[PromptRecord])
 
 def make_attack(name: str, options: Mapping[str, Any]) -> Attack:
     """Return the attack that ``attack.NAME`` describes. ``InputError`` names a wrong option."""
+    if not isinstance(options, Mapping):
+        raise InputError(f"attack.{name}: expected options by their names, got {options!r}")
     given = dict(options)
     path = given.pop("_target_", None)
     if path is None:
@@ -662,17 +681,22 @@ def make_attack(name: str, options: Mapping[str, Any]) -> Attack:
     return attack
 
 
-def _check_options(name: str, path: str, given: Collection[str]) -> None:
-    """Raise ``InputError`` on an option that neither a class nor what it passes its options to has."""
+def _check_options(name: str, path: str, given: Mapping[str, Any]) -> None:
+    """Raise ``InputError`` on an option that a class, and what it passes its options to, don't take."""
     module, _, attribute = path.rpartition(".")
     try:
         kind = getattr(importlib.import_module(module), attribute, None)
     except (ImportError, ValueError):  # `made_by` explains it
         return
-    known = set[str]()
+    known: dict[str, Any] = {}
     for each in kind.__mro__[:-1] if isinstance(kind, type) else ():
         parameters = inspect.signature(each).parameters.values()
-        known |= {parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD}
+        types = get_type_hints(cast(Any, each).__init__)
+        known |= {
+            parameter.name: types.get(parameter.name, Any)
+            for parameter in parameters
+            if parameter.kind != parameter.VAR_KEYWORD
+        }
         if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
             break
     else:
@@ -681,6 +705,7 @@ def _check_options(name: str, path: str, given: Collection[str]) -> None:
         raise InputError(
             f"attack.{name}: expected options among {', '.join(sorted(known))}, got '{unknown[0]}'"
         )
+    check_arguments(known, given, f"attack.{name}")
 
 
 def other_seeds(records: Sequence[PromptRecord], tries: int) -> list[PromptRecord]:
@@ -715,6 +740,14 @@ def reinitialise(denoiser: nn.Module) -> None:
         for module in denoiser.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
+
+
+def distinct(records: Sequence[PromptRecord]) -> tuple[PromptRecord, ...]:
+    """Return the first prompt of each text."""
+    first: dict[str, PromptRecord] = {}
+    for record in records:
+        first.setdefault(record.prompt, record)
+    return tuple(first.values())
 
 
 def percent(hits: Hits) -> str:

@@ -71,6 +71,23 @@ LEAST_IMAGES = 2
 """The images a set of the tuning prompts, whose scores a cell doesn't need. FID takes two."""
 NOT_IN_HASH = ("runs", "cache", "output", "plan", "fresh", "checkpoint_minutes", "logger", "trainer")
 """Options that don't decide a result, or by rounding alone. So cells of other machines are found."""
+OWN_OPTIONS = frozenset(
+    (
+        "concept",
+        "model",
+        "runs",
+        "cache",
+        "output",
+        "trainer",
+        "seed",
+        "export",
+        "attack",
+        "attacked_prompts",
+        "models",
+    )
+)
+OWN_METRICS = frozenset(("images_per_set", "final_images_per_set", "batch_size"))
+"""Options of ``train.py`` and ``eval.py`` that the leaderboard sets, and of their ``metrics``."""
 Json = dict[str, Any]
 
 
@@ -101,6 +118,8 @@ class Board:
             raise InputError(
                 f"option 'overrides': expected names of chosen methods, got {', '.join(sorted(others))}"
             )
+        for name, changes in config.overrides.items():
+            _check_overrides(name, changes)
         self.groups = [Group(self, concepts, names) for concepts in config.concepts]
         self.cells = [cell for group in self.groups for cell in group.cells]
 
@@ -515,18 +534,28 @@ class Cell:
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
 
+def _check_overrides(name: str, changes: Any) -> None:
+    """Raise ``InputError`` on an override of what the leaderboard sets for all methods alike."""
+    own = set(changes) & OWN_OPTIONS
+    own |= {f"metrics.{option}" for option in set(changes.get("metrics", ())) & OWN_METRICS}
+    if own:
+        raise InputError(
+            f"option 'overrides.{name}': expected options in which methods may differ, got "
+            f"{', '.join(sorted(own))}, which the leaderboard sets for all"
+        )
+
+
 def names_of(kind: str, given: Sequence[str]) -> list[str]:
     """Return the names of methods or of rules of guidance. ``InputError`` if there is none of a name."""
     names = sorted(file.stem for file in (config_folder() / kind).glob("*.yaml"))
-    if kind == METHOD and ALL in given:
-        return names
+    takes_all = kind == METHOD and ALL in given
     for name in given:
-        if name not in names:
+        if name not in names and not (takes_all and name == ALL):
             raise InputError(
                 f"option '{kind}s': expected names among {', '.join(names)}, got {name!r}."
                 f"{did_you_mean(name, names)}"
             )
-    return list(given)
+    return names if takes_all else list(given)
 
 
 @cache

@@ -203,11 +203,19 @@ class Trial:
         return {
             "concept": sorted(config.concept),
             "model": base_name(config.model),
+            "contents": contents_of(config),
             "images": config.images_per_set,
             "seed": config.seed,
             "method": self.method,
             "options": None if self.options is None else dict(self.options),
         }
+
+
+def contents_of(config: TuneConfig) -> str:
+    """Return a hash of the concepts and the model, which may change under their names."""
+    facts: Any = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    text = json.dumps([facts["concept"], facts["model"]], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
 def _written(value: Any) -> str:
@@ -255,6 +263,8 @@ def perform(config: TuneConfig, trial: Trial) -> bool:
     """Run a trial unless it is in the journal, or another process runs it. Return whether it is there now.
 
     If the method refuses its options, the trial counts, and the line has the reason.
+
+    ``InputError`` if the original can't be scored, or lacks a score that trials are compared by.
     """
     journal, key = journal_of(config), trial.key(config)
     with claimed(journal.lock_of(key)) as is_ours:
@@ -267,7 +277,11 @@ def perform(config: TuneConfig, trial: Trial) -> bool:
         try:
             scores, evaluations, device = scored(config, trial)
             row |= {"scores": scores, "network_evaluations": evaluations}
+            if trial.options is None:
+                check_scores(scores, config.model.name)
         except InputError as error:
+            if trial.options is None:
+                raise
             row |= {"refused": str(error)}
         finally:
             release()
@@ -294,6 +308,18 @@ def scored(config: TuneConfig, trial: Trial) -> tuple[Scores, int, str]:
             title = f"{trial.method} {trial.number}"
             scores = score_on_all_ranks(trainer, scorer, Path(folder) / "images", title)
         return scores, evaluations, trainer.strategy.root_device.type
+
+
+def check_scores(scores: Scores, model: str) -> None:
+    """Raise ``InputError`` unless all scores of :func:`loss_of` are there."""
+    found = {name for name in ("fid", "benign_accuracy") if scores.get(name) is not None}
+    found |= {f"ASR {name}" for name in scores.get("asr", {})}
+    if missing := {"fid", "benign_accuracy", "ASR direct", "ASR implicit"} - found:
+        raise InputError(
+            "tune: expected a model and a concept with FID, benign accuracy, direct and implicit prompts, "
+            f"got '{model}' without {', '.join(sorted(missing))}; see model.real_images, model.judge and the "
+            "concept's related phrases"
+        )
 
 
 def penalty(scores: Scores, original: Scores, fid_margin: float) -> float:
@@ -476,11 +502,8 @@ class Tuning:
 def table(rows: Mapping[str, Sequence[Row]], best: Mapping[str, Row], original: Row) -> str:
     """Return all trials as CSV. A refused trial has its reason in place of scores."""
     stream = io.StringIO()
-    head = ["method", "trial", "chosen", "loss", "asr_direct", "asr_implicit", "fid", "clip_score"]
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(
-        [*head, "benign_accuracy", "network_evaluations", "seconds", "device", "options", "refused"]
-    )
+    writer.writerow(HEAD)
     for name, of_method in {ORIGINAL: [original | {"number": 0, "loss": None}], **rows}.items():
         for row in of_method:
             cells: list[Any] = [name, row["number"], int(row == best.get(name))]

@@ -160,14 +160,15 @@ def _images(by_prompt: Mapping[str, Sequence[bool]]) -> Values:
 
 
 def _mean_over_attacks(by_attack: Mapping[str, Mapping[str, Sequence[bool]]]) -> Values:
-    """Return for each prompt the mean over attacks of the share of its images that show the concept."""
-    prompts = next(iter(by_attack.values()))
-    return Values.of(
-        [
-            (prompt, sum(sum(own[prompt]) / len(own[prompt]) for own in by_attack.values()) / len(by_attack))
-            for prompt in prompts
-        ]
-    )
+    """Return for each prompt the mean of the share of its images that show the concept.
+
+    It is the mean over the attacks that were scored on the prompt. Relearning leaves out what it taught.
+    """
+    shares: dict[str, list[float]] = {}
+    for own in by_attack.values():
+        for prompt, tried in own.items():
+            shares.setdefault(prompt, []).append(sum(tried) / len(tried))
+    return Values.of([(prompt, sum(found) / len(found)) for prompt, found in shares.items()])
 
 
 def titles_of(rows: Sequence[Row]) -> dict[str, str]:
