@@ -235,7 +235,7 @@ def test_a_method_without_all_of_its_trials_has_no_best(
 def test_a_trial_is_another_one_if_its_concept_or_model_has_changed(tmp_path: Path) -> None:
     trial = Trial("uce", 0, {"method.ridge": 1.0})
     own, steps = config_of(tmp_path), config_of(tmp_path, "model.num_inference_steps=20")
-    violence = dataclasses.replace(own.concept["violence"], terms=["dagger"])
+    violence = dataclasses.replace(own.concept["violence"], terms={"dagger": "rose"})
     terms = dataclasses.replace(own, concept={"violence": violence})
     plain, *others = map(trial.key, (own, steps, terms))
     assert plain == trial.key(config_of(tmp_path, "runs=elsewhere")), "the place decides nothing"
