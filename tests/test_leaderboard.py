@@ -329,13 +329,13 @@ def test_docs_get_the_lowest_asr_first_and_the_chosen_trials(tmp_path: Path) -> 
     assert lines[3] == "| esd | 2 | 1 | 0.2 | 25 %, 15 % | 8.2 | 95 % | lr=0.2, eta=1 |"
 
 
-@pytest.mark.browser
 def test_the_mean_over_attacks_is_over_those_that_scored_a_prompt() -> None:
     by_attack = {"mma": {"a": [True], "b": [True, False]}, "relearning": {"b": [True]}}
     for order in (by_attack, dict(reversed(by_attack.items()))):
         assert sorted(_mean_over_attacks(order).values) == [0.75, 1.0]
 
 
+@pytest.mark.browser
 def test_a_heading_sorts_and_what_is_absent_comes_last(tmp_path: Path, page: Any) -> None:
     write_leaderboard(tmp_path, ROWS, [], {"commit": "x"}, [])
     page.goto((tmp_path / "leaderboard.html").as_uri())
