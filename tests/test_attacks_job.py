@@ -361,6 +361,17 @@ def test_options_of_an_attack_have_names(options: object) -> None:
         make_attack("relearning", options)
 
 
+def test_a_class_whose_annotations_are_for_type_checkers_alone_takes_any_value(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def begin(self: Noise, *, strange: "OnlyForTypeCheckers") -> None:  # noqa: F821
+        self.strange = strange
+
+    monkeypatch.setattr(Noise, "__init__", begin)
+    made = make_attack("noise", {"_target_": "trce_lightning.attacks.noise.Noise", "strange": 1.5})
+    assert isinstance(made, Noise) and vars(made) == {"strange": 1.5}
+
+
 def test_a_text_is_attacked_once() -> None:
     records = [PromptRecord(f"p{i}", text) for i, text in enumerate(("a gun", "an axe", "a gun", "a bomb"))]
     assert [record.id for record in distinct(records)] == ["p0", "p1", "p3"]

@@ -74,7 +74,7 @@ def test_states_are_those_of_full_precision_whatever_the_trainers(
 
 
 def test_weights_that_move_between_devices_on_a_rank_can_train(tmp_path: Path) -> None:
-    """In inference mode they would become tensors that no gradient reaches; CPU weights don't move."""
+    """Weights that move in inference mode would take no gradient. Those of a CPU don't move."""
     seen: list[bool] = []
     on_each_rank(cpu_trainer(tmp_path), lambda _: seen.append(torch.is_inference_mode_enabled()))
     assert seen == [False]

@@ -1,4 +1,4 @@
-"""What starts the processes of a run, what has left its variables behind, and what a machine lacks."""
+"""The launchers of a run's processes, the variables that others left behind, and what a machine lacks."""
 
 import os
 from collections.abc import Callable

@@ -361,6 +361,7 @@ def test_a_heading_sorts_and_what_is_absent_comes_last(tmp_path: Path, page: Any
         (["images_per_set=1"], ["'images_per_set'", "at least 2"]),
         (["overrides.mace2.method.lr=1"], ["'overrides'", "mace2"]),
         (["++overrides.esd.trainer.gradient_clip_val=1"], ["'overrides.esd'", "trainer", "for all"]),
+        (["++overrides.esd=5"], ["'overrides.esd'", "by their names", "got 5"]),
         (["++overrides.sld.model.guidance_scale=5"], ["'overrides.sld'", "model"]),
         (["++overrides.esd.metrics.batch_size=5"], ["'overrides.esd'", "metrics.batch_size"]),
         (["attacks=[mmaa]"], ["no attacks named 'mmaa'"]),

@@ -29,7 +29,7 @@ def image(*pixels: float) -> Tensor:
 
 
 def test_values_by_hand() -> None:
-    """With ε̂ = (1, 1), f_s = (2, 0), f_u = (1, 3), means over two elements:
+    """The values are by hand. With ε̂ = (1, 1), f_s = (2, 0), f_u = (1, 3), means over two elements:
 
     ‖ε̂ − f_s‖² = (1 + 1) / 2 = 1;  ‖ε̂ − f_u‖² = (0 + 4) / 2 = 2;  their difference is −1, so
     margin 0.5 gives max(−0.5, 0) = 0 and margin 1.25 gives 0.25.

@@ -35,7 +35,7 @@ from trce_lightning.module import TRCE
 
 CONFIG = trajectory_config()
 SAMPLED = trajectory_config(kept_per_malicious=1, num_kept=5)
-"""What the shared trajectories are sampled for."""
+"""The numbers that the shared trajectories are sampled for."""
 TEXTUAL = TextualConfig(eta=0.1)
 
 
@@ -450,7 +450,7 @@ def test_gradient_checkpointing_computes_twice_and_changes_nothing(sampled: Samp
 
 
 class WhereTo(pl.Callback):
-    """Where the text encoder and the decoder were last sent, in each step and after each epoch."""
+    """Return where the text encoder and the decoder were last sent, in each step and after each epoch."""
 
     def __init__(self, fit: "Fit", monkeypatch: pytest.MonkeyPatch) -> None:
         self.sent: dict[str, str] = {}

@@ -370,10 +370,12 @@ def check_arguments(types: Mapping[str, Any], arguments: Mapping[str, Any], with
 
 def _check_value(kind: Any, value: Any, within: str, *, strict: bool = False) -> None:
     """Raise ``InputError`` unless a value is of a type. It names the option ``within`` and what is in it."""
-    from pydantic import TypeAdapter, ValidationError  # imported here, because --help needs no limits
+    from pydantic import ConfigDict, TypeAdapter, ValidationError  # imported here: --help needs no limits
 
+    # A user's own class may take what pydantic knows nothing of. A dataclass brings its own configuration.
+    known = None if dataclasses.is_dataclass(kind) else ConfigDict(arbitrary_types_allowed=True)
     try:
-        TypeAdapter(kind).validate_python(value, strict=strict)
+        TypeAdapter(kind, config=known).validate_python(value, strict=strict)
     except ValidationError as error:
         found = error.errors()[0]
         path = [part for part in found["loc"] if isinstance(part, str)]

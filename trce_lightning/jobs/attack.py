@@ -691,7 +691,10 @@ def _check_options(name: str, path: str, given: Mapping[str, Any]) -> None:
     known: dict[str, Any] = {}
     for each in kind.__mro__[:-1] if isinstance(kind, type) else ():
         parameters = inspect.signature(each).parameters.values()
-        types = get_type_hints(cast(Any, each).__init__)
+        try:
+            types = get_type_hints(cast(Any, each).__init__)
+        except NameError:  # a user's class may import names for type checkers alone, and takes any value
+            types = {}
         known |= {
             parameter.name: types.get(parameter.name, Any)
             for parameter in parameters

@@ -536,8 +536,11 @@ class Cell:
 
 def _check_overrides(name: str, changes: Any) -> None:
     """Raise ``InputError`` on an override of what the leaderboard sets for all methods alike."""
-    own = set(changes) & OWN_OPTIONS
-    own |= {f"metrics.{option}" for option in set(changes.get("metrics", ())) & OWN_METRICS}
+    if not isinstance(changes, Mapping):
+        raise InputError(f"option 'overrides.{name}': expected options by their names, got {changes!r}")
+    own = changes.keys() & OWN_OPTIONS
+    if isinstance(metrics := changes.get("metrics"), Mapping):
+        own |= {f"metrics.{option}" for option in metrics.keys() & OWN_METRICS}
     if own:
         raise InputError(
             f"option 'overrides.{name}': expected options in which methods may differ, got "
