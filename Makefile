@@ -59,9 +59,11 @@ bench-table: bench-stages
 	$(BIN)/python train.py concept=violence output=$(HARDENED) experiment=hardened
 	$(BIN)/python -m benchmarks.readme $(STAGES) --hardened $(HARDENED)
 
-# All attacks on the original, each stage alone, both, and the references.
+# All attacks on the original, each stage alone, both, and the references. On two CPU cores, DEVICES=2 is faster.
+DEVICES ?= auto
 ATTACK := $(BIN)/python eval.py concept=violence attacks=all attack.inversion.runs=1 attack.relearning.pictures=[25] \
-  attack.relearning_lora.pictures=[25] attacked_prompts=32 sets=[direct,benign] metrics.final_images_per_set=64
+  attack.relearning_lora.pictures=[25] attacked_prompts=32 sets=[direct,benign] metrics.final_images_per_set=64 \
+  trainer.devices=$(DEVICES)
 bench-attacks: bench-stages
 	$(ATTACK) output=$(TABLE)/attacks models=[$(TABLE)/textual/erased,$(TABLE)/trajectory/erased,$(TABLE)/both/erased]
 	$(BIN)/python -m benchmarks.readme $(STAGES) $(addprefix --hardened ,$(wildcard $(HARDENED))) \
