@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,19 +12,20 @@ from types import MappingProxyType
 import pytest
 import torch
 import wandb
-from attack_targets import target_of
+from attack_targets import RECORDS, target_of
 from conftest import build_tiny_pipeline
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
+from tiny_flow import build
 
 from trce_lightning import cli
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
 from trce_lightning.attacks.findings import load_findings, save_findings
 from trce_lightning.attacks.inverse_edit import InverseEdit
 from trce_lightning.attacks.noise import Noise
-from trce_lightning.attacks.protocol import ControlTeaches, Cost, Door, Finding, Way
+from trce_lightning.attacks.protocol import ChecksTarget, ControlTeaches, Cost, Door, Finding, Way
 from trce_lightning.attacks.state_pgd import StatePgd
 from trce_lightning.config.schema import EvalConfig
 from trce_lightning.emoji.package import weights_folder
@@ -39,9 +41,10 @@ from trce_lightning.jobs.attack import (
     distinct,
     make_attack,
     progress_of,
+    reinitialise,
     unattacked_options,
 )
-from trce_lightning.jobs.evaluate import sources
+from trce_lightning.jobs.evaluate import evaluate, sources
 from trce_lightning.prompts.records import PromptRecord
 from trce_lightning.report.attacks import Attacks as Section
 
@@ -187,6 +190,69 @@ def test_other_options_and_other_models_have_other_folders(tiny_adapter, tmp_pat
         attacks._found(label, mma, other) for label in ("x", "original") for other in (target, changed[-1])
     ]
     assert len(set(shared)) == 1 and shared[0] != attacks._found("x", mma, changed[0])
+
+
+def test_a_model_that_one_attack_can_not_be_made_on_is_refused_before_the_first(
+    tiny_adapter, tmp_path: Path
+) -> None:
+    """The searches and images of the attacks before it would take hours."""
+    config = config_of("model.path=/x/erased", f"cache={tmp_path}", "attacks=[completion,mma,state_pgd]")
+    attacks = Attacks(config, sources(config), tmp_path)
+    quantised = StableDiffusionAdapter(build_tiny_pipeline())
+    weight = quantised.denoiser.conv_in.weight
+    quantised.denoiser.conv_in.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(InputError, match=r"attack\.state_pgd: expected weights that gradients go through"):
+        attacks._outcomes("erased", target_of(quantised, tiny_adapter))
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("name", ["completion", "inversion", "single_token", "mma", "p4d", "relearning"])
+def test_a_search_checks_its_model_itself(name: str, tiny_adapter, monkeypatch) -> None:
+    """Whoever calls an attack without the job gets the same sentence."""
+    (options,) = config_of(f"attacks=[{name}]").attack.values()
+    attack = make_attack(name, options)
+    assert isinstance(attack, ChecksTarget)
+
+    def refuse(self: object, target: object) -> None:
+        raise InputError("not this model")
+
+    monkeypatch.setattr(type(attack), "check", refuse)
+    with pytest.raises(InputError, match="not this model"):
+        attack.search(target_of(tiny_adapter), RECORDS, torch.Generator(), lambda _: None)
+
+
+def test_evaluations_that_share_a_folder_follow_each_other(tmp_path: Path) -> None:
+    config = config_of("model.path=/x/erased")
+    attacks = Attacks(config, sources(config), tmp_path)
+    inside = threading.Event()
+
+    def enter() -> None:
+        with attacks._alone(tmp_path / "shared"):
+            inside.set()
+
+    second = threading.Thread(target=enter)
+    with attacks._alone(tmp_path / "shared"):
+        second.start()
+        assert not inside.wait(0.3)
+        with attacks._alone(tmp_path / "other"):
+            pass
+    assert inside.wait(10)
+    second.join()
+
+
+def test_wrong_options_are_refused_before_a_model_is_opened() -> None:
+    with pytest.raises(InputError, match=r"attack\.p4d\.steps: expected"):
+        evaluate(config_of("model.path=/gone", "attacks=[p4d]", "attack.p4d.steps=0"))
+
+
+@pytest.mark.parametrize("family", ["sd35", "flux_dev"])
+def test_no_trained_weight_is_left_in_the_floor(family: str) -> None:
+    """Some layers of diffusers can't reset themselves."""
+    denoiser = build(family).transformer
+    for parameter in denoiser.parameters():
+        parameter.data.fill_(7.0)
+    reinitialise(denoiser)
+    assert not [name for name, parameter in denoiser.named_parameters() if (parameter == 7.0).any()]
 
 
 def test_the_bar_counts_what_is_left(tiny_adapter) -> None:

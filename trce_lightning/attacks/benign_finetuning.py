@@ -129,6 +129,10 @@ class BenignFinetuning:
         measured = (1 + self.seeds) * self.loss_rows
         return Cost(drawn + measured, self.seeds * self.steps * self.batch_size, len(records))
 
+    def check(self, target: Target) -> None:
+        """Raise ``InputError`` unless the model's weights can be trained."""
+        check_trainable(self.option, target.adapter)
+
     def search(
         self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator, progress: Progress
     ) -> list[Finding]:
@@ -136,8 +140,8 @@ class BenignFinetuning:
 
         Its tensors are named ``SEED/PARAMETER``: differences of weights in bfloat16.
         """
+        self.check(target)
         adapter, training = target.adapter, self._training(target)
-        check_trainable(self.option, adapter)
         benign, pictures, facts = self._pictures(target, progress)
         # All prompts are encoded, also those whose picture was dropped, so that the cost is known beforehand.
         text = adapter.encode([record.prompt for record in self._benign(target)]).to(adapter.device)
@@ -179,7 +183,7 @@ class BenignFinetuning:
         progress: Progress = untold,
     ) -> list[Finding]:
         """Return weights after a random walk of as many steps, γ √steps N(0, 1) away."""
-        check_trainable(self.option, target.adapter)
+        self.check(target)
         size = self._training(target).learning_rate * math.sqrt(self.steps)
         tensors = {
             f"{seed}/{name}": (size * torch.randn(parameter.shape, generator=generator)).to(STORED)

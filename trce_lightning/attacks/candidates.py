@@ -109,6 +109,10 @@ class WordSearch(ABC):
         """Return the prompts that each have a finding: the records, or one for all of them."""
         return [PromptRecord(UNIVERSAL, "")] if self.universal else records
 
+    def check(self, target: Target) -> None:
+        """Raise ``InputError`` unless the model has a vocabulary and room for the free places."""
+        self.layout(target, self.vocabulary(target), self.units(target.records))
+
     def random(
         self,
         target: Target,

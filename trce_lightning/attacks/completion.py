@@ -64,6 +64,14 @@ class Completion:
         evaluations = planned_evaluations(records, self.steps[-1], target.guidance_scale)
         return Cost(forward=evaluations, text=len(records))
 
+    def check(self, target: Target) -> None:
+        """Raise ``InputError`` unless the model can go on with the original's latents."""
+        if target.original.latent_shape != target.adapter.latent_shape:
+            raise InputError(
+                f"attack.completion: expected models of one latent shape, got {target.original.latent_shape} "
+                f"of the original and {target.adapter.latent_shape}"
+            )
+
     def search(
         self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator, progress: Progress
     ) -> list[Finding]:
@@ -87,11 +95,7 @@ class Completion:
     def _handed_over(
         self, target: Target, records: Sequence[PromptRecord], prompt: str | None, progress: Progress
     ) -> list[Finding]:
-        if target.original.latent_shape != target.adapter.latent_shape:
-            raise InputError(
-                f"attack.completion: expected models of one latent shape, got {target.original.latent_shape} "
-                f"of the original and {target.adapter.latent_shape}"
-            )
+        self.check(target)
         schedule, findings = target.original.schedule(self.num_steps), []
         for rows in batches(target, records):
             images = [fresh_record(row, self.name, prompt=prompt or row.prompt) for row in rows]

@@ -65,15 +65,27 @@ class InverseEdit:
         """Return nothing: the search is a solution of linear equations."""
         return Cost()
 
+    def check(self, target: Target) -> None:
+        """Raise ``InputError`` unless both models have the same matrices, which the edit's file fits."""
+        for name in target.adapter.streams():
+            before, after = _shapes(target.original, name), _shapes(target.adapter, name)
+            if before != after:
+                different = sorted(set(before.items()) ^ set(after.items()))
+                raise InputError(
+                    "attack.inverse_edit: expected the model that the attacked one was made of, got one "
+                    f"whose text projections differ, such as {different[0][0]}"
+                )
+            self._given(name, target.adapter.streams()[name].width)
+
     def search(
         self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator, progress: Progress
     ) -> list[Finding]:
         """Return the key of each stream, ``[d, d]`` float64, with residual, rank and condition of T."""
+        self.check(target)
         tensors: dict[str, Tensor] = {}
         facts: dict[str, dict[str, float | int | bool]] = {}
         for name in target.adapter.streams():
             before, after = _weights(target.original, name), _weights(target.adapter, name)
-            _check_alike(before, after)
             given = self._given(name, next(iter(before.values())).shape[1])
             w, edited = (torch.cat(list(weights.values())) for weights in (before, after))
             if given is None or torch.equal(w, edited):  # the file is of the edit, and here is none
@@ -129,6 +141,11 @@ class InverseEdit:
         yield Way("", records, with_mapped_states(target.adapter, keys), target.variation)
 
 
+def _shapes(adapter: Adapter, name: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a stream's matrices, by name."""
+    return {key: tuple(entry.module.weight.shape) for key, entry in adapter.streams()[name].entries.items()}
+
+
 def _weights(adapter: Adapter, name: str) -> dict[str, Tensor]:
     """Return the matrices of a stream that read text states, ``[d_out, d]`` float64 on the CPU."""
     stream = adapter.streams()[name]
@@ -136,17 +153,6 @@ def _weights(adapter: Adapter, name: str) -> dict[str, Tensor]:
         entry_name: entry.module.weight.detach()[:, entry.first : entry.first + stream.width].cpu().double()
         for entry_name, entry in stream.entries.items()
     }
-
-
-def _check_alike(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
-    """Raise ``InputError`` unless both models have the same matrices."""
-    shapes = [{name: tuple(weight.shape) for name, weight in weights.items()} for weights in (before, after)]
-    if shapes[0] != shapes[1]:
-        different = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))
-        raise InputError(
-            "attack.inverse_edit: expected the model that the attacked one was made of, got one whose text "
-            f"projections differ, such as {different[0][0]}"
-        )
 
 
 def _unexplained(before: Tensor, after: Tensor, transform: Tensor) -> float:

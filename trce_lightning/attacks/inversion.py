@@ -162,12 +162,16 @@ class Inversion:
         """Return the number of batches that choose among the runs."""
         return self.runs * COMPARED if self.runs > 1 else 0
 
+    def check(self, target: Target) -> None:
+        """Raise ``InputError`` unless gradients go through the model at as many noise levels."""
+        check_gradients(target, self.name)
+        check_levels(target.adapter, self.name, self.levels)
+
     def search(
         self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator, progress: Progress
     ) -> list[Finding]:
         """Return the vectors at each checkpoint, ``segment.step``, ``[n, e]``; the last is the result."""
-        check_gradients(target, self.name)
-        check_levels(target.adapter, self.name, self.levels)
+        self.check(target)
         adapter, slots = target.adapter, self.slots(target.adapter, _sentences(target)[0])
         z_0 = adapter.encode_images(self.learnt_from(target))
         seeds = torch.randint(2**32, (self.runs,), generator=generator).tolist()

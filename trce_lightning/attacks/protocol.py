@@ -194,6 +194,14 @@ class Attack(Protocol):
 
 
 @runtime_checkable
+class ChecksTarget(Protocol):
+    """An attack that can't be made on every model."""
+
+    def check(self, target: Target) -> None:
+        """Raise ``InputError`` if the search can't be made on this model. It costs no network evaluation."""
+
+
+@runtime_checkable
 class LearnsFromPictures(Protocol):
     """An attack that learns from pictures, of which its images may be copies."""
 

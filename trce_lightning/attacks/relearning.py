@@ -127,6 +127,11 @@ class Relearning:
         backward = len(self.pictures) * self.steps[-1] * self.batch_size
         return Cost(backward=backward, text=self.pictures[-1])
 
+    def check(self, target: Target) -> None:
+        """Raise ``InputError`` unless the model's weights can be trained on as many pictures."""
+        check_trainable(self.option, target.adapter)
+        self._taught(target)
+
     def search(
         self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator, progress: Progress
     ) -> list[Finding]:
@@ -135,6 +140,7 @@ class Relearning:
         Its tensors are named ``PICTURES/STEPS/PARAMETER``: differences of weights in bfloat16, or a LoRA's
         two factors.
         """
+        self.check(target)
         taught = self._taught(target)
         captions = [record.prompt for record in taught]
         found = self._learnt(target, self.pictures, self.steps, taught, captions, generator, progress)
@@ -148,6 +154,7 @@ class Relearning:
         progress: Progress = untold,
     ) -> list[Finding]:
         """Train on all pictures, each under another one's caption, and keep the last step."""
+        self.check(target)
         taught = self._taught(target)
         captions = [record.prompt for record in taught]
         if len(captions) > 1:
@@ -222,7 +229,6 @@ class Relearning:
     ) -> Finding:
         """Train on each of ``counts`` pictures; keep what has changed after the steps in ``kept``."""
         adapter = target.adapter
-        check_trainable(self.option, adapter)
         training = training_of(
             target,
             steps=self.steps[-1],

@@ -131,14 +131,19 @@ class SingleToken(WordSearch):
         patterns = [alone(1) if self.place == "alone" else prefixed(row, 1) for row in words]
         return Layout.of(target.adapter, vocabulary, patterns)
 
+    def check(self, target: Target) -> None:
+        """Raise ``InputError`` unless the vocabulary is small enough. A loss needs pictures, too."""
+        super().check(target)
+        if self.score_by == "loss":
+            pictures_of(target, target.records, self.name)
+            check_levels(target.adapter, self.name, self.levels)
+
     def search(
         self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator, progress: Progress
     ) -> list[Finding]:
         """Go through the vocabulary; ``place: alone`` gives one universal finding."""
+        self.check(target)
         vocabulary = self.vocabulary(target)
-        if self.score_by == "loss":
-            pictures_of(target, target.records, self.name)
-            check_levels(target.adapter, self.name, self.levels)
         units = self.units(records)
         layout = self.layout(target, vocabulary, units)
         return [

@@ -75,6 +75,11 @@ class StatePgd:
     def _cost(self, prompts: int) -> Cost:
         return Cost(backward=prompts * self.steps * self.samples, text=prompts)
 
+    def check(self, target: Target) -> None:
+        """Raise ``InputError`` unless gradients go through the model at as many noise levels."""
+        check_gradients(target, self.name)
+        check_levels(target.adapter, self.name, self.levels)
+
     def search(
         self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator, progress: Progress
     ) -> list[Finding]:
@@ -82,8 +87,7 @@ class StatePgd:
 
         Each prompt has random numbers of its own, so ``generator`` is not used.
         """
-        check_gradients(target, self.name)
-        check_levels(target.adapter, self.name, self.levels)
+        self.check(target)
         findings = []
         for rows in batches(target, records):
             delta, losses = self._descend(target, rows, progress)

@@ -148,6 +148,7 @@ class TextSearch(WordSearch):
 
         ``progress`` is told the evaluations of images, or the encoded prompts where no image is made.
         """
+        self.check(target)
         vocabulary = self.vocabulary(target)
         findings: list[Finding] = []
         for rows in parts(records, self.batch_size):

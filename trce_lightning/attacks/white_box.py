@@ -132,13 +132,18 @@ class WhiteBoxWords(WordSearch):
             text += looks
         return Cost(forward=forward, backward=step, text=text)
 
+    def check(self, target: Target) -> None:
+        """Raise ``InputError`` unless there are pictures, room for words, and gradients at as many levels."""
+        super().check(target)
+        pictures_of(target, target.records, self.name)
+        check_gradients(target, self.name)
+        check_levels(target.adapter, self.name, self.levels)
+
     def search(
         self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator, progress: Progress
     ) -> list[Finding]:
         """Search for the tokens of each record."""
-        pictures_of(target, records, self.name)
-        check_gradients(target, self.name)
-        check_levels(target.adapter, self.name, self.levels)
+        self.check(target)
         vocabulary = self.vocabulary(target)
         findings: list[Finding] = []
         for rows in parts(records, self.batch_size):

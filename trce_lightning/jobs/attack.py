@@ -7,14 +7,15 @@ import hashlib
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 import torch
+from diffusers.models.normalization import RMSNorm
 from lightning.pytorch.loggers import Logger, WandbLogger
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -25,6 +26,7 @@ from trce_lightning.attacks.findings import load_findings, save_findings
 from trce_lightning.attacks.protocol import (
     UNIVERSAL,
     Attack,
+    ChecksTarget,
     ControlTeaches,
     Cost,
     Finding,
@@ -65,6 +67,8 @@ from trce_lightning.prompts.own import Split
 from trce_lightning.prompts.records import BENIGN, DIRECT, PromptRecord, seed_of
 from trce_lightning.report.attacks import Attacks as Content
 from trce_lightning.report.attacks import Find
+from trce_lightning.runtime.launchers import process_rank
+from trce_lightning.runtime.locks import LOCK, claimed
 from trce_lightning.runtime.ranks import Rank, on_each_rank
 from trce_lightning.runtime.storage import write_json
 from trce_lightning.sampling import seeded
@@ -170,9 +174,19 @@ class Attacks:
             write_json(self.folder / "attacks.json", {"rows": self.rows, "transfer": self.transferred})
 
     def costs(self) -> dict[str, Cost]:
-        """Return the exact cost of the search of each attack on one model, by the attack's name."""
+        """Return the exact cost of the search of each attack on one model, by the attack's name.
+
+        ``InputError`` if an attack can't be made on the original.
+        """
         target = self._target(self.original_label, pictures=False)
+        self._check(target)
         return {attack.name: attack.cost(target) for attack in self.attacks}
+
+    def _check(self, target: Target) -> None:
+        """Raise ``InputError`` if an attack can't be made on a model, before the first one takes its time."""
+        for attack in self.attacks:
+            if isinstance(attack, ChecksTarget):
+                attack.check(target)
 
     def announce(self) -> None:
         """Log the exact cost of every search, and which models it serves."""
@@ -306,6 +320,7 @@ class Attacks:
 
     def _outcomes(self, label: str, target: Target) -> tuple[dict[str, Outcome], float]:
         """Return the outcome of each attack on a model, and the judge's share of false alarms."""
+        self._check(target)
         place, judge = self._place(label, target), self._judging()
 
         def shown(name: str, records: Sequence[PromptRecord], options: Mapping[str, Any]) -> Seen:
@@ -318,51 +333,64 @@ class Attacks:
         self.origins[label] = Origin(target.adapter.fingerprint(), found_in)
         outcomes = {}
         for attack in self.attacks:
-            own = place / self._stored_as(attack)
-            findings = self._search(found_in[attack.name], label, attack, target)
-            ways = self._generated(own / "images", label, attack, target, findings, judge)
-            result = ways[-1].seen
-            tries = max(map(len, hits_of(result).values()))
-            by_chance = self._control(own / "control", label, attack, target)
-            control = self._generated(own / "random", label, attack, target, by_chance, judge, result=True)
-            options = unattacked_options(self._usual, ways[-1].way)
-            name = (
-                f"seeds {tries}"
-                if options == self._usual
-                else f"seeds {tries} {digest(settings_of(options))}"
-            )
-            seeds = shown(name, other_seeds(target.records, tries), options)
-            copies = None
-            if isinstance(attack, LearnsFromPictures):
-                copies = self._diversity(ways[-1], attack.learnt_from(target))
-            chance = hits_of(control[-1].seen)
-            settings = {stage.way.name: hits_of(stage.seen) for stage in ways if not stage.way.on_curve}
-            if isinstance(attack, ControlTeaches):
-                settings[attack.control] = chance
-            spent = total(finding.spent for finding in findings.values())
-            outcomes[attack.name] = Outcome(
-                attacked=hits_of(result),
-                unattacked=hits_of(unattacked),
-                seeds=hits_of(seeds),
-                random=None if isinstance(attack, ControlTeaches) else chance,
-                tries=tries,
-                forward=spent.forward,
-                backward=spent.backward,
-                text=spent.text,
-                settings=settings,
-                diversity=None if copies is None else copies._asdict(),
-                by_budget=budget_of_stages(
-                    (stage.way.spent, hits_of(stage.seen)) for stage in ways if stage.way.on_curve
-                ),
-                benign_by_budget=[
-                    (stage.way.spent, stage.right) for stage in ways if stage.right is not None
-                ],
-            )
-            if label in self.attacked:
-                self.finds[label] += self._finds(attack, target, ways[-1], findings)
-            log.info("%s: %s %s", label, attack.name, percent(hits_of(result)))
+            # Models and evaluations share folders of the cache.
+            with self._alone(found_in[attack.name]), self._alone(place):
+                own = place / self._stored_as(attack)
+                findings = self._search(found_in[attack.name], label, attack, target)
+                ways = self._generated(own / "images", label, attack, target, findings, judge)
+                result = ways[-1].seen
+                tries = max(map(len, hits_of(result).values()))
+                by_chance = self._control(own / "control", label, attack, target)
+                control = self._generated(
+                    own / "random", label, attack, target, by_chance, judge, result=True
+                )
+                options = unattacked_options(self._usual, ways[-1].way)
+                name = (
+                    f"seeds {tries}"
+                    if options == self._usual
+                    else f"seeds {tries} {digest(settings_of(options))}"
+                )
+                seeds = shown(name, other_seeds(target.records, tries), options)
+                copies = None
+                if isinstance(attack, LearnsFromPictures):
+                    copies = self._diversity(ways[-1], attack.learnt_from(target))
+                chance = hits_of(control[-1].seen)
+                settings = {stage.way.name: hits_of(stage.seen) for stage in ways if not stage.way.on_curve}
+                if isinstance(attack, ControlTeaches):
+                    settings[attack.control] = chance
+                spent = total(finding.spent for finding in findings.values())
+                outcomes[attack.name] = Outcome(
+                    attacked=hits_of(result),
+                    unattacked=hits_of(unattacked),
+                    seeds=hits_of(seeds),
+                    random=None if isinstance(attack, ControlTeaches) else chance,
+                    tries=tries,
+                    forward=spent.forward,
+                    backward=spent.backward,
+                    text=spent.text,
+                    settings=settings,
+                    diversity=None if copies is None else copies._asdict(),
+                    by_budget=budget_of_stages(
+                        (stage.way.spent, hits_of(stage.seen)) for stage in ways if stage.way.on_curve
+                    ),
+                    benign_by_budget=[
+                        (stage.way.spent, stage.right) for stage in ways if stage.right is not None
+                    ],
+                )
+                if label in self.attacked:
+                    self.finds[label] += self._finds(attack, target, ways[-1], findings)
+                log.info("%s: %s %s", label, attack.name, percent(hits_of(result)))
         alarms = [hit for tried in hits_of(benign).values() for hit in tried]
         return outcomes, sum(alarms) / len(alarms)
+
+    @contextmanager
+    def _alone(self, folder: Path) -> Iterator[None]:
+        """Let one evaluation at a time work in a folder. Those that wait find its files afterwards."""
+        if process_rank() > 0:  # the first process of this evaluation locks for all
+            yield
+            return
+        with claimed(folder / LOCK, wait=True):
+            yield
 
     def _diversity(self, stage: Stage, pictures: Tensor) -> Diversity | None:
         """Return how new the result's images are beside the pictures learnt from; None beside one alone."""
@@ -737,12 +765,14 @@ def attackers(records: Sequence[PromptRecord]) -> list[PromptRecord]:
 
 
 def reinitialise(denoiser: nn.Module) -> None:
-    """Give all weights their initial random values, from a fixed seed."""
+    """Give all weights their initial values, from a fixed seed. They are random, and a scale is 1."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for module in denoiser.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
+            elif isinstance(module, RMSNorm) and module.weight is not None:
+                nn.init.ones_(module.weight)
 
 
 def distinct(records: Sequence[PromptRecord]) -> tuple[PromptRecord, ...]:

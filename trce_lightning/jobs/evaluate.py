@@ -26,7 +26,7 @@ from trce_lightning.evaluation.conditions import asked
 from trce_lightning.evaluation.scored import Column, Scored, category_rates, log_scores
 from trce_lightning.evaluation.scorer import Scorer, score_on_all_ranks
 from trce_lightning.jobs import runs
-from trce_lightning.jobs.attack import Attacks, attacks_table
+from trce_lightning.jobs.attack import Attacks, attacks_table, make_attack
 from trce_lightning.jobs.robustness import Robustness, robustness_rows, robustness_table
 from trce_lightning.jobs.session import Session, base_name, concepts_of
 from trce_lightning.jobs.trainers import dashboards, make_trainer
@@ -55,6 +55,8 @@ class Evaluation:
     def __init__(self, config: EvalConfig) -> None:
         self.config = config
         self.sources = sources(config)
+        for name, options in config.attack.items():
+            make_attack(name, options)  # to refuse a wrong option before a model is opened
         self.detectors = [load_class_detector(path) for path in config.detectors]
         self.columns: dict[str, Column] = {}
         self.seconds: dict[str, float] = {}
