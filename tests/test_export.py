@@ -21,7 +21,16 @@ from trce_lightning.closed_form import Edit, KeepStatistics, merge_pairs, pair_s
 from trce_lightning.concepts import Concept
 from trce_lightning.config.schema import FORMS, OptimizerConfig, TextualConfig, TrajectoryConfig
 from trce_lightning.errors import InputError
-from trce_lightning.export import card_facts, compact_pairs, load_edit, save_delta, save_edit, save_pipeline
+from trce_lightning.export import (
+    card_facts,
+    compact_pairs,
+    delta_name,
+    load_deltas,
+    load_edit,
+    save_delta,
+    save_edit,
+    save_pipeline,
+)
 from trce_lightning.module import TRCE
 from trce_lightning.textual import TextualStatistics
 
@@ -174,3 +183,34 @@ def test_a_damaged_or_earlier_edit_is_refused_by_name(erased: Erased, tmp_path: 
     file.write_bytes(b"x")
     with pytest.raises(InputError, match=r"edit\.safetensors: expected an edit, .*run train\.py again"):
         load_edit(file)
+
+
+def test_changed_tensors_make_the_erased_model_again(erased: Erased, tmp_path: Path) -> None:
+    """A method may change the denoiser, a text encoder, or both."""
+    encoder = {name: tensor + 1 for name, tensor in build_tiny_pipeline().text_encoder.state_dict().items()}
+    for component, tensors in {"unet": erased.changed, "text_encoder": encoder}.items():
+        save_delta(tmp_path / delta_name(component, "unet"), tensors, "tiny", "f")
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "delta.safetensors",
+        "delta.text_encoder.safetensors",
+    }
+    adapter = StableDiffusionAdapter(build_tiny_pipeline())
+    before = adapter.fingerprint()
+    load_deltas(tmp_path, adapter)
+    assert adapter.fingerprint() != before
+    for name, tensor in erased.adapter.denoiser.state_dict().items():
+        assert torch.equal(adapter.denoiser.state_dict()[name], tensor), name
+    for name, tensor in adapter.pipeline.text_encoder.state_dict().items():
+        assert torch.equal(tensor, encoder[name]), name
+
+
+def test_changed_tensors_of_another_model_are_refused(tmp_path: Path) -> None:
+    adapter = StableDiffusionAdapter(build_tiny_pipeline())
+    before = adapter.fingerprint()
+    with pytest.raises(InputError, match=r"expected changed tensors, such as delta\.safetensors, got none"):
+        load_deltas(tmp_path, adapter)
+    for tensors in ({"other.weight": torch.zeros(2)}, {"conv_in.weight": torch.zeros(2)}):
+        save_delta(tmp_path / "delta.safetensors", tensors, "tiny", "f")
+        with pytest.raises(InputError, match=rf"expected tensors of '.*', got {next(iter(tensors))}"):
+            load_deltas(tmp_path, adapter)
+    assert adapter.fingerprint() == before

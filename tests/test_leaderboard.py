@@ -2,15 +2,19 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from benchmarks.leaderboard import chosen_trials, load_rows, sections
 from trce_lightning import cli
+from trce_lightning.adapters import load_adapter
 from trce_lightning.config.composition import compose
 from trce_lightning.config.schema import LeaderboardConfig
 from trce_lightning.errors import InputError
@@ -123,11 +127,36 @@ def test_a_killed_cell_continues(
     monkeypatch.setattr(job, "erase_seconds", lambda metrics, work: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         leaderboard(config_of(tmp_path, cache))
-    assert len(trained) == 1 and not list((tmp_path / "board").glob("**/cell.json"))
+    assert len(trained) == 1 and not list((tmp_path / "board").glob("**/cell-*.json"))
     monkeypatch.setattr(job, "erase_seconds", lambda metrics, work: 3.0)
     leaderboard(config_of(tmp_path, cache))
     assert len(trained) == 1, "it erased again"
     assert float(lines_of(tmp_path)["uce"]["erase_seconds"]) == 3
+
+
+def test_other_attacks_erase_nothing_again(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pipeline was deleted, and the changed tensors make it again, bit by bit."""
+    leaderboard(config_of(tmp_path, cache, "keep=true"))
+    (pipeline,) = (tmp_path / "board").glob("violence/uce/*/erase/erased")
+    before = load_adapter(pipeline)
+    leaderboard(config_of(tmp_path, cache))
+    shutil.rmtree(pipeline)
+    monkeypatch.setattr(job, "train", lambda config: pytest.fail("it erased again"))
+    seen: list[dict[str, Tensor]] = []
+
+    def attacked(self: Cell, folder: Path) -> dict[str, Any]:
+        seen.append(load_adapter(folder).denoiser.state_dict())
+        return {}
+
+    monkeypatch.setattr(Cell, "_attacked", attacked)
+    monkeypatch.setattr(job.Group, "refer", lambda self: None)
+    leaderboard(config_of(tmp_path, cache, "attacks=[completion]"))
+    leaderboard(config_of(tmp_path, cache, "attacks=[completion]", "attack.completion.num_steps=9"))
+    assert len(seen) == 2
+    for name, tensor in before.denoiser.state_dict().items():
+        assert torch.equal(seen[0][name], tensor), name
 
 
 def test_a_cell_of_another_process_is_left_to_it(tmp_path: Path, cache: Path, erased: list[str]) -> None:
@@ -151,7 +180,7 @@ def test_a_result_of_another_machine_is_found(tmp_path: Path, cache: Path) -> No
     """Neither the device nor the place of caches enters a cell's name; what decides images does."""
     (cell,) = Board(config_of(tmp_path, cache)).cells
     (alike,) = Board(config_of(tmp_path, tmp_path, "trainer.accelerator=auto", "batch_size=7")).cells
-    assert alike.folder == cell.folder
+    assert alike.file == cell.file
     for change in (
         "images_per_set=3",
         "seeds=[1]",
@@ -160,7 +189,7 @@ def test_a_result_of_another_machine_is_found(tmp_path: Path, cache: Path) -> No
         "++overrides.uce.method.ridge=2",
     ):
         (other,) = Board(config_of(tmp_path, cache, change)).cells
-        assert other.folder != cell.folder, change
+        assert other.file != cell.file, change
 
 
 def test_a_refused_cell_lets_the_others_run_and_ends_the_command(
@@ -215,7 +244,7 @@ def test_two_processes_at_once_share_the_cells_and_do_no_work_twice(tmp_path: Pa
     both = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=600)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    cells = list(tmp_path.glob("leaderboard/violence/uce/*/cell.json"))
+    cells = list(tmp_path.glob("leaderboard/violence/uce/*/cell-*.json"))
     assert len(cells) == 2
     erasings = [text.count("erasing violence from emoji") for text in said]
     assert sum(erasings) == 2, "each cell was erased once"

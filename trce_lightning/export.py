@@ -17,6 +17,8 @@ from trce_lightning.adapters import Adapter
 from trce_lightning.adapters.stored import StoredNetwork, StoredPipeline
 from trce_lightning.closed_form import Edit, KeepStatistics, Readers
 from trce_lightning.config.schema import TextualConfig
+from trce_lightning.erasers.protocol import denoiser_name
+from trce_lightning.errors import InputError
 from trce_lightning.runtime.storage import (
     read_safetensors,
     reading,
@@ -213,6 +215,34 @@ def save_delta(file: Path, changed: Mapping[str, Tensor], base: str, fingerprint
     """
     tensors = {name: tensor.cpu() for name, tensor in changed.items()}
     write_safetensors(file, tensors, {"base_model": base, "fingerprint": fingerprint})
+
+
+def delta_name(component: str, denoiser: str) -> str:
+    """Return the file name of a component's changed tensors. ``denoiser`` is the name of the denoiser."""
+    return "delta.safetensors" if component == denoiser else f"delta.{component}.safetensors"
+
+
+def load_deltas(folder: Path, adapter: Adapter) -> None:
+    """Load the changed tensors that a run has written into the model that it has erased from.
+
+    ``InputError`` if a file is damaged, is of another model, or there is none.
+    """
+    denoiser, found = denoiser_name(adapter), False
+    for component, network in adapter.networks().items():
+        file = folder / delta_name(component, denoiser)
+        if not file.exists():
+            continue
+        found = True
+        changed, own = read_safetensors(file, "the changed tensors of a run"), network.state_dict()
+        for name, tensor in changed.items():
+            if name not in own or own[name].shape != tensor.shape:
+                raise InputError(
+                    f"{file}: expected tensors of '{adapter.name}', got {name}; name its base model"
+                )
+        network.load_state_dict(changed, strict=False)
+    if not found:
+        raise InputError(f"{folder}: expected changed tensors, such as delta.safetensors, got none")
+    adapter.weights_changed()
 
 
 def save_single_file(file: Path, adapter: Adapter, base: str, fingerprint: str) -> None:

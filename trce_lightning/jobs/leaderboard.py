@@ -7,7 +7,7 @@ are made once for each set of concepts, before its cells.
 
     OUTPUT/CONCEPTS/references-HASH/references.json      the original, never-learnt and re-initialised models
     OUTPUT/CONCEPTS/METHOD/SEED-HASH/erase/              the run of train.py
-    OUTPUT/CONCEPTS/METHOD/SEED-HASH/cell.json           scores, attacks and cost; it comes last
+    OUTPUT/CONCEPTS/METHOD/SEED-HASH/cell-HASH.json      scores, attacks and cost; it comes last
     OUTPUT/leaderboard.html, .json, .csv
 """
 
@@ -51,6 +51,7 @@ from trce_lightning.errors import InputError
 from trce_lightning.evaluation.pooled import image_values
 from trce_lightning.evaluation.scored import Detections, Scored
 from trce_lightning.evaluation.scorer import Scorer, score_on_all_ranks
+from trce_lightning.export import load_deltas
 from trce_lightning.jobs import announce, runs
 from trce_lightning.jobs.attack import ORIGINAL, Attacked, Attacks
 from trce_lightning.jobs.erase import reads_seed, run_of, train
@@ -61,11 +62,11 @@ from trce_lightning.report.leaderboard import CONCEPTS, Published, rows_of, writ
 from trce_lightning.runtime.checkout import commit
 from trce_lightning.runtime.locks import claimed, release
 from trce_lightning.runtime.logs import set_up_logging
-from trce_lightning.runtime.storage import reading, write_json
+from trce_lightning.runtime.storage import reading, replacing_folder, write_json
 
 log = logging.getLogger(__name__)
 SCHEMA = 1
-CELL, REFERENCES = "cell.json", "references.json"
+REFERENCES = "references.json"
 METHOD, GUIDANCE = "method", "guidance"
 LEAST_IMAGES = 2
 """The images a set of the tuning prompts, whose scores a cell doesn't need. FID takes two."""
@@ -403,21 +404,24 @@ class Cell:
     @cached_property
     def folder(self) -> Path:
         """The cell's folder."""
-        configs: list[Any] = [self.eval_config]
-        if self.kind == METHOD:
-            configs.append(self.train_config)
-        return self.group.folder / self.method / f"{self.seed}-{hash_of(*configs)}"
+        own = self.train_config if self.kind == METHOD else self.eval_config
+        return self.group.folder / self.method / f"{self.seed}-{hash_of(own)}"
+
+    @cached_property
+    def file(self) -> Path:
+        """The cell's result. Other attacks have another one beside it, from the same erased model."""
+        return self.folder / f"cell-{hash_of(self.eval_config)}.json"
 
     @property
     def is_done(self) -> bool:
         """Return whether the cell's result is there."""
-        return (self.folder / CELL).exists()
+        return self.file.exists()
 
     @property
     def result(self) -> Json:
         """The cell's result."""
         if self._result is None:
-            self._result = read(self.folder / CELL)
+            self._result = read(self.file)
             assert self._result is not None, "the cell is done"
         return self._result
 
@@ -451,7 +455,7 @@ class Cell:
                 log.info("%s: %s", self.title, self.folder)
                 self.group.refer()
                 result = self._erased() if self.kind == METHOD else self._guided()
-                write_json(self.folder / CELL, self._facts() | result)
+                write_json(self.file, self._facts() | result)
                 if not self.group.config.keep:
                     self._clean_up()
             return True
@@ -481,7 +485,7 @@ class Cell:
         metrics = read(folder / runs.FINISHED)
         assert metrics is not None, "the run has written its metrics"
         start = time.monotonic()
-        attacked = self._attacked(folder / "erased") if self.group.config.attack else {}
+        attacked = self._attacked(self._pipeline()) if self.group.config.attack else {}
         seconds["attack"] = round(time.monotonic() - start, 1)
         scored, scorer = Scored.load(folder / "scored" / "erased.json"), planned.scorers["final"]
         return {
@@ -496,6 +500,17 @@ class Cell:
             **attacked,
             "seconds": seconds,
         }
+
+    def _pipeline(self) -> Path:
+        """Return the folder of the erased pipeline. If it was deleted, the changed tensors make it again."""
+        folder = self.folder / "erase" / "erased"
+        if not folder.exists():
+            config = self.eval_config
+            adapter = Session(config, concepts_of(config)).adapter
+            load_deltas(self.folder / "erase", adapter)
+            with replacing_folder(folder) as aside:
+                adapter.pipeline.save_pretrained(aside)
+        return folder
 
     def _attacked(self, pipeline: Path) -> Json:
         sources = {ORIGINAL: self.group.config.model.path, self.method: str(pipeline)}

@@ -145,8 +145,7 @@ def write_model(run: TrainingRun, table: str) -> None:
     changed, config = run.changed(), run.config
     if "delta" in config.export:
         for component, tensors in changed.items():
-            own = component == denoiser_name(run.adapter)
-            name = "delta.safetensors" if own else f"delta.{component}.safetensors"
+            name = export.delta_name(component, denoiser_name(run.adapter))
             export.save_delta(run.folder / name, tensors, run.base, run.fingerprint)
     for name, further in run.method_files().items():
         export.save_delta(run.folder / f"{name}.safetensors", further, run.base, run.fingerprint)
