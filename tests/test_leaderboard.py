@@ -134,6 +134,28 @@ def test_a_killed_cell_continues(
     assert float(lines_of(tmp_path)["uce"]["erase_seconds"]) == 3
 
 
+def test_a_run_that_was_stopped_goes_on_and_one_with_another_cache_begins_again(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A method's run writes other stages than its configuration had."""
+    fresh: list[bool] = []
+    train = job.train
+
+    def stopped(config: Any) -> None:
+        """Train, and leave what a run leaves that was stopped before its end."""
+        fresh.append(config.fresh)
+        train(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "train", stopped)
+    for own in (cache, cache, tmp_path / "other"):
+        for file in (tmp_path / "board").glob("violence/uce/*/erase/metrics.json"):
+            file.unlink()
+        with pytest.raises(KeyboardInterrupt):
+            leaderboard(config_of(tmp_path, own))
+    assert fresh == [False, False, True]
+
+
 def test_other_attacks_erase_nothing_again(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

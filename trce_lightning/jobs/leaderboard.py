@@ -479,8 +479,10 @@ class Cell:
             # A run that was begun with another Trainer or cache begins again.
             begun = (folder / runs.CONFIG).exists()
             own = dataclasses.replace(self.train_config, output=str(folder))
+            # The run wrote the configuration that its method makes of it.
+            written = dataclasses.replace(planned.config, output=own.output, cache=own.cache)
             start = time.monotonic()
-            train(dataclasses.replace(own, fresh=begun and not runs.is_equal(folder, own)))
+            train(dataclasses.replace(own, fresh=begun and not runs.is_equal(folder, written)))
             seconds["erase and score"] = round(time.monotonic() - start, 1)
         metrics = read(folder / runs.FINISHED)
         assert metrics is not None, "the run has written its metrics"
