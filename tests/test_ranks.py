@@ -1,9 +1,11 @@
 """What is counted on several processes: of all of them, and as announced."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import cpu_trainer, one_thread
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from trce_lightning.runtime.ranks import (
     on_each_rank,
     peak_device_memory_mb,
     peak_memory_mb,
+    threads_of_idle_ranks,
     total_over_ranks,
 )
 
@@ -72,3 +75,27 @@ def test_nothing_to_count_and_memory(tmp_path: Path) -> None:
     assert total_over_ranks(cpu_trainer(tmp_path), {}) == {}
     (line,) = (line for line in Path("/proc/self/status").read_text("utf-8").splitlines() if "VmHWM" in line)
     assert peak_memory_mb() == pytest.approx(int(line.split()[1]) / 1024, rel=0.05)  # the kernel says KiB
+
+
+def test_a_rank_that_works_alone_has_the_threads_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    torch.set_num_threads(2)
+    seen = {}
+    try:
+        for world_size, busy, kind in [
+            (1, 1, "cpu"),
+            (2, 1, "cpu"),
+            (2, 2, "cpu"),
+            (9, 1, "cpu"),
+            (2, 1, "cuda"),
+        ]:
+            with threads_of_idle_ranks(Rank(0, world_size, torch.device(kind)), busy):
+                seen[world_size, busy, kind] = torch.get_num_threads()
+            assert torch.get_num_threads() == 2
+        with pytest.raises(KeyError), threads_of_idle_ranks(Rank(0, 2, torch.device("cpu")), 1):
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert list(seen.values()) == [2, 4, 2, 6, 2], "no more threads than cores"

@@ -69,7 +69,7 @@ from trce_lightning.report.attacks import Attacks as Content
 from trce_lightning.report.attacks import Find
 from trce_lightning.runtime.launchers import process_rank
 from trce_lightning.runtime.locks import LOCK, claimed
-from trce_lightning.runtime.ranks import Rank, on_each_rank
+from trce_lightning.runtime.ranks import Rank, on_each_rank, threads_of_idle_ranks
 from trce_lightning.runtime.storage import write_json
 from trce_lightning.sampling import seeded
 
@@ -557,9 +557,11 @@ class Attacks:
             left = [index for index, stem in stems.items() if not stem.with_suffix(".json").exists()]
             evaluations = progress_of(attack, target, [record for index in left for record in batches[index]])
             title = f"{label}: {attack.name}, search"
-            with tqdm(
-                total=evaluations, desc=title, unit="eval", disable=rank.index > 0 or not evaluations
-            ) as bar:
+            hidden = rank.index > 0 or not evaluations
+            with (
+                threads_of_idle_ranks(rank, len(batches)),
+                tqdm(total=evaluations, desc=title, unit="eval", disable=hidden) as bar,
+            ):
                 for index in left:
                     generator = self._generator(attack, f"batch {index}")
                     with torch.enable_grad():  # predicting goes without
@@ -576,7 +578,11 @@ class Attacks:
         def make(rank: Rank) -> None:
             if rank.index == 0 and not stem.with_suffix(".json").exists():
                 generator, title = self._generator(attack, "random"), f"{label}: {attack.name}, control"
-                with tqdm(desc=title, unit="eval", delay=1) as bar, torch.enable_grad():
+                with (
+                    threads_of_idle_ranks(rank, 1),
+                    tqdm(desc=title, unit="eval", delay=1) as bar,
+                    torch.enable_grad(),
+                ):
                     by_chance = attack.random(target, target.records, generator, bar.update)
                 save_findings(stem, by_chance)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -54,6 +56,19 @@ def on_each_rank(trainer: pl.Trainer, function: Callable[[Rank], Result]) -> Res
     trainer.strategy.barrier()
     result: Result = module.result
     return result
+
+
+@contextmanager
+def threads_of_idle_ranks(rank: Rank, busy: int) -> Iterator[None]:
+    """Give this rank the CPU threads of those without work within. The first ``busy`` ranks have work."""
+    own = torch.get_num_threads()
+    shared = own * rank.world_size // max(1, min(busy, rank.world_size))
+    if rank.device.type == "cpu":
+        torch.set_num_threads(max(own, min(shared, os.cpu_count() or own)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
 
 
 def total_over_ranks(trainer: pl.Trainer, counts: Mapping[str, int]) -> dict[str, int]:
