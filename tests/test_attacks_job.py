@@ -32,6 +32,7 @@ from trce_lightning.emoji.package import weights_folder
 from trce_lightning.errors import InputError
 from trce_lightning.generation.loop import generate_to
 from trce_lightning.generation.variation import LatentStart, Variation
+from trce_lightning.jobs import attack as job
 from trce_lightning.jobs.attack import (
     NEVER_LEARNT,
     ORIGINAL,
@@ -45,6 +46,7 @@ from trce_lightning.jobs.attack import (
     unattacked_options,
 )
 from trce_lightning.jobs.evaluate import evaluate, sources
+from trce_lightning.jobs.trainers import make_trainer
 from trce_lightning.prompts.records import PromptRecord
 from trce_lightning.report.attacks import Attacks as Section
 
@@ -221,9 +223,13 @@ def test_a_search_checks_its_model_itself(name: str, tiny_adapter, monkeypatch) 
         attack.search(target_of(tiny_adapter), RECORDS, torch.Generator(), lambda _: None)
 
 
-def test_evaluations_that_share_a_folder_follow_each_other(tmp_path: Path) -> None:
+def test_evaluations_that_share_a_folder_follow_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "POLL_SECONDS", 0.01)
     config = config_of("model.path=/x/erased")
     attacks = Attacks(config, sources(config), tmp_path)
+    attacks.trainer = make_trainer(config.trainer, tmp_path)
     inside = threading.Event()
 
     def enter() -> None:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from trce_lightning.config.composition import compose
 from trce_lightning.config.schema import LeaderboardConfig
 from trce_lightning.errors import InputError
 from trce_lightning.jobs import leaderboard as job
+from trce_lightning.jobs.erase import MethodRun
 from trce_lightning.jobs.leaderboard import Board, Cell, leaderboard
 from trce_lightning.report.leaderboard import (
     Row,
@@ -29,7 +29,7 @@ from trce_lightning.report.leaderboard import (
     titles_of,
     write_leaderboard,
 )
-from trce_lightning.runtime.locks import claimed
+from trce_lightning.runtime.locks import LOCK, claimed
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
@@ -101,7 +101,8 @@ def test_a_cell_is_run_once_a_method_more_runs_alone_and_the_table_has_what_runs
     assert lines["sld_max"]["kind"] == "guidance" and "attacked" not in lines["sld_max"]
     per_image = [float(lines[name]["evaluations_per_image"]) for name in ("original", "sld_max")]
     assert per_image[1] == 1.5 * per_image[0]
-    assert not (run / "erased").exists() and not (run / "images").exists(), "what is large is deleted"
+    left = {file.name for file in run.parent.rglob("*") if file.is_dir()}
+    assert not left & {"erased", "images", "attacks", "checkpoints"}, "what is large is deleted"
     page = (tmp_path / "board" / "leaderboard.html").read_text()
     assert page.count("<tr data-concept") == 3 and "TRCE, Table 1" in page
 
@@ -127,7 +128,7 @@ def test_a_killed_cell_continues(
     monkeypatch.setattr(job, "erase_seconds", lambda metrics, work: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         leaderboard(config_of(tmp_path, cache))
-    assert len(trained) == 1 and not list((tmp_path / "board").glob("**/cell-*.json"))
+    assert len(trained) == 1 and not list((tmp_path / "board").glob("**/cell.json"))
     monkeypatch.setattr(job, "erase_seconds", lambda metrics, work: 3.0)
     leaderboard(config_of(tmp_path, cache))
     assert len(trained) == 1, "it erased again"
@@ -157,34 +158,44 @@ def test_a_run_that_was_stopped_goes_on_and_one_with_another_cache_begins_again(
 
 
 def test_other_attacks_erase_nothing_again(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The pipeline was deleted, and the changed tensors make it again, bit by bit."""
-    leaderboard(config_of(tmp_path, cache, "keep=true"))
-    (pipeline,) = (tmp_path / "board").glob("violence/uce/*/erase/erased")
-    before = load_adapter(pipeline)
-    leaderboard(config_of(tmp_path, cache))
-    shutil.rmtree(pipeline)
-    monkeypatch.setattr(job, "train", lambda config: pytest.fail("it erased again"))
-    seen: list[dict[str, Tensor]] = []
+    """What they attack is made of the changed tensors each time, and equals what was erased."""
+    erased: list[dict[str, Tensor]] = []
+    whole = MethodRun.write
 
-    def attacked(self: Cell, folder: Path) -> dict[str, Any]:
-        seen.append(load_adapter(folder).denoiser.state_dict())
+    def writing(self: MethodRun) -> None:
+        erased.append({name: tensor.clone() for name, tensor in self.adapter.denoiser.state_dict().items()})
+        whole(self)
+
+    monkeypatch.setattr(MethodRun, "write", writing)
+    leaderboard(config_of(tmp_path, cache))
+    attacked: list[dict[str, Tensor]] = []
+
+    def attack(self: Cell, pipeline: Path) -> dict[str, Any]:
+        attacked.append(load_adapter(pipeline).denoiser.state_dict())
         return {}
 
-    monkeypatch.setattr(Cell, "_attacked", attacked)
+    monkeypatch.setattr(Cell, "_attacked", attack)
     monkeypatch.setattr(job.Group, "refer", lambda self: None)
-    leaderboard(config_of(tmp_path, cache, "attacks=[completion]"))
-    leaderboard(config_of(tmp_path, cache, "attacks=[completion]", "attack.completion.num_steps=9"))
-    assert len(seen) == 2
-    for name, tensor in before.denoiser.state_dict().items():
-        assert torch.equal(seen[0][name], tensor), name
+    first = config_of(tmp_path, cache, "attacks=[completion]")
+    second = config_of(tmp_path, cache, "attacks=[completion]", "attack.completion.num_steps=9")
+    cells = [cell for config in (first, second) for cell in Board(config).cells]
+    assert cells[0].folder == cells[1].folder and cells[0].place != cells[1].place
+    work = cells[0].work_left
+    assert work.scores == sum(work.erase.values()) == 0 < work.attacks
+    leaderboard(first)
+    with claimed(cells[0].place / LOCK):  # another process is at the first cell
+        leaderboard(second)
+    assert len(erased) == 1 and len(attacked) == 2
+    for own in attacked:
+        assert all(torch.equal(own[name], tensor) for name, tensor in erased[0].items())
 
 
 def test_a_cell_of_another_process_is_left_to_it(tmp_path: Path, cache: Path, erased: list[str]) -> None:
     board = Board(config_of(tmp_path, cache))
     (cell,) = board.cells
-    with claimed(cell.folder / ".lock") as is_ours:
+    with claimed(cell.place / LOCK) as is_ours:
         assert is_ours and not cell.run()
     assert erased == []
 
@@ -266,7 +277,7 @@ def test_two_processes_at_once_share_the_cells_and_do_no_work_twice(tmp_path: Pa
     both = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=600)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    cells = list(tmp_path.glob("leaderboard/violence/uce/*/cell-*.json"))
+    cells = list(tmp_path.glob("leaderboard/violence/uce/*/*/cell.json"))
     assert len(cells) == 2
     erasings = [text.count("erasing violence from emoji") for text in said]
     assert sum(erasings) == 2, "each cell was erased once"

@@ -77,25 +77,27 @@ def test_nothing_to_count_and_memory(tmp_path: Path) -> None:
     assert peak_memory_mb() == pytest.approx(int(line.split()[1]) / 1024, rel=0.05)  # the kernel says KiB
 
 
-def test_a_rank_that_works_alone_has_the_threads_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("busy", "on_machine", "kind", "threads"),
+    [
+        (1, 1, "cpu", 2),
+        (1, 2, "cpu", 4),
+        (2, 2, "cpu", 2),
+        (3, 2, "cpu", 2),
+        (1, 9, "cpu", 6),
+        (1, 2, "cuda", 2),
+    ],
+)
+def test_a_rank_that_works_alone_has_the_threads_of_the_others(
+    busy: int, on_machine: int, kind: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It never has more threads than there are cores, nor those of another machine."""
     before = torch.get_num_threads()
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     torch.set_num_threads(2)
-    seen = {}
     try:
-        for world_size, busy, kind in [
-            (1, 1, "cpu"),
-            (2, 1, "cpu"),
-            (2, 2, "cpu"),
-            (9, 1, "cpu"),
-            (2, 1, "cuda"),
-        ]:
-            with threads_of_idle_ranks(Rank(0, world_size, torch.device(kind)), busy):
-                seen[world_size, busy, kind] = torch.get_num_threads()
-            assert torch.get_num_threads() == 2
-        with pytest.raises(KeyError), threads_of_idle_ranks(Rank(0, 2, torch.device("cpu")), 1):
-            raise KeyError
+        with threads_of_idle_ranks(Rank(0, 4, torch.device(kind)), busy, on_machine):
+            assert torch.get_num_threads() == threads
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert list(seen.values()) == [2, 4, 2, 6, 2], "no more threads than cores"

@@ -33,6 +33,8 @@ ONE_STREAM = json.dumps([CONTEXT])
 """The streams of files that name none. They are of earlier versions."""
 TEXTUAL_METHOD = "TRCE (arXiv 2503.07389, stage textual)"
 """The method of an edit without stage 2, for the model card."""
+CHANGED = "the changed tensors of a run"
+"""The content of a delta, for errors."""
 CARD = """---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -225,23 +227,22 @@ def delta_name(component: str, denoiser: str) -> str:
 def load_deltas(folder: Path, adapter: Adapter) -> None:
     """Load the changed tensors that a run has written into the model that it has erased from.
 
-    ``InputError`` if a file is damaged, is of another model, or there is none.
+    ``InputError`` if a file is damaged or was made from other weights, or there is none.
     """
-    denoiser, found = denoiser_name(adapter), False
-    for component, network in adapter.networks().items():
-        file = folder / delta_name(component, denoiser)
-        if not file.exists():
-            continue
-        found = True
-        changed, own = read_safetensors(file, "the changed tensors of a run"), network.state_dict()
-        for name, tensor in changed.items():
-            if name not in own or own[name].shape != tensor.shape:
-                raise InputError(
-                    f"{file}: expected tensors of '{adapter.name}', got {name}; name its base model"
-                )
-        network.load_state_dict(changed, strict=False)
+    denoiser, own = denoiser_name(adapter), adapter.fingerprint()
+    files = {name: folder / delta_name(name, denoiser) for name in adapter.networks()}
+    found = {name: file for name, file in files.items() if file.exists()}
     if not found:
         raise InputError(f"{folder}: expected changed tensors, such as delta.safetensors, got none")
+    for file in found.values():
+        with reading(file, CHANGED), safe_open(file, "pt") as stored:
+            erased_from = stored.metadata()["fingerprint"]
+        if erased_from != own:
+            raise InputError(
+                f"{file}: expected a change of the weights of '{adapter.name}', got one of other weights"
+            )
+    for component, file in found.items():
+        adapter.networks()[component].load_state_dict(read_safetensors(file, CHANGED), strict=False)
     adapter.weights_changed()
 
 

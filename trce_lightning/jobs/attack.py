@@ -7,10 +7,12 @@ import hashlib
 import importlib
 import inspect
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -67,7 +69,6 @@ from trce_lightning.prompts.own import Split
 from trce_lightning.prompts.records import BENIGN, DIRECT, PromptRecord, seed_of
 from trce_lightning.report.attacks import Attacks as Content
 from trce_lightning.report.attacks import Find
-from trce_lightning.runtime.launchers import process_rank
 from trce_lightning.runtime.locks import LOCK, claimed
 from trce_lightning.runtime.ranks import Rank, on_each_rank, threads_of_idle_ranks
 from trce_lightning.runtime.storage import write_json
@@ -83,6 +84,8 @@ EXAMPLES = 25
 """Prompts beside those under attack, whose pictures may be taught: the most that published attacks take."""
 SHOWN = 16
 """Images of each attack that the report shows."""
+POLL_SECONDS = 1.0
+"""The time between two looks at a folder that another evaluation has locked."""
 LOGGED = ("rate", "low", "high", "pre", "post", "control", "rho", "network_evaluations", "prompts_encoded")
 """The parts of a row that are numbers, for loggers."""
 Seen = dict[str, tuple[str, float]]
@@ -333,10 +336,11 @@ class Attacks:
         self.origins[label] = Origin(target.adapter.fingerprint(), found_in)
         outcomes = {}
         for attack in self.attacks:
-            # Models and evaluations share folders of the cache.
-            with self._alone(found_in[attack.name]), self._alone(place):
-                own = place / self._stored_as(attack)
+            own = place / self._stored_as(attack)
+            # Models share findings, and evaluations share a reference's folder.
+            with self._alone(found_in[attack.name]):
                 findings = self._search(found_in[attack.name], label, attack, target)
+            with self._alone(place):
                 ways = self._generated(own / "images", label, attack, target, findings, judge)
                 result = ways[-1].seen
                 tries = max(map(len, hits_of(result).values()))
@@ -385,12 +389,19 @@ class Attacks:
 
     @contextmanager
     def _alone(self, folder: Path) -> Iterator[None]:
-        """Let one evaluation at a time work in a folder. Those that wait find its files afterwards."""
-        if process_rank() > 0:  # the first process of this evaluation locks for all
-            yield
-            return
-        with claimed(folder / LOCK, wait=True):
-            yield
+        """Let one evaluation at a time work in a folder. Those that wait find its files afterwards.
+
+        The first rank locks for all ranks of its evaluation.
+        """
+        for waited in count():
+            first = self.trainer.is_global_zero
+            with claimed(folder / LOCK) if first else nullcontext(True) as is_ours:
+                if self.trainer.strategy.broadcast(is_ours):
+                    yield
+                    return
+            if waited == 0:
+                log.info("%s: another evaluation is at it; waiting", folder)
+            time.sleep(POLL_SECONDS)
 
     def _diversity(self, stage: Stage, pictures: Tensor) -> Diversity | None:
         """Return how new the result's images are beside the pictures learnt from; None beside one alone."""
@@ -559,7 +570,7 @@ class Attacks:
             title = f"{label}: {attack.name}, search"
             hidden = rank.index > 0 or not evaluations
             with (
-                threads_of_idle_ranks(rank, len(batches)),
+                threads_of_idle_ranks(rank, len(batches), self.trainer.num_devices),
                 tqdm(total=evaluations, desc=title, unit="eval", disable=hidden) as bar,
             ):
                 for index in left:
@@ -579,7 +590,7 @@ class Attacks:
             if rank.index == 0 and not stem.with_suffix(".json").exists():
                 generator, title = self._generator(attack, "random"), f"{label}: {attack.name}, control"
                 with (
-                    threads_of_idle_ranks(rank, 1),
+                    threads_of_idle_ranks(rank, 1, self.trainer.num_devices),
                     tqdm(desc=title, unit="eval", delay=1) as bar,
                     torch.enable_grad(),
                 ):

@@ -7,7 +7,7 @@ are made once for each set of concepts, before its cells.
 
     OUTPUT/CONCEPTS/references-HASH/references.json      the original, never-learnt and re-initialised models
     OUTPUT/CONCEPTS/METHOD/SEED-HASH/erase/              the run of train.py
-    OUTPUT/CONCEPTS/METHOD/SEED-HASH/cell-HASH.json      scores, attacks and cost; it comes last
+    OUTPUT/CONCEPTS/METHOD/SEED-HASH/HASH/cell.json      scores, attacks and cost; it comes last
     OUTPUT/leaderboard.html, .json, .csv
 """
 
@@ -60,13 +60,13 @@ from trce_lightning.jobs.train import TrainingRun
 from trce_lightning.jobs.trainers import make_trainer
 from trce_lightning.report.leaderboard import CONCEPTS, Published, rows_of, write_leaderboard
 from trce_lightning.runtime.checkout import commit
-from trce_lightning.runtime.locks import claimed, release
+from trce_lightning.runtime.locks import LOCK, claimed, release
 from trce_lightning.runtime.logs import set_up_logging
 from trce_lightning.runtime.storage import reading, replacing_folder, write_json
 
 log = logging.getLogger(__name__)
 SCHEMA = 1
-REFERENCES = "references.json"
+CELL, REFERENCES = "cell.json", "references.json"
 METHOD, GUIDANCE = "method", "guidance"
 LEAST_IMAGES = 2
 """The images a set of the tuning prompts, whose scores a cell doesn't need. FID takes two."""
@@ -152,16 +152,18 @@ class Board:
         log.info("ahead: about %.0f min in this process, measured from %s", total / 60, self.measured_from())
 
     def work_of(self, cell: Cell) -> Work | None:
-        """Return a cell's work, or None with an error in the log if its method refuses it."""
+        """Return what is left of a cell's work, or None with an error in the log if its method refuses it."""
         try:
-            return cell.work
+            return cell.work_left
         except InputError as error:
             log.error("%s: will be refused: %s", cell.title, error)
             return None
 
     def seconds_of(self, cell: Cell, work: Work, seconds_per_pass: float) -> float:
         """Return the seconds that a cell takes: those of its method's finished cells, or its passes'."""
-        alike = [other.seconds for other in self.finished if other.method == cell.method]
+        alike = (
+            [] if cell.is_erased else [each.seconds for each in self.finished if each.method == cell.method]
+        )
         return sum(alike) / len(alike) if alike else work.passes * seconds_per_pass
 
     @property
@@ -274,7 +276,7 @@ class Group:
             batch_size=self.config.batch_size,
         )
         trainer = TrainerConfig(**dataclasses.asdict(self.trainer))
-        export = ["pipeline", "delta"]
+        export = ["delta"]  # the pipeline that is attacked is made of it
         own = dataclasses.replace(composed, **self.parts(), metrics=metrics, trainer=trainer)
         return dataclasses.replace(own, seed=seed, export=export)
 
@@ -403,14 +405,29 @@ class Cell:
 
     @cached_property
     def folder(self) -> Path:
-        """The cell's folder."""
+        """The folder of the erased model, which cells with other attacks share."""
         own = self.train_config if self.kind == METHOD else self.eval_config
         return self.group.folder / self.method / f"{self.seed}-{hash_of(own)}"
 
     @cached_property
+    def place(self) -> Path:
+        """The cell's own folder."""
+        return self.folder / hash_of(self.eval_config)
+
+    @property
+    def run_folder(self) -> Path:
+        """The folder of the run that erases."""
+        return self.folder / "erase"
+
+    @property
     def file(self) -> Path:
-        """The cell's result. Other attacks have another one beside it, from the same erased model."""
-        return self.folder / f"cell-{hash_of(self.eval_config)}.json"
+        """The file of the cell's result."""
+        return self.place / CELL
+
+    @property
+    def is_erased(self) -> bool:
+        """Return whether nothing is left to erase and to score."""
+        return self.kind == METHOD and (self.run_folder / runs.FINISHED).exists()
 
     @property
     def is_done(self) -> bool:
@@ -442,13 +459,19 @@ class Cell:
         return Work(cost_of(run), scores, self.group.attack_evaluations)
 
     @property
+    def work_left(self) -> Work:
+        """The work without that of a finished erasing."""
+        nothing = {"forward": 0, "backward": 0}
+        return dataclasses.replace(self.work, erase=nothing, scores=0) if self.is_erased else self.work
+
+    @property
     def planned_run(self) -> TrainingRun:
         """The cell's run as it would be without any cache."""
         return self.group.planned_run(self.method, self.seed)
 
     def run(self) -> bool:
         """Erase, score and attack. Return False if another process is at it."""
-        with claimed(self.folder / ".lock") as is_ours:
+        with claimed(self.place / LOCK) as is_ours:
             if not is_ours:
                 return False
             if not self.is_done:
@@ -474,20 +497,17 @@ class Cell:
 
     def _erased(self) -> Json:
         """Erase and attack."""
-        folder, planned, seconds = self.folder / "erase", self.planned_run, {}
-        if not (folder / runs.FINISHED).exists():
-            # A run that was begun with another Trainer or cache begins again.
-            begun = (folder / runs.CONFIG).exists()
-            own = dataclasses.replace(self.train_config, output=str(folder))
-            # The run wrote the configuration that its method makes of it.
-            written = dataclasses.replace(planned.config, output=own.output, cache=own.cache)
-            start = time.monotonic()
-            train(dataclasses.replace(own, fresh=begun and not runs.is_equal(folder, written)))
-            seconds["erase and score"] = round(time.monotonic() - start, 1)
+        planned = self.planned_run
+        # A cell with other attacks may be erasing with this method. Then this one waits for it.
+        with claimed(self.folder / LOCK, wait=True):
+            self._erase(planned)
+        folder = self.run_folder
         metrics = read(folder / runs.FINISHED)
         assert metrics is not None, "the run has written its metrics"
-        start = time.monotonic()
-        attacked = self._attacked(self._pipeline()) if self.group.config.attack else {}
+        seconds, start = {"erase and score": round(sum(metrics["seconds"].values()), 1)}, time.monotonic()
+        config = self.group.config
+        pipeline = self._pipeline() if config.attack or config.keep else None
+        attacked = self._attacked(pipeline) if pipeline and config.attack else {}
         seconds["attack"] = round(time.monotonic() - start, 1)
         scored, scorer = Scored.load(folder / "scored" / "erased.json"), planned.scorers["final"]
         return {
@@ -503,20 +523,33 @@ class Cell:
             "seconds": seconds,
         }
 
+    def _erase(self, planned: TrainingRun) -> None:
+        """Erase and score, unless that is done. The changed tensors, scores and the report stay."""
+        folder = self.run_folder
+        if not self.is_erased:
+            # A run that was begun with another Trainer or cache begins again.
+            begun = (folder / runs.CONFIG).exists()
+            own = dataclasses.replace(self.train_config, output=str(folder))
+            # The run wrote the configuration that its method makes of it.
+            written = dataclasses.replace(planned.config, output=own.output, cache=own.cache)
+            train(dataclasses.replace(own, fresh=begun and not runs.is_equal(folder, written)))
+        if not self.group.config.keep:
+            for name in ("images", "tuning", "checkpoints"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+
     def _pipeline(self) -> Path:
-        """Return the folder of the erased pipeline. If it was deleted, the changed tensors make it again."""
-        folder = self.folder / "erase" / "erased"
-        if not folder.exists():
-            config = self.eval_config
-            adapter = Session(config, concepts_of(config)).adapter
-            load_deltas(self.folder / "erase", adapter)
-            with replacing_folder(folder) as aside:
+        """Make the erased pipeline of the changed tensors, and return its folder."""
+        pipeline = self.place / "erased"
+        if not pipeline.exists():
+            adapter = Session(self.eval_config, concepts_of(self.eval_config)).adapter
+            load_deltas(self.run_folder, adapter)
+            with replacing_folder(pipeline) as aside:
                 adapter.pipeline.save_pretrained(aside)
-        return folder
+        return pipeline
 
     def _attacked(self, pipeline: Path) -> Json:
         sources = {ORIGINAL: self.group.config.model.path, self.method: str(pipeline)}
-        attacks = Attacks(self.eval_config, sources, self.folder)
+        attacks = Attacks(self.eval_config, sources, self.place)
         attacks.run(self.group.known)
         hits = hits_of(attacks.attacked_models[self.method])
         return {"attacks": attacks.rows[self.method], "hits": hits}
@@ -530,7 +563,7 @@ class Cell:
         scorer, start = self._guided_scorer(), time.monotonic()
         trainer = make_trainer(self.eval_config.trainer, self.folder)
         with scorer.adapter.unchanged():
-            scores = score_on_all_ranks(trainer, scorer, self.folder / "images", self.method)
+            scores = score_on_all_ranks(trainer, scorer, self.place / "images", self.method)
         return {
             "scores": scores,
             "values": values_of(scorer, scorer.detections),
@@ -540,15 +573,8 @@ class Cell:
 
     def _clean_up(self) -> None:
         """Delete the pipeline, which the changed tensors make again, and all images."""
-        for name in (
-            "erase/erased",
-            "erase/images",
-            "erase/tuning",
-            "erase/checkpoints",
-            "attacks",
-            "images",
-        ):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for name in ("erased", "attacks", "images"):
+            shutil.rmtree(self.place / name, ignore_errors=True)
 
 
 def _check_overrides(name: str, changes: Any) -> None:

@@ -59,10 +59,16 @@ def on_each_rank(trainer: pl.Trainer, function: Callable[[Rank], Result]) -> Res
 
 
 @contextmanager
-def threads_of_idle_ranks(rank: Rank, busy: int) -> Iterator[None]:
-    """Give this rank the CPU threads of those without work within. The first ``busy`` ranks have work."""
+def threads_of_idle_ranks(rank: Rank, busy: int, on_machine: int) -> Iterator[None]:
+    """Give this rank the CPU threads of its machine's ranks that have nothing to do within.
+
+    Args:
+        rank: this rank.
+        busy: the number of ranks that have work. These are the first ones.
+        on_machine: the number of ranks on each machine.
+    """
     own = torch.get_num_threads()
-    shared = own * rank.world_size // max(1, min(busy, rank.world_size))
+    shared = own * on_machine // max(1, min(busy, on_machine))
     if rank.device.type == "cpu":
         torch.set_num_threads(max(own, min(shared, os.cpu_count() or own)))
     try:
