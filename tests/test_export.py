@@ -191,7 +191,7 @@ def test_changed_tensors_make_the_erased_model_again(erased: Erased, tmp_path: P
     adapter = StableDiffusionAdapter(build_tiny_pipeline())
     before = adapter.fingerprint()
     for component, tensors in {"unet": erased.changed, "text_encoder": encoder}.items():
-        save_delta(tmp_path / delta_name(component, "unet"), tensors, "tiny", before)
+        save_delta(tmp_path / delta_name(adapter, component), tensors, "tiny", before)
     assert {file.name for file in tmp_path.iterdir()} == {
         "delta.safetensors",
         "delta.text_encoder.safetensors",

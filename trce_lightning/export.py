@@ -17,7 +17,6 @@ from trce_lightning.adapters import Adapter
 from trce_lightning.adapters.stored import StoredNetwork, StoredPipeline
 from trce_lightning.closed_form import Edit, KeepStatistics, Readers
 from trce_lightning.config.schema import TextualConfig
-from trce_lightning.erasers.protocol import denoiser_name
 from trce_lightning.errors import InputError
 from trce_lightning.runtime.storage import (
     read_safetensors,
@@ -219,9 +218,10 @@ def save_delta(file: Path, changed: Mapping[str, Tensor], base: str, fingerprint
     write_safetensors(file, tensors, {"base_model": base, "fingerprint": fingerprint})
 
 
-def delta_name(component: str, denoiser: str) -> str:
-    """Return the file name of a component's changed tensors. ``denoiser`` is the name of the denoiser."""
-    return "delta.safetensors" if component == denoiser else f"delta.{component}.safetensors"
+def delta_name(adapter: Adapter, component: str) -> str:
+    """Return the file name of a component's changed tensors."""
+    own = adapter.networks()[component] is adapter.denoiser
+    return "delta.safetensors" if own else f"delta.{component}.safetensors"
 
 
 def load_deltas(folder: Path, adapter: Adapter) -> None:
@@ -229,8 +229,8 @@ def load_deltas(folder: Path, adapter: Adapter) -> None:
 
     ``InputError`` if a file is damaged or was made from other weights, or there is none.
     """
-    denoiser, own = denoiser_name(adapter), adapter.fingerprint()
-    files = {name: folder / delta_name(name, denoiser) for name in adapter.networks()}
+    own = adapter.fingerprint()
+    files = {name: folder / delta_name(adapter, name) for name in adapter.networks()}
     found = {name: file for name, file in files.items() if file.exists()}
     if not found:
         raise InputError(f"{folder}: expected changed tensors, such as delta.safetensors, got none")

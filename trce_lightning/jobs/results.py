@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from trce_lightning import __version__, export
 from trce_lightning.callbacks.image_grid import grid_of
 from trce_lightning.config.schema import ExpectedConfig
-from trce_lightning.erasers.protocol import denoiser_name
 from trce_lightning.evaluation.comparison import compare, measure_distances, p_values
 from trce_lightning.evaluation.scored import Column, detection_rates
 from trce_lightning.jobs import runs
@@ -145,7 +144,7 @@ def write_model(run: TrainingRun, table: str) -> None:
     changed, config = run.changed(), run.config
     if "delta" in config.export:
         for component, tensors in changed.items():
-            name = export.delta_name(component, denoiser_name(run.adapter))
+            name = export.delta_name(run.adapter, component)
             export.save_delta(run.folder / name, tensors, run.base, run.fingerprint)
     for name, further in run.method_files().items():
         export.save_delta(run.folder / f"{name}.safetensors", further, run.base, run.fingerprint)
