@@ -160,7 +160,7 @@ def test_a_run_that_was_stopped_goes_on_and_one_with_another_cache_begins_again(
 def test_other_attacks_erase_nothing_again(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What they attack is made of the changed tensors each time, and equals what was erased."""
+    """The changed tensors make the attacked pipeline each time, and it equals the erased model."""
     erased: list[dict[str, Tensor]] = []
     whole = MethodRun.write
 

@@ -1,4 +1,4 @@
-"""What is counted on several processes: of all of them, and as announced."""
+"""The counts on several processes are those of all of them, and as announced. Idle ones lend their threads."""
 
 import json
 import os

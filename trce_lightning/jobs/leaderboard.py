@@ -161,10 +161,9 @@ class Board:
 
     def seconds_of(self, cell: Cell, work: Work, seconds_per_pass: float) -> float:
         """Return the seconds that a cell takes: those of its method's finished cells, or its passes'."""
-        alike = (
-            [] if cell.is_erased else [each.seconds for each in self.finished if each.method == cell.method]
-        )
-        return sum(alike) / len(alike) if alike else work.passes * seconds_per_pass
+        alike = [each.seconds for each in self.finished if each.method == cell.method]
+        measured = bool(alike) and not cell.is_erased
+        return sum(alike) / len(alike) if measured else work.passes * seconds_per_pass
 
     @property
     def finished(self) -> list[Cell]:
