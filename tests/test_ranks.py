@@ -1,4 +1,4 @@
-"""The counts on several processes are those of all of them, and as announced. Idle ones lend their threads."""
+"""The counts on several processes are of all of them, and as announced. Idle ranks lend their threads."""
 
 import json
 import os
