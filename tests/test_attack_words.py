@@ -1,6 +1,7 @@
 """Attacks that search for words: what is found can be typed, and what is spent is counted."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from trce_lightning.attacks.p4d import P4D, P4DK
 from trce_lightning.attacks.protocol import Attack, Cost, Finding, Target
 from trce_lightning.attacks.ring_a_bell import RingABell, concept_direction
 from trce_lightning.attacks.single_token import SingleToken
-from trce_lightning.attacks.text_search import TextSearch
+from trce_lightning.attacks.text_search import TextSearch, Trace, _load, _save
 from trce_lightning.attacks.tries import own_generator, parts
 from trce_lightning.attacks.unlearndiff import UnlearnDiff, on_simplex
 from trce_lightning.attacks.white_box import embedding_gradient
@@ -536,6 +537,23 @@ def test_models_of_one_text_encoder_share_a_search(target: Target) -> None:
     cost = attack.cost(target)
     images = attack.checkpoints * attack.finalists * attack.tries * len(RECORDS)
     assert counts == Counter(forward=cost.forward, text=images)
+
+
+def test_a_stored_search_serves_another_process(target: Target, tmp_path: Path) -> None:
+    """Losses without a text come back as infinity, and other prompts are searched for."""
+    attacks = [ATTACKS["mma that draws"]() for _ in range(3)]
+    for attack in attacks:
+        attack.keep_in(tmp_path)
+    first, again = (searched(attack, target) for attack in attacks[:2])
+    assert [finding.facts for finding in first] == [finding.facts for finding in again]
+    with counted(target.adapter, target.original) as counts:
+        trace = attacks[2]._trace(target, target.records, attacks[2].vocabulary(target), ignore)
+    assert not counts and trace == next(iter(attacks[0]._traces.values()))
+    _save(tmp_path / "no text.json", unread := Trace([[[]]], [[math.inf, 1.0]]))
+    assert _load(tmp_path / "no text.json") == unread
+    with counted(target.adapter) as counts:
+        attacks[1]._trace(target, target.records[1:], attacks[1].vocabulary(target), ignore)
+    assert counts["text"]
 
 
 def test_ring_a_bell_moves_towards_the_concept_and_never_back(target: Target) -> None:

@@ -41,8 +41,8 @@ from trce_lightning.jobs.attack import (
     Judging,
     distinct,
     make_attack,
-    progress_of,
     reinitialise,
+    told,
     unattacked_options,
 )
 from trce_lightning.jobs.evaluate import evaluate, sources
@@ -261,14 +261,14 @@ def test_no_trained_weight_is_left_in_the_floor(family: str) -> None:
     assert not [name for name, parameter in denoiser.named_parameters() if (parameter == 7.0).any()]
 
 
-def test_the_bar_counts_what_is_left(tiny_adapter) -> None:
+def test_the_bar_counts_what_a_search_tells_it(tiny_adapter) -> None:
     target = target_of(tiny_adapter)
     pgd = StatePgd(steps=2, samples=3)
-    for records in ((), target.records[1:], target.records):
-        told: list[int] = []
-        if records:
-            pgd.search(target, records, torch.Generator(), told.append)
-        assert progress_of(pgd, target, records) == sum(told) == 6 * len(records)
+    for records in (target.records[1:], target.records):
+        seen: list[int] = []
+        pgd.search(target, records, torch.Generator(), seen.append)
+        assert told(pgd.cost(replace(target, records=records))) == sum(seen) == 6 * len(records)
+    assert told(Cost(text=5)) == 5, "a search that evaluates nothing tells the texts"
 
 
 def test_other_seeds_are_sampled_as_the_attacks_images_are(tiny_adapter) -> None:
@@ -465,12 +465,15 @@ def test_the_section_names_the_references_as_the_job_does() -> None:
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
-    """20 prompts are two searches, one for each process."""
+    """20 prompts are two searches, one for each process. So are two numbers of pictures."""
     options = [
         *(option for option in OPTIONS if not option.startswith(("attacks=", "attacked_prompts="))),
-        "attacks=[state_pgd]",
+        "attacks=[state_pgd,relearning]",
         "attack.state_pgd.steps=2",
         "attack.state_pgd.samples=1",
+        "attack.relearning.pictures=[1,3]",
+        "attack.relearning.steps=[5]",
+        "attack.relearning.batch_size=3",
         "attacked_prompts=20",
         "never_learnt=null",
     ]
@@ -488,9 +491,12 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         rows.append(json.loads((folder / "metrics.json").read_text())["attacks"])
-        assert len(list(folder.glob("cache/attacks/emoji-*/state_pgd-*/found/*.json"))) == 2
+        for attack in ("state_pgd", "relearning"):
+            assert len(list(folder.glob(f"cache/attacks/emoji-*/{attack}-*/found/*.json"))) == 2
+            assert len(list(folder.glob(f"cache/attacks/emoji-*/{attack}-*/control/*.json"))) == 1
         share = {1: 20, 2: 16}[devices]  # of prompts, since 16 are searched together
         assert f"/{share * 2} " in done.stderr, "the bar of the first process shows its own share"
+        assert f"relearning, search: 100%|██████████| {30 // devices}/" in done.stderr
     assert rows[0] == rows[1]
 
 

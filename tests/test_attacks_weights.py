@@ -92,7 +92,7 @@ def test_the_cost_is_what_the_networks_and_the_progress_count(attack, target: Ta
     assert finding.spent == planned
     assert planned.forward + planned.backward == counted == sum(told)
     if isinstance(attack, Relearning):
-        assert planned == Cost(backward=2 * 4 * 3, text=2)
+        assert planned == Cost(backward=2 * 4 * 3, text=1 + 2)
     else:
         assert planned == Cost(forward=6 * 2 * 2 + 3 * 5, backward=2 * 3 * 3, text=6)
 
@@ -124,6 +124,17 @@ def test_a_number_of_pictures_learns_the_same_whatever_others_are_tried(
     attack = kind(**options)
     rows = [RECORDS.index(record) for record in attack._taught(target)]
     assert torch.equal(attack.learnt_from(target), target.pictures[rows])
+
+
+@each_relearning
+def test_parts_find_what_one_search_finds(kind, options, target: Target) -> None:
+    attack, told = kind(**options), list[int]()
+    parts = [attack.search_part(target, part, seeded(0), told.append) for part in (1, 0)]
+    joined, whole = attack.joined(parts[::-1]), found(attack, target)
+    assert same(joined.tensors, whole.tensors) and joined.facts == whole.facts
+    assert joined.spent == whole.spent == attack.cost(target)
+    assert [part.spent for part in parts] == [attack.cost_of_part(target, part) for part in (1, 0)]
+    assert sum(told) == joined.spent.backward
 
 
 def test_benign_prompts_are_drawn_along_the_results_curve(target: Target) -> None:

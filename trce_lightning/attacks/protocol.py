@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -199,6 +200,33 @@ class ChecksTarget(Protocol):
 
     def check(self, target: Target) -> None:
         """Raise ``InputError`` if the search can't be made on this model. It costs no network evaluation."""
+
+
+@runtime_checkable
+class SearchesInParts(Protocol):
+    """A universal attack whose search falls into parts that know nothing of each other. Ranks share them."""
+
+    def parts(self, target: Target) -> int:
+        """Return the number of parts."""
+
+    def cost_of_part(self, target: Target, part: int) -> Cost:
+        """Return the exact cost of a part. Their sum is :meth:`Attack.cost`."""
+
+    def search_part(
+        self, target: Target, part: int, generator: torch.Generator, progress: Progress
+    ) -> Finding:
+        """Search for one part of what :meth:`Attack.search` finds. All parts get equal generators."""
+
+    def joined(self, findings: Sequence[Finding]) -> Finding:
+        """Return what :meth:`Attack.search` finds, from all parts in their order."""
+
+
+@runtime_checkable
+class KeepsSearches(Protocol):
+    """An attack that searches in the text encoder, and then tries the results on each model."""
+
+    def keep_in(self, folder: Path) -> None:
+        """Store those searches in a folder, for other models of the same text encoder."""
 
 
 @runtime_checkable

@@ -57,6 +57,7 @@ from trce_lightning.attacks.protocol import (
     Reads,
     Target,
     Way,
+    total,
     untold,
 )
 from trce_lightning.attacks.tries import (
@@ -122,10 +123,17 @@ class Relearning:
         self.benign_prompts = benign_prompts
 
     def cost(self, target: Target) -> Cost:
-        """Return the exact cost of :meth:`search`: a step is ``batch_size`` evaluations with backward."""
+        """Return the exact cost of :meth:`search`, the sum over its parts."""
         self._taught(target)
-        backward = len(self.pictures) * self.steps[-1] * self.batch_size
-        return Cost(backward=backward, text=self.pictures[-1])
+        return total(self.cost_of_part(target, part) for part in range(self.parts(target)))
+
+    def parts(self, target: Target) -> int:
+        """Return the numbers of pictures that are tried. Each is a training of its own."""
+        return len(self.pictures)
+
+    def cost_of_part(self, target: Target, part: int) -> Cost:
+        """Return the cost of one training: a step is ``batch_size`` evaluations with backward."""
+        return Cost(backward=self.steps[-1] * self.batch_size, text=self.pictures[part])
 
     def check(self, target: Target) -> None:
         """Raise ``InputError`` unless the model's weights can be trained on as many pictures."""
@@ -141,10 +149,23 @@ class Relearning:
         two factors.
         """
         self.check(target)
-        taught = self._taught(target)
-        captions = [record.prompt for record in taught]
-        found = self._learnt(target, self.pictures, self.steps, taught, captions, generator, progress)
-        return [found]
+        seed = drawn_seed(generator)
+        parts = (self._part(target, part, seed, progress) for part in range(self.parts(target)))
+        return [self.joined([*parts])]
+
+    def search_part(
+        self, target: Target, part: int, generator: torch.Generator, progress: Progress
+    ) -> Finding:
+        """Train on one number of pictures; see :meth:`search`."""
+        self.check(target)
+        return self._part(target, part, drawn_seed(generator), progress)
+
+    def joined(self, findings: Sequence[Finding]) -> Finding:
+        """Return the finding of all parts. The last one has the most pictures."""
+        tensors = {name: tensor for finding in findings for name, tensor in finding.tensors.items()}
+        losses = {count: curve for f in findings for count, curve in f.facts["losses"].items()}
+        facts = findings[-1].facts | {"losses": losses}
+        return Finding(UNIVERSAL, tensors, facts, total(finding.spent for finding in findings))
 
     def random(
         self,
@@ -162,8 +183,8 @@ class Relearning:
             captions = captions[shift:] + captions[:shift]
         else:
             captions = [""]
-        counts, steps = self.pictures[-1:], self.steps[-1:]
-        return [self._learnt(target, counts, steps, taught, captions, generator, progress)]
+        seed = drawn_seed(generator)
+        return [self._learnt(target, self.steps[-1:], taught, captions, seed, progress)]
 
     def learnt_from(self, target: Target) -> Tensor:
         """Return the pictures that are taught, uint8 ``[B, 3, H, W]``."""
@@ -217,17 +238,21 @@ class Relearning:
             )
         return taught
 
+    def _part(self, target: Target, part: int, seed: int, progress: Progress) -> Finding:
+        taught = self._taught(target)[: self.pictures[part]]
+        captions = [record.prompt for record in taught]
+        return self._learnt(target, self.steps, taught, captions, seed, progress)
+
     def _learnt(
         self,
         target: Target,
-        counts: Sequence[int],
         kept: Sequence[int],
         taught: Sequence[PromptRecord],
         captions: Sequence[str],
-        generator: torch.Generator,
+        seed: int,
         progress: Progress,
     ) -> Finding:
-        """Train on each of ``counts`` pictures; keep what has changed after the steps in ``kept``."""
+        """Train on pictures under these captions; keep what has changed after the steps in ``kept``."""
         adapter = target.adapter
         training = training_of(
             target,
@@ -239,24 +264,22 @@ class Relearning:
         pictures = pictures_of(_pool(target), taught, self.name)
         lesson = Lesson(adapter.encode_images(pictures), adapter.encode(captions).to(adapter.device))
         tensors: dict[str, Tensor] = {}
-        curves: dict[str, list[float]] = {}
-        seed = int(torch.randint(2**32, (), generator=generator))
-        for count in counts:
-            curve = curves[str(count)] = []
-            own = seeded(seed_of(f"{count} pictures", seed))
-            # Closed, so that the weights are given back at once if this is interrupted.
-            with closing(self._learn(adapter, lesson.rows(slice(count)), training, own, progress)) as steps:
-                for loss, changes in steps:
-                    curve.append(loss)
-                    found = changes() if len(curve) in kept else {}
-                    tensors |= {f"{count}/{len(curve)}/{name}": tensor for name, tensor in found.items()}
+        curve: list[float] = []
+        count = len(taught)
+        own = seeded(seed_of(f"{count} pictures", seed))
+        # Closed, so that the weights are given back at once if this is interrupted.
+        with closing(self._learn(adapter, lesson, training, own, progress)) as steps:
+            for loss, changes in steps:
+                curve.append(loss)
+                found = changes() if len(curve) in kept else {}
+                tensors |= {f"{count}/{len(curve)}/{name}": tensor for name, tensor in found.items()}
         facts = {
             "steps": list(kept),
             "taught": [record.id for record in taught],
             "captions": list(captions),
-            "losses": curves,
+            "losses": {str(count): curve},
         }
-        spent = Cost(backward=len(counts) * training.steps * self.batch_size, text=len(captions))
+        spent = Cost(backward=training.steps * self.batch_size, text=len(captions))
         return Finding(UNIVERSAL, tensors, facts, spent)
 
     def _learn(
@@ -300,6 +323,11 @@ class RelearningLora(Relearning):
             changes = partial(_copies, factors)
             for loss in fine_tuned(adapter, lesson, factors.values(), training, generator, tell):
                 yield loss, changes
+
+
+def drawn_seed(generator: torch.Generator) -> int:
+    """Return a random seed, from which each part of a search makes its own generator."""
+    return int(torch.randint(2**32, (), generator=generator))
 
 
 def _copies(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,9 +6,13 @@ and the selector chooses among them.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -27,6 +31,7 @@ from trce_lightning.attacks.protocol import Cost, Finding, Progress, Reads, Targ
 from trce_lightning.attacks.tries import check_at_least, check_positive, own_generator, parts
 from trce_lightning.attacks.words import UNTYPED, Layout, Vocabulary, alone, check_room
 from trce_lightning.prompts.records import PromptRecord
+from trce_lightning.runtime.storage import reading, write_json
 from trce_lightning.tokens import Text
 
 
@@ -81,6 +86,8 @@ class TextSearch(WordSearch):
     texts_at_once: int = 512
     _traces: dict[object, Trace] = field(default_factory=dict, init=False, repr=False)
     """The searches that were made, so that models of one text encoder share them."""
+    _folder: Path | None = field(default=None, init=False, repr=False)
+    """The folder of these searches, None for none."""
 
     def __post_init__(self) -> None:
         check_positive(
@@ -156,16 +163,28 @@ class TextSearch(WordSearch):
             findings += self._chosen(target, rows, trace, progress)
         return findings
 
+    def keep_in(self, folder: Path) -> None:
+        """Store the searches in a folder, which belongs to this attack with these options."""
+        self._folder = folder
+
     def _trace(
         self, target: Target, records: Sequence[PromptRecord], vocabulary: Vocabulary, progress: Progress
     ) -> Trace:
         """Search for these records, unless a model of the same text encoder has been searched."""
         read = target.adapter.text_fingerprint(), target.original.text_fingerprint()
         facts = *read, tuple(records), target.records, target.seed, repr(target.concepts)
-        if facts not in self._traces:
-            tell = untold if self.finalists else progress
-            self._traces[facts] = self._search(target, records, vocabulary, tell)
-        return self._traces[facts]
+        if facts in self._traces:
+            return self._traces[facts]
+        name = hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
+        file = self._folder and self._folder / f"{name}.json"
+        if file and file.exists():
+            trace = _load(file)
+        else:
+            trace = self._search(target, records, vocabulary, untold if self.finalists else progress)
+            if file:
+                _save(file, trace)
+        self._traces[facts] = trace
+        return trace
 
     def _search(
         self, target: Target, records: Sequence[PromptRecord], vocabulary: Vocabulary, progress: Progress
@@ -249,6 +268,21 @@ class TextSearch(WordSearch):
         for start in range(0, len(ids), self.texts_at_once):
             rows = slice(start, start + self.texts_at_once)
             yield layout.rows(rows).read(ids[rows]), rows
+
+
+def _save(file: Path, trace: Trace) -> None:
+    """Write a search. JSON has no infinity, so a loss without a text is null."""
+    losses = [[loss if math.isfinite(loss) else None for loss in row] for row in trace.losses]
+    write_json(file, {"stages": trace.stages, "losses": losses})
+
+
+def _load(file: Path) -> Trace:
+    """Return what :func:`_save` wrote."""
+    with reading(file, "a search in the text encoder"):
+        stored = json.loads(file.read_text("utf-8"))
+        stages = [[[Near(*near) for near in row] for row in stage] for stage in stored["stages"]]
+        losses = [[math.inf if loss is None else loss for loss in row] for row in stored["losses"]]
+    return Trace(stages, losses)
 
 
 def _near(layout: Layout, vocabulary: Vocabulary, losses: Mapping[tuple[int, ...], float]) -> list[Near]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 from typing import Any, cast, get_type_hints
@@ -32,10 +32,13 @@ from trce_lightning.attacks.protocol import (
     ControlTeaches,
     Cost,
     Finding,
+    KeepsSearches,
     LearnsFromPictures,
     NeedsBenign,
+    Progress,
     Reads,
     ReadsFile,
+    SearchesInParts,
     Target,
     TeachesExamples,
     Way,
@@ -337,14 +340,15 @@ class Attacks:
         outcomes = {}
         for attack in self.attacks:
             own = place / self._stored_as(attack)
-            # Models share findings, and evaluations share a reference's folder.
-            with self._alone(found_in[attack.name]):
-                findings = self._search(found_in[attack.name], label, attack, target)
+            # Evaluations share a reference's folder, and models share findings.
             with self._alone(place):
+                with self._alone(found_in[attack.name]):
+                    findings, by_chance = self._search(
+                        found_in[attack.name], own / "control", label, attack, target
+                    )
                 ways = self._generated(own / "images", label, attack, target, findings, judge)
                 result = ways[-1].seen
                 tries = max(map(len, hits_of(result).values()))
-                by_chance = self._control(own / "control", label, attack, target)
                 control = self._generated(
                     own / "random", label, attack, target, by_chance, judge, result=True
                 )
@@ -552,53 +556,91 @@ class Attacks:
         return rows
 
     def _stored(self, folder: Path, attack: Attack, target: Target) -> dict[str, Finding]:
-        stems = [folder / f"{index:05d}" for index in range(len(batches_of(attack, target)))]
-        return {finding.prompt_id: finding for stem in stems for finding in load_findings(stem)}
+        """Return the findings of all tasks by prompt id; those of parts are joined."""
+        tasks = self._tasks(folder, attack, target)
+        findings = [finding for task in tasks for finding in load_findings(task.stem)]
+        if isinstance(attack, SearchesInParts):
+            findings = [attack.joined(findings)]
+        return {finding.prompt_id: finding for finding in findings}
 
-    def _search(self, folder: Path, label: str, attack: Attack, target: Target) -> dict[str, Finding]:
-        """Return the findings of an attack by prompt id; those that are stored are not searched for again.
+    def _tasks(self, folder: Path, attack: Attack, target: Target) -> list[Task]:
+        """Return the searches of an attack that know nothing of each other: its parts, or batches of prompts.
 
-        Each rank takes its share of the batches.
+        They don't depend on the number of ranks, so that two ranks find what one finds.
         """
-        batches = batches_of(attack, target)
+        if isinstance(attack, SearchesInParts):
+            return [
+                Task(
+                    folder / f"part {part}",
+                    told(attack.cost_of_part(target, part)),
+                    partial(self._search_part, attack, target, part),
+                )
+                for part in range(attack.parts(target))
+            ]
+        return [
+            Task(
+                folder / f"{index:05d}",
+                told(attack.cost(replace(target, records=rows))),
+                partial(self._search_batch, attack, target, index, rows),
+            )
+            for index, rows in enumerate(batches_of(attack, target))
+        ]
 
-        def search(rank: Rank) -> None:
-            own = range(rank.index, len(batches), rank.world_size)
-            stems = {index: folder / f"{index:05d}" for index in own}
-            left = [index for index, stem in stems.items() if not stem.with_suffix(".json").exists()]
-            evaluations = progress_of(attack, target, [record for index in left for record in batches[index]])
-            title = f"{label}: {attack.name}, search"
-            hidden = rank.index > 0 or not evaluations
-            with (
-                threads_of_idle_ranks(rank, len(batches), self.trainer.num_devices),
-                tqdm(total=evaluations, desc=title, unit="eval", disable=hidden) as bar,
-            ):
-                for index in left:
-                    generator = self._generator(attack, f"batch {index}")
-                    with torch.enable_grad():  # predicting goes without
-                        found = attack.search(target, batches[index], generator, bar.update)
-                    save_findings(stems[index], found)
+    def _search_part(self, attack: Attack, target: Target, part: int, tell: Progress) -> list[Finding]:
+        assert isinstance(attack, SearchesInParts)
+        return [attack.search_part(target, part, self._generator(attack, "batch 0"), tell)]
 
-        on_each_rank(self.trainer, search)
-        return self._stored(folder, attack, target)
+    def _search_batch(
+        self, attack: Attack, target: Target, index: int, rows: Sequence[PromptRecord], tell: Progress
+    ) -> list[Finding]:
+        return attack.search(target, rows, self._generator(attack, f"batch {index}"), tell)
 
-    def _control(self, folder: Path, label: str, attack: Attack, target: Target) -> dict[str, Finding]:
-        """Return findings that were not searched for, by prompt id. The first rank makes them, once."""
-        stem = folder / "00000"
+    def _search(
+        self, folder: Path, control: Path, label: str, attack: Attack, target: Target
+    ) -> tuple[dict[str, Finding], dict[str, Finding]]:
+        """Return what an attack finds, and what it finds without a search in the folder ``control``.
+
+        Both are by prompt id. Stored findings are not made again. Each rank takes its share of the tasks.
+        """
+        if isinstance(attack, KeepsSearches):
+            attack.keep_in(self.cache / f"{self._stored_as(attack)}-texts")
+        tasks, by_chance = self._tasks(folder, attack, target), control / "00000"
+        # A control that teaches takes as long as a search. Others take a moment.
+        busy = len(tasks) + isinstance(attack, ControlTeaches)
 
         def make(rank: Rank) -> None:
-            if rank.index == 0 and not stem.with_suffix(".json").exists():
-                generator, title = self._generator(attack, "random"), f"{label}: {attack.name}, control"
-                with (
-                    threads_of_idle_ranks(rank, 1, self.trainer.num_devices),
-                    tqdm(desc=title, unit="eval", delay=1) as bar,
-                    torch.enable_grad(),
-                ):
-                    by_chance = attack.random(target, target.records, generator, bar.update)
-                save_findings(stem, by_chance)
+            own = tasks[rank.index :: rank.world_size]
+            left = [task for task in own if not task.stem.with_suffix(".json").exists()]
+            evaluations, title = sum(task.evaluations for task in left), f"{label}: {attack.name}"
+            hidden = rank.index > 0 or not evaluations
+            with (
+                threads_of_idle_ranks(rank, busy, self.trainer.num_devices),
+                torch.enable_grad(),  # predicting goes without
+            ):
+                with tqdm(total=evaluations, desc=f"{title}, search", unit="eval", disable=hidden) as bar:
+                    for task in left:
+                        save_findings(task.stem, task.search(bar.update))
+                its_turn = rank.index == len(tasks) % rank.world_size
+                if its_turn and not by_chance.with_suffix(".json").exists():
+                    generator = self._generator(attack, "random")
+                    with tqdm(desc=f"{title}, control", unit="eval", delay=1, disable=rank.index > 0) as bar:
+                        made = attack.random(target, target.records, generator, bar.update)
+                    save_findings(by_chance, made)
 
         on_each_rank(self.trainer, make)
-        return {finding.prompt_id: finding for finding in load_findings(stem)}
+        controls = {finding.prompt_id: finding for finding in load_findings(by_chance)}
+        return self._stored(folder, attack, target), controls
+
+
+@dataclass(frozen=True)
+class Task:
+    """A search of an attack that one rank makes alone."""
+
+    stem: Path
+    """The path of its findings' files without suffix."""
+    evaluations: int
+    """What it tells its progress bar in all."""
+    search: Callable[[Progress], list[Finding]]
 
 
 @dataclass(frozen=True)
@@ -701,11 +743,8 @@ def batches_of(attack: Attack, target: Target) -> list[tuple[PromptRecord, ...]]
     return [target.records[i : i + size] for i in range(0, len(target.records), size)]
 
 
-def progress_of(attack: Attack, target: Target, records: Sequence[PromptRecord]) -> int:
-    """Return what a search of these records tells its progress bar in all."""
-    if not records:
-        return 0
-    cost = attack.cost(replace(target, records=tuple(records)))
+def told(cost: Cost) -> int:
+    """Return what a search of this cost tells its progress bar in all."""
     return cost.forward + cost.backward or cost.text
 
 
