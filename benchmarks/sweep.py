@@ -84,6 +84,9 @@ POINTS = (
 )
 """Points of 13 steps, with as many of prompts to keep: 360 of each kind in all epochs."""
 
+MORE_KEPT = ("trajectory.num_kept=160", "trajectory.kept_per_malicious=4")
+"""Four points of prompts to keep beside each malicious one, from four times as many prompts."""
+
 
 def _hinge(lr: str, *more: str, margin: float = 1, preserve: int = 100, batch: int = 4) -> tuple[str, ...]:
     """Return the options of a relative hinge on these points."""
@@ -106,6 +109,8 @@ _STAGE2: dict[str, tuple[str, ...]] = {
     "attention, lr 2e-4": _hinge("2e-4", ATTENTION),
     "attention, lr 2e-4, margin 0.5, batch 6": _hinge("2e-4", ATTENTION, margin=0.5, batch=6),
     "attention, lr 4e-4, preserve 30, batch 6": _hinge("4e-4", ATTENTION, preserve=30, batch=6),
+    "Q, lr 3e-4, 4 kept": _hinge("3e-4", *MORE_KEPT),
+    "attention, lr 2e-4, 4 kept": _hinge("2e-4", ATTENTION, *MORE_KEPT),
     "attention, pull 100, lr 2e-4": _pull("2e-4", ATTENTION),
 }
 _STAGE1: dict[str, tuple[str, ...]] = {
