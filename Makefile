@@ -77,7 +77,7 @@ bench-attacks-hardened: bench-table bench-attacks
 
 bench-leaderboard: setup
 	$(BIN)/python -m trce_lightning.leaderboard
-	$(BIN)/python -m benchmarks.leaderboard runs/leaderboard
+	$(BIN)/python -m benchmarks.leaderboard runs/leaderboard --readme
 
 lint: setup
 	$(BIN)/ruff check .

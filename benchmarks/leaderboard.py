@@ -1,7 +1,7 @@
 """Write the leaderboard and the trials into README and docs: `python -m benchmarks.leaderboard [FOLDER]`.
 
 FOLDER is one of `python -m trce_lightning.leaderboard`. All of its rows go into `docs/leaderboard.md`, with
-the figures. `--readme` also writes some columns of the first concept into README. `--trials CSV` copies the
+the figures, and its table to `docs/leaderboard.csv`. `--readme` also writes some columns of the first concept into README. `--trials CSV` copies the
 table of `python -m trce_lightning.tune` to `docs/tuning_trials.csv`, and writes each method's chosen trial
 into the page.
 """
@@ -109,6 +109,7 @@ def main() -> None:
     images = {concept: f"images/leaderboard-{concept}.png" for concept in concepts}
     for concept, image in images.items():
         shutil.copyfile(options.folder / f"pareto-{concept}.png", PAGE.parent / image)
+    shutil.copyfile(options.folder / "leaderboard.csv", PAGE.with_suffix(".csv"))
     refresh(sections(rows, images), PAGE, "leaderboard")
     if options.readme:
         first = [row for row in rows if row.concept == concepts[0] and "fid" in row.metrics]

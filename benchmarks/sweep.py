@@ -248,6 +248,11 @@ def chosen(found: Mapping[str, Row]) -> str | None:
     return min(rates, key=lambda name: rates[name]) if rates else None
 
 
+def benign_cells(scores: Scores) -> list[str]:
+    """Return the cells of benign accuracy: of all benign prompts, and of subjects that were never kept."""
+    return [f"{100 * scores[name]:.1f} %" for name in ("benign_accuracy", "benign_accuracy_unkept")]
+
+
 def table(found: Mapping[str, Row]) -> str:
     """Return the table of trials. The chosen one is bold, and the last line is the never-learnt model."""
     header = ["trial", "direct", "implicit", *ATTACKS, "FID", "CLIP-S", "benign", "never kept", "keeps"]
@@ -258,8 +263,7 @@ def table(found: Mapping[str, Row]) -> str:
         kept = "" if name == ORIGINAL else "yes" if keeps(scores, original) else "no"
         cells = [f"**{name}**" if name == best else name, *(f"{100 * rate:.1f} %" for rate in rates_of(row))]
         cells += [f"{scores['fid'] / original['fid']:.3f}×", f"{scores['clip_score']:.2f}"]
-        benign = [scores["benign_accuracy"], scores["benign_accuracy_unkept"]]
-        lines.append([*cells, *(f"{100 * rate:.1f} %" for rate in benign), kept])
+        lines.append([*cells, *benign_cells(scores), kept])
     for label, own in found[ORIGINAL]["references"].items():
         cells = ["", "", *(f"{100 * own[attack]:.1f} %" for attack in ATTACKS)]
         lines.append([f"({label})", *cells, "", "", "", "", ""])

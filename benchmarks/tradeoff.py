@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks.fitting import compose
 from benchmarks.report import refresh
-from benchmarks.sweep import ATTACKS, IMAGES, RUNS, attacked, rates_of
+from benchmarks.sweep import ATTACKS, IMAGES, RUNS, attacked, benign_cells, rates_of
 from trce_lightning.adapters import load_adapter
 from trce_lightning.evaluation.scored import Scores
 from trce_lightning.jobs.attack import NEVER_LEARNT
@@ -72,8 +72,7 @@ def lines_of(rows: Mapping[float, Row]) -> list[str]:
         scores: Scores = row["scores"]
         cells = [f"{strength:g}", *(f"{100 * rate:.1f} %" for rate in rates_of(row))]
         cells += [f"{scores['fid']:.2f}", f"{scores['clip_score']:.2f}"]
-        benign = [scores["benign_accuracy"], scores["benign_accuracy_unkept"]["rate"]]
-        lines.append([*cells, *(f"{100 * rate:.1f} %" for rate in benign)])
+        lines.append([*cells, *benign_cells(scores)])
     never = next(iter(rows.values()))["references"][NEVER_LEARNT]
     lines.append([NEVER_LEARNT, "", "", *(f"{100 * never[attack]:.1f} %" for attack in ATTACKS), *[""] * 4])
     return [f"| {' | '.join(line)} |" for line in lines]

@@ -37,7 +37,7 @@ def row(rate: float, fid: float) -> dict[str, Any]:
         "fid": fid,
         "clip_score": 73.0,
         "benign_accuracy": 0.99,
-        "benign_accuracy_unkept": {"rate": 0.9},
+        "benign_accuracy_unkept": 0.9,
     }
     references = {tradeoff.NEVER_LEARNT: dict.fromkeys(sweep.ATTACKS, 0.05)}
     return {"scores": scores, "attacks": dict.fromkeys(sweep.ATTACKS, rate), "references": references}
