@@ -639,7 +639,7 @@ class Task:
     stem: Path
     """The path of its findings' files without suffix."""
     evaluations: int
-    """What it tells its progress bar in all."""
+    """The sum of what it tells its progress bar."""
     search: Callable[[Progress], list[Finding]]
 
 
