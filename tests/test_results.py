@@ -1,4 +1,4 @@
-"""What a run leaves, stage by stage, on the embedded model at its smallest."""
+"""A run leaves its files stage by stage, on the embedded model at its smallest."""
 
 import json
 

@@ -139,7 +139,7 @@ def test_further_processes_use_the_folder_of_the_first(
 
 
 def test_a_second_run_of_one_process_is_not_the_first(tmp_path: Path) -> None:
-    """As in a sweep."""
+    """A sweep makes several runs in one process."""
     first, second = (runs.open_folder(config_of(tmp_path, seed=seed)) for seed in (0, 1))
     assert first != second
     assert OmegaConf.load(first / "config.yaml").seed == 0
@@ -289,7 +289,7 @@ def committed(folder: Path) -> str:
 
 
 def recorded(project: Path, **environment: str) -> str:
-    """What a copy of the package in ``project`` takes for its commit."""
+    """Return the commit that a copy of the package in ``project`` takes for its own."""
     code = "import sys; from trce_lightning.runtime import checkout; sys.stdout.write(checkout.commit())"
     words = [sys.executable, "-c", code]
     changed = os.environ | {"PYTHONPATH": str(project)} | environment

@@ -112,7 +112,7 @@ def test_predictions_are_the_calls_that_the_pipeline_makes(force_zeros: bool) ->
 
 
 def test_no_guidance_is_the_prompt_alone(shared: SDXLAdapter) -> None:
-    """As SDXL-Turbo draws: without ∅, in few steps."""
+    """SDXL-Turbo draws so: without ∅, in few steps."""
     assert moved(drawn_here(shared, 0.0), drawn(shared.pipeline, 0.0)) <= 1
     assert moved(drawn_here(shared, 0.0), drawn(shared.pipeline)) > 1
 

@@ -175,7 +175,7 @@ def test_a_guided_student_that_equals_guidance_has_no_loss() -> None:
 
 
 def test_a_true_velocity_has_no_loss() -> None:
-    """Of one latent, z_t tells ε: the velocity is (z_t − z_0) / t."""
+    """The noised latent z_t of one picture tells ε: the velocity is (z_t − z_0) / t."""
     z_0 = torch.randn(64, 4, 2, 2)
 
     def predict(network: nn.Module, z_t: torch.Tensor, t: torch.Tensor, text: Condition) -> torch.Tensor:
