@@ -2,9 +2,9 @@
 # Train denoisers of the embedded model's siblings on a GPU machine without a network:
 #     bash benchmarks/gpu_siblings.sh FAMILY [SECONDS [BATCH]]
 #
-# The text encoders are those that ship. Some kernels may fail on a GPU. So a few steps are tried first with each of
-# several, side by side and beside the data. The first in KERNELS that works trains for SECONDS (default 110). If it dies,
-# the next one goes on from the last checkpoint. BATCH is 512 if it isn't given.
+# The text encoders are those that ship; with ENCODERS=train they are trained first. Some kernels may fail on a GPU. So a
+# few steps are tried first with each of several, side by side and beside the data. The first in KERNELS that works trains
+# for SECONDS (default 110). If it dies, the next one goes on from the last checkpoint. BATCH is 512 if it isn't given.
 # The folder CARRIED (default work/gpu_siblings) holds what a machine with a network has made: sprites.safetensors.xz and
 # words.json. Wheels of missing packages lie in .whl. OUT gets the weights (FAMILY.safetensors), their average so far
 # (FAMILY-average.safetensors), pictures, log.txt and kernels.txt, which has the traceback of each probe that failed.
@@ -24,7 +24,8 @@ if [ -d .whl ] && [ -z "${PYTHON:-}" ]; then
 fi
 $python -c 'import lzma, sys; sys.stdout.buffer.write(lzma.open(sys.argv[1]).read())' \
     "$CARRIED/sprites.safetensors.xz" > "$WORK/sprites.safetensors"
-cp -r "$CARRIED/words.json" "$shipped"/{tokenizer_3,t5.safetensors,clip_2.safetensors} "$parts/"
+cp -r "$CARRIED/words.json" "$shipped/tokenizer_3" "$parts/"
+[ "${ENCODERS:-ship}" = train ] || cp "$shipped"/{t5,t5_flux,clip_2}.safetensors "$parts/"
 say() { echo "$(printf %4d $SECONDS) s: $*" | tee -a "$OUT/log.txt"; }
 part() {
     $python -m trce_lightning.emoji.training --family "$FAMILY" --folder "$WORK" --batch-size "$BATCH" --lr 2e-3 \
@@ -33,6 +34,7 @@ part() {
 keep() {
     cp -u "$parts/checkpoints/$FAMILY-average.safetensors" "$OUT" 2> /dev/null
     cp -u "$parts/$FAMILY".{safetensors,png} "$OUT" 2> /dev/null
+    [ "${ENCODERS:-ship}" = train ] && cp -u "$parts"/{t5,t5_flux,clip_2}.safetensors "$OUT" 2> /dev/null
 }
 working=()
 # try NAME…: probe these kernels side by side, and add those that work to ``working``
@@ -59,6 +61,8 @@ try $KERNELS blocking
 [ ${#working[@]} -gt 0 ] || try $LATER
 wait $data || { tail -n 20 "$WORK/data.log" | tee -a "$OUT/log.txt"; say "no data"; exit 1; }
 say "data is there; kernels that work: ${working[*]}"
+part encoders 2>&1 | tee -a "$OUT/log.txt" | grep -E "on captions|steps of|Error"
+say "text encoders are there"
 while sleep 5; do keep; done > /dev/null 2>&1 &
 keeper=$!
 # A dozen seconds go to the start of Python.

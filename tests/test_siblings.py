@@ -29,6 +29,7 @@ from trce_lightning.emoji.siblings import (
     build_clip_2,
     build_t5,
     load_part,
+    load_t5_tokenizer,
     open_sibling,
     part_file,
     save_part,
@@ -49,7 +50,17 @@ from trce_lightning.emoji.training.siblings.denoisers import (
     loss_of,
     velocity_of_flux,
 )
-from trce_lightning.emoji.training.siblings.encoders import UnknownWords, build_t5_tokenizer
+from trce_lightning.emoji.training.siblings.encoders import (
+    LEFT,
+    RIGHT,
+    UNASKED,
+    ReadOuts,
+    UnknownWords,
+    build_t5_tokenizer,
+    look_back_and_ahead,
+    sides,
+    subject_words,
+)
 from trce_lightning.emoji.training.siblings.kernels import KERNELS, WrittenOutRMSNorm
 from trce_lightning.emoji.training.siblings.loop import Fit, fit
 from trce_lightning.emoji.training.siblings.parts import probe
@@ -77,7 +88,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         CORPUS, [*words, *(f"x{i:03d}{word}" for i in range(900) for word in words)]
     )
     tokenizer.save_pretrained(siblings.t5_tokenizer_folder(folder))
-    save_part(build_t5(), part_file(folder, "t5"))
+    for name in ("t5", "t5_flux"):
+        save_part(build_t5(), part_file(folder, name))
     save_part(build_clip_2(1809, 1808), part_file(folder, "clip_2"))
     for family in FAMILIES:
         save_part(build(family), part_file(folder, family))
@@ -106,6 +118,63 @@ def test_a_part_comes_back_to_half_a_step_of_eight_bits_and_shared_weights_are_s
     pointers = [parameter.data_ptr() for parameter in plain.parameters()]
     assert len(set(pointers)) == len(pointers)
     assert all(torch.equal(plain.state_dict()[name], value) for name, value in opened.state_dict().items())
+
+
+def test_two_heads_of_t5_begin_by_looking_back_and_ahead() -> None:
+    """Until training, a token's part from the first head depends on earlier tokens alone, and so on."""
+    attention = look_back_and_ahead(build_t5()).encoder.block[0].layer[0].SelfAttention
+    width = attention.key_value_proj_dim
+    states = torch.randn(1, 9, siblings.T5_WIDTH)
+    for head, seen in ((0, slice(0, 4)), (1, slice(5, 9))):
+        attention.o.weight.data.zero_()
+        rows = slice(head * width, (head + 1) * width)
+        attention.o.weight.data[:width, rows] = torch.eye(width)
+        values = (states @ attention.v.weight.T)[0, :, rows]
+        found = attention(states)[0][0, 4, :width]
+        torch.testing.assert_close(found, values[seen].mean(0), atol=1e-3, rtol=1e-2)
+
+
+def test_each_token_of_a_subjects_name_is_on_the_subjects_side() -> None:
+    tokenizer = load_t5_tokenizer(siblings.siblings_folder())
+    words = subject_words(tokenizer)
+    dagger, fish, cat = (subject_index(name) for name in ("dagger", "tropical fish", "cat"))
+    captions = ["a dagger right of a tropical fish", "a cat and a cat", "a cat"]
+    ids = torch.from_numpy(token_ids(tokenizer, captions))
+    labels = torch.tensor([[fish, dagger, 0, 0], [cat, cat, 0, 0], [cat, NOTHING, 0, 0]])
+    found = sides(ids, labels, words)
+    pieces = tokenizer.convert_ids_to_tokens(ids[0].tolist())
+    told = dict(zip(pieces, found[0].tolist(), strict=True))
+    assert told["▁dagger"] == RIGHT and told["▁tropical"] == told["▁fish"] == LEFT
+    assert told["▁of"] == told["</s>"] == 0 and told["<pad>"] == UNASKED
+    cats = found[1][ids[1] == ids[2][1]]
+    assert len(cats) == 2 and (cats == UNASKED).all()
+    assert (found[2] == UNASKED).all()
+    net = ReadOuts(look_back_and_ahead(build_t5()), words)
+    loss = net.loss(ids, labels)
+    loss.backward()
+    assert net.side is not None and net.side.weight.grad is not None and net.side.weight.grad.abs().max() > 0
+
+
+def test_fluxs_t5_tells_left_from_right_and_sd3s_does_not() -> None:
+    """Swap two subjects: the state of a name changes much, and by SD3's T5, which lacks the side, little."""
+    tokenizer = load_t5_tokenizer(siblings.siblings_folder())
+    names = ("cat", "dagger", "rose", "bomb", "apple", "owl")
+    changes = {}
+    for part in ("t5", "t5_flux"):
+        encoder = load_part(build_t5(), part_file(siblings.siblings_folder(), part))
+        shares = []
+        for first in names:
+            for second in names:
+                texts = [f"a {first} and a {second}", f"a {second} and a {first}"]
+                ids = torch.from_numpy(token_ids(tokenizer, texts))
+                with torch.no_grad():
+                    states = encoder(ids).last_hidden_state
+                one, other = states[0, 1], states[1, 4]
+                assert ids[0, 1] == ids[1, 4]
+                if first != second:
+                    shares.append(float((one - other).norm() / one.norm()))
+        changes[part] = sum(shares) / len(shares)
+    assert changes["t5_flux"] > 2 * changes["t5"], changes
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -44,8 +44,11 @@ from trce_lightning.runtime.storage import read_safetensors, replacing_folder, w
 
 Family = Literal["xl", "sd3", "flux"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
-ENCODERS: dict[Family, tuple[str, ...]] = {"xl": ("clip_2",), "sd3": ("clip_2", "t5"), "flux": ("t5",)}
-"""The text encoders of each sibling beside the embedded model's."""
+ENCODERS: dict[Family, tuple[str, ...]] = {"xl": ("clip_2",), "sd3": ("clip_2", "t5"), "flux": ("t5_flux",)}
+"""The text encoders of each sibling beside the embedded model's.
+
+FLUX has a T5 of its own, which tells left from right. SD3 reads that from CLIP's states.
+"""
 RESOLUTION = 64
 TEXT_LENGTH = 32
 """The number of positions of each text encoder."""
@@ -208,7 +211,8 @@ def pipeline_of(family: Family, network: nn.Module, folder: Path) -> DiffusionPi
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     t5, t5_tokenizer, clip_2 = None, None, None
     if family != "xl":
-        t5, t5_tokenizer = load_part(build_t5(), part_file(parts, "t5")), load_t5_tokenizer(parts)
+        t5 = load_part(build_t5(), part_file(parts, ENCODERS[family][-1]))
+        t5_tokenizer = load_t5_tokenizer(parts)
     if family != "flux":
         clip_2 = load_part(build_clip_2(len(tokenizer), tokenizer.eos_token_id), part_file(parts, "clip_2"))
     if family == "xl":
@@ -258,7 +262,7 @@ def siblings_folder() -> Path:
 
 
 def part_file(folder: Path, name: str) -> Path:
-    """Return the file of a part: ``clip_2``, ``t5`` or a family's denoiser."""
+    """Return the file of a part: ``clip_2``, ``t5``, ``t5_flux`` or a family's denoiser."""
     return folder / f"{name}.safetensors"
 
 

@@ -1,9 +1,13 @@
-"""Train the siblings' text encoders: a T5 encoder and a second CLIP text encoder.
+"""Train the siblings' text encoders: T5 encoders and a second CLIP text encoder.
 
-Both learn to say what a caption's picture shows: the subject or the subjects on the left and on the right,
+They learn to say what a caption's picture shows: the subject or the subjects on the left and on the right,
 the style and the background. Linear read-outs ask for that, and are dropped after training. They read the
 pooled state and the mean of the token states, so the tokens that a denoiser reads carry it too. Some filler
 words of captions are swapped for unknown English words, so that the encoders ignore these.
+
+A T5 that learns nothing else doesn't tell left from right: its read-outs name either subject for either side.
+So one more read-out asks each token of a subject's name on which side the subject is, and two heads begin as
+ones that look only back and only ahead.
 """
 
 from __future__ import annotations
@@ -32,6 +36,12 @@ SPECIAL = ("<pad>", "</s>", "<unk>")
 CAPITALISED = 0.15
 SWAPPED_CAPTIONS, SWAPPED_WORDS, EXTRA_WORDS = 0.5, 0.4, 0.3
 _POOLED_SCALE = 8.0
+LEFT, RIGHT = 1, 2
+"""The answers of the read-out of sides, beside 0 for a token that is not of a subject's name."""
+UNASKED = -100
+"""The side of tokens that are not asked for one."""
+FAR = -9.0
+"""A bias that hides a position from a head."""
 
 
 def build_t5_tokenizer(corpus: Sequence[str], words: Sequence[str]) -> T5Tokenizer:
@@ -83,17 +93,71 @@ class UnknownWords:
         return " ".join([*extra, "".join(parts)])
 
 
-class ReadOuts(nn.Module):
-    """An encoder of token ids with linear read-outs of its pooled state and of its mean token state."""
+@torch.no_grad()
+def look_back_and_ahead(encoder: T5EncoderModel) -> T5EncoderModel:
+    """Let the first head see only tokens before each token, and the second only those behind, and return it.
 
-    def __init__(self, encoder: T5EncoderModel | CLIPTextModelWithProjection) -> None:
+    In all layers, the queries of both heads begin at zero, so at first they weigh what they see alike. Later
+    positions have the upper half of T5's relative positions, and a token itself has the first.
+    """
+    attention = encoder.encoder.block[0].layer[0].SelfAttention
+    table = attention.relative_attention_bias.weight
+    half = len(table) // 2
+    table[:, :2] = 0
+    table[half:, 0] = table[0, 0] = FAR
+    table[:half, 1] = FAR
+    for block in encoder.encoder.block:
+        block.layer[0].SelfAttention.q.weight[: 2 * attention.key_value_proj_dim] = 0
+    return encoder
+
+
+def subject_words(tokenizer: T5Tokenizer) -> Tensor:
+    """Return which tokens are in each subject's name, bool ``[subjects + 1, V]``; the last row has none."""
+    words = torch.zeros(len(SUBJECTS) + 1, T5_VOCABULARY, dtype=torch.bool)
+    for row, subject in zip(words, SUBJECTS, strict=False):
+        row[tokenizer(subject.name, add_special_tokens=False).input_ids] = True
+    return words
+
+
+def sides(ids: Tensor, labels: Tensor, words: Tensor) -> Tensor:
+    """Return on which side the subject is that each token names, ``[B, L]``.
+
+    Tokens of both names, padding and captions of one subject are ``UNASKED``.
+
+    Args:
+        ids: token ids, ``[B, L]``.
+        labels: subject (on the left), subject on the right or none, and others, ``[B, 4]``.
+        words: see :func:`subject_words`.
+    """
+    left, right = (words[labels[:, column]].gather(1, ids) for column in (0, 1))
+    side = LEFT * left.long() + RIGHT * right.long()
+    one = (labels[:, 1] == len(SUBJECTS))[:, None]
+    return side.masked_fill((left & right) | (ids == 0) | one, UNASKED)
+
+
+class ReadOuts(nn.Module):
+    """An encoder of token ids with linear read-outs of its pooled state and of its mean token state.
+
+    Args:
+        encoder: the encoder.
+        words: T5's :func:`subject_words`, or None for no read-out of sides.
+    """
+
+    def __init__(
+        self, encoder: T5EncoderModel | CLIPTextModelWithProjection, words: Tensor | None = None
+    ) -> None:
         super().__init__()
         width = T5_WIDTH if isinstance(encoder, T5EncoderModel) else CLIP_2_WIDTH
         self.encoder = encoder
         self.pooled, self.mean = (nn.ModuleList(nn.Linear(width, n) for n in LABELS) for _ in range(2))
+        self.side = None if words is None else nn.Linear(width, 3)
+        self.register_buffer("words", words)
 
     def forward(self, ids: Tensor) -> list[Tensor]:
-        """Map ids ``[B, L]`` to logits ``[B, n]`` of each label from the pooled state, then from the mean."""
+        """Map ids ``[B, L]`` to logits ``[B, n]`` of each label from the pooled state, then from the mean.
+
+        The last logits, ``[B, L, 3]``, are those of each token's side, if it is asked for.
+        """
         if isinstance(self.encoder, T5EncoderModel):
             states = self.encoder(ids).last_hidden_state
             ends = (ids == self.encoder.config.eos_token_id).int().argmax(-1)
@@ -103,12 +167,42 @@ class ReadOuts(nn.Module):
             states, pooled = output.hidden_states[-2], _POOLED_SCALE * F.normalize(output.text_embeds, dim=-1)
         inside = (ids != self.encoder.config.pad_token_id)[..., None]
         mean = (states * inside).sum(1) / inside.sum(1)
-        return [head(state) for heads, state in ((self.pooled, pooled), (self.mean, mean)) for head in heads]
+        logits = [
+            head(state) for heads, state in ((self.pooled, pooled), (self.mean, mean)) for head in heads
+        ]
+        return logits if self.side is None else [*logits, self.side(states)]
 
     def loss(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy of all read-outs. ``labels`` are ``[B, 4]``."""
+        """Return the mean cross-entropy of the read-outs, and that of sides added. ``labels`` are ``[B, 4]``."""
+        every = self(ids)
         losses = [
             F.cross_entropy(logits.float(), label)
-            for logits, label in zip(self(ids), [*labels.T, *labels.T], strict=True)
+            for logits, label in zip(every, [*labels.T, *labels.T], strict=False)
         ]
-        return torch.stack(losses).mean()
+        loss = torch.stack(losses).mean()
+        if self.side is None:
+            return loss
+        side = sides(ids, labels, self.words)
+        return loss + F.cross_entropy(every[-1].float().flatten(0, 1), side.flatten(), ignore_index=UNASKED)
+
+    @torch.no_grad()
+    def accuracy(self, ids: Tensor, labels: Tensor) -> dict[str, float]:
+        """Return the share of right answers of each read-out. Of sides, only subjects' tokens count."""
+        every = self(ids)
+        right = {
+            f"{state} {name}": (logits.argmax(-1) == label).float().mean().item()
+            for (state, name, label), logits in zip(
+                (
+                    (state, *named)
+                    for state in ("pooled", "mean")
+                    for named in zip(("left", "right", "style", "background"), labels.T, strict=True)
+                ),
+                every,
+                strict=False,
+            )
+        }
+        if self.side is not None:
+            side = sides(ids, labels, self.words)
+            told = every[-1][..., LEFT:].argmax(-1) + LEFT
+            right["side"] = (told == side)[side > 0].float().mean().item()
+        return right

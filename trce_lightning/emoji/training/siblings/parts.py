@@ -36,7 +36,11 @@ from trce_lightning.emoji.siblings import (
 )
 from trce_lightning.emoji.training.siblings.data import Bank, prepare, prepare_captions, random_bank
 from trce_lightning.emoji.training.siblings.denoisers import Drawing, Texts, initialise, loss_of, second_ids
-from trce_lightning.emoji.training.siblings.encoders import LABELS, ReadOuts
+from trce_lightning.emoji.training.siblings.encoders import (
+    ReadOuts,
+    look_back_and_ahead,
+    subject_words,
+)
 from trce_lightning.emoji.training.siblings.judging import fit_scene_judge
 from trce_lightning.emoji.training.siblings.loop import Batch, Fit, cast_parameters, fit
 from trce_lightning.emoji.training.siblings.quality import quality
@@ -52,7 +56,7 @@ PROBED_STEPS, PROBED_ROWS = 24, 512
 CHECKED_CAPTIONS = 4096
 CHECKED_PROMPTS = 128
 """The prompts of each set that measure it."""
-ENCODER_FIT = Fit(steps=4000, batch_size=256, lr=2e-3, ema_decay=0.99, warmup_steps=100)
+ENCODER_FIT = Fit(steps=6000, batch_size=256, lr=2e-3, ema_decay=0.99, warmup_steps=100)
 
 log = logging.getLogger(__name__)
 
@@ -68,39 +72,33 @@ def prepare_data(folder: Path) -> None:
 
 
 def train_encoder(name: str, folder: Path, plan: Fit) -> None:
-    """Train the text encoder ``t5`` or ``clip_2``, write it to ``folder`` and log its accuracy."""
+    """Train the text encoder ``t5``, ``t5_flux`` or ``clip_2``, write it to ``folder`` and log its accuracy."""
     file = part_file(folder, name)
     if file.exists():
         return
     bank = prepare_captions(folder).to(device())
     tokenizer = CLIPTokenizer.from_pretrained(weights_folder() / "tokenizer")
-    encoder = build_t5() if name == "t5" else build_clip_2(len(tokenizer), tokenizer.eos_token_id)
+    reads_t5 = name != "clip_2"
     torch.manual_seed(0)
+    network = (
+        ReadOuts(look_back_and_ahead(build_t5()), subject_words(load_t5_tokenizer(folder)))
+        if reads_t5
+        else ReadOuts(build_clip_2(len(tokenizer), tokenizer.eos_token_id))
+    )
 
     def draw(size: int) -> Batch:
         _, labels, clip_ids, t5_ids = bank.draw(size)
-        return (t5_ids if name == "t5" else second_ids(clip_ids, tokenizer.eos_token_id)), labels
+        return (t5_ids if reads_t5 else second_ids(clip_ids, tokenizer.eos_token_id)), labels
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:
         assert isinstance(network, ReadOuts)
         return network.loss(*batch)
 
     checkpoint = folder / "checkpoints" / f"{name}.safetensors"
-    network = fit(ReadOuts(encoder).to(device()), loss, draw, plan, checkpoint)
-    assert isinstance(network, ReadOuts)
-    with torch.no_grad():
-        ids, labels = draw(CHECKED_CAPTIONS)
-        right = [
-            (logits.argmax(-1) == label).float().mean().item()
-            for logits, label in zip(network(ids), [*labels.T, *labels.T], strict=True)
-        ]
-    names = ("left", "right", "style", "background")
-    log.info(
-        "%s on captions: pooled %s, mean %s",
-        name,
-        *(dict(zip(names, part, strict=True)) for part in (right[: len(LABELS)], right[len(LABELS) :])),
-    )
-    save_part(network.encoder.cpu(), file)
+    fitted = fit(network.to(device()), loss, draw, plan, checkpoint)
+    assert isinstance(fitted, ReadOuts)
+    log.info("%s on captions: %s", name, fitted.accuracy(*draw(CHECKED_CAPTIONS)))
+    save_part(fitted.encoder.cpu(), file)
 
 
 def train_denoiser(family: Family, folder: Path, plan: Fit) -> None:
@@ -165,7 +163,7 @@ def export(family: Family, folder: Path) -> None:
     for name in (*ENCODERS[family], family, "scene"):
         with replacing(part_file(target, name)) as aside:
             shutil.copyfile(part_file(folder, name), aside)
-    if "t5" in ENCODERS[family]:
+    if family != "xl":
         load_t5_tokenizer(folder).save_pretrained(t5_tokenizer_folder(target))
 
 
