@@ -110,6 +110,7 @@ class Fit:
     config: TrajectoryConfig = field(default_factory=lambda: CONFIG)
     lr: float = 1e-3
     optimizer: str = "adamw"
+    schedule: str = "constant"
     edited: bool = True
     dtypes: tuple[torch.dtype, ...] = ()
     """The weights are rounded to these one after another; none: float32."""
@@ -120,7 +121,9 @@ class Fit:
             pipeline.to(dtype)
         self.adapter = StableDiffusionAdapter(pipeline)
         edit = self.sampled.edit if self.edited else None
-        self.module = TRCE(self.adapter, edit, self.config, OptimizerConfig(self.optimizer, lr=self.lr))
+        self.module = TRCE(
+            self.adapter, edit, self.config, OptimizerConfig(self.optimizer, self.lr, self.schedule)
+        )
         self.record = Record()
 
     def run(
@@ -348,22 +351,44 @@ def test_a_fit_goes_on_in_the_middle_of_an_epoch(
     assert_same(resumed.changed(), whole.changed())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize(
+    ("optimizer", "schedule"), [("adamw", "constant"), ("adamw", "cosine"), ("adamw8bit", "constant")]
+)
 def test_an_interrupted_fit_continues_to_the_same_weights(
-    sampled: Sampled, tmp_path: Path, optimizer: str
+    sampled: Sampled, tmp_path: Path, optimizer: str, schedule: str
 ) -> None:
-    whole = Fit(sampled, optimizer=optimizer).run(tmp_path)
-    broken = Fit(sampled, optimizer=optimizer)
+    whole = Fit(sampled, optimizer=optimizer, schedule=schedule).run(tmp_path)
+    broken = Fit(sampled, optimizer=optimizer, schedule=schedule)
     with pytest.raises(RuntimeError, match="interrupted"):
         broken.run(tmp_path, *progress_checkpoints(tmp_path, minutes=60), Interrupt())
     after_one_epoch = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
-    resumed = Fit(sampled, optimizer=optimizer).run(tmp_path, ckpt_path=tmp_path / "last.ckpt")
+    resumed = Fit(sampled, optimizer=optimizer, schedule=schedule)
+    resumed.run(tmp_path, ckpt_path=tmp_path / "last.ckpt")
     assert_same(resumed.changed(), whole.changed())
     assert resumed.record.losses == whole.record.losses[2:]
     assert any(
         not torch.equal(after_one_epoch[f"denoiser.{name}"], tensor)
         for name, tensor in whole.changed().items()
     )
+
+
+def test_the_learning_rate_falls_to_zero_by_half_a_cosine(sampled: Sampled, tmp_path: Path) -> None:
+    class Rates(pl.Callback):
+        found: list[float] = []
+
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            self.found.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    for schedule in ("constant", "cosine"):
+        rates = Rates()
+        rates.found = []
+        fit = Fit(sampled, schedule=schedule).run(tmp_path, rates)
+        steps = len(fit.record.losses)
+        shares = [
+            1.0 if schedule == "constant" else math.cos(math.pi * step / steps / 2) ** 2
+            for step in range(steps)
+        ]
+        assert steps > 3 and rates.found == pytest.approx([fit.lr * share for share in shares])
 
 
 def test_a_checkpoint_of_another_run_is_refused(sampled: Sampled, tmp_path: Path) -> None:

@@ -26,7 +26,12 @@ from trce_lightning.runtime.streams import keep_speaking
 
 log = logging.getLogger(__name__)
 ERASE_AGAIN = "leave that run out, or make it again"
-TITLES = {("textual",): "TRCE (T)", ("trajectory",): "TRCE (V)", ("textual", "trajectory"): "TRCE (T+V)"}
+TITLES = {
+    ("textual",): "TRCE (T)",
+    ("trajectory",): "TRCE (V)",
+    ("textual", "trajectory"): "TRCE (T+V)",
+    ("trajectory", "textual"): "TRCE (V+T)",
+}
 
 
 def load_runs(folders: list[Path]) -> dict[str, Scored]:

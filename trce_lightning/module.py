@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -44,10 +46,15 @@ def _bitsandbytes() -> ModuleType:
         ) from error
 
 
+def cosine_factor(step: int, steps: int) -> float:
+    """Return (1 + cos(π step / steps)) / 2, the share of the learning rate at a step from 0 to ``steps``."""
+    return (1 + math.cos(math.pi * step / steps)) / 2
+
+
 class TRCE(pl.LightningModule):
     """The erased network.
 
-    If ``edit`` is None, stage 1 is left out. If the module is not fitted, stage 2 is left out. Only the
+    If ``edit`` is None, stage 1 is left out, or comes last (:meth:`edit_last`). If the module is not fitted, stage 2 is left out. Only the
     denoiser is a child module: text states come with the batch, and no frozen network is evaluated.
     """
 
@@ -82,6 +89,11 @@ class TRCE(pl.LightningModule):
                 own.erase_residual,
                 own.keep_residual,
             )
+
+    def edit_last(self, edit: Edit) -> None:
+        """Apply stage 1 after training, to the trained weights."""
+        self.edit = edit
+        self.apply_stage_1()
 
     def setup(self, stage: str) -> None:
         """Apply stage 1, and make the parameters of stage 2 trainable.
@@ -147,7 +159,18 @@ class TRCE(pl.LightningModule):
         return {name: tensors[name].detach() for name in sorted({*self.edited_names, *self.trainable})}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW over the trainable parameters: torch's, or bitsandbytes' with 8-bit states."""
+        """Return AdamW over the trainable parameters, and the learning rate's schedule if there is one.
+
+        AdamW is torch's, or bitsandbytes' with 8-bit states.
+        """
+        optimizer = self._adamw()
+        if self.optimizer.schedule == "constant":
+            return optimizer
+        factor = partial(cosine_factor, steps=int(self.trainer.estimated_stepping_batches))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _adamw(self) -> torch.optim.Optimizer:
         config = self.optimizer
         options: dict[str, Any] = {
             "lr": config.lr,

@@ -30,6 +30,7 @@ MATRICES = ("key", "value")
 STREAMS = ("context", "pooled")
 """The kinds of matrices that read text states."""
 STAGES = ("textual", "trajectory")
+SCHEDULES = ("constant", "cosine")
 EXPORTS = ("pipeline", "delta", "single_file")
 ALL = "all"
 """The name that stands for all methods."""
@@ -198,6 +199,8 @@ class TrajectoryConfig:
 class OptimizerConfig:
     name: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"
     lr: Positive = 1e-5
+    # constant, or cosine: the learning rate falls to zero by half a cosine over all steps.
+    schedule: Annotated[str, OneOf(SCHEDULES)] = "constant"
     weight_decay: NonNegative = 0.01
     betas: Annotated[list[Annotated[float, Interval(ge=0, lt=1)]], Len(2, 2)] = items(0.9, 0.999)
 
@@ -262,6 +265,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     # The method with its options, by method=NAME. Those of trce are stages, textual, trajectory, optimizer.
     method: dict[str, Any] = field(default_factory=lambda: {"name": "trce"})
+    # In the order in which they are applied. The paper's is textual, trajectory.
     stages: list[Annotated[str, OneOf(STAGES)]] = items(*STAGES)
     # Stage 1 alone, without scores: the denoiser is never loaded, its files are edited tensor by tensor.
     streamed: bool = False

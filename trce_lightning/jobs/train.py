@@ -260,11 +260,15 @@ class TrainingRun:
             )
 
     def fit(self) -> None:
-        """Apply stage 1 in setup, train stage 2, and score after each epoch."""
+        """Apply stage 1 in setup, train stage 2, and score after each epoch.
+
+        If stage 2 is named first, apply stage 1 after training.
+        """
         config = self.config
         self.adapter.name += ERASED
         self._original_weights.close()
-        self.module = TRCE(self.adapter, self.edit, config.trajectory, config.optimizer)
+        first = self.edit if self.edits_first else None
+        self.module = TRCE(self.adapter, first, config.trajectory, config.optimizer)
         if self.plan is None:
             self.module.apply_stage_1()
             return
@@ -286,6 +290,8 @@ class TrainingRun:
             self.evaluations["epochs"] = self.scorers["epochs"].network_evaluations
             self.evaluations["training"] -= self.evaluations["epochs"]
         self.trainer = trainer
+        if self.edit is not None and not self.edits_first:
+            self.module.edit_last(self.edit)
 
     def changed(self) -> dict[str, dict[str, Tensor]]:
         """Return the changed tensors by the pipeline's component and by name."""
@@ -326,9 +332,14 @@ class TrainingRun:
         return self.plan is not None
 
     @property
+    def edits_first(self) -> bool:
+        """Return whether stage 1 comes before stage 2."""
+        return self.config.stages[0] == "textual"
+
+    @property
     def tuning_passes(self) -> int:
         """Return how often the erased model is scored on the tuning prompts."""
-        return ("textual" in self.config.stages) + self.config.trajectory.epochs
+        return self.edits_first + self.config.trajectory.epochs
 
     def _callbacks(self) -> Sequence[pl.Callback]:
         checkpoints = progress_checkpoints(self.folder / "checkpoints", self.config.checkpoint_minutes)

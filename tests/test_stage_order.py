@@ -1,0 +1,77 @@
+"""The stages of TRCE are applied in the order in which they are named."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_tiny_pipeline
+from tiny_runs import WEAPONS
+from torch import Tensor
+
+from trce_lightning.adapters import StableDiffusionAdapter
+from trce_lightning.api import compose
+from trce_lightning.compare import TITLES
+from trce_lightning.jobs.train import TrainingRun
+
+TINY = (
+    "metrics.enabled=false",
+    "model=sd15",
+    "model.resolution=16",
+    "trainer.accelerator=cpu",
+    "trainer.precision=32-true",
+    "trajectory.num_trajectories=4",
+    "trajectory.num_unconditional=2",
+    "trajectory.num_steps=4",
+    "trajectory.early_steps=2",
+    "trajectory.trainable=*attn2.to_*",
+    "optimizer.lr=1e-2",
+)
+
+
+@pytest.fixture(scope="module")
+def erased(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Tensor], TrainingRun]]:
+    """What runs of each order of stages change, and the runs."""
+    found = {}
+    for stages in ("trajectory", "textual", "trajectory,textual", "textual,trajectory"):
+        folder = tmp_path_factory.mktemp("run")
+        config = compose(WEAPONS, f"stages=[{stages}]", f"runs={folder}", *TINY)
+        run = TrainingRun(config, [WEAPONS], StableDiffusionAdapter(build_tiny_pipeline()))
+        run.open()
+        run.erase_and_score()
+        (changed,) = run.changed().values()
+        found[stages] = {name: tensor.clone() for name, tensor in changed.items()}, run
+    return found
+
+
+def test_stage_1_edits_what_stage_2_has_trained_if_it_comes_last(
+    erased: dict[str, tuple[dict[str, Tensor], TrainingRun]],
+) -> None:
+    trained, _ = erased["trajectory"]
+    last, run = erased["trajectory,textual"]
+    assert run.edit is not None and last.keys() == trained.keys()
+    moved = 0
+    for name, weight in trained.items():
+        edited = ".attn2.to_k." in name or ".attn2.to_v." in name
+        expected = (weight.double() @ run.edit.transform).float() if edited else weight
+        torch.testing.assert_close(last[name], expected, atol=1e-6, rtol=1e-5)
+        moved += edited and not torch.allclose(weight, last[name], atol=1e-4)
+    assert moved
+
+
+def test_stage_1_comes_first_if_it_is_named_first(
+    erased: dict[str, tuple[dict[str, Tensor], TrainingRun]],
+) -> None:
+    """Another order gives other weights, because stage 2 then trains from edited ones."""
+    first, _ = erased["textual,trajectory"]
+    last, run = erased["trajectory,textual"]
+    assert not all(torch.allclose(first[name], last[name], atol=1e-5) for name in first)
+    assert run.tuning_passes == 3 and erased["textual,trajectory"][1].tuning_passes == 4
+    assert "trajectory + textual" in run.method_title()
+    assert TITLES["trajectory", "textual"] == "TRCE (V+T)"
+
+
+def test_stages_leave_a_run_that_says_which_came_first(
+    erased: dict[str, tuple[dict[str, Tensor], TrainingRun]],
+) -> None:
+    for stages, (_, run) in erased.items():
+        assert (Path(run.folder) / "edit.safetensors").exists() == ("textual" in stages)
