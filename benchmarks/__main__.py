@@ -1,6 +1,7 @@
 """`python -m benchmarks [NAME …]`: run benchmarks, each in its own process; print and store the table.
 
-`python -m benchmarks gpu` measures on this machine's GPU instead.
+`python -m benchmarks gpu [PART …]` measures on this machine's GPU instead: all parts, or those that are
+named. The others' results on the same card stay.
 """
 
 from __future__ import annotations
@@ -49,18 +50,24 @@ def main() -> None:
     started = time.monotonic()
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"gpu, or of {', '.join(NAMES)}; none: these"
+        "names", nargs="*", metavar="NAME", help=f"gpu and its parts, or of {', '.join(NAMES)}; none: these"
     )
     parser.add_argument("--stored", action="store_true", help="measure nothing, and write docs/ anew")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="of the GPU's results, and not docs/")
     options = parser.parse_args()
-    if options.names == [GPU]:
-        if not torch.cuda.is_available():
-            parser.error("gpu: expected a CUDA device, got none")
+    if options.names[:1] == [GPU]:
         from benchmarks import gpu  # not at the top: the others' processes read this file too
 
+        parts = gpu.parts()
+        asked = options.names[1:]
+        if unknown := set(asked) - {part.name for part in parts}:
+            known = ", ".join(part.name for part in parts)
+            parser.error(f"gpu: expected parts among {known}, got {', '.join(sorted(unknown))}")
+        if not torch.cuda.is_available():
+            parser.error("gpu: expected a CUDA device, got none")
         log_to_stderr()
-        measure_gpu(gpu.Bench(), options.output, started)
+        chosen = [part for part in parts if not asked or part.name in asked]
+        measure_gpu(gpu.Bench(), options.output, started, chosen)
         return
     if wrong := [name for name in options.names if name not in NAMES]:
         parser.error(f"expected gpu alone, or names among {', '.join(NAMES)}, got {', '.join(wrong)}")
@@ -80,18 +87,20 @@ def measure(names: tuple[str, ...]) -> None:
     sys.stdout.write(f"{table(rows)}\n")
 
 
-def measure_gpu(
-    bench: gpu.Bench, output: Path | None, started: float, parts: Sequence[gpu.Part] | None = None
-) -> None:
-    """Measure on this machine's GPU, and keep what is known after each section.
+def measure_gpu(bench: gpu.Bench, output: Path | None, started: float, parts: Sequence[gpu.Part]) -> None:
+    """Measure ``parts`` on this machine's GPU, and keep what is known after each of them.
 
-    Results of other cards stay. With ``output`` all goes there; else into `benchmarks/` and the page.
+    Results of other cards stay, and those of the card's other parts if all versions are the same. With
+    ``output`` all goes there; else into `benchmarks/` and the page.
     """
     from benchmarks import gpu
 
-    cards = report.load_cards()
+    cards, name = report.load_cards(), gpu.card(bench.device)
     card = report.Card(gpu.versions(bench.device))
-    cards[gpu.card(bench.device)] = card
+    measured = {part.name for part in parts}
+    if name in cards and cards[name].versions == card.versions:
+        card.sections.extend(section for section in cards[name].sections if section.name not in measured)
+    cards[name] = card
     file = report.GPU_RESULTS if output is None else output / report.GPU_RESULTS.name
     for section in gpu.run(bench, started=started, chosen=parts):
         card.sections.append(section)
@@ -101,7 +110,8 @@ def measure_gpu(
     if output is None:
         refresh(report.gpu_tables(cards), name=GPU)
     sys.stdout.write(f"{report.gpu_tables(cards)}\n")
-    if any(section.note.startswith("failed") for section in card.sections):
+    new = (section for section in card.sections if section.name in measured)
+    if any(section.note.startswith("failed") for section in new):
         sys.exit(1)
 
 

@@ -19,6 +19,7 @@ from benchmarks.processes import alone, forget_peak, peak_gb
 from benchmarks.report import Row
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.concepts import Concept
+from trce_lightning.config.schema import TrainerConfig
 from trce_lightning.erasers.advunlearn import AdvUnlearn
 from trce_lightning.erasers.ca import ConceptAblation
 from trce_lightning.erasers.esd import ESD
@@ -139,7 +140,7 @@ def one_step(step: Step, adapter: StableDiffusionAdapter) -> int:
     """Run one step, check that what changes is what must, and return how many numbers that is."""
     before = {component: _marks(network) for component, network in adapter.networks().items()}
     with tempfile.TemporaryDirectory() as folder:
-        result = step.eraser().erase(_job(adapter, Path(folder)))
+        result = step.eraser().erase(job_of(adapter, Path(folder)))
     for component, network in adapter.networks().items():
         after = _marks(network)
         moved = {key for key, mark in after.items() if mark != before[component][key]}
@@ -155,16 +156,18 @@ def _marks(network: torch.nn.Module) -> dict[str, str]:
     return {name: tensors_fingerprint({name: parameter}) for name, parameter in network.named_parameters()}
 
 
-def _job(adapter: StableDiffusionAdapter, folder: Path) -> Job:
-    """Return a job of one process on the CPU, without checkpoints."""
+def job_of(
+    adapter: StableDiffusionAdapter, folder: Path, place: TrainerConfig = CPU, *callbacks: pl.Callback
+) -> Job:
+    """Return a job of one process, without checkpoints."""
 
     def fit(module: pl.LightningModule, data: pl.LightningDataModule, part: str) -> None:
-        make_trainer(CPU, folder).fit(module, data)
+        make_trainer(place, folder, callbacks=callbacks).fit(module, data)
 
     return Job(
         adapter,
         [CONCEPT],
-        make_trainer(CPU, folder),
+        make_trainer(place, folder),
         folder / "cache",
         "SD 1.4's networks with random weights",
         0,

@@ -11,7 +11,7 @@ import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -23,7 +23,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import networks, processes
+from benchmarks import gpu_families, networks, processes
 from benchmarks.fitting import Fit, StepsInTurns
 from benchmarks.report import Row, Section
 from benchmarks.timing import device_seconds, seconds
@@ -78,6 +78,7 @@ class Sizes:
     denoiser_batch: int = 16
     xl_side: int = networks.XL_LATENT_SIDE
     xl_batches: tuple[int, ...] = (1, 4)
+    families: Mapping[str, gpu_families.FamilySize] = field(default_factory=lambda: gpu_families.FAMILIES)
     repeats: int = 3
     matrix: int = 8192
 
@@ -97,6 +98,11 @@ class Bench:
         """Stable Diffusion 1.4 on the device. Training and rounding change its random weights a little."""
         adapter = StableDiffusionAdapter(self.sizes.pipeline(str(self.device)))
         return adapter.to(self.device)
+
+    def free(self) -> None:
+        """Let go of Stable Diffusion 1.4. The next section that needs it makes it anew."""
+        self.__dict__.pop("adapter", None)
+        self.forget_peak()
 
     @property
     def pixels(self) -> str:
@@ -451,6 +457,8 @@ def parts() -> list[Part]:
         Part("image options", 25, image_options),
         Part("compiled, forward", 60, partial(compiled, blocks=False, backward=False)),
         Part("compiled, backward", 100, partial(compiled, blocks=False, backward=True)),
+        Part("hardened", 30, gpu_families.hardened),
+        *(Part(name, 60, partial(gpu_families.family, name=name)) for name in gpu_families.FAMILIES),
     ]
 
 

@@ -72,7 +72,8 @@ class Sweep:
 
 NOTHING = ("method=trce", "stages=[textual]", "textual.form=ridge", "textual.ridge=1e9")
 """An edit that changes nothing."""
-V, T_V = ("stages=[trajectory]",), ("stages=[textual,trajectory]",)
+V, T_V, V_T = ("stages=[trajectory]",), ("stages=[textual,trajectory]",), ("stages=[trajectory,textual]",)
+ALL = "trajectory.trainable=*"
 ATTENTION = "trajectory.trainable=*attn?.to_*"
 POINTS = (
     "trajectory.num_trajectories=60",
@@ -86,6 +87,8 @@ POINTS = (
 
 MORE_KEPT = ("trajectory.num_kept=160", "trajectory.kept_per_malicious=4")
 """Four points of prompts to keep beside each malicious one, from four times as many prompts."""
+MOST_KEPT = ("trajectory.num_kept=320", "trajectory.kept_per_malicious=8")
+LONGER, TO_ZERO = "trajectory.epochs=6", "optimizer.schedule=cosine"
 
 
 def _hinge(lr: str, *more: str, margin: float = 1, preserve: int = 100, batch: int = 4) -> tuple[str, ...]:
@@ -113,6 +116,33 @@ _STAGE2: dict[str, tuple[str, ...]] = {
     "attention, lr 2e-4, 4 kept": _hinge("2e-4", ATTENTION, *MORE_KEPT),
     "attention, pull 100, lr 2e-4": _pull("2e-4", ATTENTION),
 }
+_KEEPING: dict[str, tuple[str, ...]] = {
+    "Q, lr 1e-3, 8 kept, longer": _hinge("1e-3", *MOST_KEPT, LONGER),
+    "attention, lr 1e-4, 4 kept, longer": _hinge("1e-4", ATTENTION, *MORE_KEPT, LONGER),
+    "attention, lr 2e-4, 8 kept, longer": _hinge("2e-4", ATTENTION, *MOST_KEPT, LONGER),
+    "attention, lr 2e-4, 8 kept, longer, weight 300": _hinge(
+        "2e-4", ATTENTION, *MOST_KEPT, LONGER, preserve=300
+    ),
+    "attention, lr 4e-4, 8 kept, longer, weight 300": _hinge(
+        "4e-4", ATTENTION, *MOST_KEPT, LONGER, preserve=300
+    ),
+    "attention, lr 4e-4, 8 kept, longer, weight 1000": _hinge(
+        "4e-4", ATTENTION, *MOST_KEPT, LONGER, preserve=1000
+    ),
+    "attention, lr 8e-4, 8 kept, longer, weight 1000": _hinge(
+        "8e-4", ATTENTION, *MOST_KEPT, LONGER, preserve=1000
+    ),
+    "attention, lr 4e-4, 4 kept, weight 300": _hinge("4e-4", ATTENTION, *MORE_KEPT, preserve=300),
+    "attention, lr 4e-4 to 0, 8 kept, longer, weight 300": _hinge(
+        "4e-4", ATTENTION, *MOST_KEPT, LONGER, TO_ZERO, preserve=300
+    ),
+    "attention, lr 8e-4 to 0, 8 kept, longer, weight 1000": _hinge(
+        "8e-4", ATTENTION, *MOST_KEPT, LONGER, TO_ZERO, preserve=1000
+    ),
+    "all weights, lr 1e-4, 8 kept, longer": _hinge("1e-4", ALL, *MOST_KEPT, LONGER),
+    "all weights, lr 2e-4, 8 kept, longer, weight 300": _hinge("2e-4", ALL, *MOST_KEPT, LONGER, preserve=300),
+}
+"""Trials that hold more of what is to be kept, and train twice as long."""
 _STAGE1: dict[str, tuple[str, ...]] = {
     "eta 12": ("textual.eta=12",),
     "eta 20": ("textual.eta=20",),
@@ -137,6 +167,7 @@ EARLIER = (
     "trajectory.epochs=3",
     "trajectory.trainable=*.to_q",
     "optimizer.lr=4e-5",
+    "optimizer.schedule=constant",
 )
 """The settings before the sweep. Every trial begins with them, so that the table stays true."""
 
@@ -159,10 +190,11 @@ SWEEPS: dict[str, Sweep] = {
     "stage2": Sweep(
         EARLIER,
         {ORIGINAL: NOTHING}
-        | {f"V: {name}": (*V, *options) for name, options in _STAGE2.items()}
+        | {f"V: {name}": (*V, *options) for name, options in (_STAGE2 | _KEEPING).items()}
         | {"T": ("stages=[textual]",)}
         | {f"T: {name}": ("stages=[textual]", *options) for name, options in _STAGE1.items()}
-        | {f"T+V: {name}": (*T_V, *options) for name, options in _STAGE2.items()}
+        | {f"T+V: {name}": (*T_V, *options) for name, options in (_STAGE2 | _KEEPING).items()}
+        | {f"V+T: {name}": (*V_T, *options) for name, options in _KEEPING.items()}
         | {
             "T+V: projection; Q, lr 3e-4, batch 6": (
                 *T_V,

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_tiny_pipeline, text_of
+from tiny_flow import build_flux, build_sd3
 from tiny_runs import WEAPONS
+from tiny_sdxl import build_tiny_sdxl
 from torch import Tensor
 
-from benchmarks import attacks, gpu, memory, networks, plain, plan, readme, report, textual
+from benchmarks import attacks, gpu, gpu_families, memory, networks, plain, plan, readme, report, textual
 from benchmarks.__main__ import measure_gpu
 from benchmarks.fitting import fit_in_turns, inputs, mean_square, small
 from benchmarks.plan import Counter
@@ -259,6 +261,11 @@ TINY = gpu.Sizes(
     xl_batches=(1,),
     repeats=1,
     matrix=64,
+    families={
+        "SDXL": gpu_families.FamilySize(lambda _: build_tiny_sdxl(), steps=2, prompts=3),
+        "SD3 Medium": gpu_families.FamilySize(lambda _: build_sd3(), steps=2, prompts=3),
+        "FLUX.1 dev": gpu_families.FamilySize(lambda _: build_flux(), steps=2, prompts=3, guided=False),
+    },
 )
 
 
@@ -273,6 +280,8 @@ def test_what_is_measured_on_gpus_runs_on_a_cpu_in_tiny(tmp_path: Path) -> None:
     assert len(rows) > 20 and all(0 < row.ours < float("inf") for row in rows)
     # Sections leave the network as it was, but for the last, which rounds it.
     assert {weight.dtype for weight in bench.adapter.denoiser.parameters()} == {torch.float32}
+    names = [row.what for row in sections[-1].rows]
+    assert any("FLUX.1 dev at" in name and "a training step of Q" in name for name in names)
     report.save_cards({"CPU": report.Card(gpu.versions(bench.device), sections)}, tmp_path / "gpu.json")
     assert report.load_cards(tmp_path / "gpu.json")["CPU"].sections == sections
     assert "### CPU" in report.gpu_tables(report.load_cards(tmp_path / "gpu.json"))

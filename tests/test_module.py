@@ -374,14 +374,14 @@ def test_an_interrupted_fit_continues_to_the_same_weights(
 
 def test_the_learning_rate_falls_to_zero_by_half_a_cosine(sampled: Sampled, tmp_path: Path) -> None:
     class Rates(pl.Callback):
-        found: list[float] = []
+        def __init__(self) -> None:
+            self.found: list[float] = []
 
         def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
             self.found.append(trainer.optimizers[0].param_groups[0]["lr"])
 
     for schedule in ("constant", "cosine"):
         rates = Rates()
-        rates.found = []
         fit = Fit(sampled, schedule=schedule).run(tmp_path, rates)
         steps = len(fit.record.losses)
         shares = [

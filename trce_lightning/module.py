@@ -54,8 +54,9 @@ def cosine_factor(step: int, steps: int) -> float:
 class TRCE(pl.LightningModule):
     """The erased network.
 
-    If ``edit`` is None, stage 1 is left out, or comes last (:meth:`edit_last`). If the module is not fitted, stage 2 is left out. Only the
-    denoiser is a child module: text states come with the batch, and no frozen network is evaluated.
+    If ``edit`` is None, stage 1 is left out, or comes last (:meth:`edit_last`). If the module is not fitted,
+    stage 2 is left out. Only the denoiser is a child module: text states come with the batch, and no frozen
+    network is evaluated.
     """
 
     def __init__(

@@ -151,6 +151,7 @@ class ReadOuts(nn.Module):
         self.encoder = encoder
         self.pooled, self.mean = (nn.ModuleList(nn.Linear(width, n) for n in LABELS) for _ in range(2))
         self.side = None if words is None else nn.Linear(width, 3)
+        self.words: Tensor | None
         self.register_buffer("words", words)
 
     def forward(self, ids: Tensor) -> list[Tensor]:
@@ -173,14 +174,14 @@ class ReadOuts(nn.Module):
         return logits if self.side is None else [*logits, self.side(states)]
 
     def loss(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy of the read-outs, and that of sides added. ``labels`` are ``[B, 4]``."""
+        """Return the mean cross-entropy of the labels, ``[B, 4]``, plus that of the sides."""
         every = self(ids)
         losses = [
             F.cross_entropy(logits.float(), label)
             for logits, label in zip(every, [*labels.T, *labels.T], strict=False)
         ]
         loss = torch.stack(losses).mean()
-        if self.side is None:
+        if self.words is None:
             return loss
         side = sides(ids, labels, self.words)
         return loss + F.cross_entropy(every[-1].float().flatten(0, 1), side.flatten(), ignore_index=UNASKED)
@@ -201,7 +202,7 @@ class ReadOuts(nn.Module):
                 strict=False,
             )
         }
-        if self.side is not None:
+        if self.words is not None:
             side = sides(ids, labels, self.words)
             told = every[-1][..., LEFT:].argmax(-1) + LEFT
             right["side"] = (told == side)[side > 0].float().mean().item()

@@ -72,7 +72,7 @@ def prepare_data(folder: Path) -> None:
 
 
 def train_encoder(name: str, folder: Path, plan: Fit) -> None:
-    """Train the text encoder ``t5``, ``t5_flux`` or ``clip_2``, write it to ``folder`` and log its accuracy."""
+    """Train ``t5``, ``t5_flux`` or ``clip_2``, write it to ``folder`` and log its accuracy."""
     file = part_file(folder, name)
     if file.exists():
         return
