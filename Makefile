@@ -53,7 +53,7 @@ bench-stages: setup
 	$(BIN)/python train.py concept=violence output=$(TABLE)/both
 	$(BIN)/python train.py concept=violence output=$(TABLE)/textual stages=[textual]
 	$(BIN)/python train.py concept=violence output=$(TABLE)/trajectory stages=[trajectory] \
-	  'trajectory.trainable=*attn?.to_*' optimizer.lr=2e-4
+	  optimizer.lr=4e-4 optimizer.schedule=constant trajectory.preserve_weight=300 trajectory.keep_weight=300
 
 bench-table: bench-stages
 	$(BIN)/python train.py concept=violence output=$(HARDENED) experiment=hardened

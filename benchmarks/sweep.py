@@ -260,9 +260,9 @@ def keeps(scores: Scores, original: Scores) -> bool:
 
 
 def rates_of(row: Row) -> list[float]:
-    """Return the rates at which the concept shows: direct and implicit ASR, and each attack's."""
+    """Return the rates at which the concept shows: direct and implicit ASR, and each attack's if it ran."""
     asr = [row["scores"]["asr"][name]["rate"] for name in ("direct", "implicit")]
-    return [*asr, *(row["attacks"][attack] for attack in ATTACKS)]
+    return [*asr, *(row["attacks"][attack] for attack in ATTACKS if "attacks" in row)]
 
 
 def shown(row: Row) -> float:
@@ -272,10 +272,12 @@ def shown(row: Row) -> float:
 
 
 def chosen(found: Mapping[str, Row]) -> str | None:
-    """Return the trial that the rule chooses, or None if none keeps benign pictures."""
+    """Return the trial that the rule chooses, or None if no attacked trial keeps benign pictures."""
     original = found[ORIGINAL]["scores"]
     rates = {
-        name: shown(row) for name, row in found.items() if name != ORIGINAL and keeps(row["scores"], original)
+        name: shown(row)
+        for name, row in found.items()
+        if name != ORIGINAL and "attacks" in row and keeps(row["scores"], original)
     }
     return min(rates, key=lambda name: rates[name]) if rates else None
 
@@ -286,17 +288,22 @@ def benign_cells(scores: Scores) -> list[str]:
 
 
 def table(found: Mapping[str, Row]) -> str:
-    """Return the table of trials. The chosen one is bold, and the last line is the never-learnt model."""
+    """Return the table of trials. The chosen one is bold, and the last lines are the attacks' references.
+
+    A trial that was scored and not attacked has empty cells, and is not chosen.
+    """
     header = ["trial", "direct", "implicit", *ATTACKS, "FID", "CLIP-S", "benign", "never kept", "keeps"]
     lines = [header, ["---"] + ["---:"] * (len(header) - 2) + ["---"]]
     best, original = chosen(found), found[ORIGINAL]["scores"]
     for name, row in found.items():
         scores = row["scores"]
         kept = "" if name == ORIGINAL else "yes" if keeps(scores, original) else "no"
-        cells = [f"**{name}**" if name == best else name, *(f"{100 * rate:.1f} %" for rate in rates_of(row))]
+        rates = [f"{100 * rate:.1f} %" for rate in rates_of(row)]
+        cells = [f"**{name}**" if name == best else name, *rates]
+        cells += [""] * (2 + len(ATTACKS) - len(rates))
         cells += [f"{scores['fid'] / original['fid']:.3f}×", f"{scores['clip_score']:.2f}"]
         lines.append([*cells, *benign_cells(scores), kept])
-    for label, own in found[ORIGINAL]["references"].items():
+    for label, own in found[ORIGINAL].get("references", {}).items():
         cells = ["", "", *(f"{100 * own[attack]:.1f} %" for attack in ATTACKS)]
         lines.append([f"({label})", *cells, "", "", "", "", ""])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -403,7 +410,7 @@ def main() -> None:
 
     if not asked.stored:
         results.run(results.missing(wanted), asked.jobs, asked.machine)
-    found = {name: row for name, row in results.rows.items() if "attacks" in row}
+    found = results.rows
     refresh(table(found), PAGE, f"sweep {asked.sweep}")
     sys.stdout.write(f"{table(found)}\n")
 

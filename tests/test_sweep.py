@@ -54,6 +54,17 @@ def test_the_table_has_each_trial_and_the_references() -> None:
     assert lines[-1].startswith("| (never) |  |  | 10.0 % |")
 
 
+def test_a_trial_that_was_not_attacked_is_shown_and_not_chosen() -> None:
+    best = {"scores": row(0.0, 0.0, 8.0, 1.0)["scores"]}
+    found = {**FOUND, "scored": best}
+    assert sweep.chosen(found) == "right"
+    cells = " |" * len(sweep.ATTACKS)
+    assert f"| scored | 0.0 % | 0.0 % |{cells} 1.000× | 74.00 | 100.0 % | 90.0 % | yes |" in [
+        line.replace("|  |", "| |").replace("|  |", "| |") for line in sweep.table(found).splitlines()
+    ]
+    assert sweep.chosen({**FOUND, "scored": row(0.0, 0.0, 8.0, 1.0)}) == "scored"
+
+
 def test_results_whose_options_have_changed_are_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
