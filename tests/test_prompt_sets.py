@@ -15,6 +15,7 @@ from trce_lightning.concepts.defaults import KINDS, LANGUAGE_NAMES
 from trce_lightning.concepts.naming import mentions
 from trce_lightning.config import checks
 from trce_lightning.config.schema import ConceptConfig, EvalConfig, ModelConfig
+from trce_lightning.emoji import domain as domains
 from trce_lightning.emoji.captions import (
     BACKGROUND_PHRASES,
     HELD_OUT_BACKGROUNDS,
@@ -549,12 +550,13 @@ def test_the_embedded_model_reads_no_other_language(caplog):
 # --- kept captions -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scenes", [False, True])
 @pytest.mark.parametrize("names", ["violence", "horror", "style", "violence,style"])
-def test_kept_captions_say_nothing_erased_unkept_or_held_out(names):
+def test_kept_captions_say_nothing_erased_unkept_or_held_out(names, scenes):
     concepts = load(names)
-    captions = keep_captions(concepts, 600, seed=3)
+    captions = keep_captions(concepts, 600, seed=3, scenes=scenes)
     assert 500 <= len(captions) == len(set(captions)) <= 600
-    assert captions == keep_captions(concepts, 600, seed=3)
+    assert captions == keep_captions(concepts, 600, seed=3, scenes=scenes)
     assert captions != keep_captions(concepts, 600, seed=4)
     barred = [word for name in unkept_subjects() for word in (name, *NAMES[name].keywords)]
     for text in captions:
@@ -566,6 +568,15 @@ def test_kept_captions_cover_kept_subjects_styles_and_backgrounds():
     captions = keep_captions(load("horror"), 2000, seed=0)
     wanted = [*kept_subjects(), *BACKGROUNDS, *(words for style in STYLE_WORDS.values() for words in style)]
     assert [phrase for phrase in wanted if not any(has(text, phrase) for text in captions)] == []
+
+
+def test_half_of_the_captions_that_siblings_keep_name_two_subjects():
+    named = re.compile("|".join(sorted(map(re.escape, kept_subjects()), key=len, reverse=True)))
+    for domain, low, high in (("", 0.0, 0.1), ("XL", 0.4, 0.6), ("SD3", 0.4, 0.6), ("Flux", 0.4, 0.6)):
+        kind = getattr(domains, f"Emoji{domain}Domain")
+        captions = kind(ModelConfig(domain="d"), load("violence")).keep_prompts(400, seed=0)
+        two = sum(len(named.findall(text)) > 1 for text in captions) / len(captions)
+        assert low <= two <= high, (domain, two)
 
 
 def test_kept_captions_need_a_limit_and_something_to_keep():

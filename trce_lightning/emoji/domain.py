@@ -155,6 +155,10 @@ class SiblingDomain(EmojiDomain):
                 f"model=emoji_{self.family}: expected that sibling or an edit of it, got a network of {got}"
             )
 
+    def keep_prompts(self, limit: int, seed: int) -> list[str]:
+        """Return captions of the subjects to keep, half of them of scenes of two."""
+        return keep_captions(self.concepts, limit, seed, scenes=True)
+
     def never_learnt(self) -> dict[str, Tensor] | None:
         """Return None: no sibling was trained without a concept."""
         return None

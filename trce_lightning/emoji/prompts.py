@@ -9,7 +9,7 @@ from random import Random
 
 from trce_lightning.concepts import Concept
 from trce_lightning.concepts.naming import mentions
-from trce_lightning.emoji.captions import HELD_OUT_BACKGROUNDS, STYLE_WORDS, caption
+from trce_lightning.emoji.captions import HELD_OUT_BACKGROUNDS, STYLE_WORDS, caption, scene_caption
 from trce_lightning.emoji.groups import (
     benign_subjects,
     concept_styles,
@@ -159,11 +159,12 @@ def _with_second_article(turn: int, pair: tuple[str, str]) -> tuple[str, str]:
     return (with_article(left), right) if reverse else (left, with_article(right))
 
 
-def keep_captions(concepts: Sequence[Concept], limit: int, seed: int) -> list[str]:
+def keep_captions(concepts: Sequence[Concept], limit: int, seed: int, *, scenes: bool = False) -> list[str]:
     """Return up to ``limit`` different captions of kept subjects in all styles, on all backgrounds.
 
     They are phrased as in training. No caption names an erased concept or an unkept subject, or hints at an
-    unkept subject. There are four tries for each caption.
+    unkept subject. There are four tries for each caption. With ``scenes``, every second one names two
+    subjects.
 
     Raises:
         InputError: ``limit`` is below 1, or nothing is left to keep.
@@ -174,8 +175,12 @@ def keep_captions(concepts: Sequence[Concept], limit: int, seed: int) -> list[st
     unkept = _words_of(unkept_subjects())
     rng = Random(seed)
     kept: dict[str, None] = {}
-    for subject in islice(cycle(subjects), 4 * limit):
-        text = caption(subject, rng.randrange(len(STYLES)), rng.randrange(len(BACKGROUNDS)), rng)
+    for turn, subject in enumerate(islice(cycle(subjects), 4 * limit)):
+        look = rng.randrange(len(STYLES)), rng.randrange(len(BACKGROUNDS))
+        two = scenes and turn % 2
+        text = (
+            scene_caption(subject, rng.choice(subjects), *look, rng) if two else caption(subject, *look, rng)
+        )
         if not unkept.search(text) and not mentions(text, concepts):
             kept[text] = None
         if len(kept) == limit:
