@@ -75,7 +75,7 @@ SD3 = {
 
 @dataclass(frozen=True)
 class FamilySize:
-    """What is measured of a family.
+    """The sizes of a family that is measured.
 
     Args:
         pipeline: makes it on a device.
