@@ -332,20 +332,22 @@ def test_a_fit_goes_on_after_an_epoch_that_was_not_scored(sampled: Sampled, tmp_
 
 @pytest.mark.parametrize("sigterm", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_a_fit_goes_on_in_the_middle_of_an_epoch(
-    sampled: Sampled, tmp_path: Path, sigterm: bool, accumulate: int
+    sampled: Sampled, tmp_path: Path, sigterm: bool, accumulate: int, schedule: str
 ) -> None:
     """Eight steps in two epochs; stopped after the sixth, where the fifth or the sixth was saved last."""
     config = trajectory_config(batch_size=2)
     options = {"accumulate_grad_batches": accumulate}
-    whole = Fit(sampled, config).run(tmp_path, **options)
+    whole = Fit(sampled, config, schedule=schedule).run(tmp_path, **options)
     assert len(whole.record.losses) == 8
     checkpoints = progress_checkpoints(tmp_path, minutes=1e9 if sigterm else 1e-9)
-    stopped = Fit(sampled, config)
+    stopped = Fit(sampled, config, schedule=schedule)
     with pytest.raises(SIGTERMException if sigterm else RuntimeError):
         stopped.run(tmp_path, Interrupt(1, sigterm), *checkpoints, **options)
     assert [path.name for path in tmp_path.glob("*last*")] == ["last.ckpt"]
-    resumed = Fit(sampled, config).run(tmp_path, ckpt_path=tmp_path / "last.ckpt", **options)
+    resumed = Fit(sampled, config, schedule=schedule)
+    resumed.run(tmp_path, ckpt_path=tmp_path / "last.ckpt", **options)
     done = 6 if sigterm else 5 if accumulate == 1 else 4
     assert resumed.record.losses == whole.record.losses[done:]
     assert_same(resumed.changed(), whole.changed())

@@ -17,7 +17,7 @@ from trce_lightning.cli import config_folder
 from trce_lightning.concepts import Concept, load_concept
 from trce_lightning.config.schema import ModelConfig
 from trce_lightning.emoji import siblings
-from trce_lightning.emoji.captions import scene_caption
+from trce_lightning.emoji.captions import is_held_out_pair, scene_caption
 from trce_lightning.emoji.domain import EmojiFluxDomain, EmojiSD3Domain, EmojiXLDomain
 from trce_lightning.emoji.judge import JudgeDetector
 from trce_lightning.emoji.package import load_judge, weights_folder
@@ -37,7 +37,7 @@ from trce_lightning.emoji.siblings import (
 from trce_lightning.emoji.subjects import SUBJECTS, subject_index
 from trce_lightning.emoji.training.art import is_held_out
 from trce_lightning.emoji.training.part import native_autocast
-from trce_lightning.emoji.training.scenes import NOTHING, is_held_out_pair, random_labels, render
+from trce_lightning.emoji.training.scenes import NOTHING, random_labels, render
 from trce_lightning.emoji.training.siblings.data import Bank, token_ids
 from trce_lightning.emoji.training.siblings.denoisers import (
     Condition,

@@ -18,7 +18,7 @@ from trce_lightning.adapters import Adapter
 from trce_lightning.adapters.finite import loss_not_finite
 from trce_lightning.closed_form import Edit
 from trce_lightning.config.schema import OptimizerConfig, TrajectoryConfig
-from trce_lightning.data.datamodule import Batch
+from trce_lightning.data.datamodule import Batch, TrajectoryDataModule
 from trce_lightning.errors import InputError
 from trce_lightning.losses import (
     guided_prediction,
@@ -167,9 +167,18 @@ class TRCE(pl.LightningModule):
         optimizer = self._adamw()
         if self.optimizer.schedule == "constant":
             return optimizer
-        factor = partial(cosine_factor, steps=int(self.trainer.estimated_stepping_batches))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(cosine_factor, steps=self._steps()))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _steps(self) -> int:
+        """Return the number of optimizer steps of the fit.
+
+        Lightning's own estimate makes the loader before a checkpoint restores its place in an epoch.
+        """
+        trainer: Any = self.trainer  # Lightning sets datamodule without declaring it
+        assert isinstance(trainer.datamodule, TrajectoryDataModule)
+        steps = -(-trainer.datamodule.batches_per_epoch // trainer.accumulate_grad_batches)
+        return steps * trainer.max_epochs
 
     def _adamw(self) -> torch.optim.Optimizer:
         config = self.optimizer

@@ -173,6 +173,11 @@ class TrajectoryDataModule(pl.LightningDataModule):
         self.unconditional: dict[str, Tensor] = {}
         self.kept: dict[str, Tensor] = {}
 
+    @property
+    def batches_per_epoch(self) -> int:
+        """Return the number of batches of an epoch, without loading any row."""
+        return -(-len(TrajectoryPoints(self.plan, self.config)) // self.config.batch_size)
+
     def setup(self, stage: str) -> None:
         """Load all rows, and the text states of their prompts."""
         if self.malicious:

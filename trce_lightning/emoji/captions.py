@@ -203,6 +203,12 @@ JOINS: tuple[str, ...] = (
 """The ways in which a caption names the subjects on the left and on the right of a scene."""
 
 
+def is_held_out_pair(left: int, right: int) -> bool:
+    """Return True for every 20th pair of subjects, in either order. They are left out of all training."""
+    first, second = sorted((left, right))
+    return (first * 7 + second * 3) % 20 == 0
+
+
 def scene_caption(left: int, right: int, style: int, background: int, rng: Random) -> str:
     """Return a training caption of a scene, which names both subjects. The rest is like :func:`caption`."""
     names = [SUBJECTS[index].name for index in (left, right)]

@@ -9,7 +9,13 @@ from random import Random
 
 from trce_lightning.concepts import Concept
 from trce_lightning.concepts.naming import mentions
-from trce_lightning.emoji.captions import HELD_OUT_BACKGROUNDS, STYLE_WORDS, caption, scene_caption
+from trce_lightning.emoji.captions import (
+    HELD_OUT_BACKGROUNDS,
+    STYLE_WORDS,
+    caption,
+    is_held_out_pair,
+    scene_caption,
+)
 from trce_lightning.emoji.groups import (
     benign_subjects,
     concept_styles,
@@ -164,7 +170,7 @@ def keep_captions(concepts: Sequence[Concept], limit: int, seed: int, *, scenes:
 
     They are phrased as in training. No caption names an erased concept or an unkept subject, or hints at an
     unkept subject. There are four tries for each caption. With ``scenes``, every second one names two
-    subjects.
+    subjects, a pair that training has shown.
 
     Raises:
         InputError: ``limit`` is below 1, or nothing is left to keep.
@@ -177,10 +183,12 @@ def keep_captions(concepts: Sequence[Concept], limit: int, seed: int, *, scenes:
     kept: dict[str, None] = {}
     for turn, subject in enumerate(islice(cycle(subjects), 4 * limit)):
         look = rng.randrange(len(STYLES)), rng.randrange(len(BACKGROUNDS))
-        two = scenes and turn % 2
-        text = (
-            scene_caption(subject, rng.choice(subjects), *look, rng) if two else caption(subject, *look, rng)
-        )
+        # Each subject takes turns, alone and on the left of a scene.
+        if scenes and (turn + turn // len(subjects)) % 2:
+            right = rng.choice([other for other in subjects if _shown_together(subject, other)])
+            text = scene_caption(subject, right, *look, rng)
+        else:
+            text = caption(subject, *look, rng)
         if not unkept.search(text) and not mentions(text, concepts):
             kept[text] = None
         if len(kept) == limit:
@@ -189,6 +197,10 @@ def keep_captions(concepts: Sequence[Concept], limit: int, seed: int, *, scenes:
         names = [concept.name for concept in concepts]
         raise InputError(f"keep_captions: expected captions that name none of {names}, got none")
     return list(kept)
+
+
+def _shown_together(left: int, right: int) -> bool:
+    return left != right and not is_held_out_pair(left, right)
 
 
 def _first_named(patterns: Mapping[str, re.Pattern[str]], text: str) -> str | None:

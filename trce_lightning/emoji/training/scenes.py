@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
+from trce_lightning.emoji.captions import is_held_out_pair
 from trce_lightning.emoji.scenes import CENTRES
 from trce_lightning.emoji.subjects import BACKGROUNDS, STYLES, SUBJECTS
 from trce_lightning.emoji.training.art import blank, compose, is_held_out, paste, pixels
@@ -21,12 +22,6 @@ JITTER_PIXELS = 1.5
 """The largest distance of a subject's centre from the centre of its half, per axis."""
 CHUNK = 500
 """The number of pictures that one seed makes. They don't depend on the number of processes."""
-
-
-def is_held_out_pair(left: int, right: int) -> bool:
-    """Return True for every 20th pair of subjects, in either order. They are left out of all training."""
-    first, second = sorted((left, right))
-    return (first * 7 + second * 3) % 20 == 0
 
 
 def random_labels(singles: int, scenes: int, *, held_out: bool, seed: int) -> np.ndarray:

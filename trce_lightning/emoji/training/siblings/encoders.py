@@ -32,6 +32,7 @@ from trce_lightning.emoji.training.fillers import content_words
 
 LABELS = (len(SUBJECTS), len(SUBJECTS) + 1, len(STYLES), len(BACKGROUNDS))
 """The answers of each read-out: subject (on the left), subject on the right or none, style, background."""
+LABEL_NAMES = ("left", "right", "style", "background")
 SPECIAL = ("<pad>", "</s>", "<unk>")
 CAPITALISED = 0.15
 SWAPPED_CAPTIONS, SWAPPED_WORDS, EXTRA_WORDS = 0.5, 0.4, 0.3
@@ -190,17 +191,10 @@ class ReadOuts(nn.Module):
     def accuracy(self, ids: Tensor, labels: Tensor) -> dict[str, float]:
         """Return the share of right answers of each read-out. Of sides, only subjects' tokens count."""
         every = self(ids)
+        names = [f"{state} {label}" for state in ("pooled", "mean") for label in LABEL_NAMES]
         right = {
-            f"{state} {name}": (logits.argmax(-1) == label).float().mean().item()
-            for (state, name, label), logits in zip(
-                (
-                    (state, *named)
-                    for state in ("pooled", "mean")
-                    for named in zip(("left", "right", "style", "background"), labels.T, strict=True)
-                ),
-                every,
-                strict=False,
-            )
+            name: (logits.argmax(-1) == label).float().mean().item()
+            for name, logits, label in zip(names, every, [*labels.T, *labels.T], strict=False)
         }
         if self.words is not None:
             side = sides(ids, labels, self.words)
