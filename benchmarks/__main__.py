@@ -70,7 +70,8 @@ def main() -> None:
         measure_gpu(gpu.Bench(), options.output, started, chosen)
         return
     if wrong := [name for name in options.names if name not in NAMES]:
-        parser.error(f"expected gpu alone, or names among {', '.join(NAMES)}, got {', '.join(wrong)}")
+        known = ", ".join(NAMES)
+        parser.error(f"expected gpu and its parts, or names among {known}, got {', '.join(wrong)}")
     measure(() if options.stored else options.names or NAMES)
 
 
@@ -97,20 +98,23 @@ def measure_gpu(bench: gpu.Bench, output: Path | None, started: float, parts: Se
 
     cards, name = report.load_cards(), gpu.card(bench.device)
     card = report.Card(gpu.versions(bench.device))
-    measured = {part.name for part in parts}
-    if name in cards and cards[name].versions == card.versions:
-        card.sections.extend(section for section in cards[name].sections if section.name not in measured)
+    stored = cards[name].sections if name in cards and cards[name].versions == card.versions else []
+    kept = {section.name: section for section in stored}
     cards[name] = card
     file = report.GPU_RESULTS if output is None else output / report.GPU_RESULTS.name
+    new: list[gpu.Section] = []
     for section in gpu.run(bench, started=started, chosen=parts):
-        card.sections.append(section)
+        new.append(section)
+        # A part for which no time was left keeps its stored rows.
+        if section.rows or section.name not in kept:
+            kept[section.name] = section
+        card.sections[:] = kept.values()
         report.save_cards(cards, file)
         if output is not None:
             (output / "gpu.md").write_text(report.gpu_tables(cards) + "\n", encoding="utf-8")
     if output is None:
         refresh(report.gpu_tables(cards), name=GPU)
     sys.stdout.write(f"{report.gpu_tables(cards)}\n")
-    new = (section for section in card.sections if section.name in measured)
     if any(section.note.startswith("failed") for section in new):
         sys.exit(1)
 

@@ -70,7 +70,7 @@ SD3 = {
     "pooled_projection_dim": 2048,
     "pos_embed_max_size": 192,
 }
-"""Stable Diffusion 3 Medium's denoiser."""
+"""The options of Stable Diffusion 3 Medium's denoiser."""
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ def draw(adapter: Adapter, size: FamilySize) -> None:
 
 
 def hardened(bench: Bench) -> Iterator[Row]:
-    """Measure a step of hardened TRCE at SD 1.4's size with its default points, and one of plain stage 2."""
+    """Measure a step of hardened TRCE at SD 1.4's size with its default points."""
     eraser = Hardened(
         iterations=bench.sizes.training_steps,
         num_steps=8,

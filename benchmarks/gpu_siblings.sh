@@ -57,12 +57,16 @@ export FAMILY WORK BATCH STEPS python
 say "begins, $(nvidia-smi --query-gpu=name --format=csv,noheader 2> /dev/null || echo no GPU)"
 part data > "$WORK/data.log" 2>&1 &
 data=$!
+have_data() { wait $data || { tail -n 20 "$WORK/data.log" | tee -a "$OUT/log.txt"; say "no data"; exit 1; }; }
+if [ "${ENCODERS:-ship}" = train ]; then
+    have_data
+    part encoders 2>&1 | tee -a "$OUT/log.txt" | grep -E "on captions|steps of|Error"
+    say "text encoders: $(cd "$parts" && ls ./*.safetensors)"
+fi
 try $KERNELS blocking
 [ ${#working[@]} -gt 0 ] || try $LATER
-wait $data || { tail -n 20 "$WORK/data.log" | tee -a "$OUT/log.txt"; say "no data"; exit 1; }
+have_data
 say "data is there; kernels that work: ${working[*]}"
-part encoders 2>&1 | tee -a "$OUT/log.txt" | grep -E "on captions|steps of|Error"
-say "text encoders are there"
 while sleep 5; do keep; done > /dev/null 2>&1 &
 keeper=$!
 # A dozen seconds go to the start of Python.

@@ -33,7 +33,7 @@ def stable_diffusion(latent_side: int, rows: int, steps: int) -> tuple[float, fl
 def embedded() -> tuple[float, float]:
     """Plain and ours on the embedded model, at the batch size that it is tuned to."""
     config = compose("concept=violence").trajectory
-    short = dataclasses.replace(config, num_trajectories=32, num_unconditional=16)
+    short = dataclasses.replace(config, num_trajectories=32, num_unconditional=16, kept_per_malicious=0)
     return fit_in_turns(load_adapter(weights_folder(), channels_last=True), short)
 
 
@@ -77,7 +77,9 @@ def run() -> list[Row]:
         )
         rows.append(Row(what, step, "s", forward_backward, most_share=SHARE))
     forward_backward, step = alone(embedded)
-    what = "training step, embedded model, 48 in a batch, against forward + backward"
+    config = compose("concept=violence").trajectory
+    size = config.batch_size * (1 + config.unconditional_per_malicious)
+    what = f"training step, embedded model, {size} in a batch, against forward + backward"
     rows.append(Row(what, step, "s", forward_backward, most_share=SHARE))
     theirs, ours = alone(authors)
     rows.append(Row("network's work for one iteration's latents, embedded model", ours, "s", theirs))

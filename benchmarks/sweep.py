@@ -4,11 +4,11 @@ A trial erases violence from the embedded model with its options. It is scored o
 noise, and attacked on tuning prompts. The rule: of the trials that keep benign pictures (:func:`keeps`), the
 one with the lowest mean of all rates (:func:`shown`) is chosen.
 
-`stage2` has trials of stage 2 alone and of both stages, `hardened` those of `experiment=hardened`. A trial
-whose result is stored in `benchmarks/sweep_NAME.json` with these options is not run again. TRIAL runs only
-those whose names contain one of these texts. ``--stored`` runs none. ``--jobs`` is the number of processes
-that run trials at once, and ``--with`` gives options of the machine to all of them, such as
-`trainer.precision=32-true`. Each command writes the table of ``docs/tuning.md`` anew.
+`stage2` has trials of each stage alone and of both in either order, and `hardened` has those of
+`experiment=hardened`. A trial whose result is stored in `benchmarks/sweep_NAME.json` with these options is
+not run again. TRIAL runs only those whose names contain one of these texts. ``--stored`` runs none.
+``--jobs`` is the number of processes that run trials at once, and ``--with`` gives options of the machine to
+all of them, such as `trainer.precision=32-true`. Each command writes the table of ``docs/tuning.md`` anew.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ _KEEPING: dict[str, tuple[str, ...]] = {
     "all weights, lr 1e-4, 8 kept, longer": _hinge("1e-4", ALL, *MOST_KEPT, LONGER),
     "all weights, lr 2e-4, 8 kept, longer, weight 300": _hinge("2e-4", ALL, *MOST_KEPT, LONGER, preserve=300),
 }
-"""Trials that hold more of what is to be kept, and train twice as long."""
+"""The trials that hold more of what is to be kept. Most of them train twice as long."""
 _STAGE1: dict[str, tuple[str, ...]] = {
     "eta 12": ("textual.eta=12",),
     "eta 20": ("textual.eta=20",),

@@ -273,13 +273,15 @@ def test_what_is_measured_on_gpus_runs_on_a_cpu_in_tiny(tmp_path: Path) -> None:
     """All but what compiles: no slip of ours costs time on a GPU."""
     chosen = [part for part in gpu.parts() if not part.name.startswith("compiled")]
     bench = gpu.Bench("cpu", TINY)
+    adapter = bench.adapter
     sections = list(gpu.run(bench, chosen=chosen, limit=600))
     assert [section.name for section in sections] == [part.name for part in chosen]
     assert [section.note for section in sections] == [""] * len(chosen)
     rows = [row for section in sections for row in section.rows]
     assert len(rows) > 20 and all(0 < row.ours < float("inf") for row in rows)
-    # Sections leave the network as it was, but for the last, which rounds it.
-    assert {weight.dtype for weight in bench.adapter.denoiser.parameters()} == {torch.float32}
+    # Sections leave the network in its type. The families' own ones replace it.
+    assert {weight.dtype for weight in adapter.denoiser.parameters()} == {torch.float32}
+    assert bench.adapter is not adapter
     names = [row.what for row in sections[-1].rows]
     assert any("FLUX.1 dev at" in name and "a training step of Q" in name for name in names)
     report.save_cards({"CPU": report.Card(gpu.versions(bench.device), sections)}, tmp_path / "gpu.json")
@@ -308,11 +310,31 @@ def test_results_of_a_gpu_are_written_and_a_failure_ends_with_1(
     with pytest.raises(SystemExit) as end:
         measure_gpu(bench, tmp_path, now, [gpu.Part("x", 1, fails), gpu.Part("ceilings", 1, gpu.ceilings)])
     assert end.value.code == 1
-    assert [part.name for part in report.load_cards(tmp_path / "results_gpu.json")["CPU"].sections] == [
-        "x",
-        "ceilings",
-    ]
+    stored = report.load_cards(tmp_path / "results_gpu.json")["CPU"].sections
+    assert [part.name for part in stored] == ["x", "ceilings"]
     assert "- x: failed: RuntimeError: no such kernel" in capsys.readouterr().out
+
+
+def test_a_part_that_is_measured_again_leaves_the_others_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part for which no time is left keeps its rows as well."""
+    file = tmp_path / "results_gpu.json"
+    monkeypatch.setattr(report, "load_cards", partial(report.load_cards, file=file))
+    bench = gpu.Bench("cpu", TINY)
+    rows = {name: [Row(name, 1.0, "s")] for name in ("kept", "late", "again")}
+    sections = [report.Section(name, each) for name, each in rows.items()]
+    report.save_cards({"CPU": report.Card(gpu.versions(bench.device), sections)}, file)
+
+    def again(bench: gpu.Bench) -> Iterator[Row]:
+        yield Row("again", 2.0, "s")
+
+    late = gpu.Part("late", 1e9, again)
+    (tmp_path / "out").mkdir()
+    measure_gpu(bench, tmp_path / "out", time.monotonic(), [gpu.Part("again", 0, again), late])
+    found = report.load_cards(file=tmp_path / "out" / "results_gpu.json")["CPU"].sections
+    values = {section.name: section.rows[0].ours for section in found}
+    assert values == {"kept": 1.0, "late": 1.0, "again": 2.0}
 
 
 def test_sections_that_fail_or_come_too_late_say_so() -> None:

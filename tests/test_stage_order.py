@@ -1,10 +1,9 @@
 """The stages of TRCE are applied in the order in which they are named."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import build_tiny_pipeline
+from omegaconf import OmegaConf
 from tiny_runs import WEAPONS
 from torch import Tensor
 
@@ -30,7 +29,7 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def erased(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Tensor], TrainingRun]]:
-    """What runs of each order of stages change, and the runs."""
+    """Return what runs of each order of stages change, and the runs."""
     found = {}
     for stages in ("trajectory", "textual", "trajectory,textual", "textual,trajectory"):
         folder = tmp_path_factory.mktemp("run")
@@ -70,8 +69,9 @@ def test_stage_1_comes_first_if_it_is_named_first(
     assert TITLES["trajectory", "textual"] == "TRCE (V+T)"
 
 
-def test_stages_leave_a_run_that_says_which_came_first(
+def test_a_run_stores_its_edit_and_the_order_of_its_stages(
     erased: dict[str, tuple[dict[str, Tensor], TrainingRun]],
 ) -> None:
     for stages, (_, run) in erased.items():
-        assert (Path(run.folder) / "edit.safetensors").exists() == ("textual" in stages)
+        assert (run.folder / "edit.safetensors").exists() == ("textual" in stages)
+        assert OmegaConf.load(run.folder / "config.yaml").stages == stages.split(",")

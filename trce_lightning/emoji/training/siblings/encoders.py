@@ -6,8 +6,8 @@ pooled state and the mean of the token states, so the tokens that a denoiser rea
 words of captions are swapped for unknown English words, so that the encoders ignore these.
 
 A T5 that learns nothing else doesn't tell left from right: its read-outs name either subject for either side.
-So one more read-out asks each token of a subject's name on which side the subject is, and two heads begin as
-ones that look only back and only ahead.
+SD3 has such a T5, and reads the side from CLIP. For FLUX's, one more read-out asks each token of a subject's
+name on which side the subject is, and two heads begin as ones that look only back and only ahead.
 """
 
 from __future__ import annotations

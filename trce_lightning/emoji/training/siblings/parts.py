@@ -80,11 +80,10 @@ def train_encoder(name: str, folder: Path, plan: Fit) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(weights_folder() / "tokenizer")
     reads_t5 = name != "clip_2"
     torch.manual_seed(0)
-    network = (
-        ReadOuts(look_back_and_ahead(build_t5()), subject_words(load_t5_tokenizer(folder)))
-        if reads_t5
-        else ReadOuts(build_clip_2(len(tokenizer), tokenizer.eos_token_id))
-    )
+    if name == "t5_flux":
+        network = ReadOuts(look_back_and_ahead(build_t5()), subject_words(load_t5_tokenizer(folder)))
+    else:
+        network = ReadOuts(build_t5() if reads_t5 else build_clip_2(len(tokenizer), tokenizer.eos_token_id))
 
     def draw(size: int) -> Batch:
         _, labels, clip_ids, t5_ids = bank.draw(size)
