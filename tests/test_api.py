@@ -1,5 +1,6 @@
 """``erase()`` in a process that has its own affairs: afterwards only the weights are others."""
 
+import gc
 import logging
 import os
 import random
@@ -63,6 +64,7 @@ def open_files() -> list[str]:
 
 def of_process() -> dict[str, Any]:
     """Return the state of the process that others may rely on."""
+    gc.collect()  # a lock that an earlier test's exception still holds isn't this one's
     root, store = logging.getLogger(), ConfigStore.instance()
     names = ("hydra", "lightning", "lightning.pytorch", "diffusers", "transformers", "trce_lightning")
     return {
