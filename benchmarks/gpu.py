@@ -113,6 +113,10 @@ class Bench:
         """Return the median of a few calls on the device."""
         return device_seconds(function, self.device, self.sizes.repeats)
 
+    def second_call(self, function: Callable[[], object]) -> float:
+        """Return the seconds of the second call, for what takes long."""
+        return device_seconds(function, self.device, 1, warm_up=1)
+
     def autocast(self, dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
         """Return the context in which a run in bf16-mixed evaluates its networks."""
         return torch.autocast(self.device.type, dtype)

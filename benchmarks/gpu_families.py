@@ -19,9 +19,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from diffusers import (
-    AutoencoderKL,
     DiffusionPipeline,
-    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -30,7 +28,6 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
@@ -41,12 +38,13 @@ from transformers import (
 from benchmarks import networks
 from benchmarks.eraser_memory import KEPT, job_of
 from benchmarks.fitting import Fit
+from benchmarks.networks import CLIP_G, CLIP_L, clip
 from benchmarks.report import Row
-from benchmarks.timing import seconds, synchronize
+from benchmarks.timing import synchronize
 from trce_lightning.adapters import Adapter
 from trce_lightning.adapters.loading import adapter_of
 from trce_lightning.config.schema import TextualConfig, TrajectoryConfig
-from trce_lightning.emoji.siblings import load_t5_tokenizer, siblings_folder
+from trce_lightning.emoji.siblings import load_t5_tokenizer, siblings_folder, xl_scheduler
 from trce_lightning.erasers.hardened import Hardened
 from trce_lightning.generation.loop import generate
 from trce_lightning.prompts.records import PromptRecord
@@ -55,8 +53,6 @@ from trce_lightning.textual import apply_edit_, kept_statistics, textual_statist
 if TYPE_CHECKING:
     from benchmarks.gpu import Bench
 
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
 T5_XXL = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 SD3 = {
     "sample_size": 128,
@@ -106,68 +102,45 @@ def made_on(device: str, dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def clip(kind: type, tokenizer: CLIPTokenizer, sizes: dict[str, int], **more: Any) -> Any:
-    """Make a text encoder of CLIP's."""
-    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return kind(
-        CLIPTextConfig(
-            vocab_size=networks.VOCABULARY, max_position_embeddings=networks.TOKENS, **sizes, **ends, **more
-        )
-    ).eval()
-
-
 def t5_xxl() -> T5EncoderModel:
     """Make T5-XXL's encoder, 4,762 M parameters."""
     return T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **T5_XXL)).eval()
 
 
-def autoencoder(channels: int) -> AutoencoderKL:
-    """Make an autoencoder of Stable Diffusion's size with so many latent channels."""
-    return AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        shift_factor=0.0,
-    ).eval()
+def clip_tokenizers() -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    """Make the tokenizers of both text encoders. The second one pads with "!"."""
+    first, second = networks.clip_tokenizer(), networks.clip_tokenizer()
+    second.pad_token = "!"
+    return first, second
 
 
 def full_xl(device: str) -> StableDiffusionXLPipeline:
     """Make Stable Diffusion XL: a denoiser of 2,567 M parameters and both text encoders."""
-    tokenizer, second = networks.clip_tokenizer(), networks.clip_tokenizer()
-    second.pad_token = "!"
+    tokenizer, second = clip_tokenizers()
     with made_on(device, torch.bfloat16):
         parts = {
-            "vae": autoencoder(4),
-            "text_encoder": clip(CLIPTextModel, tokenizer, CLIP_L),
-            "text_encoder_2": clip(CLIPTextModelWithProjection, second, CLIP_G, projection_dim=1280),
+            "vae": networks.decoder(shift_factor=0.0),
+            "text_encoder": clip(CLIPTextModel, tokenizer, **CLIP_L),
+            "text_encoder_2": clip(CLIPTextModelWithProjection, second, **CLIP_G, projection_dim=1280),
             "unet": networks.xl_unet(),
         }
     return StableDiffusionXLPipeline(
         **parts,
         tokenizer=tokenizer,
         tokenizer_2=second,
-        scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            timestep_spacing="leading",
-            steps_offset=1,
-        ),
+        scheduler=xl_scheduler(),
         add_watermarker=False,
     )
 
 
 def full_sd3(device: str) -> StableDiffusion3Pipeline:
     """Make Stable Diffusion 3 Medium: 2,028 M parameters and three text encoders."""
-    tokenizer, second = networks.clip_tokenizer(), networks.clip_tokenizer()
-    second.pad_token = "!"
+    tokenizer, second = clip_tokenizers()
     with made_on(device, torch.bfloat16):
         parts = {
-            "vae": autoencoder(16),
-            "text_encoder": clip(CLIPTextModelWithProjection, tokenizer, CLIP_L, projection_dim=768),
-            "text_encoder_2": clip(CLIPTextModelWithProjection, second, CLIP_G, projection_dim=1280),
+            "vae": networks.decoder(16, shift_factor=0.0),
+            "text_encoder": clip(CLIPTextModelWithProjection, tokenizer, **CLIP_L, projection_dim=768),
+            "text_encoder_2": clip(CLIPTextModelWithProjection, second, **CLIP_G, projection_dim=1280),
             "text_encoder_3": t5_xxl(),
             "transformer": SD3Transformer2DModel(**SD3).eval(),
         }
@@ -185,8 +158,8 @@ def full_flux(device: str) -> FluxPipeline:
     tokenizer = networks.clip_tokenizer()
     with made_on(device, torch.bfloat16):
         parts = {
-            "vae": autoencoder(16),
-            "text_encoder": clip(CLIPTextModel, tokenizer, CLIP_L),
+            "vae": networks.decoder(16, shift_factor=0.0),
+            "text_encoder": clip(CLIPTextModel, tokenizer, **CLIP_L),
             "text_encoder_2": t5_xxl(),
             "transformer": FluxTransformer2DModel(guidance_embeds=True).eval(),
         }
@@ -234,21 +207,10 @@ def family(bench: Bench, name: str) -> Iterator[Row]:
     yield from training(bench, adapter, f"{name} at {pixels}", whole=size.whole)
     adapter.to(bench.device)
     bench.forget_peak()
-    taken = second_of(bench, partial(draw, adapter, size))
+    taken = bench.second_call(partial(draw, adapter, size))
     how = "guided" if size.guided else "with embedded guidance"
     yield Row(f"{name} at {pixels}: an image, {size.steps} steps, {how}", taken, "s")
     yield Row("… peak device memory", bench.peak_gb(), "GB")
-
-
-def second_of(bench: Bench, function: Callable[[], object]) -> float:
-    """Return the seconds of the second call."""
-
-    def call() -> None:
-        function()
-        synchronize(bench.device)
-
-    call()
-    return seconds(call)
 
 
 def stage1(bench: Bench, adapter: Adapter, name: str, count: int) -> Iterator[Row]:
@@ -257,14 +219,14 @@ def stage1(bench: Bench, adapter: Adapter, name: str, count: int) -> Iterator[Ro
     prompts = [f"{prompt}, number {number}" for number in range(-(-count // len(KEPT))) for prompt in KEPT]
     bench.forget_peak()
     encode = partial(kept_statistics, adapter, prompts[:count], shown=False)
-    taken = second_of(bench, encode)
+    taken = bench.second_call(encode)
     yield Row(f"{name}, stage 1: prompts to keep that are encoded", count / taken, "/s", rate=True)
     means = textual_statistics(adapter, [concept], encode(), config)
-    solving = second_of(bench, lambda: means.solve(config))
+    solving = bench.second_call(lambda: means.solve(config))
     yield Row("… solving for T, float64 on the CPU", solving, "s")
     edit = means.solve(config)
     entries = [entry for stream in adapter.streams().values() for entry in stream.entries.values()]
-    yield Row(f"… W T of {len(entries)} matrices", second_of(bench, lambda: apply_edit_(adapter, edit)), "s")
+    yield Row(f"… W T of {len(entries)} matrices", bench.second_call(lambda: apply_edit_(adapter, edit)), "s")
     yield Row("… peak device memory", bench.peak_gb(), "GB")
 
 

@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
@@ -24,6 +25,8 @@ XL_WIDTH, XL_POOLED_WIDTH, XL_TIME_WIDTH = 2048, 1280, 256
 """Widths of a text state, of the pooled text, and of each of six numbers on sizes."""
 TOKENS = 77
 VOCABULARY = 49408
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
 
 
 def unet() -> UNet2DConditionModel:
@@ -48,13 +51,15 @@ def xl_unet(channels: tuple[int, int, int] = (320, 640, 1280)) -> UNet2DConditio
     ).eval()
 
 
-def decoder() -> AutoencoderKL:
-    """The autoencoder of 83.7 M parameters."""
+def decoder(channels: int = 4, **options: Any) -> AutoencoderKL:
+    """The autoencoder of 83.7 M parameters, or one of as many ``channels`` of latents."""
     return AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         layers_per_block=2,
+        latent_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
+        **options,
     ).eval()
 
 
@@ -68,21 +73,24 @@ def small_decoder() -> AutoencoderKL:
     )
 
 
-def text_encoder(tokenizer: CLIPTokenizer | None = None) -> CLIPTextModel:
-    """CLIP ViT-L/14's text encoder, 123.1 M parameters."""
-    tokens = tokenizer or clip_tokenizer()
+def clip(kind: type, tokenizer: CLIPTokenizer, **sizes: int) -> Any:
+    """Make a text encoder of CLIP's vocabulary and length, a ``kind`` of transformers'."""
     config = CLIPTextConfig(
         vocab_size=VOCABULARY,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
         max_position_embeddings=TOKENS,
-        bos_token_id=tokens.bos_token_id,
-        eos_token_id=tokens.eos_token_id,
-        pad_token_id=tokens.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **sizes,
     )
-    return CLIPTextModel(config).eval()
+    return kind(config).eval()
+
+
+def text_encoder(tokenizer: CLIPTokenizer | None = None) -> CLIPTextModel:
+    """CLIP ViT-L/14's text encoder, 123.1 M parameters."""
+    encoder = clip(CLIPTextModel, tokenizer or clip_tokenizer(), **CLIP_L)
+    assert isinstance(encoder, CLIPTextModel)
+    return encoder
 
 
 def clip_tokenizer() -> CLIPTokenizer:

@@ -28,7 +28,6 @@ from diffusers import (
 )
 from torch import Tensor, nn
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     T5Config,
@@ -67,20 +66,15 @@ class Cost:
 
 def clip(kind: type, width: int, projection: int) -> Any:
     """Return a text encoder of CLIP with one layer and random weights."""
-    tokens = networks.clip_tokenizer()
-    config = CLIPTextConfig(
-        vocab_size=networks.VOCABULARY,
+    return networks.clip(
+        kind,
+        networks.clip_tokenizer(),
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=1,
         num_attention_heads=width // 64,
-        max_position_embeddings=networks.TOKENS,
-        bos_token_id=tokens.bos_token_id,
-        eos_token_id=tokens.eos_token_id,
-        pad_token_id=tokens.pad_token_id,
         projection_dim=projection,
     )
-    return kind(config)
 
 
 def flux() -> DiffusionPipeline:

@@ -32,13 +32,15 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def device_seconds(function: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Return the median seconds of ``repeats`` calls until the device is done, after two that warm up."""
+def device_seconds(
+    function: Callable[[], Any], device: torch.device, repeats: int, warm_up: int = 2
+) -> float:
+    """Return the median seconds of ``repeats`` calls until the device is done, after some that warm up."""
 
     def call() -> None:
         function()
         synchronize(device)
 
-    call()
-    call()
+    for _ in range(warm_up):
+        call()
     return statistics.median(seconds(call) for _ in range(repeats))

@@ -16,10 +16,10 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    T5Config,
-    T5EncoderModel,
 )
 
+from benchmarks.gpu_families import SD3, t5_xxl
+from benchmarks.networks import CLIP_G, CLIP_L
 from trce_lightning import cli
 from trce_lightning.adapters import adapter_of, load_adapter
 from trce_lightning.closed_form import pair_statistics
@@ -192,21 +192,6 @@ def test_pairs_and_kept_states_of_segments_weigh_the_same(build_one: Any) -> Non
     assert set(kept_statistics(adapter, KEEP_PROMPTS)) == {"context", "pooled"}
 
 
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
-XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
-SD3 = {
-    "sample_size": 128,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "in_channels": 16,
-    "out_channels": 16,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 192,
-}
 SD35 = SD3 | {
     "pos_embed_max_size": 384,
     "qk_norm": "rms_norm",
@@ -227,7 +212,7 @@ def test_names_counts_and_shapes_at_full_size(family: str) -> None:
     ends = {name: getattr(pipeline.tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
     with torch.device("meta"):
         pipeline.transformer = make()
-        t5 = T5EncoderModel(T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **XXL))
+        t5 = t5_xxl()
         if family == "flux_dev":
             pipeline.text_encoder = CLIPTextModel(CLIPTextConfig(**CLIP_L, **ends))
             pipeline.text_encoder_2 = t5

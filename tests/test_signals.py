@@ -28,7 +28,7 @@ TWO = ["--trainer.devices", "2", "trainer.accelerator=cpu"]
 
 
 def hear_all() -> None:
-    """What a shell has its background jobs ignore."""
+    """Hear the signals that a shell has its background jobs ignore."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
@@ -49,7 +49,7 @@ def wait_for(happened: Callable[[], bool], process: subprocess.Popen) -> None:
 
 
 def end(process: subprocess.Popen) -> str:
-    """What all of its processes said; their common pipe closes with the last of them."""
+    """Return all that its processes said. Their common pipe closes with the last of them."""
     try:
         return process.communicate(timeout=ENDS_WITHIN)[0]
     finally:

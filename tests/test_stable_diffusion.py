@@ -90,7 +90,7 @@ def copy_of(pipeline: StableDiffusionPipeline, dtype: torch.dtype = torch.float3
 
 
 def tensors(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
-    """Of all networks, cloned."""
+    """Return clones of all networks' tensors."""
     return {
         f"{network}.{name}": tensor.clone()
         for network in NETWORKS

@@ -27,8 +27,12 @@ TINY = (
 )
 
 
+Erased = dict[str, tuple[dict[str, Tensor], TrainingRun]]
+"""The changed tensors and the run of each order of stages."""
+
+
 @pytest.fixture(scope="module")
-def erased(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Tensor], TrainingRun]]:
+def erased(tmp_path_factory: pytest.TempPathFactory) -> Erased:
     """Return what runs of each order of stages change, and the runs."""
     found = {}
     for stages in ("trajectory", "textual", "trajectory,textual", "textual,trajectory"):
@@ -43,7 +47,7 @@ def erased(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str
 
 
 def test_stage_1_edits_what_stage_2_has_trained_if_it_comes_last(
-    erased: dict[str, tuple[dict[str, Tensor], TrainingRun]],
+    erased: Erased,
 ) -> None:
     trained, _ = erased["trajectory"]
     last, run = erased["trajectory,textual"]
@@ -58,7 +62,7 @@ def test_stage_1_edits_what_stage_2_has_trained_if_it_comes_last(
 
 
 def test_stage_1_comes_first_if_it_is_named_first(
-    erased: dict[str, tuple[dict[str, Tensor], TrainingRun]],
+    erased: Erased,
 ) -> None:
     """Another order gives other weights, because stage 2 then trains from edited ones."""
     first, _ = erased["textual,trajectory"]
@@ -70,7 +74,7 @@ def test_stage_1_comes_first_if_it_is_named_first(
 
 
 def test_a_run_stores_its_edit_and_the_order_of_its_stages(
-    erased: dict[str, tuple[dict[str, Tensor], TrainingRun]],
+    erased: Erased,
 ) -> None:
     for stages, (_, run) in erased.items():
         assert (run.folder / "edit.safetensors").exists() == ("textual" in stages)

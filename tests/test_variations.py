@@ -29,7 +29,7 @@ def largest_difference(a: torch.Tensor, b: torch.Tensor) -> int:
 
 
 def drawn_by(pipeline, record, **options):
-    """What a user of diffusers gets from this seed."""
+    """Return what a user of diffusers gets from this seed."""
     images = pipeline(
         record.prompt,
         generator=torch.Generator("cpu").manual_seed(record.seed),

@@ -62,7 +62,7 @@ def sample_plan(adapter: StableDiffusionAdapter, config: TrajectoryConfig, folde
 def stage1_statistics(
     adapter: StableDiffusionAdapter, config: TextualConfig, concepts: Sequence[Concept] = (WEAPONS,)
 ) -> TextualStatistics:
-    """What stage 1 is solved from when ``KEEP_PROMPTS`` are kept."""
+    """Return what stage 1 is solved from when ``KEEP_PROMPTS`` are kept."""
     return textual_statistics(adapter, concepts, kept_statistics(adapter, KEEP_PROMPTS), config)
 
 

@@ -203,6 +203,17 @@ def second_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder / "tokenizer", pad_token="!")
 
 
+def xl_scheduler() -> EulerDiscreteScheduler:
+    """Return SDXL's scheduler."""
+    return EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+
+
 def pipeline_of(family: Family, network: nn.Module, folder: Path) -> DiffusionPipeline:
     """Return the pipeline of a sibling's denoiser, the text encoders in ``folder`` and the embedded parts."""
     parts = folder
@@ -223,13 +234,7 @@ def pipeline_of(family: Family, network: nn.Module, folder: Path) -> DiffusionPi
             tokenizer=tokenizer,
             tokenizer_2=second_tokenizer(folder),
             unet=network,
-            scheduler=EulerDiscreteScheduler(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                timestep_spacing="leading",
-                steps_offset=1,
-            ),
+            scheduler=xl_scheduler(),
             add_watermarker=False,
         )
     vae.register_to_config(shift_factor=0.0)
