@@ -1,13 +1,12 @@
 """``erase()`` in a process that has its own affairs: afterwards only the weights are others."""
 
-import gc
 import logging
 import os
 import random
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from trce_lightning.concepts import Concept
 from trce_lightning.errors import InputError
 from trce_lightning.jobs import runs
 from trce_lightning.module import TRCE
+from trce_lightning.runtime import locks
 
 WEAPONS = Concept("weapons", {"a gun": "a kite", "an axe": "a hat"}, templates=("{}", "see {}"))
 
@@ -57,6 +57,15 @@ def options(tmp_path: Path) -> list[str]:
     ]
 
 
+@pytest.fixture(autouse=True)
+def held_by_host(tmp_path: Path) -> Iterator[None]:
+    """A process that is writing a run of its own when it erases."""
+    (folder := tmp_path / "the host's run").mkdir()
+    assert locks.hold(folder) is None
+    yield
+    locks.release()
+
+
 def open_files() -> list[str]:
     """Return where the process's descriptors lead; the one that lists them is gone again."""
     return [str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
@@ -64,7 +73,6 @@ def open_files() -> list[str]:
 
 def of_process() -> dict[str, Any]:
     """Return the state of the process that others may rely on."""
-    gc.collect()  # a lock that an earlier test's exception still holds isn't this one's
     root, store = logging.getLogger(), ConfigStore.instance()
     names = ("hydra", "lightning", "lightning.pytorch", "diffusers", "transformers", "trce_lightning")
     return {

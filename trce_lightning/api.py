@@ -23,7 +23,7 @@ from trce_lightning.errors import InputError
 from trce_lightning.jobs.erase import run_of
 from trce_lightning.jobs.session import concepts_of
 from trce_lightning.runtime.host import hydra_kept, pipeline_kept, process_kept
-from trce_lightning.runtime.locks import release
+from trce_lightning.runtime.locks import own_lock
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
@@ -38,8 +38,8 @@ def erase(
 
     The weights are those that ``train.py`` would give. The work is done on one device, unless ``options``
     name more. All else stays as it was: the pipeline's device, modes and gradients, and the process's random
-    state, environment, log handlers and Hydra. If an error is raised, some of the weights may have changed.
-    Load the pipeline again in that case.
+    state, environment, log handlers, locks and Hydra. If an error is raised, some of the weights may have
+    changed. Load the pipeline again in that case.
 
     Args:
         pipeline: a pipeline of diffusers in memory, of a class that has an adapter.
@@ -50,7 +50,7 @@ def erase(
     Raises:
         InputError: an option or the model doesn't fit. The message names it.
     """
-    with tempfile.TemporaryDirectory() as folder, process_kept(), pipeline_kept(pipeline):
+    with tempfile.TemporaryDirectory() as folder, process_kept(), pipeline_kept(pipeline), own_lock():
         places = [f"runs={folder}", f"cache={cache or folder}", "trainer.devices=1"]
         config = compose(concept, "metrics.enabled=false", *places, *options)
         checks.check(config)
@@ -66,13 +66,10 @@ def erase(
         run = run_of(config, concepts_of(config), adapter)
         if run.trainer.world_size > 1 and cache is None:
             raise InputError("cache: expected a folder that all processes see, got none")
-        try:
-            run.open()
-            run.sample_trajectories()
-            run.solve()
-            run.fit()
-        finally:
-            release()
+        run.open()
+        run.sample_trajectories()
+        run.solve()
+        run.fit()
     return pipeline
 
 

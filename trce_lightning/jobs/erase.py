@@ -38,14 +38,13 @@ def train(config: TrainConfig) -> None:
         streamed.train(config, merge_previous(config))
         return
     run = run_of(config, merge_previous(config))
-    if not config.plan:
-        run.open()  # before the first log line, so that run.log has it
-    announce.training(run)
-    if config.plan:
-        return
     try:
-        run.erase_and_score()
-        run.write()
+        if not config.plan:
+            run.open()  # before the first log line, so that run.log has it
+        announce.training(run)
+        if not config.plan:
+            run.erase_and_score()
+            run.write()
     finally:
         release()
 

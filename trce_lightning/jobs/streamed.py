@@ -31,13 +31,12 @@ log = logging.getLogger(__name__)
 def train(config: TrainConfig, concepts: list[Concept]) -> None:
     """Erase ``concepts`` from a model's files, and write a run folder without scores."""
     run = StreamedRun(config, concepts)
-    folder = None if config.plan else runs.open_folder(config)  # before the first log line, for run.log
-    run.announce()
-    if folder is None:
-        return
     try:
-        edit = run.solve(folder)
-        run.write(folder, edit)
+        folder = None if config.plan else runs.open_folder(config)  # before the first log line, for run.log
+        run.announce()
+        if folder is not None:
+            edit = run.solve(folder)
+            run.write(folder, edit)
     finally:
         release()
 

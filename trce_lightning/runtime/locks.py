@@ -18,7 +18,10 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _held: FileLock | None = None
-"""The lock of this process's run. There is one at most, because the runs of a sweep follow each other."""
+"""The lock of this process's run. There is one at most, because the runs of a sweep follow each other.
+
+:func:`own_lock` sets it aside for a run within.
+"""
 
 
 def hold(folder: Path) -> str | None:
@@ -54,6 +57,18 @@ def release() -> None:
     if _held is not None:
         _held.release()
         _held = None
+
+
+@contextmanager
+def own_lock() -> Iterator[None]:
+    """Let the code within hold a folder of its own, and keep the one that this process holds already."""
+    global _held
+    outer, _held = _held, None
+    try:
+        yield
+    finally:
+        release()
+        _held = outer
 
 
 @contextmanager
