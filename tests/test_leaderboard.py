@@ -225,6 +225,16 @@ def test_a_result_of_another_machine_is_found(tmp_path: Path, cache: Path) -> No
         assert other.file != cell.file, change
 
 
+def test_only_trce_is_run_again_if_its_own_options_change(tmp_path: Path, cache: Path) -> None:
+    """A new default of stage 2 costs no user the hours of eleven other methods."""
+    both = "methods=[uce,trce]"
+    changed = [f"++overrides.{method}.trajectory.epochs=1" for method in ("uce", "trce")]
+    before = Board(config_of(tmp_path, cache, both))
+    after = Board(config_of(tmp_path, cache, both, *changed))
+    moved = {now.method for was, now in zip(before.cells, after.cells, strict=True) if was.file != now.file}
+    assert moved == {"trce"}
+
+
 def test_a_refused_cell_lets_the_others_run_and_ends_the_command(
     tmp_path: Path, cache: Path, erased: list[str]
 ) -> None:

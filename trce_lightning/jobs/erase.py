@@ -61,6 +61,11 @@ def reads_seed(config: TrainConfig) -> bool:
     return _is_trce(config) or make_eraser(config.method).reads_seed
 
 
+def unread_options(config: TrainConfig) -> tuple[str, ...]:
+    """Return the groups of options that the configured method doesn't read: TRCE's own, for all others."""
+    return () if _is_trce(config) else ("stages", "trajectory", "optimizer")
+
+
 def _is_trce(config: TrainConfig) -> bool:
     return config.method.get("name") == "trce"
 

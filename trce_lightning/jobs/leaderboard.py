@@ -54,7 +54,7 @@ from trce_lightning.evaluation.scorer import Scorer, score_on_all_ranks
 from trce_lightning.export import load_deltas
 from trce_lightning.jobs import announce, runs
 from trce_lightning.jobs.attack import ORIGINAL, Attacked, Attacks
-from trce_lightning.jobs.erase import reads_seed, run_of, train
+from trce_lightning.jobs.erase import reads_seed, run_of, train, unread_options
 from trce_lightning.jobs.session import Session, concepts_of
 from trce_lightning.jobs.train import TrainingRun
 from trce_lightning.jobs.trainers import make_trainer
@@ -405,8 +405,11 @@ class Cell:
     @cached_property
     def folder(self) -> Path:
         """The folder of the erased model, which cells with other attacks share."""
-        own = self.train_config if self.kind == METHOD else self.eval_config
-        return self.group.folder / self.method / f"{self.seed}-{hash_of(own)}"
+        if self.kind == METHOD:
+            name = hash_of(self.train_config, unread=unread_options(self.train_config))
+        else:
+            name = hash_of(self.eval_config)
+        return self.group.folder / self.method / f"{self.seed}-{name}"
 
     @cached_property
     def place(self) -> Path:
@@ -641,14 +644,12 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def hash_of(*configs: Any) -> str:
-    """Return a hash of what decides the results of these configurations."""
-    contents = []
-    for config in configs:
-        content: Any = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
-        content["metrics"].pop("batch_size")  # an image's noise doesn't depend on its batch
-        contents.append({key: value for key, value in content.items() if key not in NOT_IN_HASH})
-    text = json.dumps(contents, sort_keys=True)
+def hash_of(config: TrainConfig | EvalConfig, unread: Sequence[str] = ()) -> str:
+    """Return a hash of what decides the results of a configuration, without its options that aren't read."""
+    content: Any = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    content["metrics"].pop("batch_size")  # an image's noise doesn't depend on its batch
+    decisive = {key: value for key, value in content.items() if key not in (*NOT_IN_HASH, *unread)}
+    text = json.dumps([decisive], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
