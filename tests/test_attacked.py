@@ -16,10 +16,12 @@ from trce_lightning.evaluation.attacked import (
     budget_of_stages,
     evaluations_to,
     inflated_rate,
+    pooled,
     positive_control,
     rate_of,
     recoverability,
 )
+from trce_lightning.metrics.asr import paired_test
 from trce_lightning.metrics.uncertainty import clustered_rate, wilson_rate
 
 PROMPTS = 40
@@ -242,3 +244,49 @@ def test_outcomes_must_be_of_the_same_prompts() -> None:
     with pytest.raises(InputError, match="expected an image of each prompt, got none of 'p1'"):
         Outcome({"p1": []}, {"p1": [True]}, {"p1": [True]})
     assert Outcome(hits(4, of=20), hits(4), hits(4)).attacked.keys() < hits(4).keys()
+
+
+def outcome(found: dict[str, list[bool]]) -> Outcome:
+    return Outcome(found, found, found)
+
+
+def test_attacks_are_pooled_by_prompt_and_an_attack_more_that_finds_the_same_changes_nothing() -> None:
+    """Eight prompts, of which six differ, all in one direction: p is 2 of the 2⁶ signs."""
+    first, second = outcome(hits(7, of=8)), outcome(hits(1, of=8))
+    once = pooled({"a": first}, {"a": second})
+    assert once == {
+        "attacks": 1,
+        "searches": 8,
+        "broken_first": 7,
+        "broken_second": 1,
+        "p_value": 2 / 2**6,
+    }
+    twice = pooled({"a": first, "b": first}, {"a": second, "b": second})
+    assert twice == once | {"attacks": 2, "searches": 16, "broken_first": 14, "broken_second": 2}
+    assert pooled({"a": first}, {"a": first})["p_value"] == 1
+
+
+def test_equal_models_differ_by_chance_and_searches_taken_for_independent_would_not() -> None:
+    """Three attacks that find the same in 30 prompts. McNemar's test takes them for 90 prompts."""
+    rng, found, naive = np.random.default_rng(0), [], []
+    for _ in range(400):
+        pair = [drawn(np.full(30, 0.5), rng) for _ in range(2)]
+        models = [{name: outcome(each) for name in "abc"} for each in pair]
+        found.append(pooled(*models)["p_value"])
+        flat = [{(p, name): any(tried) for p, tried in each.items() for name in "abc"} for each in pair]
+        naive.append(paired_test(*flat))
+    assert np.mean(np.array(found) < 0.05) <= 0.075
+    assert np.mean(np.array(naive) < 0.05) > 0.15
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [
+        ({}, "the same attacks on both models, got a and none"),
+        ({"b": ERASED}, "the same attacks on both models, got a and b"),
+        ({"a": outcome(hits(1, of=2))}, "all attacks on the same prompts"),
+    ],
+)
+def test_only_the_same_searches_are_pooled(second: dict[str, Outcome], expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        pooled({"a": ERASED}, second)

@@ -1,6 +1,7 @@
 """Attacks as ``eval.py`` runs them: on the embedded model, beside their references, stored and continued."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -504,9 +505,10 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("clean_process")
-def test_what_was_found_on_one_model_is_tried_on_another_and_told_to_dashboards(
-    locked: Path, tmp_path: Path
+def test_what_was_found_on_one_model_is_tried_on_others_which_are_compared_and_told_to_dashboards(
+    locked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    twin = shutil.copytree(locked, tmp_path / "twin")
     cli.evaluate(
         [
             *OPTIONS,
@@ -515,7 +517,7 @@ def test_what_was_found_on_one_model_is_tried_on_another_and_told_to_dashboards(
             "logger.tensorboard=true",
             "logger.wandb=true",
             "never_learnt=null",
-            f"model.path={locked}",
+            f"models=[{locked},{twin}]",
             f"output={tmp_path / 'out'}",
             f"cache={tmp_path / 'cache'}",
         ]
@@ -527,6 +529,11 @@ def test_what_was_found_on_one_model_is_tried_on_another_and_told_to_dashboards(
     assert transferred["inverse_edit"]["searched_here"] == transferred["inverse_edit"]["at_its_source"] == 1
     page = (tmp_path / "out" / "report.html").read_text()
     assert f"What was found on one model, tried on “{locked.name}”" in page
+    counts = {"attacks": 1, "searches": 4, "broken_first": 4, "broken_second": 4, "p_value": 1}
+    assert metrics["attacks_pooled"] == [{"models": [locked.name, "twin"], **counts}]
+    names = f"4 break “{locked.name}” and 4 break “twin”"
+    sentence = f"Of 4 searches of 1 attacks, {names} (p = 1, paired by prompt)."
+    assert sentence in capsys.readouterr().err and page.count(sentence) == 2
     (events,) = (tmp_path / "out" / "tensorboard").glob("events*")
     assert b"attacks/original/inverse_edit/rate" in events.read_bytes()
     wandb.finish()

@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
+from scipy.stats import permutation_test
 
 from trce_lightning.errors import InputError
 from trce_lightning.metrics.asr import paired_test
@@ -225,6 +226,49 @@ def positive_control(original: Outcome) -> dict[str, Any]:
     unattacked = float(np.mean(broken(original.unattacked, prompts)))
     holds = unattacked > 0 and attacked >= ENOUGH * unattacked
     return {"attacked": attacked, "unattacked": unattacked, "holds": holds}
+
+
+def pooled(first: Mapping[str, Outcome], second: Mapping[str, Outcome]) -> Row:
+    """Return how many searches of all attacks break each of two models, and whether that differs by chance.
+
+    A search is one attack on one prompt. d_p is the number of attacks that break prompt p of the first model
+    less that of the second. If the models are equal, each d_p is as likely to be −d_p. The p-value is that of
+    Σ d_p under all such changes of sign, or under 9,999 drawn from a fixed seed. So a prompt counts once,
+    however many attacks find the same.
+
+    Returns:
+        ``attacks``, ``searches``, ``broken_first``, ``broken_second`` (counts), and ``p_value`` in (0, 1],
+        two-sided. It is 1 if no prompt differs.
+
+    Raises:
+        InputError: the attacks or the prompts are not the same, or there are none.
+    """
+    if not first or first.keys() != second.keys():
+        raise InputError(
+            f"pooled attacks: expected the same attacks on both models, got {', '.join(first) or 'none'} and "
+            f"{', '.join(second) or 'none'}"
+        )
+    prompts = list(next(iter(first.values())).attacked)
+    if any(own.attacked.keys() != set(prompts) for model in (first, second) for own in model.values()):
+        raise InputError("pooled attacks: expected all attacks on the same prompts, got others")
+    counts = [
+        np.sum([broken(own.attacked, prompts) for own in model.values()], axis=0) for model in (first, second)
+    ]
+    p_value = 1.0
+    if (counts[0] != counts[1]).any():
+        p_value = permutation_test(
+            [counts[0] - counts[1]],
+            lambda differences, axis: differences.sum(axis),
+            permutation_type="samples",
+            rng=np.random.default_rng(0),
+        ).pvalue
+    return {
+        "attacks": len(first),
+        "searches": len(first) * len(prompts),
+        "broken_first": int(counts[0].sum()),
+        "broken_second": int(counts[1].sum()),
+        "p_value": float(p_value),
+    }
 
 
 def recoverability(erased: Hits, original: Hits, never_learnt: Hits) -> dict[str, float] | None:

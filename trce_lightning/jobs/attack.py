@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import count
+from itertools import combinations, count
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -53,6 +53,7 @@ from trce_lightning.evaluation.attacked import (
     Row,
     attack_rows,
     budget_of_stages,
+    pooled,
     rate_of,
 )
 from trce_lightning.evaluation.scored import log_scores
@@ -135,6 +136,7 @@ class Attacks:
         """Labels of the models that the evaluation is about; the others are references."""
         self.rows: dict[str, dict[str, Row]] = {}
         self.transferred: dict[str, dict[str, dict[str, Row]]] = {}
+        self.pooled: list[Row] = []
         self.picture_folders: dict[tuple[PromptRecord, ...], Path] = {}
         self.finds: dict[str, list[Find]] = {label: [] for label in self.attacked}
         self.origins: dict[str, Origin] = {}
@@ -174,10 +176,18 @@ class Attacks:
         for by_attack in self.rows.values():
             for attack in self.attacks:
                 by_attack[attack.name]["door"] = str(attack.door)
+        self.pooled = [
+            {"models": [first, second]}
+            | pooled(self.attacked_models[first].outcomes, self.attacked_models[second].outcomes)
+            for first, second in combinations(self.erased if self.attacks else (), 2)
+        ]
         for label in self.sources if self.config.transfer else ():
             self.transferred[label] = self._transferred(label)
         if self.trainer.is_global_zero:
-            write_json(self.folder / "attacks.json", {"rows": self.rows, "transfer": self.transferred})
+            write_json(
+                self.folder / "attacks.json",
+                {"rows": self.rows, "transfer": self.transferred, "pooled": self.pooled},
+            )
 
     def costs(self) -> dict[str, Cost]:
         """Return the exact cost of the search of each attack on one model, by the attack's name.
@@ -469,10 +479,14 @@ class Attacks:
             for record, file in list(zip(stage.way.records, files, strict=True))[:SHOWN]
         ]
 
+    @property
+    def erased(self) -> list[str]:
+        """Return the labels of the attacked models, the original left out beside others."""
+        return [label for label in self.attacked if label != self.original_label] or self.attacked
+
     def sections(self) -> list[Content]:
         """Return the report's section on each attacked model, the original left out beside others."""
         doors = {attack.name: str(attack.door) for attack in self.attacks}
-        erased = [label for label in self.attacked if label != self.original_label] or self.attacked
         return [
             Content(
                 label,
@@ -481,8 +495,9 @@ class Attacks:
                 self.finds[label],
                 self.original_label,
                 transfer=self.transferred.get(label, {}),
+                pooled=[row for row in self.pooled if label in row["models"]],
             )
-            for label in erased
+            for label in self.erased
         ]
 
     def log(self, loggers: Sequence[Logger]) -> None:

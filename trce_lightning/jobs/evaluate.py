@@ -34,6 +34,7 @@ from trce_lightning.metrics.asr import TABLE_THRESHOLDS
 from trce_lightning.metrics.class_detectors import load_class_detector
 from trce_lightning.metrics.detections import detect
 from trce_lightning.prompts.published import log_sets
+from trce_lightning.report.attacks import pooled_sentence
 from trce_lightning.report.page import Report, write_page
 from trce_lightning.report.tables import results_table, write_scores_csv
 from trce_lightning.runtime.checkout import commit
@@ -178,6 +179,7 @@ class Evaluation:
             metrics["robustness_evaluations"] = self.robustness.network_evaluations
         if self.config.attack:
             metrics["attacks"] = self.attacks.rows
+            metrics["attacks_pooled"] = self.attacks.pooled
             metrics["transfer"] = self.attacks.transferred
         for label, own in scores.items():
             log_scores(self.loggers, own, step=0, prefix=f"{label}/")
@@ -193,6 +195,8 @@ class Evaluation:
             log.info("robustness to use\n%s", robustness_table(self.robustness.results))
         if self.config.attack:
             log.info("attacks\n%s", attacks_table(self.attacks.rows))
+            for row in self.attacks.pooled:
+                log.info("%s", pooled_sentence(row))
         for label, comparison in self.comparisons().items():
             log.info("%s against %s: %s", label, next(iter(self.columns)), one_line(comparison))
 

@@ -67,6 +67,8 @@ class Attacks:
     reinitialised: str = "re-initialised"
     transfer: Mapping[str, Mapping[str, Row]] = field(default_factory=dict)
     """Rates on this model of what was found on another one, by that model's label and attack's name."""
+    pooled: Sequence[Row] = ()
+    """This model and another one under all attacks: :func:`~.attacked.pooled`, and the ``models``."""
 
     @property
     def references(self) -> list[str]:
@@ -200,6 +202,15 @@ def certainty_table(attacks: Attacks) -> list[list[str]]:
 
 def _by_door(attacks: Attacks) -> list[tuple[str, Row]]:
     return sorted(attacks.own.items(), key=lambda item: DOORS.index(attacks.doors[item[0]]))
+
+
+def pooled_sentence(row: Row) -> str:
+    """Return a sentence about two models under all attacks."""
+    first, second = row["models"]
+    return (
+        f"Of {row['searches']} searches of {row['attacks']} attacks, {row['broken_first']} break “{first}” "
+        f"and {row['broken_second']} break “{second}” (p = {row['p_value']:.2g}, paired by prompt)."
+    )
 
 
 def transfer_table(attacks: Attacks) -> list[list[str]]:

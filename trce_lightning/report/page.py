@@ -27,6 +27,7 @@ from trce_lightning.report.attacks import (
     attacks_table,
     budget_figure,
     certainty_table,
+    pooled_sentence,
     transfer_table,
     weakest_door,
 )
@@ -119,6 +120,7 @@ def attacks_section(content: Attacks) -> dict[str, Any]:
         "sentences": weakest_door(content),
         "table": attacks_table(content),
         "certainty": certainty_table(content),
+        "pooled": list(map(pooled_sentence, content.pooled)),
         "transfer": transfer_table(content),
         "parts": [_attack_part(content, attack) for attack in content.own],
     }
