@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.processes import alone, log_to_stderr
@@ -78,7 +79,8 @@ def main() -> None:
 def measure(names: tuple[str, ...]) -> None:
     """Run benchmarks of the CPU, and write both tables of the page."""
     results = load()
-    for name in names:
+    for name in (bar := tqdm(names, unit="benchmark")):
+        bar.set_description(name)
         results[name] = alone(importlib.import_module(f"benchmarks.{name}").run)
         save(results, machine())
     rows = [row for name in NAMES for row in results.get(name, [])]

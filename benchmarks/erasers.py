@@ -47,7 +47,11 @@ def configured(method: str, folder: Path) -> TrainConfig:
     config = compose("concept=violence", f"method={method}")
     metrics = dataclasses.replace(config.metrics, enabled=False)
     return dataclasses.replace(
-        config, metrics=metrics, trainer=CPU, runs=str(folder / "runs"), cache=str(folder)
+        config,
+        metrics=metrics,
+        trainer=dataclasses.replace(CPU, enable_progress_bar=True),
+        runs=str(folder / "runs"),
+        cache=str(folder),
     )
 
 

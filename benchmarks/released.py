@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from trce_lightning.adapters import Adapter
 from trce_lightning.erasers.advunlearn import with_inserted
@@ -81,7 +82,7 @@ class Loop:
 def esd(loop: Loop, prompts: Sequence[str], weights: Sequence[Tensor]) -> None:
     """Train ``weights`` of the student as the script of ESD does."""
     optimizer, generator = _adam(weights, loop.lr), torch.Generator().manual_seed(0)
-    for _ in range(loop.iterations):
+    for _ in tqdm(range(loop.iterations), "ESD, released loop", unit="step"):
         text = loop.teacher.encode(loop.drawn(prompts, generator))
         z_t, timestep = loop.sampled(text, generator)
         predicted = loop.student.predict(z_t, timestep, text)
@@ -107,7 +108,7 @@ def advunlearn(
     """Train ``weights`` of the student's text encoder as the script of AdvUnlearn does."""
     student, teacher = loop.student, loop.teacher
     optimizer, generator = _adam(weights, loop.lr), torch.Generator().manual_seed(0)
-    for iteration in range(loop.iterations):
+    for iteration in tqdm(range(loop.iterations), "AdvUnlearn, released loop", unit="step"):
         drawn = loop.drawn(prompts, generator)
         vectors = {
             name: torch.randn(len(own), iteration >= attack.warmup, own.shape[2], generator=generator)
