@@ -1,8 +1,8 @@
-"""Write the leaderboard and the trials into README and docs: `python -m benchmarks.leaderboard [FOLDER]`.
+"""Write leaderboards and the trials into README and docs: `python -m benchmarks.leaderboard [FOLDER …]`.
 
-FOLDER is one of `python -m trce_lightning.leaderboard`. All of its rows go into `docs/leaderboard.md`, with
-the figures, and its table to `docs/leaderboard.csv`. `--readme` also writes some columns of the first concept
-into README. `--trials CSV` copies the table of `python -m trce_lightning.tune` to `docs/tuning_trials.csv`,
+A FOLDER is one of `python -m trce_lightning.leaderboard`. Several have different concepts. All rows go into
+`docs/leaderboard.md`, with the figures, and into the table `docs/leaderboard.csv`. `--readme` also writes
+some columns of the first concept into README. `--trials CSV` copies the table of `python -m trce_lightning.tune` to `docs/tuning_trials.csv`,
 and writes each method's chosen trial into the page.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import math
 import shutil
@@ -62,6 +63,19 @@ def _has(row: Row, metrics: Sequence[str]) -> bool:
     return any(metric in row.metrics for metric in metrics)
 
 
+def joined_tables(files: Sequence[Path]) -> str:
+    """Return one CSV of several. A column that a file lacks is empty there."""
+    lines: list[dict[str, str]] = []
+    for file in files:
+        with file.open(encoding="utf-8", newline="") as stream:
+            lines += csv.DictReader(stream)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(dict.fromkeys(name for line in lines for name in line)))
+    writer.writeheader()
+    writer.writerows(lines)
+    return table.getvalue()
+
+
 def chosen_trials(file: Path) -> str:
     """Return a Markdown table of each method's chosen trial."""
     with file.open(encoding="utf-8") as stream:
@@ -95,24 +109,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER")
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
     parser.add_argument("--readme", action="store_true")
     parser.add_argument("--trials", type=Path, metavar="CSV")
     options = parser.parse_args()
     if options.trials is not None:
         shutil.copyfile(options.trials, PAGE.with_name("tuning_trials.csv"))
         refresh(chosen_trials(options.trials), PAGE, "tuning")
-    if options.folder is None:
+    if not options.folders:
         return
-    rows = load_rows(options.folder)
-    concepts = list(dict.fromkeys(row.concept for row in rows))
-    images = {concept: f"images/leaderboard-{concept}.png" for concept in concepts}
-    for concept, image in images.items():
-        shutil.copyfile(options.folder / f"pareto-{concept}.png", PAGE.parent / image)
-    shutil.copyfile(options.folder / "leaderboard.csv", PAGE.with_suffix(".csv"))
+    rows, images = [], {}
+    for folder in options.folders:
+        own = load_rows(folder)
+        rows += own
+        for concept in dict.fromkeys(row.concept for row in own):
+            if concept in images:
+                parser.error(f"FOLDER: expected each concept in one folder, got {concept} in {folder} again")
+            images[concept] = f"images/leaderboard-{concept}.png"
+            shutil.copyfile(folder / f"pareto-{concept}.png", PAGE.parent / images[concept])
+    table = joined_tables([folder / "leaderboard.csv" for folder in options.folders])
+    PAGE.with_suffix(".csv").write_text(table, encoding="utf-8", newline="")
     refresh(sections(rows, images), PAGE, "leaderboard")
     if options.readme:
-        first = [row for row in rows if row.concept == concepts[0] and "fid" in row.metrics]
+        first = [row for row in rows if row.concept == rows[0].concept and "fid" in row.metrics]
         refresh(markdown(first, SHOWN), ROOT / "README.md", "leaderboard")
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.leaderboard import chosen_trials, load_rows, sections
+from benchmarks.leaderboard import chosen_trials, joined_tables, load_rows, sections
 from trce_lightning import cli
 from trce_lightning.adapters import load_adapter
 from trce_lightning.config.composition import compose
@@ -399,6 +399,13 @@ def test_docs_get_the_lowest_asr_first_and_the_chosen_trials(tmp_path: Path) -> 
     lines = chosen_trials(tmp_path / "t.csv").splitlines()
     assert len(lines) == 4
     assert lines[3] == "| esd | 2 | 1 | 0.2 | 25 %, 15 % | 8.2 | 95 % | lr=0.2, eta=1 |"
+
+
+def test_tables_of_other_concepts_with_other_columns_are_joined(tmp_path: Path) -> None:
+    (first := tmp_path / "1.csv").write_text("concept,fid,attacked\nviolence,8.0,0.1\n")
+    (second := tmp_path / "2.csv").write_text('concept,fid,note\nhorror,9.0,"a, b"\n')
+    lines = joined_tables([first, second]).splitlines()
+    assert lines == ["concept,fid,attacked,note", "violence,8.0,0.1,", 'horror,9.0,,"a, b"']
 
 
 def test_the_mean_over_attacks_is_over_those_that_scored_a_prompt() -> None:
