@@ -2,8 +2,9 @@
 
 A FOLDER is one of `python -m trce_lightning.leaderboard`. Several have different concepts. All rows go into
 `docs/leaderboard.md`, with the figures, and into the table `docs/leaderboard.csv`. `--readme` also writes
-some columns of the first concept into README. `--trials CSV` copies the table of `python -m trce_lightning.tune` to `docs/tuning_trials.csv`,
-and writes each method's chosen trial into the page.
+some columns of the first concept into README. `--trials CSV` copies the table of
+`python -m trce_lightning.tune` to `docs/tuning_trials.csv`, and writes each method's chosen trial into the
+page.
 """
 
 from __future__ import annotations
