@@ -71,7 +71,8 @@ def joined_tables(files: Sequence[Path]) -> str:
         with file.open(encoding="utf-8", newline="") as stream:
             lines += csv.DictReader(stream)
     table = io.StringIO()
-    writer = csv.DictWriter(table, list(dict.fromkeys(name for line in lines for name in line)))
+    names = dict.fromkeys(name for line in lines for name in line)
+    writer = csv.DictWriter(table, list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return table.getvalue()

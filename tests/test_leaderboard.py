@@ -404,8 +404,8 @@ def test_docs_get_the_lowest_asr_first_and_the_chosen_trials(tmp_path: Path) -> 
 def test_tables_of_other_concepts_with_other_columns_are_joined(tmp_path: Path) -> None:
     (first := tmp_path / "1.csv").write_text("concept,fid,attacked\nviolence,8.0,0.1\n")
     (second := tmp_path / "2.csv").write_text('concept,fid,note\nhorror,9.0,"a, b"\n')
-    lines = joined_tables([first, second]).splitlines()
-    assert lines == ["concept,fid,attacked,note", "violence,8.0,0.1,", 'horror,9.0,,"a, b"']
+    joined = joined_tables([first, second])
+    assert joined == 'concept,fid,attacked,note\nviolence,8.0,0.1,\nhorror,9.0,,"a, b"\n'
 
 
 def test_the_mean_over_attacks_is_over_those_that_scored_a_prompt() -> None:
