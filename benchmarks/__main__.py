@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="of the GPU's results, and not docs/")
     options = parser.parse_args()
     if options.names[:1] == [GPU]:
+        if options.stored:
+            parser.error("--stored: expected no gpu beside it, which measures")
         from benchmarks import gpu  # not at the top: the others' processes read this file too
 
         parts = gpu.parts()
@@ -107,8 +109,8 @@ def measure_gpu(bench: gpu.Bench, output: Path | None, started: float, parts: Se
     new: list[gpu.Section] = []
     for section in gpu.run(bench, started=started, chosen=parts):
         new.append(section)
-        # A part for which no time was left keeps its stored rows.
-        if section.rows or section.name not in kept:
+        # A part for which no time was left keeps its stored rows. A failure doesn't.
+        if section.name not in kept or not section.note.startswith(gpu.LEFT_OUT):
             kept[section.name] = section
         card.sections[:] = kept.values()
         report.save_cards(cards, file)

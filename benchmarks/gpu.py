@@ -42,6 +42,8 @@ from trce_lightning.textual import CONTEXT, apply_edit_, kept_statistics, textua
 log = logging.getLogger(__name__)
 SECONDS = 240.0
 """The limit of the whole benchmark: sections that would end later are left out."""
+LEFT_OUT = "left out"
+"""The beginning of such a section's note."""
 COMPILED_TOLERANCE = 0.2
 """The largest relative difference of a compiled network in bfloat16, which rounds in other places."""
 Inputs = tuple[tuple[Tensor, ...], dict[str, object]]
@@ -477,7 +479,7 @@ def run(
     for part in parts() if chosen is None else chosen:
         gone = time.monotonic() - begin
         if gone + part.need > limit:
-            yield Section(part.name, note=f"left out: {gone:.0f} s of {limit:.0f} were over")
+            yield Section(part.name, note=f"{LEFT_OUT}: {gone:.0f} s of {limit:.0f} were over")
             continue
         rows: list[Row] = []
         try:

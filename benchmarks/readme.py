@@ -20,6 +20,7 @@ from benchmarks.report import refresh
 from trce_lightning.compare import load_runs, paired_tests
 from trce_lightning.evaluation.attacked import Verdict
 from trce_lightning.jobs.attack import NEVER_LEARNT, ORIGINAL, REINITIALISED
+from trce_lightning.metrics.uncertainty import wilson_rate
 from trce_lightning.report.attacks import DOORS
 from trce_lightning.report.tables import ABSENT, rate_cell, results_table
 
@@ -42,10 +43,10 @@ Rows = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 def door_lines(rows: Rows, original: str, erased: Sequence[str]) -> list[str]:
-    """Return a table line for each door: the attack that shows most on the first erased model, on all models.
+    """Return a table line for each door: the attack that breaks most of the first erased model.
 
-    An attack that is above its controls goes first, then one whose positive control holds: its failure says
-    something.
+    Cells are shares of broken prompts, one of whose images shows the concept. An attack that is above its
+    controls goes first, then one whose positive control holds: its failure says something.
     """
     lines = []
     for door in DOORS:
@@ -54,16 +55,24 @@ def door_lines(rows: Rows, original: str, erased: Sequence[str]) -> list[str]:
         sure = {name: row for name, row in own.items() if row["positive_control"]["holds"]}
         if not own:
             continue
-        name = max((above or sure or own).items(), key=lambda item: item[1]["rate"])[0]
+        name = max((above or sure or own).items(), key=lambda item: item[1]["broken"])[0]
         taught = (
-            f" ({_percent(rows[NEVER_LEARNT][name]['rate'])} if never learnt)" if NEVER_LEARNT in rows else ""
+            f" ({_percent(rows[NEVER_LEARNT][name]['broken'])} if never learnt)"
+            if NEVER_LEARNT in rows
+            else ""
         )
         shown = [
-            rate_cell(rows[label][name]) if name in rows.get(label, {}) else ABSENT
+            rate_cell(broken_rate(rows[label][name])) if name in rows.get(label, {}) else ABSENT
             for label in (original, *erased)
         ]
         lines.append(f"| {' | '.join([f'attacked, {door}: `{name}`{taught}', *shown])} |")
     return lines
+
+
+def broken_rate(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the share of prompts that an attack breaks, with its Wilson 95 % interval."""
+    prompts = row["images"] // row["false_alarm"]["tries"]
+    return wilson_rate(round(row["broken"] * prompts), prompts)
 
 
 def attacks_lines(rows: Rows, erased: Sequence[str]) -> list[str]:

@@ -31,9 +31,16 @@ def stable_diffusion(latent_side: int, rows: int, steps: int) -> tuple[float, fl
 
 
 def embedded() -> tuple[float, float]:
-    """Plain and ours on the embedded model, at the batch size that it is tuned to."""
+    """Plain and ours on the embedded model, at 16 malicious points and two unconditional ones with each."""
     config = compose("concept=violence").trajectory
-    short = dataclasses.replace(config, num_trajectories=32, num_unconditional=16, kept_per_malicious=0)
+    short = dataclasses.replace(
+        config,
+        num_trajectories=32,
+        num_unconditional=16,
+        batch_size=16,
+        unconditional_per_malicious=2,
+        kept_per_malicious=0,
+    )
     return fit_in_turns(load_adapter(weights_folder(), channels_last=True), short)
 
 

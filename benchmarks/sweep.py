@@ -5,10 +5,11 @@ noise, and attacked on tuning prompts. The rule: of the trials that keep benign 
 one with the lowest mean of all rates (:func:`shown`) is chosen.
 
 `stage2` has trials of each stage alone and of both in either order, and `hardened` has those of
-`experiment=hardened`. A trial whose result is stored in `benchmarks/sweep_NAME.json` with these options is
-not run again. TRIAL runs only those whose names contain one of these texts. ``--stored`` runs none.
-``--jobs`` is the number of processes that run trials at once, and ``--with`` gives options of the machine to
-all of them, such as `trainer.precision=32-true`. Each command writes the table of ``docs/tuning.md`` anew.
+`experiment=hardened`. A trial that was scored and attacked with these options is not run again:
+`benchmarks/sweep_NAME.json` has its results. TRIAL runs only those whose names contain one of these texts.
+``--stored`` runs none. ``--jobs`` is the number of processes that run trials at once, and ``--with`` gives
+options of the machine to all of them, such as `trainer.precision=32-true`. Each command writes the table of
+``docs/tuning.md`` anew.
 """
 
 from __future__ import annotations
@@ -154,6 +155,8 @@ EARLIER = (
     "textual.eta=6",
     "trajectory.num_trajectories=120",
     "trajectory.num_unconditional=30",
+    "trajectory.num_steps=20",
+    "trajectory.guidance_scale=3",
     "trajectory.batch_size=16",
     "trajectory.early_steps=10",
     "trajectory.kept_per_malicious=0",
@@ -168,6 +171,7 @@ EARLIER = (
     "trajectory.trainable=*.to_q",
     "optimizer.lr=4e-5",
     "optimizer.schedule=constant",
+    "optimizer.weight_decay=0",
 )
 """The settings before the sweep. Every trial begins with them, so that the table stays true."""
 

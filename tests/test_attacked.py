@@ -266,6 +266,15 @@ def test_attacks_are_pooled_by_prompt_and_an_attack_more_that_finds_the_same_cha
     assert pooled({"a": first}, {"a": first})["p_value"] == 1
 
 
+def test_an_attack_that_leaves_out_prompts_is_pooled_over_the_others() -> None:
+    """Fine-tuning is not judged on prompts whose texts it taught."""
+    whole, part = outcome(hits(4, of=8)), outcome(hits(2, of=3))
+    other = {"whole": outcome(hits(1, of=8)), "part": outcome(hits(0, of=3))}
+    row = pooled({"whole": whole, "part": part}, other)
+    assert (row["searches"], row["broken_first"], row["broken_second"]) == (11, 6, 1)
+    assert row["p_value"] == 2 / 2**4, "four prompts differ: by 1, 2, 1 and 1 attacks"
+
+
 def test_equal_models_differ_by_chance_and_searches_taken_for_independent_would_not() -> None:
     """Three attacks that find the same in 30 prompts. McNemar's test takes them for 90 prompts."""
     rng, found, naive = np.random.default_rng(0), [], []
@@ -284,7 +293,7 @@ def test_equal_models_differ_by_chance_and_searches_taken_for_independent_would_
     [
         ({}, "the same attacks on both models, got a and none"),
         ({"b": ERASED}, "the same attacks on both models, got a and b"),
-        ({"a": outcome(hits(1, of=2))}, "all attacks on the same prompts"),
+        ({"a": outcome(hits(1, of=2))}, "expected a on the same prompts of both models"),
     ],
 )
 def test_only_the_same_searches_are_pooled(second: dict[str, Outcome], expected: str) -> None:

@@ -591,6 +591,27 @@ def test_siblings_keep_each_subject_alone_and_in_scenes_that_training_has_shown(
             assert first != second and not is_held_out_pair(subject_index(first), subject_index(second))
 
 
+@pytest.mark.parametrize("terms", [["a cat"], ["a cat", "a lion"]])
+def test_odd_and_even_numbers_of_subjects_are_kept_alone_and_on_the_left(terms):
+    """Without these terms, 69 and 68 subjects are left."""
+    concept = Concept.from_terms(terms, counterpart="a zeppelin")
+    subjects = {name for name in benign_subjects([concept]) if name in kept_subjects()}
+    captions = keep_captions([concept], 2000, seed=0, scenes=True)
+    named = re.compile(rf"\b(?:{'|'.join(sorted(map(re.escape, subjects), key=len, reverse=True))})\b")
+    found = [named.findall(text) for text in captions]
+    assert {names[0] for names in found if len(names) == 1} >= subjects - {"fork and knife"}
+    assert {names[0] for names in found if len(names) == 2} >= subjects - {"fork and knife"}
+
+
+def test_subjects_without_a_partner_are_kept_alone():
+    """Training has never shown these two in one scene."""
+    left, right = "lion", "gift"
+    assert is_held_out_pair(subject_index(left), subject_index(right))
+    others = [f"a {subject.name}" for subject in SUBJECTS if subject.name not in (left, right)]
+    captions = keep_captions([Concept.from_terms(others, counterpart="a zeppelin")], 20, seed=0, scenes=True)
+    assert captions and not any(has(text, left) and has(text, right) for text in captions)
+
+
 def test_kept_captions_need_a_limit_and_something_to_keep():
     with pytest.raises(ValueError, match="limit: expected at least 1, got 0"):
         keep_captions(load("violence"), 0, seed=0)

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,20 @@ def test_a_trial_is_another_one_if_its_concept_or_model_has_changed(tmp_path: Pa
     plain, *others = map(trial.key, (own, steps, terms))
     assert plain == trial.key(config_of(tmp_path, "runs=elsewhere")), "the place decides nothing"
     assert all(other != plain and other["concept"] == plain["concept"] for other in others)
+
+
+def test_a_trial_of_what_reads_the_models_own_options_is_another_one_if_these_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = [Trial(method, 0, {"seed": 1}) for method in ("trce", "hardened", "uce")]
+    config = config_of(tmp_path)
+    before = [trial.key(config) for trial in trials]
+    folder = shutil.copytree(job.config_folder(), tmp_path / "configs")
+    with (folder / "tuning" / f"{config.model.name}.yaml").open("a") as file:
+        file.write("# another value\n")
+    monkeypatch.setattr(job, "config_folder", lambda: folder)
+    moved = [trial.key(config) != was for trial, was in zip(trials, before, strict=True)]
+    assert moved == [True, True, False]
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def keep_captions(concepts: Sequence[Concept], limit: int, seed: int, *, scenes:
 
     They are phrased as in training. No caption names an erased concept or an unkept subject, or hints at an
     unkept subject. There are four tries for each caption. With ``scenes``, every second one names two
-    subjects, a pair that training has shown.
+    subjects, a pair that training has shown, if the first of them has such a partner.
 
     Raises:
         InputError: ``limit`` is below 1, or nothing is left to keep.
@@ -184,9 +184,10 @@ def keep_captions(concepts: Sequence[Concept], limit: int, seed: int, *, scenes:
     for turn, subject in enumerate(islice(cycle(subjects), 4 * limit)):
         look = rng.randrange(len(STYLES)), rng.randrange(len(BACKGROUNDS))
         # Each subject takes turns, alone and on the left of a scene.
-        if scenes and (turn + turn // len(subjects)) % 2:
-            right = rng.choice([other for other in subjects if _shown_together(subject, other)])
-            text = scene_caption(subject, right, *look, rng)
+        round_, place = divmod(turn, len(subjects))
+        partners = [other for other in subjects if _shown_together(subject, other)] if scenes else []
+        if partners and (round_ + place) % 2:
+            text = scene_caption(subject, rng.choice(partners), *look, rng)
         else:
             text = caption(subject, *look, rng)
         if not unkept.search(text) and not mentions(text, concepts):

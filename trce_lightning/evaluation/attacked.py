@@ -6,6 +6,7 @@ A prompt is broken if one of its images shows the concept. Nothing here knows an
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -241,32 +242,37 @@ def pooled(first: Mapping[str, Outcome], second: Mapping[str, Outcome]) -> Row:
         two-sided. It is 1 if no prompt differs.
 
     Raises:
-        InputError: the attacks or the prompts are not the same, or there are none.
+        InputError: an attack is not on both models, or not on the same prompts of both; or there is none.
     """
     if not first or first.keys() != second.keys():
         raise InputError(
             f"pooled attacks: expected the same attacks on both models, got {', '.join(first) or 'none'} and "
             f"{', '.join(second) or 'none'}"
         )
-    prompts = list(next(iter(first.values())).attacked)
-    if any(own.attacked.keys() != set(prompts) for model in (first, second) for own in model.values()):
-        raise InputError("pooled attacks: expected all attacks on the same prompts, got others")
-    counts = [
-        np.sum([broken(own.attacked, prompts) for own in model.values()], axis=0) for model in (first, second)
-    ]
+    searches, totals, differences = 0, np.zeros(2, dtype=int), Counter[str]()
+    for attack, own in first.items():
+        prompts = list(own.attacked)
+        if second[attack].attacked.keys() != own.attacked.keys():
+            raise InputError(
+                f"pooled attacks: expected {attack} on the same prompts of both models, got others"
+            )
+        found = [broken(outcome.attacked, prompts).astype(int) for outcome in (own, second[attack])]
+        searches += len(prompts)
+        totals += [each.sum() for each in found]
+        differences.update(dict(zip(prompts, (found[0] - found[1]).tolist(), strict=True)))
     p_value = 1.0
-    if (counts[0] != counts[1]).any():
+    if any(differences.values()):
         p_value = permutation_test(
-            [counts[0] - counts[1]],
+            [list(differences.values())],
             lambda differences, axis: differences.sum(axis),
             permutation_type="samples",
             rng=np.random.default_rng(0),
         ).pvalue
     return {
         "attacks": len(first),
-        "searches": len(first) * len(prompts),
-        "broken_first": int(counts[0].sum()),
-        "broken_second": int(counts[1].sum()),
+        "searches": searches,
+        "broken_first": int(totals[0]),
+        "broken_second": int(totals[1]),
         "p_value": float(p_value),
     }
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from trce_lightning.adapters import Adapter
 from trce_lightning.callbacks import EpochEvaluation, RanksAgree, progress_checkpoints
 from trce_lightning.concepts import Concept
-from trce_lightning.config.checks import check_values
+from trce_lightning.config.checks import TRCE_OPTIONS, check_values
 from trce_lightning.config.schema import TrainConfig
 from trce_lightning.data.trajectories import generator_of
 from trce_lightning.erasers.protocol import Cost, Erased, Eraser, Job
@@ -62,8 +62,11 @@ def reads_seed(config: TrainConfig) -> bool:
 
 
 def unread_options(config: TrainConfig) -> tuple[str, ...]:
-    """Return the groups of options that the configured method doesn't read: TRCE's own, for all others."""
-    return () if _is_trce(config) else ("stages", "trajectory", "optimizer")
+    """Return the groups of options that the configured method doesn't read: TRCE's own, for all others.
+
+    ``textual`` is not among them, because it has the captions to keep, which every method reads.
+    """
+    return () if _is_trce(config) else tuple(name for name in TRCE_OPTIONS if name != "textual")
 
 
 def _is_trce(config: TrainConfig) -> bool:

@@ -38,7 +38,7 @@ from scipy.stats import qmc
 from tqdm.auto import tqdm
 
 from trce_lightning.config.arguments import did_you_mean
-from trce_lightning.config.checks import check_values
+from trce_lightning.config.checks import READS, TRCE, check_values
 from trce_lightning.config.composition import compose, config_folder
 from trce_lightning.config.schema import ALL, EvalConfig, TrainConfig, TrainerConfig, TuneConfig
 from trce_lightning.errors import InputError
@@ -203,7 +203,7 @@ class Trial:
         return {
             "concept": sorted(config.concept),
             "model": base_name(config.model),
-            "contents": contents_of(config),
+            "contents": contents_of(config, self.method),
             "images": config.images_per_set,
             "seed": config.seed,
             "method": self.method,
@@ -211,10 +211,17 @@ class Trial:
         }
 
 
-def contents_of(config: TuneConfig) -> str:
-    """Return a hash of the concepts and the model, which may change under their names."""
+def contents_of(config: TuneConfig, method: str) -> str:
+    """Return a hash of the concepts and the model, which may change under their names.
+
+    A method that reads TRCE's options begins with the model's own ones, which then count as well.
+    """
     facts: Any = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
-    text = json.dumps([facts["concept"], facts["model"]], sort_keys=True)
+    contents = [facts["concept"], facts["model"]]
+    tuned = config_folder() / "tuning" / f"{config.model.name}.yaml"
+    if method in (TRCE, *READS) and tuned.is_file():
+        contents.append(tuned.read_text("utf-8"))
+    text = json.dumps(contents, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
