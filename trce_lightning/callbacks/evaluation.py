@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 class EpochEvaluation(pl.Callback):
     """Score the erased model after stage 1 and after each epoch: FID, CLIP-S, ASR and benign accuracy.
 
+    If stage 1 comes last, it comes after all of these.
     ``after_textual`` holds the SCORES of stage 1 alone, and ``epochs`` holds those of each epoch. ``images``
     holds this rank's images of the last pass by prompt set, for the callbacks that follow. Scores reach every
     logger as ``asr/direct/rate``, ``fid`` and so on.
