@@ -24,7 +24,7 @@ from trce_lightning.jobs import announce, streamed
 from trce_lightning.jobs.train import ERASED, TrainingRun, merge_previous
 from trce_lightning.jobs.trainers import AUTOCAST, LAST_CHECKPOINT, make_trainer
 from trce_lightning.metrics.factories import made_by
-from trce_lightning.runtime.locks import release
+from trce_lightning.runtime.locks import own_lock
 from trce_lightning.runtime.logs import set_up_logging
 
 log = logging.getLogger(__name__)
@@ -38,15 +38,13 @@ def train(config: TrainConfig) -> None:
         streamed.train(config, merge_previous(config))
         return
     run = run_of(config, merge_previous(config))
-    try:
+    with own_lock():
         if not config.plan:
             run.open()  # before the first log line, so that run.log has it
         announce.training(run)
         if not config.plan:
             run.erase_and_score()
             run.write()
-    finally:
-        release()
 
 
 def run_of(config: TrainConfig, concepts: list[Concept], adapter: Adapter | None = None) -> TrainingRun:

@@ -39,7 +39,7 @@ from trce_lightning.report.page import Report, write_page
 from trce_lightning.report.tables import results_table, write_scores_csv
 from trce_lightning.runtime.checkout import commit
 from trce_lightning.runtime.launchers import process_rank
-from trce_lightning.runtime.locks import hold, release
+from trce_lightning.runtime.locks import hold, own_lock
 from trce_lightning.runtime.logs import set_up_logging
 from trce_lightning.runtime.ranks import peak_device_memory_mb, peak_memory_mb, total_over_ranks
 from trce_lightning.runtime.storage import clean_up, write_json
@@ -265,10 +265,8 @@ class Evaluation:
 def evaluate(config: EvalConfig) -> None:
     """Score ``model``, and ``models`` on the same prompts and noise. Write scores, a grid and a report."""
     set_up_logging()
-    try:
+    with own_lock():
         Evaluation(config).run()
-    finally:
-        release()
 
 
 def sources(config: EvalConfig) -> dict[str, str | None]:

@@ -60,7 +60,7 @@ from trce_lightning.jobs.train import TrainingRun
 from trce_lightning.jobs.trainers import make_trainer
 from trce_lightning.report.leaderboard import CONCEPTS, Published, rows_of, write_leaderboard
 from trce_lightning.runtime.checkout import commit
-from trce_lightning.runtime.locks import LOCK, claimed, release
+from trce_lightning.runtime.locks import LOCK, claimed
 from trce_lightning.runtime.logs import set_up_logging
 from trce_lightning.runtime.storage import reading, replacing_folder, write_json
 
@@ -202,8 +202,6 @@ class Board:
                 except InputError as error:
                     log.error("%s: refused: %s", cell.title, error)
                     refused[cell.title] = str(error)
-                finally:
-                    release()
                 gc.collect()
                 bar.update()
         return refused

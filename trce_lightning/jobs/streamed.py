@@ -20,7 +20,7 @@ from trce_lightning.jobs.session import Session, base_name
 from trce_lightning.jobs.trainers import make_trainer
 from trce_lightning.runtime.checkout import commit
 from trce_lightning.runtime.fingerprints import digest_of
-from trce_lightning.runtime.locks import release
+from trce_lightning.runtime.locks import own_lock
 from trce_lightning.runtime.ranks import peak_memory_mb
 from trce_lightning.runtime.storage import write_json
 from trce_lightning.textual import cached_kept, stored_edits, textual_statistics
@@ -31,14 +31,12 @@ log = logging.getLogger(__name__)
 def train(config: TrainConfig, concepts: list[Concept]) -> None:
     """Erase ``concepts`` from a model's files, and write a run folder without scores."""
     run = StreamedRun(config, concepts)
-    try:
+    with own_lock():
         folder = None if config.plan else runs.open_folder(config)  # before the first log line, for run.log
         run.announce()
         if folder is not None:
             edit = run.solve(folder)
             run.write(folder, edit)
-    finally:
-        release()
 
 
 class StreamedRun:

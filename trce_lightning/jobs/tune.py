@@ -49,7 +49,7 @@ from trce_lightning.jobs.erase import run_of
 from trce_lightning.jobs.runs import cache_folder
 from trce_lightning.jobs.session import Session, base_name, concepts_of
 from trce_lightning.jobs.trainers import make_trainer
-from trce_lightning.runtime.locks import claimed, release
+from trce_lightning.runtime.locks import claimed, own_lock
 from trce_lightning.runtime.logs import set_up_logging
 from trce_lightning.runtime.signals import stop
 from trce_lightning.runtime.storage import reading, write_text
@@ -282,7 +282,8 @@ def perform(config: TuneConfig, trial: Trial) -> bool:
         start, device = time.monotonic(), "unknown"
         row: Row = {**key, "number": trial.number}
         try:
-            scores, evaluations, device = scored(config, trial)
+            with own_lock():
+                scores, evaluations, device = scored(config, trial)
             row |= {"scores": scores, "network_evaluations": evaluations}
             if trial.options is None:
                 check_scores(scores, config.model.name)
@@ -290,8 +291,6 @@ def perform(config: TuneConfig, trial: Trial) -> bool:
             if trial.options is None:
                 raise
             row |= {"refused": str(error)}
-        finally:
-            release()
         journal.append(row | {"seconds": round(time.monotonic() - start, 1), "device": device})
         return True
 
