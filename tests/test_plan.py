@@ -103,6 +103,17 @@ def test_kept_prompts_take_turns_and_change_no_other_trajectory() -> None:
     assert len(seeds) == len(plan.malicious) + len(plan.unconditional) + len(plan.kept)
 
 
+def test_each_concept_has_its_number_of_trajectories_and_of_prompts_to_keep() -> None:
+    config = trajectory_config(kept_per_malicious=2, num_kept=3)
+    one, two = (draw_plan(WEAPONS.pairs(), config, 0, KEEP_PROMPTS, concepts=count) for count in (1, 2))
+    assert (len(one.malicious), len(one.kept)) == (4, 3) and (len(two.malicious), len(two.kept)) == (8, 6)
+    assert one == draw_plan(WEAPONS.pairs(), config, 0, KEEP_PROMPTS)
+    points = len(two.malicious) * config.epochs * config.draws_per_epoch
+    assert sum(len(row.step_indices) for row in two.kept) >= 2 * points
+    assert sum(len(row.step_indices) for row in two.unconditional) >= 2 * points
+    assert two.training_evaluations(config) == 2 * one.training_evaluations(config)
+
+
 def test_a_plan_without_kept_prompts_has_its_earlier_fingerprint() -> None:
     """Caches of versions that knew no kept prompts stay valid."""
     plan = plan_of(trajectory_config())

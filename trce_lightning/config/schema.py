@@ -171,9 +171,9 @@ class TextualConfig:
 class TrajectoryConfig:
     """The options of stage 2, denoising trajectory steering."""
 
-    num_trajectories: Count = 100  # number of malicious trajectories
+    num_trajectories: Count = 100  # number of malicious trajectories of each concept
     num_unconditional: Count = 100  # number of unconditional trajectories
-    num_kept: Count = 100  # number of trajectories of prompts to keep, one prompt each
+    num_kept: Count = 100  # number of trajectories of prompts to keep for each concept, one prompt each
     num_steps: Steps = 50  # sampling steps of a trajectory
     early_steps: Count = 25  # malicious points come from this many first steps
     guidance_scale: NonNegative = 3.0  # for sampling trajectories

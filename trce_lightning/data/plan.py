@@ -139,12 +139,16 @@ def draw_plan(
     config: TrajectoryConfig,
     seed: int,
     keep_prompts: Sequence[str] = (),
+    *,
+    concepts: int = 1,
 ) -> TrajectoryPlan:
     """Draw the trajectories and their steps. Prompts take turns, and steps are drawn uniformly.
 
-    The steps of malicious trajectories come from the first ``early_steps``, those of the others from all
-    steps. Kept trajectories are drawn last, so the others are the same without them. If ``early_steps``
-    exceeds ``num_steps``, or no prompt is there to keep though some are asked for, raise ``InputError``.
+    ``pairs`` are those of all ``concepts`` together. Each concept has ``num_trajectories`` malicious and
+    ``num_kept`` kept trajectories. The steps of malicious trajectories come from the first
+    ``early_steps``, those of the others from all steps. Kept trajectories are drawn last, so the others are
+    the same without them. If ``early_steps`` exceeds ``num_steps``, or no prompt is there to keep though some
+    are asked for, raise ``InputError``.
     """
     if config.early_steps > config.num_steps:
         raise InputError(
@@ -161,40 +165,43 @@ def draw_plan(
             _draw(config.early_steps, draws, generator),
             pairs[order[i % len(order)]],
         )
-        for i in range(config.num_trajectories)
+        for i in range(concepts * config.num_trajectories)
     ]
-    wanted = config.num_trajectories * draws * config.unconditional_per_malicious
+    wanted = len(malicious) * draws * config.unconditional_per_malicious
     each = -(-wanted // config.num_unconditional)
     unconditional = [
         Trajectory(i, seed_of(f"unconditional-{seed}", i), _draw(config.num_steps, each, generator), None)
         for i in range(config.num_unconditional if wanted else 0)
     ]
-    kept = _draw_kept(keep_prompts, config, seed, generator) if config.kept_per_malicious else ()
+    kept: tuple[Trajectory, ...] = ()
+    if config.kept_per_malicious:
+        if not keep_prompts:
+            raise InputError(
+                "trajectory.kept_per_malicious: expected 0 where there are no prompts to keep, got "
+                f"{config.kept_per_malicious}"
+            )
+        wanted = len(malicious) * draws * config.kept_per_malicious
+        kept = _draw_kept(keep_prompts, concepts * config.num_kept, wanted, config.num_steps, seed, generator)
     return TrajectoryPlan(
         tuple(malicious), tuple(unconditional), config.num_steps, config.guidance_scale, kept
     )
 
 
 def _draw_kept(
-    prompts: Sequence[str], config: TrajectoryConfig, seed: int, generator: torch.Generator
+    prompts: Sequence[str], count: int, wanted: int, num_steps: int, seed: int, generator: torch.Generator
 ) -> tuple[Trajectory, ...]:
-    if not prompts:
-        raise InputError(
-            "trajectory.kept_per_malicious: expected 0 where there are no prompts to keep, got "
-            f"{config.kept_per_malicious}"
-        )
+    """Draw ``count`` trajectories of prompts to keep, which together have ``wanted`` points or more."""
     order = torch.randperm(len(prompts), generator=generator).tolist()
-    wanted = config.num_trajectories * config.epochs * config.draws_per_epoch * config.kept_per_malicious
-    each = -(-wanted // config.num_kept)
+    each = -(-wanted // count)
     return tuple(
         Trajectory(
             i,
             seed_of(f"kept-{seed}", i),
-            _draw(config.num_steps, each, generator),
+            _draw(num_steps, each, generator),
             None,
             prompts[order[i % len(order)]],
         )
-        for i in range(config.num_kept)
+        for i in range(count)
     )
 
 

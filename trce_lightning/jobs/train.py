@@ -136,7 +136,7 @@ class TrainingRun:
         if "trajectory" in config.stages:
             every = [pair for rows in pairs.values() for pair in rows]
             keep_prompts = self.session.keep_prompts() if config.trajectory.kept_per_malicious else []
-            self.plan = draw_plan(every, config.trajectory, config.seed, keep_prompts)
+            self.plan = draw_plan(every, config.trajectory, config.seed, keep_prompts, concepts=len(concepts))
         self.scorers: dict[str, Scorer] = {}
         if config.metrics.enabled:
             if self.plan is not None:
