@@ -270,9 +270,13 @@ TINY = gpu.Sizes(
 )
 
 
+FULL_SIZE = ("hardened", *gpu_families.FAMILIES)
+
+
 def test_what_is_measured_on_gpus_runs_on_a_cpu_in_tiny(tmp_path: Path) -> None:
-    """All but what compiles: no slip of ours costs time on a GPU."""
+    """All but what compiles, and but other families: no slip of ours costs time on a GPU."""
     chosen = [part for part in gpu.parts() if not part.name.startswith("compiled")]
+    chosen = [part for part in chosen if part.name not in FULL_SIZE]
     bench = gpu.Bench("cpu", TINY)
     adapter = bench.adapter
     sections = list(gpu.run(bench, chosen=chosen, limit=math.inf))
@@ -280,14 +284,23 @@ def test_what_is_measured_on_gpus_runs_on_a_cpu_in_tiny(tmp_path: Path) -> None:
     assert [section.note for section in sections] == [""] * len(chosen)
     rows = [row for section in sections for row in section.rows]
     assert len(rows) > 20 and all(0 < row.ours < float("inf") for row in rows)
-    # Sections leave the network in its type. The families' own ones replace it.
+    # Sections leave the network in its type.
     assert {weight.dtype for weight in adapter.denoiser.parameters()} == {torch.float32}
-    assert bench.adapter is not adapter
-    names = [row.what for row in sections[-1].rows]
-    assert any("FLUX.1 dev at" in name and "a training step of Q" in name for name in names)
     report.save_cards({"CPU": report.Card(gpu.versions(bench.device), sections)}, tmp_path / "gpu.json")
     assert report.load_cards(tmp_path / "gpu.json")["CPU"].sections == sections
     assert "### CPU" in report.gpu_tables(report.load_cards(tmp_path / "gpu.json"))
+
+
+@pytest.mark.slow
+def test_what_is_measured_of_other_families_runs_on_a_cpu_in_tiny() -> None:
+    chosen = [part for part in gpu.parts() if part.name in FULL_SIZE]
+    bench = gpu.Bench("cpu", TINY)
+    adapter = bench.adapter
+    sections = list(gpu.run(bench, chosen=chosen, limit=math.inf))
+    assert [(section.name, section.note) for section in sections] == [(name, "") for name in FULL_SIZE]
+    assert bench.adapter is not adapter, "each family has a network of its own"
+    names = [row.what for row in sections[-1].rows]
+    assert any("FLUX.1 dev at" in name and "a training step of Q" in name for name in names)
 
 
 @pytest.mark.slow
