@@ -55,8 +55,9 @@ def sections(rows: Sequence[Row], images: Mapping[str, str]) -> str:
             metric for metric in metrics if metric.startswith("benign_accuracy_") or metric == "clip_score"
         ]
         parts += [f"### {concept}", f"![{concept}: ASR and attacks against FID]({images[concept]})"]
-        tables = (SHOWN, near, attacks, COSTS)
-        parts += [markdown([row for row in own if _has(row, table)], table) for table in tables]
+        for table in (SHOWN, near, attacks, COSTS):
+            if shown := [row for row in own if _has(row, table)]:
+                parts.append(markdown(shown, table))
     return "\n\n".join(parts)
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -390,6 +391,8 @@ def test_docs_get_the_lowest_asr_first_and_the_chosen_trials(tmp_path: Path) -> 
     assert "![violence: ASR and attacks against FID](x.png)" in text
     assert [line.split(" | ")[0] for line in tables[0][2:]] == ["| original", "| never-learnt", "| <b>esd"]
     assert tables[-1][0] == "|  | stored, MB |" and len(tables[-1]) == 3
+    unattacked = [replace(row, metrics={"fid": {"value": 8.0}}) for row in rows]
+    assert sections(unattacked, {"violence": "x.png"}).count("| --- |") == 1, "no table without columns"
     (tmp_path / "t.csv").write_text(
         "method,trial,chosen,loss,asr_direct,asr_implicit,fid,benign_accuracy,options\n"
         "original,0,0,,1.0,0.97,8.0,1.0,{}\n"
