@@ -123,6 +123,8 @@ def main() -> None:
         return
     rows, images = [], {}
     for folder in options.folders:
+        if not (folder / "leaderboard.json").is_file():
+            parser.error(f"FOLDER: expected one with leaderboard.json, got {folder}; make it first")
         own = load_rows(folder)
         rows += own
         for concept in dict.fromkeys(row.concept for row in own):

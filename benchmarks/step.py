@@ -14,6 +14,7 @@ from benchmarks.processes import alone
 from benchmarks.report import Row
 from benchmarks.timing import in_turns
 from trce_lightning.adapters import StableDiffusionAdapter, load_adapter
+from trce_lightning.config.schema import TrajectoryConfig
 from trce_lightning.emoji.package import weights_folder
 from trce_lightning.tokens import Text
 
@@ -30,18 +31,21 @@ def stable_diffusion(latent_side: int, rows: int, steps: int) -> tuple[float, fl
     return fit_in_turns(adapter, small(rows, epochs=steps))
 
 
-def embedded() -> tuple[float, float]:
-    """Plain and ours on the embedded model, at 16 malicious points and two unconditional ones with each."""
-    config = compose("concept=violence").trajectory
-    short = dataclasses.replace(
-        config,
+def embedded_config() -> TrajectoryConfig:
+    """The embedded model's options with 16 malicious points and two unconditional ones with each."""
+    return dataclasses.replace(
+        compose("concept=violence").trajectory,
         num_trajectories=32,
         num_unconditional=16,
         batch_size=16,
         unconditional_per_malicious=2,
         kept_per_malicious=0,
     )
-    return fit_in_turns(load_adapter(weights_folder(), channels_last=True), short)
+
+
+def embedded() -> tuple[float, float]:
+    """Plain and ours on the embedded model."""
+    return fit_in_turns(load_adapter(weights_folder(), channels_last=True), embedded_config())
 
 
 def authors() -> tuple[float, float]:
@@ -84,7 +88,7 @@ def run() -> list[Row]:
         )
         rows.append(Row(what, step, "s", forward_backward, most_share=SHARE))
     forward_backward, step = alone(embedded)
-    config = compose("concept=violence").trajectory
+    config = embedded_config()
     size = config.batch_size * (1 + config.unconditional_per_malicious)
     what = f"training step, embedded model, {size} in a batch, against forward + backward"
     rows.append(Row(what, step, "s", forward_backward, most_share=SHARE))
