@@ -61,12 +61,14 @@ def door_lines(rows: Rows, original: str, erased: Sequence[str]) -> list[str]:
             if NEVER_LEARNT in rows
             else ""
         )
-        shown = [
-            rate_cell(broken_rate(rows[label][name])) if name in rows.get(label, {}) else ABSENT
-            for label in (original, *erased)
-        ]
+        shown = [broken_cell(rows, label, name) for label in (original, *erased)]
         lines.append(f"| {' | '.join([f'attacked, {door}: `{name}`{taught}', *shown])} |")
     return lines
+
+
+def broken_cell(rows: Rows, label: str, name: str) -> str:
+    """Return the share of prompts that an attack breaks on a model, or "–" if it didn't attack it."""
+    return rate_cell(broken_rate(rows[label][name])) if name in rows.get(label, {}) else ABSENT
 
 
 def broken_rate(row: Mapping[str, Any]) -> dict[str, float]:

@@ -30,6 +30,7 @@ from trce_lightning.callbacks import RanksAgree, SaveBeforeScoring, progress_che
 from trce_lightning.closed_form import Edit
 from trce_lightning.config.schema import OptimizerConfig, TextualConfig, TrajectoryConfig
 from trce_lightning.data.datamodule import Batch, TrajectoryDataModule
+from trce_lightning.data.trajectories import load_rows
 from trce_lightning.errors import InputError
 from trce_lightning.module import TRCE
 
@@ -195,15 +196,23 @@ def loss_by_hand(
         .item()
         for row in range(len(rows.get("kept_z_t", ())))
     ]
+    unit = distance_by_hand(sampled, config) if config.relative_distances else 1.0
     terms = (
         (1.0, erase),
         (config.uncond_hinge_weight, uncond),
-        (config.preserve_weight, preserve),
-        *([(config.keep_weight, keep)] if keep else []),
+        (config.preserve_weight / unit, preserve),
+        *([(config.keep_weight / unit, keep)] if keep else []),
+        (config.pull_weight / unit, pull),
     )
-    return math.fsum(
-        weight * sum(values) / len(values) for weight, values in (*terms, (config.pull_weight, pull))
-    )
+    return math.fsum(weight * sum(values) / len(values) for weight, values in terms)
+
+
+def distance_by_hand(sampled: Sampled, config: TrajectoryConfig) -> float:
+    """The mean squared distance of the safe and the malicious prediction over all cached points."""
+    rows = load_rows(plan_of(SAMPLED), sampled.folder, config.shard_size, "malicious")
+    pairs = zip(rows["safe"].double(), rows["malicious"].double(), strict=True)
+    distances = [((safe - malicious) ** 2).mean().item() for safe, malicious in pairs]
+    return sum(distances) / len(distances)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +221,7 @@ def loss_by_hand(
         {},
         {"kept_per_malicious": 1, "num_kept": 5, "keep_weight": 70.0},
         {"relative_hinge": True, "uncond_hinge_weight": 0.7, "batch_size": 8},
+        {"relative_distances": True, "kept_per_malicious": 1, "num_kept": 5, "pull_weight": 3.0},
         {"uncond_hinge_weight": 0.7, "pull_weight": 30.0, "preserve_weight": 50.0, "batch_size": 8},
     ],
 )
@@ -227,6 +237,16 @@ def test_the_loss_by_hand(sampled: Sampled, tmp_path: Path, options: dict[str, A
     # A later loss is of changed weights.
     if len(record.losses) > 1:
         assert record.losses[1] != pytest.approx(loss_by_hand(sampled, config, record.batches[1]), rel=1e-4)
+
+
+def test_relative_distances_need_prompts_that_differ(sampled: Sampled, tmp_path: Path) -> None:
+    config = trajectory_config(relative_distances=True)
+    fit = Fit(sampled, config)
+    data = TrajectoryDataModule(fit.adapter, plan_of(SAMPLED), sampled.folder, config, seed=0)
+    data.setup("fit")
+    data.malicious["safe"] = data.malicious["malicious"]
+    with pytest.raises(InputError, match=r"trajectory\.relative_distances: expected predictions that differ"):
+        cpu_trainer(tmp_path, epochs=1).fit(fit.module, data)
 
 
 def test_only_queries_train_and_k_v_are_w_t(sampled: Sampled, tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ class TRCE(pl.LightningModule):
         self.trajectory, self.optimizer = trajectory, optimizer
         self.denoiser = adapter.denoiser
         self.edited_names: list[str] = []
+        self.unit = 1.0
         self.trainable = adapter.trainable(trajectory.trainable)
         self._stored_dtypes = {name: parameter.dtype for name, parameter in self.trainable.items()}
         # Checkpoints hold only the changed tensors.
@@ -109,6 +110,26 @@ class TRCE(pl.LightningModule):
             parameter.requires_grad_(True)
         if self.trajectory.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
+
+    def on_fit_start(self) -> None:
+        """Take the unit of the squared distances from the cached points, if they are relative.
+
+        If both prompts of every pair have the same predictions, raise ``InputError``.
+        """
+        if not self.trajectory.relative_distances:
+            return
+        self.unit = self._data().target_distance
+        if self.unit == 0:
+            raise InputError(
+                "trajectory.relative_distances: expected predictions that differ between malicious and safe "
+                "prompts, got the same ones"
+            )
+        log.info("stage 2: mean squared distance of safe and malicious predictions %.3g", self.unit)
+
+    def _data(self) -> TrajectoryDataModule:
+        trainer: Any = self.trainer  # Lightning sets datamodule without declaring it
+        assert isinstance(trainer.datamodule, TrajectoryDataModule)
+        return trainer.datamodule
 
     def teardown(self, stage: str) -> None:
         """Round the trained parameters to the denoiser's precision."""
@@ -175,10 +196,9 @@ class TRCE(pl.LightningModule):
 
         Lightning's own estimate makes the loader before a checkpoint restores its place in an epoch.
         """
-        trainer: Any = self.trainer  # Lightning sets datamodule without declaring it
-        assert isinstance(trainer.datamodule, TrajectoryDataModule)
-        steps = -(-trainer.datamodule.batches_per_epoch // trainer.accumulate_grad_batches)
-        return steps * trainer.max_epochs
+        trainer = self.trainer
+        assert trainer.max_epochs is not None
+        return -(-self._data().batches_per_epoch // trainer.accumulate_grad_batches) * trainer.max_epochs
 
     def _adamw(self) -> torch.optim.Optimizer:
         config = self.optimizer
@@ -196,10 +216,12 @@ class TRCE(pl.LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss of a batch, from one forward pass.
 
-        L = L_erase(ε̂(z_t, c_m)) + w_∅ L_erase(ε̂(z_t, ∅)) + λ_p ‖ε̂(z_u, ∅) − ε(z_u, ∅)‖²
-            + λ_k ‖ε̂(z_k, c_k) − ε(z_k, c_k)‖² + λ_s ‖ε̂(z_t, c_m) − ε(z_t, c_s)‖².
+        L = L_erase(ε̂(z_t, c_m)) + w_∅ L_erase(ε̂(z_t, ∅)) + λ_p ‖ε̂(z_u, ∅) − ε(z_u, ∅)‖² / u
+            + λ_k ‖ε̂(z_k, c_k) − ε(z_k, c_k)‖² / u + λ_s ‖ε̂(z_t, c_m) − ε(z_t, c_s)‖² / u.
 
-        The paper's loss is the first line. The second keeps prompts c_k, and pulls to the safe prediction.
+        The paper's loss is the first line with u = 1. The second keeps prompts c_k, and pulls to the safe
+        prediction. With ``relative_distances``, u is the mean ‖ε(c_s) − ε(c_m)‖² of the cached points. Then
+        weights mean the same whether a network predicts noise or a velocity, guided or not.
         If the loss isn't finite, raise ``InputError``.
         """
         predictions = self._predict(batch)
@@ -207,9 +229,9 @@ class TRCE(pl.LightningModule):
         weights = {
             "erase": 1.0,
             "erase_uncond": self.trajectory.uncond_hinge_weight,
-            "preserve": self.trajectory.preserve_weight,
-            "keep": self.trajectory.keep_weight,
-            "pull": self.trajectory.pull_weight,
+            "preserve": self.trajectory.preserve_weight / self.unit,
+            "keep": self.trajectory.keep_weight / self.unit,
+            "pull": self.trajectory.pull_weight / self.unit,
         }
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         if not torch.isfinite(loss):

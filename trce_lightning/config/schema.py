@@ -180,6 +180,7 @@ class TrajectoryConfig:
     beta: Positive = 16.0  # guidance scale of the targets; 1 is the conditional prediction itself
     margin: NonNegative = 0.01  # mean squared difference per element; see relative_hinge
     relative_hinge: bool = False  # hinge and margin in units of the squared distance of the two targets
+    relative_distances: bool = False  # preserve, keep and pull losses in units of the mean ‖ε_cs − ε_cm‖²
     uncond_hinge_weight: NonNegative = 0.0
     preserve_weight: NonNegative = 100.0
     keep_weight: NonNegative = 100.0  # preserve weight of the prompts to keep

@@ -17,6 +17,7 @@ from trce_lightning.config.schema import TrajectoryConfig
 from trce_lightning.data.plan import TrajectoryPlan
 from trce_lightning.data.trajectories import load_rows
 from trce_lightning.errors import InputError
+from trce_lightning.losses import squared_distance
 from trce_lightning.tokens import Text
 
 Batch = dict[str, Any]
@@ -177,6 +178,15 @@ class TrajectoryDataModule(pl.LightningDataModule):
     def batches_per_epoch(self) -> int:
         """Return the number of batches of an epoch, without loading any row."""
         return -(-len(TrajectoryPoints(self.plan, self.config)) // self.config.batch_size)
+
+    @property
+    def target_distance(self) -> float:
+        """Return the mean ‖ε(c_s) − ε(c_m)‖² of all malicious points: the scale of what the concept changes.
+
+        It is about 0.04 where the network predicts ε, ten times that for a velocity, and a hundred times for
+        predictions of a guidance-distilled network, which are guided already.
+        """
+        return float(squared_distance(self.malicious["safe"], self.malicious["malicious"]).mean())
 
     def setup(self, stage: str) -> None:
         """Load all rows, and the text states of their prompts."""
