@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 BROWSER_STAMP := .venv/.installed-browser
 
 .PHONY: setup demo test test-slow test-browser test-gpu benchmark bench-stages bench-table \
-  bench-attacks bench-attacks-hardened bench-leaderboard lint clean
+  bench-attacks bench-attacks-hardened bench-leaderboard bench-families lint clean
 
 setup: $(STAMP)
 
@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 # Alone on the machine, threads that spin for a moment before they sleep are faster; beside another job, slower.
-demo bench-stages bench-table bench-attacks bench-attacks-hardened bench-leaderboard: export GOMP_SPINCOUNT := 20000
+demo bench-stages bench-table bench-attacks bench-attacks-hardened bench-leaderboard bench-families: export GOMP_SPINCOUNT := 20000
 demo: setup
 	$(BIN)/python train.py concept=violence
 
@@ -74,6 +74,26 @@ bench-attacks-hardened: bench-table bench-attacks
 	$(ATTACK) output=$(TABLE)/attacks-hardened models=[$(HARDENED)/erased]
 	$(BIN)/python -m benchmarks.readme $(STAGES) --hardened $(HARDENED) \
 	  --attacks $(TABLE)/attacks $(TABLE)/attacks-hardened
+
+# Each stage alone, both, and hardening, on the embedded model of each family.
+FAMILIES ?= xl sd3 flux
+FAMILY := runs/families
+bench-families: setup
+	set -e; for f in $(FAMILIES); do \
+	  run="concept=violence model=emoji_$$f" out=$(FAMILY)/$$f; \
+	  erase="$(BIN)/python train.py $$run metrics.enabled=false" eval="$(BIN)/python eval.py $$run"; \
+	  $$erase output=$$out/textual stages=[textual]; \
+	  $$erase output=$$out/trajectory stages=[trajectory] optimizer.lr=4e-4 optimizer.schedule=constant \
+	    trajectory.preserve_weight=12 trajectory.keep_weight=12; \
+	  $$erase output=$$out/both; \
+	  $$erase output=$$out/hardened experiment=hardened; \
+	  last=$$out/both/erased,$$out/hardened/erased all=$$out/textual/erased,$$out/trajectory/erased,$$last; \
+	  $$eval models=[$$all] output=$$out/scores; \
+	  $$eval models=[$$all] output=$$out/scenes sets=[mixed,scenes] metrics.final_images_per_set=256; \
+	  $$eval models=[$$last] output=$$out/attacks attacks=quick_no_words attacked_prompts=32 sets=[direct,benign] \
+	    metrics.final_images_per_set=64; \
+	done
+	$(BIN)/python -m benchmarks.families $(FAMILY)
 
 bench-leaderboard: setup
 	$(BIN)/python -m trce_lightning.leaderboard

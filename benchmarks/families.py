@@ -1,8 +1,9 @@
 """Write the tables of the model families: `python -m benchmarks.families [FOLDER]`.
 
-FOLDER (`runs/families`) has two evaluations of each family, as `make bench-families` leaves them: `NAME` of
-the usual sets with attacks, and `NAME-scenes` of scenes. Both have the original, each stage alone, both, and
-the hardened model. ``docs/families.md`` gets a table for each family, and the README one for all of them.
+FOLDER (`runs/families`) has three evaluations of each family, as `make bench-families` leaves them:
+`NAME/scores` of the usual sets, `NAME/scenes` of scenes, and `NAME/attacks`. They have the original, each
+stage alone, both, and the hardened model; stages alone are not attacked. ``docs/families.md`` gets a table
+for each family, and the README one for all of them.
 """
 
 from __future__ import annotations
@@ -87,17 +88,17 @@ def attack_rows(rows: Rows) -> dict[str, list[str]]:
     }
 
 
-def family_table(usual: Metrics, scenes: Metrics) -> str:
+def family_table(usual: Metrics, scenes: Metrics, attacks: Metrics) -> str:
     """Return the table of a family: a row each score and each attack, a column each model."""
     found = cells_of(scores_of(usual, scenes))
     rows = [[heading, *found[title]] for title, heading in ROWS.items() if title in found]
-    rows += [[title, *cells] for title, cells in attack_rows(usual.get("attacks", {})).items()]
+    rows += [[title, *cells] for title, cells in attack_rows(attacks["attacks"]).items()]
     return markdown([["", *COLUMNS.values()], *rows])
 
 
-def brief_table(families: Mapping[str, tuple[Metrics, Metrics]]) -> str:
+def brief_table(families: Mapping[str, tuple[Metrics, Metrics, Metrics]]) -> str:
     """Return a table of all families: a cell has the original, then TRCE with both stages, then hardened."""
-    found = {name: cells_of(scores_of(*parts)) for name, parts in families.items()}
+    found = {name: cells_of(scores_of(usual, scenes)) for name, (usual, scenes, _) in families.items()}
     shown = [list(COLUMNS).index(name) for name in (ORIGINAL, "both", "hardened")]
     rows = [
         [
@@ -129,9 +130,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs") / "families", metavar="FOLDER")
     folder = parser.parse_args().folder
     families = {
-        name: (load(folder / name), load(folder / f"{name}-scenes"))
+        name: (
+            load(folder / name / "scores"),
+            load(folder / name / "scenes"),
+            load(folder / name / "attacks"),
+        )
         for name in FAMILIES
-        if (folder / name / "metrics.json").is_file()
+        if (folder / name / "attacks" / "metrics.json").is_file()
     }
     if not families:
         parser.error(

@@ -46,12 +46,12 @@ def test_file_composes_and_has_its_say(file, name):
         pytest.skip(f"a group of {others} alone")
     concept = [] if group == "concept" else ["concept=violence"]
     # Tuned values are of one method or rule, which the file's name begins with. None are of this model.
-    tuned = file.stem.rpartition("_")[0]
+    method, rule = file.stem.partition("_")[0], file.stem.rpartition("_")[0]
     others = {
         "method": ["model=sd15"],
         "guidance": ["model=sd15"],
-        "method_tuning": [f"method={tuned}"],
-        "guidance_tuning": [f"guidance={tuned}"],
+        "method_tuning": [f"method={method}"],
+        "guidance_tuning": [f"guidance={rule}"],
     }
     config = composed(name, *concept, *others.get(group, []), f"{group}={file.stem}")
     checks.check(config)
