@@ -75,7 +75,7 @@ bench-attacks-hardened: bench-table bench-attacks
 	$(BIN)/python -m benchmarks.readme $(STAGES) --hardened $(HARDENED) \
 	  --attacks $(TABLE)/attacks $(TABLE)/attacks-hardened
 
-# Each stage alone, both, and hardening, on the embedded model of each family.
+# Each stage alone, both, and hardening, on the sibling of each family. About an hour a family on one core.
 FAMILIES ?= xl sd3 flux
 FAMILY := runs/families
 bench-families: setup

@@ -3,22 +3,24 @@
 FOLDER (`runs/families`) has three evaluations of each family, as `make bench-families` leaves them:
 `NAME/scores` of the usual sets, `NAME/scenes` of scenes, and `NAME/attacks`. They have the original, each
 stage alone, both, and the hardened model; stages alone are not attacked. ``docs/families.md`` gets a table
-for each family, and the README one for all of them.
+for each family, and the README one for all of them, if all were evaluated.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.readme import Rows, broken_cell
-from benchmarks.report import refresh
+from benchmarks.report import markdown, refresh
 from trce_lightning.jobs.attack import ORIGINAL
 from trce_lightning.report.tables import Scores, results_rows
 
+log = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[1]
 FAMILIES = {"xl": "SDXL", "sd3": "SD3", "flux": "FLUX.1"}
 """The families of the siblings, by the name in `model=emoji_NAME`."""
@@ -50,6 +52,8 @@ ROWS = {
     "scenes accuracy, style": "style",
 }
 """The rows of :func:`results_rows` that are shown, and their headings."""
+PARTS = ("scores", "scenes", "attacks")
+"""The evaluations of a family."""
 BRIEF = ("ASR direct", "ASR implicit", "FID", "CLIP-S", "benign accuracy", "mixed accuracy")
 """The rows of the README's table."""
 Metrics = Mapping[str, Any]
@@ -93,10 +97,10 @@ def family_table(usual: Metrics, scenes: Metrics, attacks: Metrics) -> str:
     found = cells_of(scores_of(usual, scenes))
     rows = [[heading, *found[title]] for title, heading in ROWS.items() if title in found]
     rows += [[title, *cells] for title, cells in attack_rows(attacks["attacks"]).items()]
-    return markdown([["", *COLUMNS.values()], *rows])
+    return markdown(["", *COLUMNS.values()], rows)
 
 
-def brief_table(families: Mapping[str, tuple[Metrics, Metrics, Metrics]]) -> str:
+def brief_table(families: Mapping[str, Sequence[Metrics]]) -> str:
     """Return a table of all families: a cell has the original, then TRCE with both stages, then hardened."""
     found = {name: cells_of(scores_of(usual, scenes)) for name, (usual, scenes, _) in families.items()}
     shown = [list(COLUMNS).index(name) for name in (ORIGINAL, "both", "hardened")]
@@ -107,19 +111,13 @@ def brief_table(families: Mapping[str, tuple[Metrics, Metrics, Metrics]]) -> str
         ]
         for title in BRIEF
     ]
-    return markdown([["original → T+V → hardened", *(FAMILIES[name] for name in families)], *rows])
+    return markdown(["original → T+V → hardened", *(FAMILIES[name] for name in families)], rows)
 
 
 def _plain(cell: str) -> str:
     """Return a cell without its interval."""
     before, _, rest = cell.partition(" [")
     return before + rest.partition("]")[2]
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """Return rows, the first of which are headings, as a table in Markdown."""
-    lines = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
@@ -130,21 +128,20 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs") / "families", metavar="FOLDER")
     folder = parser.parse_args().folder
     families = {
-        name: (
-            load(folder / name / "scores"),
-            load(folder / name / "scenes"),
-            load(folder / name / "attacks"),
-        )
+        name: tuple(load(folder / name / part) for part in PARTS)
         for name in FAMILIES
-        if (folder / name / "attacks" / "metrics.json").is_file()
+        if all((folder / name / part / "metrics.json").is_file() for part in PARTS)
     }
     if not families:
         parser.error(
             f"expected evaluations of families as `make bench-families` makes them, got none in '{folder}'"
         )
-    for name, parts in families.items():
-        refresh(family_table(*parts), ROOT / "docs" / "families.md", f"family {name}")
-    refresh(brief_table(families), ROOT / "README.md", "families")
+    for name, (usual, scenes, attacks) in families.items():
+        refresh(family_table(usual, scenes, attacks), ROOT / "docs" / "families.md", f"family {name}")
+    if missing := FAMILIES.keys() - families.keys():
+        log.warning("README's table stays, since these families were not evaluated: %s", sorted(missing))
+    else:
+        refresh(brief_table(families), ROOT / "README.md", "families")
 
 
 if __name__ == "__main__":

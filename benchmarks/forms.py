@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.fitting import compose
-from benchmarks.report import refresh
+from benchmarks.report import markdown, refresh
 from trce_lightning.adapters import Adapter
 from trce_lightning.closed_form import Edit
 from trce_lightning.concepts import Concept
@@ -191,12 +191,6 @@ def percent(rate: Mapping[str, float]) -> str:
     return f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return Markdown."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
 def tuning_table(trials: Mapping[str, Sequence[Row]]) -> str:
     """Return every trial. The chosen ones are bold."""
     chosen, rows = best(trials), []
@@ -211,7 +205,7 @@ def tuning_table(trials: Mapping[str, Sequence[Row]]) -> str:
             residuals = [f"{row[key]:.2g}" for key in ("erase residual", "keep residual")]
             rows.append([name, *(f"{100 * share:.1f} %" for share in shares), *residuals, directions])
     head = ["trial", "ASR direct", "ASR implicit", "benign accuracy"]
-    return table([*head, "erase residual", "keep residual", "directions"], rows)
+    return markdown([*head, "erase residual", "keep residual", "directions"], rows)
 
 
 def violence_table(problem: Problem, chosen: Mapping[str, Options], measured: Measured) -> str:
@@ -231,7 +225,7 @@ def violence_table(problem: Problem, chosen: Mapping[str, Options], measured: Me
         distance = "" if options is None else f"{100 * row['keyless distance']:.1f} %"
         rows.append([name, *shown, fid, *kept, distance])
     head = ["", "ASR direct", "ASR implicit", "FID", "benign accuracy", "… never kept", "keyless distance"]
-    return table(head, rows)
+    return markdown(head, rows)
 
 
 def subject_concepts(count: int) -> list[Concept]:
@@ -277,7 +271,7 @@ def subjects_table(
             shown = row["asr"][DIRECT]["rate"]
             cells[name][column] = f"{100 * shown:.1f} % / {100 * row['accuracy']:.1f} %"
     head = ["erased still shown / kept recognised", *(f"{count} erased" for count in COUNTS)]
-    return table(head, [[name, *row[1:]] for name, row in cells.items()])
+    return markdown(head, [[name, *row[1:]] for name, row in cells.items()])
 
 
 def _labels(problem: Problem, name: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,12 @@ def save(results: dict[str, list[Row]], machine: dict[str, Any], file: Path = RE
         json.dumps({"machine": machine, "benchmarks": rows}, indent=1, ensure_ascii=False) + "\n",
         encoding="utf-8",
     )
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table with a column of names and columns of figures."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def refresh(text: str, page: Path = PAGE, name: str = "benchmarks") -> None:

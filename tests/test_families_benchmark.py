@@ -67,25 +67,43 @@ def test_a_family_has_a_column_for_each_model_and_rows_of_all_evaluations(runs: 
     assert [cell.split()[0] for cell in attacked] == ["99.0", "–", "–", "5.0", "1.0"]
 
 
-def test_the_tables_go_between_their_marks(
-    runs: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def project(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project whose pages have old tables between their marks."""
     root = tmp_path_factory.mktemp("project")
     (root / "docs").mkdir()
-    for page, name in (("README.md", "families"), ("docs/families.md", "family sd3")):
-        (root / page).write_text(
-            f"before\n<!-- {name}: begin -->\nold\n<!-- {name}: end -->\nafter\n", "utf-8"
-        )
+    for page, names in (("README.md", ["families"]), ("docs/families.md", ["family sd3", "family xl"])):
+        tables = [f"<!-- {name}: begin -->\nold\n<!-- {name}: end -->\n" for name in names]
+        (root / page).write_text(f"before\n{''.join(tables)}after\n", "utf-8")
     monkeypatch.setattr(families, "ROOT", root)
+    return root
+
+
+def test_the_tables_go_between_their_marks(
+    runs: Path, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, "FAMILIES", {"sd3": "SD3"})
     monkeypatch.setattr(sys, "argv", ["families", str(runs)])
     families.main()
-    brief = (root / "README.md").read_text("utf-8")
+    brief = (project / "README.md").read_text("utf-8")
     assert brief.startswith("before\n") and brief.endswith("\nafter\n") and "old" not in brief
     assert "| original → T+V → hardened | SD3 |" in brief
     assert "| ASR direct | 99.0 % → 5.0 % → 1.0 % |" in brief
     assert "| FID | 8.99 → 8.05 (0.90×) → 8.01 (0.89×) |" in brief
     assert "harmless subject shown | 40.5 % → 87.5 % → 89.5 % |" in brief
-    assert "| ASR direct | 99.0 % [" in (root / "docs" / "families.md").read_text("utf-8")
+    assert "| ASR direct | 99.0 % [" in (project / "docs" / "families.md").read_text("utf-8")
+
+
+def test_one_family_alone_leaves_the_readmes_table(
+    runs: Path, project: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(families, "FAMILIES", {"sd3": "SD3", "xl": "SDXL"})
+    monkeypatch.setattr(sys, "argv", ["families", str(runs)])
+    families.main()
+    assert "\nold\n" in (project / "README.md").read_text("utf-8")
+    assert "these families were not evaluated: ['xl']" in caplog.text
+    page = (project / "docs" / "families.md").read_text("utf-8")
+    assert "| ASR direct | 99.0 % [" in page and page.count("old") == 1
 
 
 def test_a_folder_without_evaluations_is_refused(

@@ -220,8 +220,8 @@ class TRCE(pl.LightningModule):
             + λ_k ‖ε̂(z_k, c_k) − ε(z_k, c_k)‖² / u + λ_s ‖ε̂(z_t, c_m) − ε(z_t, c_s)‖² / u.
 
         The paper's loss is the first line with u = 1. The second keeps prompts c_k, and pulls to the safe
-        prediction. With ``relative_distances``, u is the mean ‖ε(c_s) − ε(c_m)‖² of the cached points. Then
-        weights mean the same whether a network predicts noise or a velocity, guided or not.
+        prediction. With ``relative_distances``, u is the mean ‖ε(c_s) − ε(c_m)‖² of the cached points. With
+        ``relative_hinge`` too, weights mean the same whether a network predicts noise or a velocity.
         If the loss isn't finite, raise ``InputError``.
         """
         predictions = self._predict(batch)

@@ -48,7 +48,7 @@ class Vocabulary:
         if len(by_segment) != 1:
             raise InputError(
                 f"attack.{attack}: expected a model of one tokenizer, got {len(by_segment)} in "
-                f"'{adapter.name}'; attacks=quick_no_words searches for none"
+                f"'{adapter.name}'; attacks=quick_no_words has no search for words"
             )
         segment, ids = next(iter(by_segment.items()))
         texts = adapter.detokenize(segment, ids[:, None].tolist())

@@ -183,10 +183,11 @@ class TrajectoryDataModule(pl.LightningDataModule):
     def target_distance(self) -> float:
         """Return the mean ‖ε(c_s) − ε(c_m)‖² of all malicious points: the scale of what the concept changes.
 
-        It is about 0.04 where the network predicts ε, ten times that for a velocity, and a hundred times for
-        predictions of a guidance-distilled network, which are guided already.
+        On the embedded models it is 0.04 for a network that predicts ε, ten times that for a velocity, and a
+        hundred times for a guidance-distilled network, whose predictions are guided already.
         """
-        return float(squared_distance(self.malicious["safe"], self.malicious["malicious"]).mean())
+        pairs = zip(self.malicious["safe"].split(64), self.malicious["malicious"].split(64), strict=True)
+        return float(torch.cat([squared_distance(safe, malicious) for safe, malicious in pairs]).mean())
 
     def setup(self, stage: str) -> None:
         """Load all rows, and the text states of their prompts."""
