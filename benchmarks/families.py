@@ -52,8 +52,8 @@ ROWS = {
     "scenes accuracy, style": "style",
 }
 """The rows of :func:`results_rows` that are shown, and their headings."""
-PARTS = ("scores", "scenes", "attacks")
-"""The evaluations of a family."""
+PARTS = ("scores", "scenes")
+"""The evaluations that a family's table needs. It has rows of attacks if there is a third."""
 BRIEF = ("ASR direct", "ASR implicit", "FID", "CLIP-S", "benign accuracy", "mixed accuracy")
 """The rows of the README's table."""
 Metrics = Mapping[str, Any]
@@ -92,17 +92,17 @@ def attack_rows(rows: Rows) -> dict[str, list[str]]:
     }
 
 
-def family_table(usual: Metrics, scenes: Metrics, attacks: Metrics) -> str:
+def family_table(usual: Metrics, scenes: Metrics, attacks: Rows) -> str:
     """Return the table of a family: a row each score and each attack, a column each model."""
     found = cells_of(scores_of(usual, scenes))
     rows = [[heading, *found[title]] for title, heading in ROWS.items() if title in found]
-    rows += [[title, *cells] for title, cells in attack_rows(attacks["attacks"]).items()]
+    rows += [[title, *cells] for title, cells in attack_rows(attacks).items()]
     return markdown(["", *COLUMNS.values()], rows)
 
 
 def brief_table(families: Mapping[str, Sequence[Metrics]]) -> str:
     """Return a table of all families: a cell has the original, then TRCE with both stages, then hardened."""
-    found = {name: cells_of(scores_of(usual, scenes)) for name, (usual, scenes, _) in families.items()}
+    found = {name: cells_of(scores_of(usual, scenes)) for name, (usual, scenes) in families.items()}
     shown = [list(COLUMNS).index(name) for name in (ORIGINAL, "both", "hardened")]
     rows = [
         [
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs") / "families", metavar="FOLDER")
     folder = parser.parse_args().folder
     families = {
-        name: tuple(load(folder / name / part) for part in PARTS)
+        name: [load(folder / name / part) for part in PARTS]
         for name in FAMILIES
         if all((folder / name / part / "metrics.json").is_file() for part in PARTS)
     }
@@ -136,7 +136,9 @@ def main() -> None:
         parser.error(
             f"expected evaluations of families as `make bench-families` makes them, got none in '{folder}'"
         )
-    for name, (usual, scenes, attacks) in families.items():
+    for name, (usual, scenes) in families.items():
+        attacked = (folder / name / "attacks" / "metrics.json").is_file()
+        attacks = load(folder / name / "attacks")["attacks"] if attacked else {}
         refresh(family_table(usual, scenes, attacks), ROOT / "docs" / "families.md", f"family {name}")
     if missing := FAMILIES.keys() - families.keys():
         log.warning("README's table stays, since these families were not evaluated: %s", sorted(missing))

@@ -55,8 +55,8 @@ def runs(tmp_path: Path) -> Path:
 
 
 def test_a_family_has_a_column_for_each_model_and_rows_of_all_evaluations(runs: Path) -> None:
-    parts = (families.load(runs / "sd3" / name) for name in ("scores", "scenes", "attacks"))
-    table = families.family_table(*parts)
+    usual, scenes, attacks = (families.load(runs / "sd3" / name) for name in ("scores", "scenes", "attacks"))
+    table = families.family_table(usual, scenes, attacks["attacks"])
     header, _, *lines = table.splitlines()
     assert header == "|  | original | T | V | T+V | hardened |"
     rows = {cells[1]: cells[2:7] for cells in ([cell.strip() for cell in line.split("|")] for line in lines)}
