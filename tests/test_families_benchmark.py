@@ -11,7 +11,7 @@ from benchmarks import families
 from trce_lightning.metrics.uncertainty import wilson_rate
 
 SHOWN = dict(zip(families.COLUMNS, (99, 20, 30, 5, 1), strict=True))
-"""By model, how many of 100 images show the concept."""
+"""The number of 100 images that show the concept, by model."""
 
 
 def evaluation(scores: dict[str, dict[str, Any]], **further: Any) -> dict[str, Any]:
