@@ -81,7 +81,7 @@ FAMILY := runs/families
 bench-families: setup
 	set -e; for f in $(FAMILIES); do \
 	  run="concept=violence model=emoji_$$f" out=$(FAMILY)/$$f; \
-	  erase="$(BIN)/python train.py $$run metrics.enabled=false" eval="$(BIN)/python eval.py $$run"; \
+	  erase="$(BIN)/python train.py $$run metrics.enabled=false" eval="$(BIN)/python eval.py $$run trainer.devices=$(DEVICES)"; \
 	  $$erase output=$$out/textual stages=[textual]; \
 	  $$erase output=$$out/trajectory stages=[trajectory] optimizer.lr=4e-4 optimizer.schedule=constant \
 	    trajectory.preserve_weight=12 trajectory.keep_weight=12; \

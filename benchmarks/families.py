@@ -54,7 +54,7 @@ ROWS = {
 """The rows of :func:`results_rows` that are shown, and their headings."""
 PARTS = ("scores", "scenes")
 """The evaluations that a family's table needs. It has rows of attacks if there is a third."""
-BRIEF = ("ASR direct", "ASR implicit", "FID", "CLIP-S", "benign accuracy", "mixed accuracy")
+BRIEF = ("ASR direct", "ASR implicit", "FID", "CLIP-S", "benign accuracy", "ASR mixed", "mixed accuracy")
 """The rows of the README's table."""
 Metrics = Mapping[str, Any]
 """An evaluation's `metrics.json`."""

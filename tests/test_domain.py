@@ -81,6 +81,9 @@ class Shades:
     def keep_prompts(self, limit, seed):
         return ["light", f"light {seed}"][:limit]
 
+    def scene_templates(self, count, seed):
+        return []
+
     def concept_names(self):
         return ["darkness"]
 

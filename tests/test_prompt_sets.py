@@ -14,7 +14,7 @@ from trce_lightning.concepts import Concept, load_concept, prompt_pairs
 from trce_lightning.concepts.defaults import KINDS, LANGUAGE_NAMES
 from trce_lightning.concepts.naming import mentions
 from trce_lightning.config import checks
-from trce_lightning.config.schema import ConceptConfig, EvalConfig, ModelConfig
+from trce_lightning.config.schema import ConceptConfig, EvalConfig, ModelConfig, TrainConfig
 from trce_lightning.emoji import domain as domains
 from trce_lightning.emoji.captions import (
     BACKGROUND_PHRASES,
@@ -32,7 +32,7 @@ from trce_lightning.emoji.groups import (
     unkept_subjects,
 )
 from trce_lightning.emoji.phrasings import ALIASES, aliases, descriptions, hints
-from trce_lightning.emoji.prompts import keep_captions, prompt_sets
+from trce_lightning.emoji.prompts import keep_captions, prompt_sets, scene_templates
 from trce_lightning.emoji.subjects import (
     BACKGROUNDS,
     CATEGORY_WORDS,
@@ -42,6 +42,7 @@ from trce_lightning.emoji.subjects import (
     subject_index,
 )
 from trce_lightning.errors import InputError
+from trce_lightning.jobs.session import Session
 from trce_lightning.prompts.captions import read_captions
 from trce_lightning.prompts.files import load_csv
 from trce_lightning.prompts.keep import KEEP_TEMPLATES
@@ -618,6 +619,75 @@ def test_kept_captions_need_a_limit_and_something_to_keep():
     everything = Concept.from_terms([subject.name for subject in SUBJECTS], counterpart="a zeppelin")
     with pytest.raises(ValueError, match="expected captions that name none of"):
         keep_captions([everything], 10, seed=0)
+
+
+# --- violent scenes to train on ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", ["violence", "violence,horror"])
+def test_scene_templates_name_every_kept_subject_on_both_sides(names):
+    concepts = load(names)
+    subjects = set(benign_subjects(concepts)) & kept_subjects()
+    subjects = {name for name in subjects if not mentions(name, concepts)}
+    found = scene_templates(concepts, 2 * len(subjects), seed=5)
+    assert found == scene_templates(concepts, len(found), seed=5) != scene_templates(concepts, len(found), 6)
+    named = re.compile(rf"\b(?:{'|'.join(sorted(map(re.escape, subjects), key=len, reverse=True))})\b")
+    sides = set()
+    for template in found:
+        assert template.count("{}") == 1 and not mentions(template, concepts), template
+        (subject,) = named.findall(template)
+        first = template.index(subject) < template.index("{}")
+        # "{1} on the right and {0} on the left" and "{1} right of {0}" name the right one first.
+        reverse = bool(re.search(r"on the right and|right of", template))
+        sides.add((subject, first != reverse))
+    assert sides == set(product(subjects, (True, False)))
+
+
+@pytest.mark.parametrize("kind", [domains.EmojiXLDomain, domains.EmojiFluxDomain])
+def test_scenes_that_train_are_in_no_prompt_set(kind):
+    concepts = load("violence")
+    domain = kind(ModelConfig(domain="d"), concepts)
+    trained = replace(concepts[0], templates=tuple(dict.fromkeys(domain.scene_templates(300, seed=0))))
+    pairs = {text for pair in trained.pairs() for text in (pair.malicious, pair.safe)}
+    assert len(pairs) > 5000
+    for split in ("tune", "report"):
+        for prompts in domain.prompt_sets(SIZE, split, ["direct", "mixed", "scenes", "benign"]):
+            assert not pairs & set(prompts.texts)
+    assert not any(has(text, phrase) for text in pairs for phrase in (*HELD_OUT_LEADS, *GROUNDS))
+
+
+def test_concepts_are_trained_with_scenes_where_they_are_asked_for():
+    violence, style = load("violence,style")
+    asked = TrainConfig(model=ModelConfig(domain="trce_lightning.emoji.domain.EmojiXLDomain"))
+    assert Session(asked, [violence]).trained_concepts() == [violence]
+    asked.scene_templates = 20
+    both = Session(asked, [violence, style])
+    scenes, same = both.trained_concepts()
+    assert same == style and both.concepts == [violence, style]
+    assert scenes.templates[: len(violence.templates)] == violence.templates
+    assert len(scenes.templates) == len(violence.templates) + 20
+    (pair, *_) = [pair for pair in scenes.pairs() if pair.malicious not in {p[0] for p in violence.pairs()}]
+    (subject,) = [name for name in kept_subjects() if name in pair.malicious and name in pair.safe][:1]
+    assert pair.term in pair.malicious and pair.term not in pair.safe and subject
+
+
+def test_a_model_of_one_subject_has_no_scenes_to_train_on():
+    asked = TrainConfig(model=ModelConfig(domain="trce_lightning.emoji.domain.EmojiDomain"))
+    asked.scene_templates = 3
+    with pytest.raises(InputError, match="'scene_templates': expected 0, since the embedded model draws one"):
+        Session(asked, load("violence")).trained_concepts()
+
+
+def test_scenes_of_open_models_name_class_names_and_no_concept():
+    concept = Concept("weapons", {"a rifle": "a broom", "a cannon": "a trumpet"})
+    asked = TrainConfig(model=ModelConfig())
+    asked.scene_templates = 2000
+    (trained,) = Session(asked, [concept]).trained_concepts()
+    scenes = trained.templates[len(concept.templates) :]
+    assert 900 < len(scenes) <= 1100
+    assert not any(mentions(template, [concept]) for template in scenes)
+    mixed = open_prompt_sets([concept], size=SIZE, split="report", names=["mixed"])[0]
+    assert not {pair.malicious for pair in trained.pairs()} & set(mixed.texts)
 
 
 def test_open_models_have_prompts_for_the_neighbours_of_a_concept():

@@ -214,3 +214,10 @@ def scene_caption(left: int, right: int, style: int, background: int, rng: Rando
     names = [SUBJECTS[index].name for index in (left, right)]
     phrase = rng.choice(JOINS).format(*(article(name) if rng.random() < 0.7 else name for name in names))
     return _described(f"{rng.choice(LEADS)} {phrase} {rng.choice(TAILS)}".strip(), style, background, rng)
+
+
+def scene_template(other: int, other_first: bool, style: int, background: int, rng: Random) -> str:
+    """Return a caption of a scene with ``{}`` in the place of one of the subjects, without lead and tail."""
+    pair = (article(SUBJECTS[other].name), "{}")
+    phrase = rng.choice(JOINS).format(*(pair if other_first else pair[::-1]))
+    return _described(phrase, style, background, rng)

@@ -17,7 +17,7 @@ from trce_lightning.config.schema import ModelConfig
 from trce_lightning.emoji.groups import benign_subjects, concept_styles, concept_subjects, label_groups
 from trce_lightning.emoji.judge import Judge, JudgeDetector, JudgeFeatures, judge_fid
 from trce_lightning.emoji.package import load_clip_pair, load_judge, load_never_learnt, weights_folder
-from trce_lightning.emoji.prompts import keep_captions, prompt_sets
+from trce_lightning.emoji.prompts import keep_captions, prompt_sets, scene_templates
 from trce_lightning.emoji.scenes import SceneJudge, load_scene_judge
 from trce_lightning.emoji.siblings import Family, build, opened_folder, part_file, siblings_folder
 from trce_lightning.emoji.subjects import SUBJECTS, subject_index
@@ -78,6 +78,15 @@ class EmojiDomain:
     def keep_prompts(self, limit: int, seed: int) -> list[str]:
         """Return captions of the subjects to keep."""
         return keep_captions(self.concepts, limit, seed)
+
+    def scene_templates(self, count: int, seed: int) -> list[str]:
+        """Return no sentences: the model draws one subject."""
+        if count:
+            raise InputError(
+                "option 'scene_templates': expected 0, since the embedded model draws one subject, got "
+                f"{count}"
+            )
+        return []
 
     def concept_names(self) -> list[str]:
         """Return the names of the subjects that show the concepts."""
@@ -158,6 +167,10 @@ class SiblingDomain(EmojiDomain):
     def keep_prompts(self, limit: int, seed: int) -> list[str]:
         """Return captions of the subjects to keep, half of them of scenes of two."""
         return keep_captions(self.concepts, limit, seed, scenes=True)
+
+    def scene_templates(self, count: int, seed: int) -> list[str]:
+        """Return sentences that name a kept subject beside the concept."""
+        return scene_templates(self.concepts, count, seed)
 
     def never_learnt(self) -> dict[str, Tensor] | None:
         """Return None: no sibling was trained without a concept."""

@@ -15,6 +15,7 @@ from trce_lightning.emoji.captions import (
     caption,
     is_held_out_pair,
     scene_caption,
+    scene_template,
 )
 from trce_lightning.emoji.groups import (
     benign_subjects,
@@ -198,6 +199,30 @@ def keep_captions(concepts: Sequence[Concept], limit: int, seed: int, *, scenes:
         names = [concept.name for concept in concepts]
         raise InputError(f"keep_captions: expected captions that name none of {names}, got none")
     return list(kept)
+
+
+def scene_templates(concepts: Sequence[Concept], count: int, seed: int) -> list[str]:
+    """Return ``count`` sentences with ``{}`` beside a kept subject, in all styles and on all backgrounds.
+
+    Subjects take turns in a random order, and change their side from one round to the next.
+
+    Raises:
+        InputError: ``count`` is below 0, or no subject is left to keep.
+    """
+    if count < 0:
+        raise InputError(f"scene_templates.count: expected at least 0, got {count}")
+    rng = Random(seed)
+    kept = [name for name in benign_subjects(concepts) if name in kept_subjects()]
+    subjects = [subject_index(name) for name in kept if not mentions(name, concepts)]
+    if count and not subjects:
+        raise InputError("scene_templates: expected a subject that none of the concepts names, got none")
+    rng.shuffle(subjects)
+    templates = []
+    for turn in range(count):
+        round_, place = divmod(turn, len(subjects))
+        look = rng.randrange(len(STYLES)), rng.randrange(len(BACKGROUNDS))
+        templates.append(scene_template(subjects[place], (round_ + place) % 2 == 1, *look, rng))
+    return templates
 
 
 def _shown_together(left: int, right: int) -> bool:

@@ -24,7 +24,7 @@ from trce_lightning.metrics.factories import made_by
 from trce_lightning.metrics.fidelity import Clip, inception_fid, load_clip
 from trce_lightning.metrics.real_images import load_real
 from trce_lightning.metrics.scores import ImageJudge
-from trce_lightning.prompts.keep import class_names, keep_prompts
+from trce_lightning.prompts.keep import class_names, keep_prompts, scene_templates
 from trce_lightning.prompts.own import Split, concept_prompt_sets, open_streams
 from trce_lightning.prompts.records import PromptSet
 
@@ -49,6 +49,9 @@ class Domain(Protocol):
 
     def keep_prompts(self, limit: int, seed: int) -> list[str]:
         """Return up to ``limit`` prompts to keep in stage 1. They are used if no caption file is given."""
+
+    def scene_templates(self, count: int, seed: int) -> list[str]:
+        """Return ``count`` sentences with ``{}`` for a concept's name beside another thing."""
 
     def concept_names(self) -> list[str]:
         """Return more words by which prompts name the concepts, besides the concepts' own."""
@@ -108,6 +111,10 @@ class OpenDomain:
     def keep_prompts(self, limit: int, seed: int) -> list[str]:
         """Return prompts of class names."""
         return keep_prompts(self.concepts, limit=limit)
+
+    def scene_templates(self, count: int, seed: int) -> list[str]:
+        """Return sentences of class names. The seed has no effect."""
+        return scene_templates(self.concepts, limit=count)
 
     def concept_names(self) -> list[str]:
         """Return no more words, because these prompts use the concepts' own."""

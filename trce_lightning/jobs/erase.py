@@ -104,7 +104,7 @@ class MethodRun(TrainingRun):
     def _job(self) -> Job:
         return Job(
             self.adapter,
-            self.session.concepts,
+            self.session.trained_concepts(),
             self.trainer,
             self.cache,
             generator_of(self.fingerprint, self.trainer),

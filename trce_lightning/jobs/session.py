@@ -105,6 +105,20 @@ class Session:
             return keep_prompts(self.concepts, path=path, limit=KEEP_LIMIT)
         return self.domain.keep_prompts(KEEP_LIMIT, self.config.seed)
 
+    def trained_concepts(self) -> list[Concept]:
+        """Return the concepts as they are erased: with the sentences that ``scene_templates`` asks for.
+
+        A style has no scenes, since it fills the whole picture.
+        """
+        assert isinstance(self.config, TrainConfig)
+        scenes = self.domain.scene_templates(self.config.scene_templates, self.config.seed)
+        return [
+            concept
+            if concept.kind == "style"
+            else replace(concept, templates=tuple(dict.fromkeys((*concept.templates, *scenes))))
+            for concept in self.concepts
+        ]
+
     def sets(self, split: Split, size: int) -> list[PromptSet]:
         """Return the concepts' own prompt sets, and the prompt files of an evaluation.
 

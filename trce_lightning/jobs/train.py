@@ -129,7 +129,7 @@ class TrainingRun:
                 self.adapter.name,
                 config.trajectory.kept_per_malicious,
             )
-        pairs = prompt_pairs(concepts)
+        pairs = prompt_pairs(self.session.trained_concepts())
         check_pairs(self.adapter, pairs)
         self.generator = generator_of(self.fingerprint, self.trainer)
         self.plan: TrajectoryPlan | None = None
@@ -246,7 +246,7 @@ class TrainingRun:
             prompts = self.session.keep_prompts()
             warn_of_cut(self.adapter, prompts, "those to keep")
             kept = cached_kept(self.trainer, self.adapter, prompts, self.cache)
-            self.statistics = textual_statistics(self.adapter, self.session.concepts, kept, textual)
+            self.statistics = textual_statistics(self.adapter, self.session.trained_concepts(), kept, textual)
             self.edit = self.statistics.solve(textual)
         if self.trainer.is_global_zero:
             export.save_edit(

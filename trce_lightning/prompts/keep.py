@@ -9,7 +9,7 @@ from trce_lightning.errors import InputError
 from trce_lightning.prompts.captions import read_captions
 from trce_lightning.prompts.records import shuffled
 
-__all__ = ["KEEP_TEMPLATES", "class_names", "keep_prompts"]
+__all__ = ["KEEP_TEMPLATES", "class_names", "keep_prompts", "scene_templates"]
 
 # Class names come without an article. Determiners other than "a" fit all of them.
 KEEP_TEMPLATES = (
@@ -24,6 +24,13 @@ KEEP_TEMPLATES = (
     "the {} on a shelf",
     "a magazine page about the {}",
 )
+SCENE_TEMPLATES = (
+    "{{}} beside the {}",
+    "the {} next to {{}}",
+    "{{}} in front of the {}",
+    "the {} to the left of {{}}",
+)
+"""The sentences of a class name and a concept's name. No prompt set phrases two things like this."""
 _NO_CLASS = ("__background__", "N/A")
 _log = logging.getLogger(__name__)
 
@@ -84,6 +91,18 @@ def _fill_templates(subjects: Iterable[str]) -> list[str]:
         KEEP_TEMPLATES[(index + turn) % count].replace("{}", name)
         for turn in range(count)
         for index, name in enumerate(names)
+    ]
+
+
+def scene_templates(concepts: Sequence[Concept], *, limit: int) -> list[str]:
+    """Return up to ``limit`` sentences with ``{}`` for a concept's name beside a class name.
+
+    Class names that name a concept are left out.
+    """
+    names = [name for name in class_names() if not (shows(name, concepts) or mentions(name, concepts))]
+    return [
+        SCENE_TEMPLATES[index % len(SCENE_TEMPLATES)].format(without_article(name))
+        for index, name in enumerate(shuffled(names)[:limit])
     ]
 
 
