@@ -1,4 +1,6 @@
-"""The stages of TRCE are applied in the order in which they are named."""
+"""The stages of TRCE are applied in the order in which they are named, to the scenes that are asked for."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,3 +81,19 @@ def test_a_run_stores_its_edit_and_the_order_of_its_stages(
     for stages, (_, run) in erased.items():
         assert (run.folder / "edit.safetensors").exists() == ("textual" in stages)
         assert OmegaConf.load(run.folder / "config.yaml").stages == stages.split(",")
+
+
+@pytest.mark.parametrize(("scenes", "in_stage_2"), [(0, False), (6, True), (6, False)])
+def test_scenes_reach_stage_1_and_where_they_are_asked_for_stage_2(
+    scenes: int, in_stage_2: bool, tmp_path: Path
+) -> None:
+    options = (f"scene_templates={scenes}", f"trajectory.scenes={str(in_stage_2).lower()}")
+    config = compose(WEAPONS, f"runs={tmp_path}", *TINY, *options, "trajectory.num_trajectories=40")
+    run = TrainingRun(config, [WEAPONS], StableDiffusionAdapter(build_tiny_pipeline()))
+    run.open()
+    run.solve()
+    assert run.statistics is not None and run.plan is not None
+    assert run.statistics.pairs["weapons"].count == len(WEAPONS.terms) * (len(WEAPONS.templates) + scenes)
+    alone = {pair.malicious for pair in WEAPONS.pairs()}
+    trained = {row.pair.malicious for row in run.plan.malicious if row.pair}
+    assert trained >= alone and (trained > alone) == (scenes > 0 and in_stage_2)

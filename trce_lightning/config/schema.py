@@ -172,6 +172,7 @@ class TrajectoryConfig:
     """The options of stage 2, denoising trajectory steering."""
 
     num_trajectories: Count = 100  # number of malicious trajectories of each concept
+    scenes: bool = True  # the malicious prompts contain those of TrainConfig.scene_templates
     num_unconditional: Count = 100  # number of unconditional trajectories
     num_kept: Count = 100  # number of trajectories of prompts to keep for each concept, one prompt each
     num_steps: Steps = 50  # sampling steps of a trajectory

@@ -129,11 +129,12 @@ class TrainingRun:
                 self.adapter.name,
                 config.trajectory.kept_per_malicious,
             )
-        pairs = prompt_pairs(self.session.trained_concepts())
-        check_pairs(self.adapter, pairs)
+        trained = self.session.trained_concepts()
+        check_pairs(self.adapter, prompt_pairs(trained))
         self.generator = generator_of(self.fingerprint, self.trainer)
         self.plan: TrajectoryPlan | None = None
         if "trajectory" in config.stages:
+            pairs = prompt_pairs(trained if config.trajectory.scenes else concepts)
             every = [pair for rows in pairs.values() for pair in rows]
             keep_prompts = self.session.keep_prompts() if config.trajectory.kept_per_malicious else []
             self.plan = draw_plan(every, config.trajectory, config.seed, keep_prompts, concepts=len(concepts))
