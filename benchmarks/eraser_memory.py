@@ -167,6 +167,7 @@ def job_of(
     return Job(
         adapter,
         [CONCEPT],
+        [CONCEPT],
         make_trainer(place, folder),
         folder / "cache",
         "SD 1.4's networks with random weights",

@@ -127,6 +127,7 @@ class Harness:
         self.job = Job(
             adapter,
             concepts,
+            concepts,
             cpu_trainer(folder),
             folder / "cache",
             adapter.fingerprint(),

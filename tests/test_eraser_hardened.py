@@ -1,5 +1,6 @@
 """Hardened TRCE: the adversary attacks, the network learns to withstand it, and what is kept stays."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from trce_lightning.concepts import Concept
 from trce_lightning.config.schema import TextualConfig
 from trce_lightning.erasers.hardened import Hardened, Hardening, Rows, relative_distance
 from trce_lightning.erasers.pool import DECAYS, Pool
+from trce_lightning.erasers.tuning import Source
 from trce_lightning.errors import InputError
 from trce_lightning.tokens import Text
 
@@ -257,6 +259,30 @@ def test_the_vocabulary_is_tokenized_once(tmp_path: Path, monkeypatch: pytest.Mo
     eraser.module(job)
     whole = len(adapter.vocabulary()["clip"])
     assert len([count for count in spelt if count >= whole]) == 1 and max(spelt) >= whole > 1
+
+
+@pytest.mark.parametrize("scenes", [True, False])
+def test_stage_1_reads_scenes_and_training_where_it_is_asked_to(scenes: bool, tmp_path: Path) -> None:
+    job = Harness(StableDiffusionAdapter(build_tiny_pipeline()), tmp_path).job
+    (alone,) = job.alone
+    both = replace(job, concepts=[replace(alone, templates=(*alone.templates, "{} beside a dog"))])
+    eraser = Hardened(**(HARDENED | {"scenes": scenes, "concept_runs": 40}))
+    read = {prompt for kind in ("concept", "late") for prompt in prompts_of(eraser.sources(both)[kind])}
+    assert any("dog" in prompt for prompt in read) == scenes
+    (ids,) = eraser.slots(both).ids.values()
+    assert len(ids) == len(alone.templates) + scenes
+    with_scenes, without = (
+        Hardened(**HARDENED).apply_stage_1(
+            replace(each, adapter=StableDiffusionAdapter(build_tiny_pipeline()))
+        )
+        for each in (both, job)
+    )
+    assert not torch.allclose(with_scenes["context"], without["context"], atol=1e-6)
+
+
+def prompts_of(source: Source) -> list[str]:
+    """Return the prompts of a source's sampling runs."""
+    return [walk.prompt for walk in source.plan.walks]
 
 
 def test_streams_that_the_model_lacks_are_refused_before_anything_is_sampled(tmp_path: Path) -> None:

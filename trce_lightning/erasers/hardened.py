@@ -29,7 +29,7 @@ in embeddings too, and the ball around the states is RACE's (arXiv 2405.16341).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -40,7 +40,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from trce_lightning.adapters import Adapter
 from trce_lightning.adapters.slots import PLACEHOLDER, Slots, slots_of
-from trce_lightning.concepts import prompt_pairs
+from trce_lightning.concepts import Concept, prompt_pairs
 from trce_lightning.config.schema import MATRICES, Count, Natural, NonNegative, OneOf, Positive, Share
 from trce_lightning.erasers.pool import Pool
 from trce_lightning.erasers.protocol import Ahead, Erased, Job, denoiser_name
@@ -115,7 +115,7 @@ class Hardening(Tuning):
         adapter = job.adapter
         self.slots = eraser.slots(job)
         self.keys = {segment: key.float() for segment, key in keys.items()}
-        pairs = prompt_pairs(job.concepts).values()
+        pairs = prompt_pairs(eraser.trained_concepts(job)).values()
         self.concept_of = {pair.malicious: index for index, rows in enumerate(pairs) for pair in rows}
         self.concepts = len(job.concepts)
         begin = {
@@ -174,6 +174,7 @@ class Hardened(TunedEraser):
 
     Args:
         edit: ``before`` or ``after`` training for stage 1 there, ``none`` for no stage 1.
+        scenes: True if training reads the sentences of ``scene_templates``, too. Stage 1 always reads them.
         draws: points of each sampling run, if it has as many.
         trainable: fnmatch pattern of the denoiser's modules that train.
         learnt: points of each step that are read under the pool's embeddings.
@@ -202,6 +203,7 @@ class Hardened(TunedEraser):
         other_from: the first step whose points are read under other texts.
     """
 
+    scenes: bool = True
     draws: Count = 10
     edit: Annotated[str, OneOf(PLACES)] = "none"
     trainable: str = "*"
@@ -240,7 +242,7 @@ class Hardened(TunedEraser):
                 f"method.early_steps: expected more than method.other_from = {self.other_from} and at most "
                 f"method.num_steps = {self.num_steps}, got {self.early_steps}"
             )
-        pairs = [pair for rows in prompt_pairs(job.concepts).values() for pair in rows]
+        pairs = [pair for rows in prompt_pairs(self.trained_concepts(job)).values() for pair in rows]
         safe, kept = {pair.malicious: pair.safe for pair in pairs}, job.keep_prompts()
         every, early = range(self.num_steps), range(self.early_steps)
 
@@ -270,6 +272,10 @@ class Hardened(TunedEraser):
             late = range(self.other_from, self.early_steps)
             sources["late"] = source("late", list(safe), self.concept_runs // 2 or 1, late, self.other)
         return sources
+
+    def trained_concepts(self, job: Job) -> Sequence[Concept]:
+        """Return the concepts whose prompts training reads."""
+        return job.concepts if self.scenes else job.alone
 
     def trained(self, adapter: Adapter) -> dict[str, dict[str, nn.Parameter]]:
         """Return the denoiser's parameters that ``trainable`` names."""
@@ -329,7 +335,9 @@ class Hardened(TunedEraser):
         Sentences that the model can't read whole are left out. If all are, raise ``InputError``.
         """
         adapter = job.adapter
-        templates = dict.fromkeys(each for concept in job.concepts for each in concept.templates)
+        templates = dict.fromkeys(
+            each for concept in self.trained_concepts(job) for each in concept.templates
+        )
         prompts = [template.format(PLACEHOLDER) for template in templates]
         word = _foreign_word(adapter, " ".join(prompts))
         counts = adapter.token_counts([prompt.replace(PLACEHOLDER, word) for prompt in prompts])

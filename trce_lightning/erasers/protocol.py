@@ -58,6 +58,9 @@ class Job:
 
     adapter: Adapter
     concepts: Sequence[Concept]
+    """The concepts with the sentences that ``scene_templates`` adds."""
+    alone: Sequence[Concept]
+    """The concepts without these sentences."""
     trainer: pl.Trainer
     """A Trainer that predicts."""
     cache: Path

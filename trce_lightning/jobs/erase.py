@@ -105,6 +105,7 @@ class MethodRun(TrainingRun):
         return Job(
             self.adapter,
             self.session.trained_concepts(),
+            self.session.concepts,
             self.trainer,
             self.cache,
             generator_of(self.fingerprint, self.trainer),
