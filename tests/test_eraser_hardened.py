@@ -272,9 +272,7 @@ def test_stage_1_reads_scenes_and_training_where_it_is_asked_to(scenes: bool, tm
     (ids,) = eraser.slots(both).ids.values()
     assert len(ids) == len(alone.templates) + scenes
     with_scenes, without = (
-        Hardened(**HARDENED).apply_stage_1(
-            replace(each, adapter=StableDiffusionAdapter(build_tiny_pipeline()))
-        )
+        eraser.apply_stage_1(replace(each, adapter=StableDiffusionAdapter(build_tiny_pipeline())))
         for each in (both, job)
     )
     assert not torch.allclose(with_scenes["context"], without["context"], atol=1e-6)

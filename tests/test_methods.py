@@ -287,7 +287,7 @@ def test_wrong_options_are_explained(
         assert part in said, said
 
 
-EXPERIMENTS = cli.config_folder() / "experiment"
+CONFIGS = cli.config_folder()
 
 
 @pytest.mark.parametrize(
@@ -296,6 +296,7 @@ EXPERIMENTS = cli.config_folder() / "experiment"
         ["method=uce", "textual.keep_prompts=x"],
         ["method=trce,esd", "trajectory.beta=2"],
         ["experiment=hardened", "method.edit=before", "textual.form=ridge"],
+        ["experiment=hardened", "model=emoji_xl", "textual.eta=3"],
         ["experiment=smoke", "trajectory.epochs=9"],
         ["experiment=sd14_sexual", "stages=[textual]"],
         ["method=trce", "experiment=hardened", "trajectory.epochs=9"],
@@ -303,7 +304,7 @@ EXPERIMENTS = cli.config_folder() / "experiment"
     ],
 )
 def test_options_that_the_method_reads_are_taken(argv: list[str]) -> None:
-    checks.check_method_options(argv, EXPERIMENTS)
+    checks.check_method_options(argv, CONFIGS)
 
 
 @pytest.mark.parametrize(
@@ -316,18 +317,20 @@ def test_options_that_the_method_reads_are_taken(argv: list[str]) -> None:
         (["method=uce", "experiment=hardened", "textual.form=ridge"], "textual.form"),
         (["method=hardened", "textual.streams=[pooled]"], "textual.streams"),
         (["method=hardened", "method.edit=none", "textual.eta=1"], "textual.eta"),
+        (["method=hardened", "model=emoji_sd3", "textual.eta=1"], "textual.eta"),
+        (["method=hardened", "model=emoji_xl", "method.edit=none", "textual.eta=1"], "textual.eta"),
     ],
 )
 def test_options_that_the_method_does_not_read_are_refused(argv: list[str], option: str) -> None:
     with pytest.raises(InputError, match=f"'{option}': expected none beside method="):
-        checks.check_method_options(argv, EXPERIMENTS)
+        checks.check_method_options(argv, CONFIGS)
 
 
 def test_an_experiment_may_take_its_method_from_another(tmp_path: Path) -> None:
     (tmp_path / "one.yaml").write_text("defaults: [{override /method: esd}]")
     (tmp_path / "two.yaml").write_text("defaults: [one, {override /model: sd14}, _self_]")
     assert checks.experiment_method(tmp_path, "two") == "esd"
-    assert checks.experiment_method(EXPERIMENTS, "paper") is None
+    assert checks.experiment_method(CONFIGS / "experiment", "paper") is None
 
 
 # Configurations.

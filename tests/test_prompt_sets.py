@@ -629,12 +629,9 @@ def test_scene_templates_name_every_kept_subject_on_both_sides(names):
     concepts = load(names)
     subjects = set(benign_subjects(concepts)) & kept_subjects()
     subjects = {name for name in subjects if not mentions(name, concepts)}
-    found = scene_templates(concepts, 2 * len(subjects), seed=5)
-    assert found == scene_templates(concepts, len(found), seed=5) != scene_templates(concepts, len(found), 6)
     named = re.compile(rf"\b(?:{'|'.join(sorted(map(re.escape, subjects), key=len, reverse=True))})\b")
     sides = set()
-    for template in found:
-        assert template.count("{}") == 1 and not mentions(template, concepts), template
+    for template in scene_templates(concepts, 2 * len(subjects), seed=5):
         (subject,) = named.findall(template)
         first = template.index(subject) < template.index("{}")
         # "{1} on the right and {0} on the left" and "{1} right of {0}" name the right one first.
@@ -643,11 +640,20 @@ def test_scene_templates_name_every_kept_subject_on_both_sides(names):
     assert sides == set(product(subjects, (True, False)))
 
 
+@pytest.mark.parametrize("names", ["violence", "violence,style"])
+def test_scene_templates_differ_and_name_no_concept(names):
+    concepts = load(names)
+    found = scene_templates(concepts, 300, seed=5)
+    assert found == scene_templates(concepts, 300, seed=5) != scene_templates(concepts, 300, seed=6)
+    assert len(found) == len(set(found)) == 300
+    assert all(text.count("{}") == 1 and not mentions(text, concepts) for text in found)
+
+
 @pytest.mark.parametrize("kind", [domains.EmojiXLDomain, domains.EmojiFluxDomain])
 def test_scenes_that_train_are_in_no_prompt_set(kind):
     concepts = load("violence")
     domain = kind(ModelConfig(domain="d"), concepts)
-    trained = replace(concepts[0], templates=tuple(dict.fromkeys(domain.scene_templates(300, seed=0))))
+    trained = replace(concepts[0], templates=tuple(domain.scene_templates(300, seed=0)))
     pairs = {text for pair in trained.pairs() for text in (pair.malicious, pair.safe)}
     assert len(pairs) > 5000
     for split in ("tune", "report"):
@@ -659,30 +665,44 @@ def test_scenes_that_train_are_in_no_prompt_set(kind):
 def test_concepts_are_trained_with_scenes_where_they_are_asked_for():
     violence, style = load("violence,style")
     asked = TrainConfig(model=ModelConfig(domain="trce_lightning.emoji.domain.EmojiXLDomain"))
-    assert Session(asked, [violence]).trained_concepts() == [violence]
+    assert Session(asked, [violence]).trained_concepts == [violence]
     asked.scene_templates = 20
     both = Session(asked, [violence, style])
-    scenes, same = both.trained_concepts()
+    scenes, same = both.trained_concepts
     assert same == style and both.concepts == [violence, style]
     assert scenes.templates[: len(violence.templates)] == violence.templates
     assert len(scenes.templates) == len(violence.templates) + 20
-    (pair, *_) = [pair for pair in scenes.pairs() if pair.malicious not in {p[0] for p in violence.pairs()}]
-    (subject,) = [name for name in kept_subjects() if name in pair.malicious and name in pair.safe][:1]
-    assert pair.term in pair.malicious and pair.term not in pair.safe and subject
+    alone = set(violence.pairs())
+    for pair in scenes.pairs():
+        rest = pair.malicious.replace(pair.term, "")
+        named = any(has(rest, name) for name in kept_subjects())
+        assert pair.term not in pair.safe and (pair in alone) != named
 
 
 def test_a_model_of_one_subject_has_no_scenes_to_train_on():
     asked = TrainConfig(model=ModelConfig(domain="trce_lightning.emoji.domain.EmojiDomain"))
     asked.scene_templates = 3
     with pytest.raises(InputError, match="'scene_templates': expected 0, since the embedded model draws one"):
-        Session(asked, load("violence")).trained_concepts()
+        _ = Session(asked, load("violence")).trained_concepts
+
+
+def test_scenes_need_a_subject_to_keep_and_a_shortfall_is_said(caplog):
+    everything = Concept.from_terms([subject.name for subject in SUBJECTS], counterpart="a zeppelin")
+    asked = TrainConfig(model=ModelConfig(domain="trce_lightning.emoji.domain.EmojiXLDomain"))
+    asked.scene_templates = 2
+    with pytest.raises(InputError, match="'scene_templates': expected 0 where no subject to keep is left"):
+        _ = Session(asked, [everything]).trained_concepts
+    asked.model.domain, asked.scene_templates = None, 5000
+    (trained,) = Session(asked, load("violence")).trained_concepts
+    assert len(trained.templates) < 5000
+    assert "sentences of the 5000 that were asked for" in caplog.text
 
 
 def test_scenes_of_open_models_name_class_names_and_no_concept():
     concept = Concept("weapons", {"a rifle": "a broom", "a cannon": "a trumpet"})
     asked = TrainConfig(model=ModelConfig())
     asked.scene_templates = 2000
-    (trained,) = Session(asked, [concept]).trained_concepts()
+    (trained,) = Session(asked, [concept]).trained_concepts
     scenes = trained.templates[len(concept.templates) :]
     assert 900 < len(scenes) <= 1100
     assert not any(mentions(template, [concept]) for template in scenes)

@@ -12,6 +12,7 @@ from torch import Tensor
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.api import compose
 from trce_lightning.compare import TITLES
+from trce_lightning.jobs.erase import MethodRun
 from trce_lightning.jobs.train import TrainingRun
 
 TINY = (
@@ -97,3 +98,11 @@ def test_scenes_reach_stage_1_and_where_they_are_asked_for_stage_2(
     alone = {pair.malicious for pair in WEAPONS.pairs()}
     trained = {row.pair.malicious for row in run.plan.malicious if row.pair}
     assert trained >= alone and (trained > alone) == (scenes > 0 and in_stage_2)
+
+
+def test_a_method_gets_the_concepts_with_scenes_and_without(tmp_path: Path) -> None:
+    config = compose(WEAPONS, f"runs={tmp_path}", "method=uce", "scene_templates=4", *TINY[:-5])
+    run = MethodRun(config, [WEAPONS], StableDiffusionAdapter(build_tiny_pipeline()))
+    job = run._job()
+    assert list(job.alone) == [WEAPONS]
+    assert [len(each.templates) for each in job.concepts] == [len(WEAPONS.templates) + 4]

@@ -66,7 +66,7 @@ def overrides(name: str, schema: type, typed: Sequence[str]) -> list[str]:
     """Return Hydra's arguments for the typed ones, and put `schema` in Hydra's store."""
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     rewritten = arguments.rewrite(list(typed), schema, config_groups(config_folder(), name))
-    checks.check_method_options(rewritten, config_folder() / "experiment")
+    checks.check_method_options(rewritten, config_folder())
     return rewritten
 
 

@@ -39,7 +39,7 @@ def check_pairs(adapter: Adapter, pairs: Mapping[str, Sequence[PromptPair]]) -> 
                 raise InputError(
                     f"concept.{name}: expected terms within the {adapter.prompt_tokens} tokens of a prompt "
                     f"that the model reads, got {row.term!r} after them or across their end in "
-                    f"{row.malicious!r}; shorten the term or the template"
+                    f"{row.malicious!r}; shorten the term or the template, or lower scene_templates"
                 )
         malicious_ids, safe_ids = adapter.tokenize(malicious), adapter.tokenize(safe)
         for i, row in enumerate(rows):

@@ -267,20 +267,26 @@ def _check_training(config: TrainConfig) -> None:
         raise FileNotFoundError(f"option 'previous': no file or folder {config.previous!r}")
 
 
-def check_method_options(arguments: Iterable[str], experiments: Path) -> None:
+def check_method_options(arguments: Iterable[str], folder: Path) -> None:
     """Refuse options of TRCE beside another method, since they would do nothing.
 
-    The method is the typed one, or else that of the typed experiment, whose file lies in ``experiments``.
+    ``folder`` has the configurations. The method is the typed one, or else that of the typed experiment. The
+    place of stage 1 is typed, or else the one that was tuned for the method and the model.
     """
     typed = [argument.lstrip("+~").partition("=") for argument in arguments]
-    chosen = {key: value.strip("[]").split(",") for key, _, value in typed if key in ("method", "experiment")}
+    groups = ("method", "experiment", "model")
+    chosen = {key: value.strip("[]").split(",") for key, _, value in typed if key in groups}
+    experiments = folder / "experiment"
     names = chosen.get("method") or [
         experiment_method(experiments, name) or TRCE for name in chosen.get("experiment", [])
     ]
     if not names or TRCE in names:
         return
     read = set.intersection(*(set(READS.get(name, ())) for name in names))
-    edits = any(key == "method.edit" and value != "none" for key, _, value in typed)
+    places = [value for key, _, value in typed if key == "method.edit"] or [
+        tuned_edit(folder, name, model) for name in names for model in chosen.get("model", ["emoji"])
+    ]
+    edits = any(place != "none" for place in places)
     for key, _, _ in typed:
         part = key.partition(".")[0]
         if part not in TRCE_OPTIONS or key == "textual.keep_prompts" or (part in read and edits):
@@ -291,6 +297,14 @@ def check_method_options(arguments: Iterable[str], experiments: Path) -> None:
             else "which doesn't read it; it belongs to method=trce"
         )
         raise InputError(f"option {key!r}: expected none beside method={','.join(names)}, {reason}")
+
+
+def tuned_edit(folder: Path, method: str, model: str) -> str:
+    """Return the place of stage 1 that was tuned for a method and a model, or ``none``."""
+    file = folder / "method_tuning" / f"{method}_{model}.yaml"
+    tuned = yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
+    place: str = tuned.get("method", {}).get("edit", "none")
+    return place
 
 
 def experiment_method(folder: Path, name: str) -> str | None:

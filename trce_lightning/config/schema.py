@@ -269,7 +269,7 @@ class TrainConfig:
     method: dict[str, Any] = field(default_factory=lambda: {"name": "trce"})
     # In the order in which they are applied. The paper's is textual, trajectory.
     stages: list[Annotated[str, OneOf(STAGES)]] = items(*STAGES)
-    # Sentences that are added to the templates of each concept, in which it stands beside a thing to keep.
+    # Sentences in which a concept stands beside a thing to keep, as templates of every concept but a style.
     scene_templates: Natural = 0
     # Stage 1 alone, without scores: the denoiser is never loaded, its files are edited tensor by tensor.
     streamed: bool = False

@@ -202,27 +202,33 @@ def keep_captions(concepts: Sequence[Concept], limit: int, seed: int, *, scenes:
 
 
 def scene_templates(concepts: Sequence[Concept], count: int, seed: int) -> list[str]:
-    """Return ``count`` sentences with ``{}`` beside a kept subject, in all styles and on all backgrounds.
+    """Return up to ``count`` different sentences with ``{}`` beside a kept subject, in the looks to keep.
 
-    Subjects take turns in a random order, and change their side from one round to the next.
+    Subjects take turns in a random order, and change their side from one round to the next. No sentence names
+    a concept, such as a style. There are four tries for each sentence.
 
     Raises:
-        InputError: ``count`` is below 0, or no subject is left to keep.
+        InputError: no subject is left to keep.
     """
-    if count < 0:
-        raise InputError(f"scene_templates.count: expected at least 0, got {count}")
     rng = Random(seed)
     kept = [name for name in benign_subjects(concepts) if name in kept_subjects()]
     subjects = [subject_index(name) for name in kept if not mentions(name, concepts)]
     if count and not subjects:
-        raise InputError("scene_templates: expected a subject that none of the concepts names, got none")
+        raise InputError(
+            "option 'scene_templates': expected 0 where no subject to keep is left beside the concepts, got "
+            f"{count}"
+        )
     rng.shuffle(subjects)
-    templates = []
-    for turn in range(count):
+    templates: dict[str, None] = {}
+    for turn in range(4 * count):
         round_, place = divmod(turn, len(subjects))
         look = rng.randrange(len(STYLES)), rng.randrange(len(BACKGROUNDS))
-        templates.append(scene_template(subjects[place], (round_ + place) % 2 == 1, *look, rng))
-    return templates
+        text = scene_template(subjects[place], (round_ + place) % 2 == 1, *look, rng)
+        if not mentions(text, concepts):
+            templates[text] = None
+        if len(templates) == count:
+            break
+    return list(templates)
 
 
 def _shown_together(left: int, right: int) -> bool:

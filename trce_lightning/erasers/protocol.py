@@ -91,7 +91,7 @@ class Eraser(Protocol):
 
     @property
     def reads_seed(self) -> bool:
-        """Return whether the result depends on ``Job.seed``, for the same prompts to keep.
+        """Return whether the result depends on ``Job.seed``, for the same prompts to keep and scenes.
 
         If it doesn't, runs with other seeds would be copies of one run.
         """

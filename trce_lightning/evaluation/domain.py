@@ -51,7 +51,7 @@ class Domain(Protocol):
         """Return up to ``limit`` prompts to keep in stage 1. They are used if no caption file is given."""
 
     def scene_templates(self, count: int, seed: int) -> list[str]:
-        """Return ``count`` sentences with ``{}`` for a concept's name beside another thing."""
+        """Return up to ``count`` sentences with ``{}`` for a concept's name beside another thing."""
 
     def concept_names(self) -> list[str]:
         """Return more words by which prompts name the concepts, besides the concepts' own."""
@@ -113,7 +113,7 @@ class OpenDomain:
         return keep_prompts(self.concepts, limit=limit)
 
     def scene_templates(self, count: int, seed: int) -> list[str]:
-        """Return sentences of class names. The seed has no effect."""
+        """Return sentences of class names, about 1,000 at most. The seed has no effect."""
         return scene_templates(self.concepts, limit=count)
 
     def concept_names(self) -> list[str]:

@@ -55,7 +55,7 @@ def run_of(config: TrainConfig, concepts: list[Concept], adapter: Adapter | None
 
 
 def reads_seed(config: TrainConfig) -> bool:
-    """Return whether the configured method's result depends on the seed, for the same prompts to keep."""
+    """Return whether the result depends on the seed, for the same prompts to keep and the same scenes."""
     return _is_trce(config) or make_eraser(config.method).reads_seed
 
 
@@ -103,17 +103,17 @@ class MethodRun(TrainingRun):
 
     def _job(self) -> Job:
         return Job(
-            self.adapter,
-            self.session.trained_concepts(),
-            self.session.concepts,
-            self.trainer,
-            self.cache,
-            generator_of(self.fingerprint, self.trainer),
-            self.config.seed,
-            self.session.keep_prompts,
-            self._fit,
-            self._stage,
-            self.config.textual,
+            adapter=self.adapter,
+            concepts=self.session.trained_concepts,
+            alone=self.session.concepts,
+            trainer=self.trainer,
+            cache=self.cache,
+            generator=generator_of(self.fingerprint, self.trainer),
+            seed=self.config.seed,
+            keep_prompts=self.session.keep_prompts,
+            fit=self._fit,
+            part=self._stage,
+            textual=self.config.textual,
         )
 
     def _check_half(self) -> None:

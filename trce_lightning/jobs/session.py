@@ -105,13 +105,17 @@ class Session:
             return keep_prompts(self.concepts, path=path, limit=KEEP_LIMIT)
         return self.domain.keep_prompts(KEEP_LIMIT, self.config.seed)
 
+    @cached_property
     def trained_concepts(self) -> list[Concept]:
-        """Return the concepts as they are erased: with the sentences that ``scene_templates`` asks for.
+        """The concepts as they are erased: with the sentences that ``scene_templates`` asks for.
 
-        A style has no scenes, since it fills the whole picture.
+        A style has none, since it fills the whole picture.
         """
         assert isinstance(self.config, TrainConfig)
-        scenes = self.domain.scene_templates(self.config.scene_templates, self.config.seed)
+        wanted = self.config.scene_templates
+        scenes = self.domain.scene_templates(wanted, self.config.seed)
+        if len(scenes) < wanted:
+            log.warning("scene_templates: %d sentences of the %d that were asked for", len(scenes), wanted)
         return [
             concept
             if concept.kind == "style"

@@ -59,7 +59,7 @@ class StreamedRun:
         self.session = Session(config, concepts, self.adapter)
         one = replace(config.trainer, devices=1) if config.trainer.devices == "auto" else config.trainer
         self.trainer = make_trainer(one, runs.cache_folder(config))
-        check_pairs(self.adapter, prompt_pairs(self.session.trained_concepts()))
+        check_pairs(self.adapter, prompt_pairs(self.session.trained_concepts))
         self.fingerprint = self._fingerprint()
         self.seconds: dict[str, float] = {}
 
@@ -91,7 +91,7 @@ class StreamedRun:
         warn_of_cut(adapter, prompts, "those to keep")
         kept = cached_kept(self.trainer, adapter, prompts, runs.cache_folder(self.config))
         with adapter.encoding_on(self.trainer.strategy.root_device):
-            statistics = textual_statistics(adapter, self.session.trained_concepts(), kept, config)
+            statistics = textual_statistics(adapter, self.session.trained_concepts, kept, config)
         edit = statistics.solve(config)
         file = folder / "edit.safetensors"
         edits = stored_edits(adapter, edit)

@@ -129,12 +129,14 @@ class TrainingRun:
                 self.adapter.name,
                 config.trajectory.kept_per_malicious,
             )
-        trained = self.session.trained_concepts()
-        check_pairs(self.adapter, prompt_pairs(trained))
+        trained = self.session.trained_concepts
+        pairs = prompt_pairs(trained)
+        check_pairs(self.adapter, pairs)
         self.generator = generator_of(self.fingerprint, self.trainer)
         self.plan: TrajectoryPlan | None = None
         if "trajectory" in config.stages:
-            pairs = prompt_pairs(trained if config.trajectory.scenes else concepts)
+            if not config.trajectory.scenes and trained != concepts:
+                pairs = prompt_pairs(concepts)
             every = [pair for rows in pairs.values() for pair in rows]
             keep_prompts = self.session.keep_prompts() if config.trajectory.kept_per_malicious else []
             self.plan = draw_plan(every, config.trajectory, config.seed, keep_prompts, concepts=len(concepts))
@@ -247,7 +249,7 @@ class TrainingRun:
             prompts = self.session.keep_prompts()
             warn_of_cut(self.adapter, prompts, "those to keep")
             kept = cached_kept(self.trainer, self.adapter, prompts, self.cache)
-            self.statistics = textual_statistics(self.adapter, self.session.trained_concepts(), kept, textual)
+            self.statistics = textual_statistics(self.adapter, self.session.trained_concepts, kept, textual)
             self.edit = self.statistics.solve(textual)
         if self.trainer.is_global_zero:
             export.save_edit(

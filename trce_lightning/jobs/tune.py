@@ -214,13 +214,16 @@ class Trial:
 def contents_of(config: TuneConfig, method: str) -> str:
     """Return a hash of the concepts and the model, which may change under their names.
 
-    A method that reads TRCE's options begins with the model's own ones, which then count as well.
+    The model's own options count as well: a method that reads TRCE's begins with them, and all may read the
+    scenes of ``scene_templates``.
     """
     facts: Any = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
     contents = [facts["concept"], facts["model"]]
     tuned = config_folder() / "tuning" / f"{config.model.name}.yaml"
-    if method in (TRCE, *READS) and tuned.is_file():
-        contents.append(tuned.read_text("utf-8"))
+    if tuned.is_file():
+        options = tuned.read_text("utf-8")
+        scenes = yaml.safe_load(options).get("scene_templates", 0)
+        contents += [options] if method in (TRCE, *READS) else [scenes] if scenes else []
     text = json.dumps(contents, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
