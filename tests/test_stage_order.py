@@ -101,7 +101,7 @@ def test_scenes_reach_stage_1_and_where_they_are_asked_for_stage_2(
 
 
 def test_a_method_gets_the_concepts_with_scenes_and_without(tmp_path: Path) -> None:
-    config = compose(WEAPONS, f"runs={tmp_path}", "method=uce", "scene_templates=4", *TINY[:-5])
+    config = compose(WEAPONS, f"runs={tmp_path}", "method=uce", "scene_templates=4", *TINY[:5])
     run = MethodRun(config, [WEAPONS], StableDiffusionAdapter(build_tiny_pipeline()))
     job = run._job()
     assert list(job.alone) == [WEAPONS]
