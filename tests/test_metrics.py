@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import build_tiny_tokenizer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from scipy.linalg import sqrtm
 from torch import multiprocessing
 from torchmetrics import SumMetric
@@ -37,6 +39,7 @@ from trce_lightning.metrics import (
 )
 from trce_lightning.metrics.collateral import accuracies, check_labels
 from trce_lightning.metrics.detectors import ClipJudge, ClipJudgeDetector
+from trce_lightning.metrics.fidelity import SECOND_MOMENTS, symmetric, upper_triangle
 from trce_lightning.metrics.real_images import load_real
 from trce_lightning.prompts.records import PromptRecord, PromptSet, seed_of
 
@@ -162,6 +165,26 @@ def test_fid_equals_the_closed_form_and_keeps_real_statistics(judge, tmp_path) -
         loaded.reset()
     loaded.update(real, real=False)
     assert float(loaded.compute()) == pytest.approx(0, abs=1e-3 * expected)
+
+
+def test_second_moments_are_stored_as_a_triangle_and_whole_ones_still_load(judge, tmp_path) -> None:
+    halves = symmetric(torch.arange(1.0, 7), 3)
+    assert halves.tolist() == [[1, 2, 3], [2, 4, 5], [3, 5, 6]]
+    assert upper_triangle(halves).tolist() == [1, 2, 3, 4, 5, 6]
+    metric, file = judge_fid(judge), tmp_path / "real.safetensors"
+    metric.update(random_images(9), real=True)
+    save_real_statistics(metric, file)
+    size = judge.num_features
+    assert load_file(file)[SECOND_MOMENTS].shape == (size * (size + 1) // 2,)
+    whole = load_file(file) | {SECOND_MOMENTS: metric.real_features_cov_sum}
+    with safe_open(file, "pt") as stored:
+        save_file(whole, tmp_path / "whole.safetensors", stored.metadata())
+    for source in (file, tmp_path / "whole.safetensors"):
+        loaded = judge_fid(judge)
+        load_real_statistics(loaded, source)
+        torch.testing.assert_close(
+            loaded.real_features_cov_sum, metric.real_features_cov_sum, rtol=1e-12, atol=0
+        )
 
 
 def test_fid_features_ignore_autocast(judge) -> None:

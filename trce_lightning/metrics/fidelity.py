@@ -19,7 +19,8 @@ from trce_lightning.runtime.fingerprints import fingerprint
 from trce_lightning.runtime.network import check_hub
 from trce_lightning.runtime.storage import reading, write_safetensors
 
-REAL_STATES = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")
+SECOND_MOMENTS = "real_features_cov_sum"
+REAL_STATES = ("real_features_sum", SECOND_MOMENTS, "real_features_num_samples")
 
 
 def feature_fid(features: nn.Module) -> FrechetInceptionDistance:
@@ -74,9 +75,27 @@ def _float32(metric: FrechetInceptionDistance) -> FrechetInceptionDistance:
 
 
 def save_real_statistics(metric: FrechetInceptionDistance, file: Path) -> None:
-    """Write count, sum and second moments of the real images' features, with the network's fingerprint."""
+    """Write count, sum and second moments of the real images' features, with the network's fingerprint.
+
+    The second moments are symmetric, ``[d, d]``. The file has their upper triangle, ``[d (d + 1) / 2]``.
+    """
     states = {name: getattr(metric, name).detach().cpu() for name in REAL_STATES}
+    states[SECOND_MOMENTS] = upper_triangle(states[SECOND_MOMENTS])
     write_safetensors(file, states, {"feature_network": fingerprint(metric.inception)})
+
+
+def upper_triangle(matrix: Tensor) -> Tensor:
+    """Return the entries on and above the diagonal, row by row: ``[d, d]`` → ``[d (d + 1) / 2]``."""
+    rows, columns = torch.triu_indices(*matrix.shape)
+    return matrix[rows, columns]
+
+
+def symmetric(triangle: Tensor, size: int) -> Tensor:
+    """Return the symmetric matrix ``[size, size]`` of an upper triangle."""
+    rows, columns = torch.triu_indices(size, size)
+    matrix = triangle.new_zeros(size, size)
+    matrix[rows, columns] = matrix[columns, rows] = triangle
+    return matrix
 
 
 def load_real_statistics(metric: FrechetInceptionDistance, file: Path) -> None:
@@ -96,6 +115,9 @@ def load_real_statistics(metric: FrechetInceptionDistance, file: Path) -> None:
     with reading(file, "statistics of real images", remedy), safe_open(file, "pt") as statistics:
         found = (statistics.metadata() or {}).get("feature_network")
         states = {name: statistics.get_tensor(name) for name in REAL_STATES}
+        if states[SECOND_MOMENTS].ndim == 1:  # files of earlier versions have the whole matrix
+            size = len(states["real_features_sum"])
+            states[SECOND_MOMENTS] = symmetric(states[SECOND_MOMENTS], size)
     if found != expected:
         raise InputError(f"{file}: expected statistics of feature network {expected}, got {found}; {remedy}")
     for name, state in states.items():
