@@ -283,8 +283,9 @@ def check_method_options(arguments: Iterable[str], folder: Path) -> None:
     if not names or TRCE in names:
         return
     read = set.intersection(*(set(READS.get(name, ())) for name in names))
+    models = chosen.get("model") or default_models(folder)
     places = [value for key, _, value in typed if key == "method.edit"] or [
-        tuned_edit(folder, name, model) for name in names for model in chosen.get("model", ["emoji"])
+        tuned_edit(folder, name, model) for name in names for model in models
     ]
     edits = any(place != "none" for place in places)
     for key, _, _ in typed:
@@ -297,6 +298,12 @@ def check_method_options(arguments: Iterable[str], folder: Path) -> None:
             else "which doesn't read it; it belongs to method=trce"
         )
         raise InputError(f"option {key!r}: expected none beside method={','.join(names)}, {reason}")
+
+
+def default_models(folder: Path) -> list[str]:
+    """Return the name of the model that a run has if none is typed."""
+    entries = yaml.safe_load((folder / "train.yaml").read_text("utf-8"))["defaults"]
+    return [entry["model"] for entry in entries if isinstance(entry, dict) and "model" in entry]
 
 
 def tuned_edit(folder: Path, method: str, model: str) -> str:
