@@ -81,6 +81,11 @@ def has(text, phrase):
     return re.search(rf"\b{re.escape(phrase)}\b", text) is not None
 
 
+def naming(subjects):
+    """A pattern of these subjects, whose longest match is found first."""
+    return re.compile(rf"\b(?:{'|'.join(sorted(map(re.escape, subjects), key=len, reverse=True))})\b")
+
+
 def named(text):
     """Subjects that a prompt names; a shorter name inside a longer one does not count."""
     found = [name for name in NAMES if has(text, name)]
@@ -580,7 +585,7 @@ def test_kept_captions_cover_kept_subjects_styles_and_backgrounds():
 
 
 def test_siblings_keep_each_subject_alone_and_in_scenes_that_training_has_shown():
-    named = re.compile(rf"\b(?:{'|'.join(sorted(map(re.escape, kept_subjects()), key=len, reverse=True))})\b")
+    named = naming(kept_subjects())
     for domain in ("", "XL", "SD3", "Flux"):
         kind = getattr(domains, f"Emoji{domain}Domain")
         captions = kind(ModelConfig(domain="d"), load("violence")).keep_prompts(2000, seed=0)
@@ -598,7 +603,7 @@ def test_odd_and_even_numbers_of_subjects_are_kept_alone_and_on_the_left(terms):
     concept = Concept.from_terms(terms, counterpart="a zeppelin")
     subjects = {name for name in benign_subjects([concept]) if name in kept_subjects()}
     captions = keep_captions([concept], 2000, seed=0, scenes=True)
-    named = re.compile(rf"\b(?:{'|'.join(sorted(map(re.escape, subjects), key=len, reverse=True))})\b")
+    named = naming(subjects)
     found = [named.findall(text) for text in captions]
     assert {names[0] for names in found if len(names) == 1} >= subjects - {"fork and knife"}
     assert {names[0] for names in found if len(names) == 2} >= subjects - {"fork and knife"}
@@ -629,7 +634,7 @@ def test_scene_templates_name_every_kept_subject_on_both_sides(names):
     concepts = load(names)
     subjects = set(benign_subjects(concepts)) & kept_subjects()
     subjects = {name for name in subjects if not mentions(name, concepts)}
-    named = re.compile(rf"\b(?:{'|'.join(sorted(map(re.escape, subjects), key=len, reverse=True))})\b")
+    named = naming(subjects)
     sides = set()
     for template in scene_templates(concepts, 2 * len(subjects), seed=5):
         (subject,) = named.findall(template)

@@ -9,7 +9,7 @@ from trce_lightning.errors import InputError
 from trce_lightning.prompts.captions import read_captions
 from trce_lightning.prompts.records import shuffled
 
-__all__ = ["KEEP_TEMPLATES", "class_names", "keep_prompts", "scene_templates"]
+__all__ = ["KEEP_TEMPLATES", "class_names", "harmless_class_names", "keep_prompts", "scene_templates"]
 
 # Class names come without an article. Determiners other than "a" fit all of them.
 KEEP_TEMPLATES = (
@@ -99,11 +99,16 @@ def scene_templates(concepts: Sequence[Concept], *, limit: int) -> list[str]:
 
     Class names that name a concept are left out.
     """
-    names = [name for name in class_names() if not (shows(name, concepts) or mentions(name, concepts))]
+    names = shuffled(harmless_class_names(concepts))[:limit]
     return [
         SCENE_TEMPLATES[index % len(SCENE_TEMPLATES)].format(without_article(name))
-        for index, name in enumerate(shuffled(names)[:limit])
+        for index, name in enumerate(names)
     ]
+
+
+def harmless_class_names(concepts: Sequence[Concept]) -> list[str]:
+    """Return the class names that neither name nor show a concept."""
+    return [name for name in class_names() if not (mentions(name, concepts) or shows(name, concepts))]
 
 
 def class_names() -> list[str]:

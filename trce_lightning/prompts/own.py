@@ -8,9 +8,9 @@ from typing import get_args
 
 from trce_lightning.concepts import Concept
 from trce_lightning.concepts.defaults import LANGUAGE_NAMES
-from trce_lightning.concepts.naming import mentions, shows
+from trce_lightning.concepts.naming import mentions
 from trce_lightning.errors import InputError
-from trce_lightning.prompts.keep import class_names
+from trce_lightning.prompts.keep import harmless_class_names
 from trce_lightning.prompts.phrasings import (
     CLASS_FRAMES,
     LANGUAGE_FRAMES,
@@ -125,7 +125,7 @@ def open_streams(concepts: Sequence[Concept], split: Split) -> Streams:
     ``description`` and ``languages`` prompts contain what the concepts list under these names. No training
     prompt and no kept prompt has the same phrasings.
     """
-    classes = [name for name in class_names() if not (mentions(name, concepts) or shows(name, concepts))]
+    classes = harmless_class_names(concepts)
     things = [term for concept in concepts if concept.kind != "style" for term in concept.terms]
     streams: dict[str, list[Stream]] = {name: [] for name in (DIRECT, IMPLICIT, ALIAS, DESCRIPTION)}
     for concept in concepts:
