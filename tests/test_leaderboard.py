@@ -4,7 +4,7 @@ import csv
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from benchmarks.leaderboard import chosen_trials, joined_tables, load_rows, sect
 from trce_lightning import cli
 from trce_lightning.adapters import load_adapter
 from trce_lightning.config.composition import compose
-from trce_lightning.config.schema import LeaderboardConfig
+from trce_lightning.config.schema import LeaderboardConfig, TrainConfig
 from trce_lightning.errors import InputError
 from trce_lightning.jobs import leaderboard as job
 from trce_lightning.jobs.erase import MethodRun
@@ -234,6 +234,40 @@ def test_only_trce_is_run_again_if_its_own_options_change(tmp_path: Path, cache:
     after = Board(config_of(tmp_path, cache, both, *changed))
     moved = {now.method for was, now in zip(before.cells, after.cells, strict=True) if was.file != now.file}
     assert moved == {"trce"}
+
+
+def test_a_new_option_moves_no_cell_until_it_has_another_value(tmp_path: Path, cache: Path) -> None:
+    """Otherwise each version of this program would cost its users the hours of all methods."""
+    board = Board(config_of(tmp_path, cache, "methods=[uce,hardened]"))
+    config = board.cells[-1].train_config
+    assert config.method["name"] == "hardened"
+
+    @dataclass
+    class Grown(TrainConfig):
+        new: int = 3
+
+    values = {each.name: getattr(config, each.name) for each in fields(config)}
+    assert job.hash_of(Grown(**values)) == job.hash_of(config)
+    assert job.hash_of(Grown(**values, new=4)) != job.hash_of(config)
+    # Those of a method and of a group may lack an option that came later.
+    assert config.method["scenes"] is True, "the default"
+    older = {name: value for name, value in config.method.items() if name != "scenes"}
+    assert job.hash_of(replace(config, method=older)) == job.hash_of(config)
+    assert job.hash_of(replace(config, method=config.method | {"scenes": False})) != job.hash_of(config)
+    for group in ("textual", "trajectory", "optimizer", "model"):
+        own = getattr(config, group)
+        for each in fields(own):
+            value = getattr(own, each.name)
+            if isinstance(value, int | float):
+                other = replace(
+                    config,
+                    **{
+                        group: replace(
+                            own, **{each.name: not value if isinstance(value, bool) else value + 1}
+                        )
+                    },
+                )
+                assert job.hash_of(other) != job.hash_of(config), (group, each.name)
 
 
 def test_a_refused_cell_lets_the_others_run_and_ends_the_command(

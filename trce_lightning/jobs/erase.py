@@ -67,6 +67,15 @@ def unread_options(config: TrainConfig) -> tuple[str, ...]:
     return () if _is_trce(config) else tuple(name for name in TRCE_OPTIONS if name != "textual")
 
 
+def method_defaults(config: TrainConfig) -> dict[str, Any]:
+    """Return the defaults of the configured method's options by name. TRCE's are not among them."""
+    eraser = None if _is_trce(config) else make_eraser(config.method)
+    if not dataclasses.is_dataclass(eraser):
+        return {}
+    options = dataclasses.fields(eraser)
+    return {each.name: each.default for each in options if each.default is not dataclasses.MISSING}
+
+
 def _is_trce(config: TrainConfig) -> bool:
     return config.method.get("name") == "trce"
 

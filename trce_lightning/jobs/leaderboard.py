@@ -54,7 +54,7 @@ from trce_lightning.evaluation.scorer import Scorer, score_on_all_ranks
 from trce_lightning.export import load_deltas
 from trce_lightning.jobs import announce, runs
 from trce_lightning.jobs.attack import ORIGINAL, Attacked, Attacks
-from trce_lightning.jobs.erase import reads_seed, run_of, train, unread_options
+from trce_lightning.jobs.erase import method_defaults, reads_seed, run_of, train, unread_options
 from trce_lightning.jobs.session import Session, concepts_of
 from trce_lightning.jobs.train import TrainingRun
 from trce_lightning.jobs.trainers import make_trainer
@@ -66,6 +66,7 @@ from trce_lightning.runtime.storage import reading, replacing_folder, write_json
 
 log = logging.getLogger(__name__)
 SCHEMA = 1
+"""The version of a cell's content, and of the defaults of all options. It is part of the cells' names."""
 CELL, REFERENCES = "cell.json", "references.json"
 METHOD, GUIDANCE = "method", "guidance"
 LEAST_IMAGES = 2
@@ -643,12 +644,30 @@ def _plain(value: Any) -> Any:
 
 
 def hash_of(config: TrainConfig | EvalConfig, unread: Sequence[str] = ()) -> str:
-    """Return a hash of what decides the results of a configuration, without its options that aren't read."""
+    """Return a hash of what decides the results of a configuration, without its options that aren't read.
+
+    Options that have the default of their class are left out. So a new option, whose default changes nothing,
+    leaves all cells where they are. If the default of an old option changes, raise ``SCHEMA``.
+    """
     content: Any = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    defaults: Any = OmegaConf.to_container(OmegaConf.structured(type(config)))
+    if isinstance(config, TrainConfig):
+        defaults["method"] = method_defaults(config)
     content["metrics"].pop("batch_size")  # an image's noise doesn't depend on its batch
-    decisive = {key: value for key, value in content.items() if key not in (*NOT_IN_HASH, *unread)}
-    text = json.dumps([decisive], sort_keys=True)
+    read = {key: value for key, value in content.items() if key not in (*NOT_IN_HASH, *unread)}
+    text = json.dumps([SCHEMA, changed(read, defaults)], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def changed(content: Mapping[str, Any], defaults: Mapping[str, Any]) -> Json:
+    """Return the options whose values aren't their defaults, in maps within it too."""
+    return {
+        key: changed(value, defaults[key])
+        if isinstance(value, Mapping) and isinstance(defaults.get(key), Mapping)
+        else value
+        for key, value in content.items()
+        if key not in defaults or value != defaults[key]
+    }
 
 
 def read(file: Path) -> Json | None:
