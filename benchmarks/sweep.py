@@ -1,12 +1,13 @@
 """Choose options by one stated rule: `python -m benchmarks.sweep stage2|hardened [OPTION …] [TRIAL …]`.
 
 A trial erases violence from the embedded model with its options. It is scored on the tuning prompts and their
-noise, and attacked on tuning prompts. The rule: of the trials that keep benign pictures (:func:`keeps`), the
-one with the lowest mean of all rates (:func:`shown`) is chosen.
+noise. If it keeps benign pictures (:func:`keeps`), it is also attacked on tuning prompts. The rule: of the
+attacked trials, the one with the lowest mean of all rates (:func:`shown`) is chosen.
 
 `stage2` has trials of each stage alone and of both in either order, and `hardened` has those of
-`experiment=hardened`. A trial that was scored and attacked with these options is not run again:
-`benchmarks/sweep_NAME.json` has its results. TRIAL runs only those whose names contain one of these texts.
+`experiment=hardened`. `benchmarks/sweep_NAME.json` has the results of trials. No trial is run again with the
+same options, and a scored one whose model is still there is only attacked. TRIAL is a trial's name, or a text
+that the names of the wanted trials contain.
 ``--stored`` runs none. ``--jobs`` is the number of processes that run trials at once, and ``--with`` gives
 options of the machine to all of them, such as `trainer.precision=32-true`. Each command writes the table of
 ``docs/tuning.md`` anew.
@@ -334,13 +335,24 @@ class Results:
         """Return the folder of a trial's run."""
         return str(RUNS / f"{self.name}-{[*self.sweep.trials].index(trial):02d}")
 
+    def is_attackable(self, trial: str) -> bool:
+        """Return whether a scored trial is attacked: the original is, and what keeps benign pictures."""
+        original = self.rows[ORIGINAL]["scores"] if ORIGINAL in self.rows else None
+        # The original is the first trial. Until it is scored, any trial may keep benign pictures.
+        return original is None or keeps(self.rows[trial]["scores"], original)
+
+    def is_whole(self, trial: str) -> bool:
+        """Return whether nothing is left to do for a trial."""
+        row = self.rows.get(trial, {})
+        return "attacks" in row or ("scores" in row and not self.is_attackable(trial))
+
+    def is_erased(self, trial: str) -> bool:
+        """Return whether a trial is scored, and its model is there."""
+        return trial in self.rows and (Path(self.folder(trial)) / "erased").exists()
+
     def missing(self, wanted: Callable[[str], bool]) -> list[str]:
         """Return the wanted trials that have no whole result."""
-        return [
-            trial
-            for trial in self.sweep.trials
-            if wanted(trial) and "attacks" not in self.rows.get(trial, {})
-        ]
+        return [trial for trial in self.sweep.trials if wanted(trial) and not self.is_whole(trial)]
 
     def store(self, trial: str, **parts: Any) -> None:
         """Add parts of a trial's result to the file."""
@@ -357,23 +369,28 @@ class Results:
     def run(self, trials: Sequence[str], jobs: int, machine: Sequence[str] = ()) -> None:
         """Run trials, ``jobs`` at once, with the options of the ``machine``.
 
-        A process runs one part of one trial. If a part fails, the others go on, and its error is raised last.
+        A process runs one part of one trial: it erases and scores, or it attacks. If a part fails, the others
+        go on, and its error is raised last.
         The first attacked model is attacked alone among attacks, because it also attacks the references,
         whose results the other evaluations read.
         """
         spawned = multiprocessing.get_context("spawn")
+        ready = [trial for trial in trials if self.is_erased(trial)]
         with (
             ProcessPoolExecutor(jobs, spawned, max_tasks_per_child=1) as pool,
-            tqdm(total=2 * len(trials), desc=f"sweep {self.name}", unit="part") as bar,
+            tqdm(total=2 * len(trials), initial=len(ready), desc=f"sweep {self.name}", unit="part") as bar,
         ):
             failed: list[BaseException] = []
             running: dict[Future[Any], tuple[str, str]] = {
                 pool.submit(erased, self.name, trial, self.folder(trial), machine): ("erased", trial)
                 for trial in trials
+                if trial not in ready
             }
-            ready: list[str] = []
             references_done, references_begun = False, False
-            while running:
+            while running or ready:
+                while ready and (references_done or not references_begun):
+                    trial, references_begun = ready.pop(0), True
+                    running[pool.submit(attacked, self.folder(trial), machine)] = ("attacked", trial)
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     part, trial = running.pop(future)
@@ -382,15 +399,15 @@ class Results:
                         log.error("%s, %s: %s", trial, part, error, exc_info=error)
                         failed.append(error)
                         references_begun &= part == "erased" or references_done
-                    elif part == "erased":
-                        self.store(trial, scores=future.result())
-                        ready.append(trial)
-                    else:
+                    elif part == "attacked":
                         self.store_attacks(trial, future.result())
                         references_done = True
-                while ready and (references_done or not references_begun):
-                    trial, references_begun = ready.pop(0), True
-                    running[pool.submit(attacked, self.folder(trial), machine)] = ("attacked", trial)
+                    else:
+                        self.store(trial, scores=future.result())
+                        if self.is_attackable(trial):
+                            ready.append(trial)
+                        else:
+                            bar.update()
         if failed:
             raise failed[0]
 
@@ -410,7 +427,8 @@ def main() -> None:
     results = Results(asked.sweep)
 
     def wanted(trial: str) -> bool:
-        return not asked.trials or trial == ORIGINAL or any(text in trial for text in asked.trials)
+        is_asked = (trial == text if text in results.sweep.trials else text in trial for text in asked.trials)
+        return not asked.trials or trial == ORIGINAL or any(is_asked)
 
     if not asked.stored:
         results.run(results.missing(wanted), asked.jobs, asked.machine)

@@ -71,8 +71,9 @@ def test_results_whose_options_have_changed_are_forgotten(
     monkeypatch.setattr(sweep, "FOLDER", tmp_path)
     first, second = list(sweep.SWEEPS["hardened"].trials)[:2]
     results = sweep.Results("hardened")
-    results.store(second, scores={}, attacks={})
-    results.store(first, scores={})  # stopped before its attacks
+    scores = FOUND["right"]["scores"]
+    results.store(second, scores=scores, attacks={})
+    results.store(first, scores=scores)  # stopped before its attacks
     assert list(json.loads(results.file.read_text())) == [first, second]  # in the order of the trials
     again = sweep.Results("hardened")
     assert second not in again.missing(lambda _: True)
@@ -81,6 +82,24 @@ def test_results_whose_options_have_changed_are_forgotten(
     stored[second]["options"] = ["method.lr=1"]
     results.file.write_text(json.dumps(stored))
     assert second in sweep.Results("hardened").missing(lambda _: True)
+
+
+def test_a_scored_trial_is_attacked_if_it_keeps_benign_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command that was stopped attacks the models that are there, and erases the others."""
+    monkeypatch.setattr(sweep, "FOLDER", tmp_path)
+    monkeypatch.setattr(sweep, "RUNS", tmp_path / "runs")
+    original, kept, spoilt, unscored = list(sweep.SWEEPS["stage2"].trials)[:4]
+    results = sweep.Results("stage2")
+    results.store(original, scores=FOUND[sweep.ORIGINAL]["scores"])
+    results.store(kept, scores=FOUND["right"]["scores"])
+    results.store(spoilt, scores=FOUND["spoils pictures"]["scores"])
+    missing = results.missing(lambda _: True)
+    assert missing[:3] == [original, kept, unscored]  # one that spoils pictures is whole without attacks
+    assert not any(results.is_erased(trial) for trial in missing)
+    (tmp_path / "runs" / "stage2-01" / "erased").mkdir(parents=True)
+    assert [trial for trial in missing if results.is_erased(trial)] == [kept]
 
 
 @pytest.mark.parametrize(("name", "trial"), ALL)
