@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pictures import publish
 from benchmarks.report import refresh
 from trce_lightning.report.leaderboard import COSTS, REFERENCE, Row, markdown, mean_asr
 
@@ -131,7 +132,7 @@ def main() -> None:
             if concept in images:
                 parser.error(f"FOLDER: expected each concept in one folder, got {concept} in {folder} again")
             images[concept] = f"images/leaderboard-{concept}.png"
-            shutil.copyfile(folder / f"pareto-{concept}.png", PAGE.parent / images[concept])
+            publish(folder / f"pareto-{concept}.png", PAGE.parent / images[concept])
     table = joined_tables([folder / "leaderboard.csv" for folder in options.folders])
     PAGE.with_suffix(".csv").write_text(table, encoding="utf-8", newline="")
     refresh(sections(rows, images), PAGE, "leaderboard")

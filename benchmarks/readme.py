@@ -16,6 +16,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.pictures import publish
 from benchmarks.report import refresh
 from trce_lightning.compare import load_runs, paired_tests
 from trce_lightning.evaluation.attacked import Verdict
@@ -150,7 +151,7 @@ def write_attacks(rows: Rows, stages: Sequence[str], hardened: Sequence[str]) ->
         attacked = [label for label in erased if label in shown]
         if attacked:
             refresh("\n".join(attacks_lines(shown, attacked)), ROOT / "docs" / f"{name}.md", name)
-            attacks_figure(shown).savefig(ROOT / "docs" / "images" / f"{name}.png", dpi=110)
+            publish(attacks_figure(shown), ROOT / "docs" / "images" / f"{name}.png")
 
 
 def main() -> None:

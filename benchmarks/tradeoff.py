@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks.fitting import compose
+from benchmarks.pictures import publish
 from benchmarks.report import refresh
 from benchmarks.sweep import ATTACKS, IMAGES, RUNS, attacked, benign_cells, rates_of
 from trce_lightning.adapters import load_adapter
@@ -115,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         stored["strengths"][f"{strength:g}"] = measured(asked.run, strength)
         write_json(RESULTS, stored)
     rows = {float(name): row for name, row in stored["strengths"].items()}
-    figure_of(rows).savefig(DOCS / "images" / "tradeoff.png", dpi=110)
+    publish(figure_of(rows), DOCS / "images" / "tradeoff.png")
     text = "\n".join(lines_of(rows))
     refresh(text, DOCS / "robustness.md", "tradeoff")
     sys.stdout.write(f"{text}\n")
