@@ -1,4 +1,4 @@
-"""Save a fit's progress: checkpoints during an epoch, after it, and on SIGTERM."""
+"""Show a fit's progress, and save it: checkpoints during an epoch, after it, and on SIGTERM."""
 
 from __future__ import annotations
 
@@ -10,9 +10,49 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from tqdm.auto import tqdm
 
 log = logging.getLogger(__name__)
 LAST = "last"
+
+
+class TrainingBar(pl.Callback):
+    """A bar over all steps of a fit, on the first rank.
+
+    In a log file it adds a line every so often, as the project's other bars do. Lightning's bars add one line
+    at an epoch's end, or one for each step.
+    """
+
+    bar: tqdm
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin at the step from which the fit continues."""
+        assert trainer.max_epochs is not None, "a fit has a number of epochs"
+        self.bar = tqdm(
+            desc="training",
+            unit="step",
+            initial=trainer.fit_loop.epoch_loop.batch_progress.total.completed,
+            total=trainer.max_epochs * int(trainer.num_training_batches),
+            disable=not trainer.is_global_zero,
+        )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the step. If the bar is drawn, its next drawing has the losses that are logged for it."""
+        if self.bar.update():
+            self.bar.set_postfix(trainer.progress_bar_metrics, refresh=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the bar as it is."""
+        self.bar.close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the bar as it is, if there is one."""
+        if hasattr(self, "bar"):
+            self.bar.close()
 
 
 class SaveBeforeScoring(pl.Callback):

@@ -39,20 +39,10 @@ class _OnEachRank(pl.LightningModule):
 
 
 def on_each_rank(trainer: pl.Trainer, function: Callable[[Rank], Result]) -> Result:
-    """Call ``function`` once on every rank, wait for all ranks, and return this rank's result.
-
-    The Trainer's progress bar is off, so the function shows its own.
-    """
+    """Call ``function`` once on every rank, wait for all ranks, and return this rank's result."""
     module = _OnEachRank(function)
     loader: DataLoader[int] = DataLoader(range(trainer.world_size), batch_size=None)  # type: ignore[arg-type]
-    bar = trainer.progress_bar_callback
-    if bar is not None:
-        bar.disable()
-    try:
-        trainer.predict(module, loader, return_predictions=False)
-    finally:
-        if bar is not None:
-            bar.enable()
+    trainer.predict(module, loader, return_predictions=False)
     trainer.strategy.barrier()
     result: Result = module.result
     return result
