@@ -91,18 +91,18 @@ def test_the_key_of_an_edit_gives_the_originals_images(tiny_adapter, tmp_path, g
     found = searched(attack, target)
     facts = found["all"].facts["streams"]["context"]
     assert facts["residual"] < 1e-4 and facts["changed"] and facts["rank"] == facts["width"] == 32
-    assert torch.allclose(found["all"].tensors["context"], torch.linalg.inv(transform).mT, atol=1e-4)
+    assert torch.allclose(found["all"].tensors["clip"], torch.linalg.inv(transform).mT, atol=1e-4)
     way = ways(attack, target, found)[""]
     original = plain(target, way, tiny_adapter)
     assert largest_difference(images(target, way), original) <= 1
     assert largest_difference(plain(target, way, target.adapter), original) > 1
     unlucky = ways(attack, target, control(attack, target))[""]
     assert largest_difference(images(target, unlucky), original) > 1
-    untouched = searched(attack, target_of(tiny_adapter))["all"].tensors["context"]
+    untouched = searched(attack, target_of(tiny_adapter))["all"].tensors["clip"]
     assert torch.allclose(untouched, torch.eye(32, dtype=untouched.dtype), atol=1e-4), (
         "there is no edit to undo"
     )
-    shift = [key - torch.eye(32) for key in (found["all"].tensors["context"], unlucky_key(attack, target))]
+    shift = [key - torch.eye(32) for key in (found["all"].tensors["clip"], unlucky_key(attack, target))]
     assert torch.allclose(shift[0].norm(), shift[1].norm())
 
 
@@ -114,7 +114,7 @@ def test_images_are_made_as_the_target_says(tiny_adapter) -> None:
 
 
 def unlucky_key(attack, target):
-    return control(attack, target)["all"].tensors["context"]
+    return control(attack, target)["all"].tensors["clip"]
 
 
 def test_an_edit_of_another_form_is_told_by_its_residual(tiny_adapter) -> None:
@@ -122,7 +122,7 @@ def test_an_edit_of_another_form_is_told_by_its_residual(tiny_adapter) -> None:
     assert searched(InverseEdit(), values_alone)["all"].facts["streams"]["context"]["residual"] > 0.3
     untouched = searched(InverseEdit(), target_of(tiny_adapter))["all"]
     assert not untouched.facts["streams"]["context"]["changed"]
-    assert torch.allclose(untouched.tensors["context"], torch.eye(32, dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(untouched.tensors["clip"], torch.eye(32, dtype=torch.float64), atol=1e-6)
     projection = torch.eye(32, dtype=torch.float64)
     projection[0, 0] = 0
     facts = searched(InverseEdit(), target_of(edited(projection), tiny_adapter))["all"].facts

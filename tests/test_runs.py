@@ -113,16 +113,28 @@ def test_a_chosen_output_is_continued_or_refused(tmp_path: Path) -> None:
     folder = runs.open_folder(config)
     assert folder == tmp_path / "mine" and not (tmp_path / "runs").exists()
     assert runs.open_folder(config) == folder
-    (folder / "checkpoints").mkdir()
-    left = [folder / "checkpoints" / "last.ckpt", folder / "metrics.json"]
-    for file in left:
+    parts = ("checkpoints/last.ckpt", "checkpoints/round-1/last.ckpt", "images/direct/0.png", "erased/a.json")
+    left = [
+        folder / name for name in (*parts, "delta.safetensors", "logs/version_0/metrics.csv", "metrics.json")
+    ]
+    mine = folder / "notes" / "mine.png"
+    for file in (*left, mine):
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("{}")
     before = (folder / "config.yaml").read_bytes()
     with pytest.raises(ValueError, match=r"output: .*mine.*another configuration.*fresh=true"):
         runs.open_folder(replace(config, seed=1))
     assert (folder / "config.yaml").read_bytes() == before and all(file.exists() for file in left)
     assert runs.open_folder(replace(config, seed=1, fresh=True)) == folder
-    assert not any(file.exists() for file in left)
+    assert not any(file.exists() for file in left) and mine.exists()
+
+
+def test_a_folder_without_a_run_loses_nothing(tmp_path: Path) -> None:
+    other = tmp_path / "images" / "mine.png"
+    other.parent.mkdir()
+    other.write_text("")
+    assert runs.open_folder(config_of(tmp_path / "runs", output=str(tmp_path), fresh=True)) == tmp_path
+    assert other.exists()
 
 
 def test_further_processes_use_the_folder_of_the_first(
@@ -143,6 +155,9 @@ def test_a_second_run_of_one_process_is_not_the_first(tmp_path: Path) -> None:
     first, second = (runs.open_folder(config_of(tmp_path, seed=seed)) for seed in (0, 1))
     assert first != second
     assert OmegaConf.load(first / "config.yaml").seed == 0
+    logging.getLogger().warning("of the second")
+    assert "of the second" in (second / "run.log").read_text()
+    assert "of the second" not in (first / "run.log").read_text()
 
 
 def test_caches_lie_beside_the_runs_or_where_asked(tmp_path: Path) -> None:

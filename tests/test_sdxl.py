@@ -309,7 +309,7 @@ def test_attacks_reach_both_encoders(shared: SDXLAdapter, own: SDXLAdapter) -> N
         found = searched(attack, target)
         assert ways(attack, target, found)[""].records
     key = searched(InverseEdit(), target)["all"]
-    assert set(key.tensors) == {"context", "pooled"}
+    assert set(key.tensors) == {"clip", "pooled"}
     way = ways(InverseEdit(), target, {"all": key})[""]
     options = {"guidance_scale": 3.0, "num_steps": 3, "batch_size": 2}
     original = generate(shared, way.records, **options)

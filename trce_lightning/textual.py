@@ -542,6 +542,24 @@ def cached_kept(
         }
 
 
+def keys_of(
+    adapter: Adapter, transforms: Mapping[str, Tensor], *, rtol: float | None = None
+) -> dict[str, Tensor]:
+    """Return by segment the matrix K, ``[w, w]``, for which ‖T [eᵀK, 0]ᵀ − [eᵀ, 0]ᵀ‖ is least.
+
+    ``transforms`` has T by stream, ``[d, d]``. A segment may have narrower states, w ≤ d, with zeros after
+    them. So K = ((T_w)⁺)_wᵀ, where T_w has the first w columns of T. If w = d, it is T⁺ᵀ. Singular values
+    below ``rtol`` of the largest count as zero. None stands for torch's own share.
+    """
+    empty, streams, keys = adapter.empty(), adapter.streams(), {}
+    for name, transform in transforms.items():
+        for segment in streams[name].segments:
+            width = empty.states[segment].shape[-1]
+            inverse = torch.linalg.pinv(transform[:, :width], rtol=rtol)
+            keys[segment] = inverse[:, :width].mT.contiguous()
+    return keys
+
+
 def _name_of(stream: str, name: str) -> str:
     """Return the name of a stored mean."""
     return name if stream == CONTEXT else f"{stream}.{name}"

@@ -7,7 +7,8 @@ of any attack on embeddings against closed-form edits of keys and values (UCE, a
 2407.12383; TRCE's stage 1, arXiv 2503.07389), at no network evaluation. It shows nothing about edits of
 another form: tuned attention, edits of values alone, or edits on the side of the output. The finding says how
 much of the change T leaves unexplained, and the rank of T: where T has no inverse, the key is its
-pseudo-inverse.
+pseudo-inverse. Where a segment's states are narrower than the stream, the key is the best that fits them
+(:func:`trce_lightning.textual.keys_of`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from trce_lightning.errors import InputError
 from trce_lightning.prompts.records import PromptRecord
 from trce_lightning.runtime.fingerprints import digest_of
 from trce_lightning.runtime.storage import read_safetensors
-from trce_lightning.textual import CONTEXT
+from trce_lightning.textual import CONTEXT, keys_of
 
 RELATIVE_ROUNDING = 1e-9
 """Singular values of T below this share of the largest count as zero."""
@@ -80,9 +81,9 @@ class InverseEdit:
     def search(
         self, target: Target, records: Sequence[PromptRecord], generator: torch.Generator, progress: Progress
     ) -> list[Finding]:
-        """Return the key of each stream, ``[d, d]`` float64, with residual, rank and condition of T."""
+        """Return the key of each segment, ``[w, w]`` float64, with residual, rank and condition of each T."""
         self.check(target)
-        tensors: dict[str, Tensor] = {}
+        transforms: dict[str, Tensor] = {}
         facts: dict[str, dict[str, float | int | bool]] = {}
         for name in target.adapter.streams():
             before, after = _weights(target.original, name), _weights(target.adapter, name)
@@ -94,7 +95,7 @@ class InverseEdit:
                 transform = given
             singular = torch.linalg.svdvals(transform)
             rank = int((singular > RELATIVE_ROUNDING * singular[0]).sum())
-            tensors[name] = torch.linalg.pinv(transform, rtol=RELATIVE_ROUNDING).mT.contiguous()
+            transforms[name] = transform
             facts[name] = {
                 "residual": _unexplained(w, edited, transform),
                 "changed": not torch.equal(w, edited),
@@ -102,6 +103,7 @@ class InverseEdit:
                 "width": len(transform),
                 "condition": float(singular[0] / singular[rank - 1]),
             }
+        tensors = keys_of(target.adapter, transforms, rtol=RELATIVE_ROUNDING)
         return [Finding(UNIVERSAL, tensors, {"streams": facts, "read from": self.edit or "weights"})]
 
     def _stored(self) -> dict[str, Tensor]:
@@ -135,8 +137,7 @@ class InverseEdit:
 
     def ways(self, target: Target, findings: Mapping[str, Finding]) -> Iterator[Way]:
         """Yield the prompts themselves, read through the key."""
-        streams, tensors = target.adapter.streams(), findings[UNIVERSAL].tensors
-        keys = {segment: key for name, key in tensors.items() for segment in streams[name].segments}
+        keys = findings[UNIVERSAL].tensors
         records = tuple(fresh_record(record, self.name) for record in target.records)
         yield Way("", records, with_mapped_states(target.adapter, keys), target.variation)
 

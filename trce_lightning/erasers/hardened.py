@@ -50,7 +50,7 @@ from trce_lightning.errors import InputError
 from trce_lightning.losses import squared_distance
 from trce_lightning.prompts.records import seed_of
 from trce_lightning.sampling import seeded
-from trce_lightning.textual import apply_edit_, cached_kept, edited_streams, textual_statistics
+from trce_lightning.textual import apply_edit_, cached_kept, edited_streams, keys_of, textual_statistics
 from trce_lightning.tokens import Text, state_rms, within_ball
 
 KINDS = ("learnt", "moved", "keyed", "other")
@@ -506,20 +506,6 @@ class Hardened(TunedEraser):
         generator = module.generator(step, "other texts")
         empty = (torch.rand(count, generator=generator) < EMPTY_SHARE).tolist()
         return module.text([EMPTY if empty[row] else prompts[row % len(prompts)] for row in range(count)])
-
-
-def keys_of(adapter: Adapter, transforms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return by segment the matrix K, ``[w, w]``, for which ‖T [eᵀK, 0]ᵀ − [eᵀ, 0]ᵀ‖ is least.
-
-    ``transforms`` has T by stream, ``[d, d]``. A segment may have narrower states, w ≤ d, with zeros after
-    them. So K = ((T_w)⁺)_wᵀ, where T_w has the first w columns of T. If w = d, it is T⁺ᵀ.
-    """
-    empty, streams, keys = adapter.empty(), adapter.streams(), {}
-    for name, transform in transforms.items():
-        for segment in streams[name].segments:
-            width = empty.states[segment].shape[-1]
-            keys[segment] = torch.linalg.pinv(transform[:, :width])[:, :width].mT
-    return keys
 
 
 def _foreign_word(adapter: Adapter, sentences: str) -> str:

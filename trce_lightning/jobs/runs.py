@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import shutil
 import sys
 from contextlib import suppress
 from datetime import datetime
@@ -24,6 +25,11 @@ FINISHED = "metrics.json"
 CONFIG = "config.yaml"
 FOLDER_VARIABLE = "TRCE_RUN_FOLDER"
 """The variable that tells a run's further processes which folder the first process has chosen."""
+OUTPUTS = (
+    *("checkpoints", "tuning", "images", "scored", "logs", "erased", "*.safetensors", "metrics.csv"),
+    *("curves.png", "losses.png", "grid.png", "report.html", FINISHED),
+)
+"""What a run leaves in its folder, and ``fresh`` deletes. The log stays, and so does what isn't a run's."""
 NOT_COMPARED = ("plan", "fresh", "output", "runs", "checkpoint_minutes")
 
 
@@ -38,14 +44,35 @@ def open_folder(config: Any) -> Path:
     os.environ[FOLDER_VARIABLE] = str(folder)
     if process_rank() == 0:
         clean_up(folder)
-        if config.fresh:
-            for stale in ("checkpoints/last.ckpt", FINISHED):
-                (folder / stale).unlink(missing_ok=True)
+        if config.fresh and (folder / CONFIG).exists():
+            delete_outputs(folder)
         write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
-    handler = logging.FileHandler(folder / "run.log", encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    logging.getLogger().addHandler(handler)
+    _log_into(folder / "run.log")
     return folder
+
+
+def delete_outputs(folder: Path) -> None:
+    """Delete what an earlier run left, since another model's parts must not be taken for this one's."""
+    for path in (path for pattern in OUTPUTS for path in folder.glob(pattern)):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+class _RunLog(logging.FileHandler):
+    """The log of the run that this process is at."""
+
+
+def _log_into(file: Path) -> None:
+    """Write all log records to a file, and no longer to that of an earlier run of this process."""
+    root = logging.getLogger()
+    for earlier in [handler for handler in root.handlers if isinstance(handler, _RunLog)]:
+        root.removeHandler(earlier)
+        earlier.close()
+    handler = _RunLog(file, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    root.addHandler(handler)
 
 
 def claim_folder(config: Any) -> Path:
