@@ -64,7 +64,7 @@ def run() -> list[Row]:
     """Count the operations of each stage."""
     config, drawn = plan.paper()
     forward, step, their_step = denoiser(None), denoiser("Q"), denoiser("authors")
-    passes = drawn.training_evaluations(config.trajectory)
+    passes = drawn.training_evaluations(config.trajectory, config.seed)
     lengths = pair_lengths()
     pairs = text(lengths), text(lengths, networks.TOKENS)
     kept = text([networks.TOKENS] * KEEP_LIMIT)

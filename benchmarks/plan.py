@@ -63,7 +63,7 @@ def paper() -> tuple[TrainConfig, TrajectoryPlan]:
 def run() -> list[Row]:
     """Exact counts; tests/test_plan.py holds the plan to what sampling takes."""
     config, plan = paper()
-    sampling, training = plan.network_evaluations, plan.training_evaluations(config.trajectory)
+    sampling, training = plan.network_evaluations, plan.training_evaluations(config.trajectory, config.seed)
     plain_bytes = (MALICIOUS + UNCONDITIONAL_SAMPLED) * STORED_BYTES
     latent = 4 * networks.LATENT_SIDE**2
     assert len(plan.malicious) == MALICIOUS and 3 * MALICIOUS == ITERATIONS

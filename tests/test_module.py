@@ -26,7 +26,7 @@ from tiny_runs import (
 from torch import Tensor
 
 from trce_lightning.adapters import StableDiffusionAdapter
-from trce_lightning.callbacks import RanksAgree, SaveBeforeScoring, progress_checkpoints
+from trce_lightning.callbacks import EpochEvaluation, RanksAgree, SaveBeforeScoring, progress_checkpoints
 from trce_lightning.closed_form import Edit
 from trce_lightning.config.schema import OptimizerConfig, TextualConfig, TrajectoryConfig
 from trce_lightning.data.datamodule import Batch, TrajectoryDataModule
@@ -350,6 +350,34 @@ def test_a_fit_goes_on_after_an_epoch_that_was_not_scored(sampled: Sampled, tmp_
     assert_same(resumed.changed(), whole.changed())
 
 
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_an_epoch_that_was_not_scored_is_scored_when_the_fit_goes_on(
+    sampled: Sampled, tmp_path: Path, epoch: int
+) -> None:
+    """After the last epoch as well, where nothing is left to train."""
+    scored: list[str] = []
+
+    def scorer(title: str, rank: int, world_size: int) -> tuple[dict[str, float], dict[str, Any]]:
+        if title == f"epoch {epoch}" and title not in scored:
+            scored.append(title)
+            raise RuntimeError("killed while scoring")
+        scored.append(title)
+        return {"fid": float(len(scored))}, {}
+
+    def fit(**options: Any) -> EpochEvaluation:
+        evaluation = EpochEvaluation(scorer)  # type: ignore[arg-type]
+        callbacks = (SaveBeforeScoring(tmp_path), evaluation, *progress_checkpoints(tmp_path, minutes=60))
+        Fit(sampled).run(tmp_path, *callbacks, **options)
+        return evaluation
+
+    with pytest.raises(RuntimeError, match="while scoring"):
+        fit()
+    evaluation = fit(ckpt_path=tmp_path / "last.ckpt")
+    assert scored == ["after stage 1", *(["epoch 1"] * (3 - epoch)), *(["epoch 2"] * epoch)]
+    assert len(evaluation.epochs) == 2
+    assert len(fit(ckpt_path=tmp_path / "last.ckpt").epochs) == 2, "nothing is scored twice"
+
+
 @pytest.mark.parametrize("sigterm", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
@@ -583,3 +611,19 @@ def test_accumulation_and_clipping_reach_the_trainer(sampled: Sampled, tmp_path:
     original = build_tiny_pipeline().unet.state_dict()
     for name in clipped.module.trainable:
         torch.testing.assert_close(clipped.changed()[name], original[name], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [3, 4, 5])
+def test_training_takes_the_planned_evaluations(
+    tiny_adapter: StableDiffusionAdapter, tmp_path: Path, batch_size: int
+) -> None:
+    """The points that fill the last batch count as well, and each of them has ∅ only after the first step."""
+    config = trajectory_config(uncond_hinge_weight=0.5, batch_size=batch_size)
+    plan = sample_plan(tiny_adapter, config, tmp_path)
+    drawn = [step_index for row in plan.malicious for step_index in row.step_indices]
+    assert 0 in drawn and len(set(drawn)) > 1
+    module = TRCE(tiny_adapter, None, config, OptimizerConfig())
+    data = TrajectoryDataModule(tiny_adapter, plan, tmp_path, config, seed=0)
+    before = tiny_adapter.network_evaluations
+    cpu_trainer(tmp_path, epochs=config.epochs).fit(module, data)
+    assert tiny_adapter.network_evaluations - before == plan.training_evaluations(config, seed=0)

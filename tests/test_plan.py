@@ -111,7 +111,7 @@ def test_each_concept_has_its_number_of_trajectories_and_of_prompts_to_keep() ->
     points = len(two.malicious) * config.epochs * config.draws_per_epoch
     assert sum(len(row.step_indices) for row in two.kept) >= 2 * points
     assert sum(len(row.step_indices) for row in two.unconditional) >= 2 * points
-    assert two.training_evaluations(config) == 2 * one.training_evaluations(config)
+    assert two.training_evaluations(config, 0) == 2 * one.training_evaluations(config, 0)
 
 
 def test_a_plan_without_kept_prompts_has_its_earlier_fingerprint() -> None:

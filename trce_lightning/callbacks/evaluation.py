@@ -39,12 +39,23 @@ class EpochEvaluation(pl.Callback):
         """
         if self.after_textual is None and pl_module.edit is not None:
             self.after_textual = self._evaluate(trainer, pl_module, "after stage 1")
-        if len(self.epochs) < trainer.current_epoch:
-            self.epochs.append(self._evaluate(trainer, pl_module, f"epoch {trainer.current_epoch}"))
+        self._score_missing(trainer, pl_module, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Score the epoch."""
         self.epochs.append(self._evaluate(trainer, pl_module, f"epoch {trainer.current_epoch + 1}"))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Score the last epoch if an interrupted run has trained it without scoring it.
+
+        Such a fit has nothing left to train, so no hook of training is called.
+        """
+        assert trainer.max_epochs is not None, "a fit has a number of epochs"
+        self._score_missing(trainer, pl_module, trainer.max_epochs)
+
+    def _score_missing(self, trainer: pl.Trainer, pl_module: pl.LightningModule, trained: int) -> None:
+        if len(self.epochs) < trained:
+            self.epochs.append(self._evaluate(trainer, pl_module, f"epoch {trained}"))
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, title: str) -> Scores:
         with stop.at_once():

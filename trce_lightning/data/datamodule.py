@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from trce_lightning.adapters import Adapter
 from trce_lightning.config.schema import TrajectoryConfig
-from trce_lightning.data.plan import TrajectoryPlan
+from trce_lightning.data.plan import TrajectoryPlan, epoch_order
 from trce_lightning.data.trajectories import load_rows
 from trce_lightning.errors import InputError
 from trce_lightning.losses import squared_distance
@@ -82,8 +82,8 @@ def check_batch(batch_size: int, world_size: int) -> None:
 class EpochBatches(DistributedSampler[list[int]]):
     """A sampler of global batches, of which each rank takes its slice.
 
-    The order depends on (seed, epoch) alone. The last batch is filled up from the front of the order. So all
-    batches have one size, and the mean over ranks is the mean over the batch.
+    The order is :func:`epoch_order`'s. All batches have one size, so the mean over ranks is the mean over the
+    batch.
 
     Lightning reports the epoch only to a loader's ``sampler``. It replaces a sampler that isn't a
     ``DistributedSampler``.
@@ -109,10 +109,7 @@ class EpochBatches(DistributedSampler[list[int]]):
         return -(-len(self.points) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1000003 + self.points.epoch)
-        order = torch.randperm(len(self.points), generator=generator)
-        filled = len(self) * self.batch_size
-        order = order.repeat(-(-filled // len(order)))[:filled]
+        order = epoch_order(len(self.points), self.batch_size, self.seed, self.points.epoch)
         for batch in order.split(self.batch_size)[self.served :]:
             self.served = (self.served + 1) % len(self)
             yield batch[self.rank :: self.num_replicas].tolist()

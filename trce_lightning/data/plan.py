@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trce_lightning.concepts import PromptPair
 from trce_lightning.config.schema import TrajectoryConfig
@@ -79,14 +80,18 @@ class TrajectoryPlan:
         """Return the number of network evaluations for some of the trajectories."""
         return sum(row.network_evaluations(guided=self.guided) for row in rows)
 
-    def training_evaluations(self, config: TrajectoryConfig) -> int:
+    def training_evaluations(self, config: TrajectoryConfig, seed: int) -> int:
         """Return the network evaluations of all epochs: of (z_t, c_m), (z_t, ∅), (z_u, ∅) and (z_k, c_k).
 
-        (z_t, ∅) is evaluated only with the ∅ hinge, and only after the first step.
+        (z_t, ∅) is evaluated only with the ∅ hinge, and only after the first step. ``seed`` is the run's.
         """
-        items = len(self.malicious) * config.draws_per_epoch
-        served = config.epochs * -(-items // config.batch_size) * config.batch_size
-        later = sum(step_index > 0 for row in self.malicious for step_index in row.step_indices)
+        count, draws = len(self.malicious), config.draws_per_epoch
+        steps = [
+            self.malicious[item % count].step_indices[epoch * draws + item // count]
+            for epoch in range(config.epochs)
+            for item in epoch_order(count * draws, config.batch_size, seed, epoch).tolist()
+        ]
+        served, later = len(steps), sum(step_index > 0 for step_index in steps)
         preserve = config.unconditional_per_malicious if config.preserve_weight else 0
         keep = config.kept_per_malicious if config.keep_weight else 0
         return served * (1 + preserve + keep) + (later if config.uncond_hinge_weight else 0)
@@ -105,6 +110,16 @@ class TrajectoryPlan:
         }
         text = json.dumps([generator, facts], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def epoch_order(items: int, batch_size: int, seed: int, epoch: int) -> Tensor:
+    """Return the order in which an epoch serves its items. It depends on (seed, epoch) alone.
+
+    The last batch is filled up from the front of the order, so that all batches have one size.
+    """
+    order = torch.randperm(items, generator=torch.Generator().manual_seed(seed * 1000003 + epoch))
+    filled = -(-items // batch_size) * batch_size
+    return order.repeat(-(-filled // items))[:filled]
 
 
 def _without_absent_kept(items: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def ahead(run: TrainingRun) -> dict[str, int]:
     parts = {part: cost.forward + cost.backward for part, cost in run.method_parts().items()}
     if run.plan is not None:
         parts["trajectories"] = missing_evaluations(run)
-        parts[TRAINING] = run.plan.training_evaluations(run.config.trajectory)
+        parts[TRAINING] = run.plan.training_evaluations(run.config.trajectory, run.config.seed)
     for title, scorer in run.scorers.items():
         if not run.is_scored(scorer):
             parts[f"original model, {title}"] = scorer.planned_evaluations

@@ -701,7 +701,7 @@ def cost_of(run: TrainingRun) -> dict[str, int]:
     forward, backward = sum(part.forward for part in parts), sum(part.backward for part in parts)
     if run.plan is not None:
         forward += announce.missing_evaluations(run)
-        backward += run.plan.training_evaluations(run.config.trajectory)
+        backward += run.plan.training_evaluations(run.config.trajectory, run.config.seed)
     return {"forward": forward, "backward": backward}
 
 
