@@ -218,13 +218,18 @@ def test_a_package_that_is_missing_is_named_at_once(package, argv, capsys, monke
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *of: None if name == package else found(name)
     )
-    text = refusal(capsys, "concept=violence", *argv)
-    assert f"{package} is not installed" in text and "pip install" in text
+    for command in (cli.train, cli.evaluate) if package == "tensorboard" else (cli.train,):
+        text = refusal(capsys, "concept=violence", *argv, command=command)
+        assert f"{package} is not installed" in text and "pip install" in text
 
 
 def test_wrong_input_of_eval_is_explained(capsys):
     text = refusal(capsys, "concept=violence", "prompts=gone.csv", command=cli.evaluate)
     assert "'prompts'" in text and "'gone.csv'" in text
+    text = refusal(capsys, "concept=violence", "sets=[benign,benign]", command=cli.evaluate)
+    assert "option 'sets': expected each at most once" in text
+    text = refusal(capsys, "concept=violence", "sets=[]", command=cli.evaluate)
+    assert "option 'sets': expected one set at least" in text
     for unread in ("seed=3", "metrics.images_per_set=2", "metrics.enabled=false"):
         assert f"unknown option '{unread.partition('=')[0]}'" in refusal(
             capsys, "concept=violence", unread, command=cli.evaluate

@@ -9,7 +9,7 @@ import torch
 from conftest import build_tiny_pipeline
 from eraser_jobs import STEREO_SMALL, TUNED, Alone, Harness, published
 from published_models import pipeline_of, unet_of
-from tiny_runs import WEAPONS
+from tiny_runs import WEAPONS, cpu_trainer
 
 from trce_lightning.adapters import StableDiffusionAdapter
 from trce_lightning.adapters.slots import initial_vectors, slots_of
@@ -107,6 +107,11 @@ def test_a_search_runs_once_and_belongs_to_its_options(
     assert all(torch.equal(own, second[name]) for name, own in first.items())
     for option in ({"rounds": 1}, {"round_lr": 1e-3}, {"initial": "dog"}, {"pictures": 3}, {"draws": 1}):
         assert "search" in stereo(**option).ahead(again.job).parts, option
+    # Other sentences, and other steps.
+    style = dataclasses.replace(again.job, concepts=[dataclasses.replace(WEAPONS, kind="style")])
+    clipped = dataclasses.replace(again.job, trainer=cpu_trainer(tmp_path, gradient_clip_val=0.1))
+    for job in (style, clipped):
+        assert "search" in stereo().ahead(job).parts
 
 
 def test_a_later_round_reads_the_concepts_points_under_what_was_found(

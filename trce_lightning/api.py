@@ -21,7 +21,7 @@ from trce_lightning.config.arguments import settle
 from trce_lightning.config.schema import ConceptConfig, TrainConfig
 from trce_lightning.errors import InputError
 from trce_lightning.jobs.erase import run_of
-from trce_lightning.jobs.session import concepts_of
+from trce_lightning.jobs.train import merge_previous
 from trce_lightning.runtime.host import hydra_kept, pipeline_kept, process_kept
 from trce_lightning.runtime.locks import own_lock
 
@@ -54,8 +54,9 @@ def erase(
         places = [f"runs={folder}", f"cache={cache or folder}", "trainer.devices=1"]
         config = compose(concept, "metrics.enabled=false", *places, *options)
         checks.check(config)
-        if config.streamed:
-            raise InputError("option 'streamed': expected false for a pipeline in memory, got true")
+        for option in ("streamed", "plan"):
+            if getattr(config, option):
+                raise InputError(f"option '{option}': expected false for a pipeline in memory, got true")
         adapter = adapter_of(
             pipeline,
             max_sequence_length=config.model.max_sequence_length,
@@ -63,7 +64,7 @@ def erase(
         )
         if config.model.channels_last:
             adapter.to_channels_last()
-        run = run_of(config, concepts_of(config), adapter)
+        run = run_of(config, merge_previous(config), adapter)
         if run.trainer.world_size > 1 and cache is None:
             raise InputError("cache: expected a folder that all processes see, got none")
         run.open()

@@ -19,6 +19,7 @@ from trce_lightning.config.schema import (
     DemoConfig,
     EvalConfig,
     LeaderboardConfig,
+    LoggerConfig,
     ModelConfig,
     TrainConfig,
     TuneConfig,
@@ -92,6 +93,9 @@ def _check_evaluation(config: EvalConfig) -> None:
     from trce_lightning.prompts.published import check_file, prompt_files
 
     check_judge(config.model, config.concept.values())
+    _check_logger(config.logger)
+    if len(set(config.sets)) < len(config.sets):
+        raise InputError(f"option 'sets': expected each at most once, got {config.sets}")
     if BENIGN in config.sets:
         images = config.metrics.samples_per_prompt * config.metrics.final_images_per_set
         check_fid(config.model, "metrics.final_images_per_set", images)
@@ -254,8 +258,7 @@ def _check_training(config: TrainConfig) -> None:
         samples = config.metrics.samples_per_prompt
         for name in ("images_per_set", "final_images_per_set"):
             check_fid(config.model, f"metrics.{name}", samples * getattr(config.metrics, name))
-    if config.logger.tensorboard:
-        check_package("logger.tensorboard", "tensorboard", "pip install 'trce-lightning[tensorboard]'")
+    _check_logger(config.logger)
     if config.optimizer.name != "adamw":
         check_package("optimizer.name", "bitsandbytes", "pip install bitsandbytes")
     if config.trajectory.early_steps > config.trajectory.num_steps:
@@ -269,6 +272,11 @@ def _check_training(config: TrainConfig) -> None:
         _check_streamed(config)
     if config.previous is not None and not Path(config.previous).exists():
         raise FileNotFoundError(f"option 'previous': no file or folder {config.previous!r}")
+
+
+def _check_logger(logger: LoggerConfig) -> None:
+    if logger.tensorboard:
+        check_package("logger.tensorboard", "tensorboard", "pip install 'trce-lightning[tensorboard]'")
 
 
 def check_method_options(arguments: Iterable[str], folder: Path) -> None:

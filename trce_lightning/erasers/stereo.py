@@ -371,7 +371,9 @@ class STEREO(PromptEraser):
             )
         }
         marks = {kind: each.fingerprint for kind, each in self._before(job).items()}
-        text = json.dumps([options, marks, job.seed, job.trainer.world_size], sort_keys=True)
+        kinds = [concept.kind for concept in job.concepts]  # the sentences of an inversion depend on it
+        fit = [job.seed, job.trainer.world_size, job.trainer.gradient_clip_val]
+        text = json.dumps([options, marks, kinds, fit], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def _before(self, job: Job) -> dict[str, Teachers]:

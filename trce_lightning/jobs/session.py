@@ -185,6 +185,8 @@ class Session:
     def scorer(self, split: Split, size: int) -> Scorer:
         """Return the scorer of this session's model."""
         sets = self.sets(split, size)
+        if not sets:
+            raise InputError("option 'sets': expected one set at least, or a file in prompts, got none")
         for prompts in sets:
             warn_of_cut(self.adapter, prompts.texts, prompts.name)
         sets = [prompts.sampled(self.config.metrics.samples_per_prompt) for prompts in sets]
