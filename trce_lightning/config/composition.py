@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, ValidationError
+
+from trce_lightning.errors import InputError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -32,7 +36,8 @@ def compose(
     """Return the configuration of another command with these overrides, an object of ``schema``.
 
     A command that is running keeps its own. The overrides are Hydra's, so no text of them is rewritten.
-    ``changes`` are nested values that replace composed ones.
+    ``changes`` are nested values that replace composed ones. ``InputError`` if an option has another type, or
+    if there is none of its name.
     """
     from trce_lightning.runtime.host import hydra_kept  # imported here, because it imports torch
 
@@ -40,5 +45,13 @@ def compose(
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
         with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
             composed = hydra.compose(name, list(overrides))
-    OmegaConf.set_struct(composed, False)  # a map, such as `method`, takes further keys
-    return OmegaConf.to_object(OmegaConf.merge(composed, changes or {}))
+    for node in composed.values():
+        if isinstance(node, DictConfig) and not dataclasses.is_dataclass(OmegaConf.get_type(node)):
+            OmegaConf.set_struct(node, False)  # a map, such as `method`, takes further keys
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(composed, changes or {}))
+    except (ConfigKeyError, ValidationError) as error:
+        said = str(error).splitlines()[0]
+        raise InputError(
+            f"option '{error.full_key}': expected an option of {name} and its value: {said}"
+        ) from error

@@ -23,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -36,6 +36,7 @@ from trce_lightning import __version__
 from trce_lightning.adapters import Adapter
 from trce_lightning.concepts import load_concept
 from trce_lightning.config.arguments import did_you_mean
+from trce_lightning.config.checks import check, check_method_options
 from trce_lightning.config.composition import compose, config_folder
 from trce_lightning.config.schema import (
     ALL,
@@ -122,8 +123,13 @@ class Board:
             )
         for name, changes in config.overrides.items():
             _check_overrides(name, changes)
+            if name in names[METHOD]:
+                typed = [f"method={name}", f"model={config.model.name}", *_paths(changes)]
+                check_method_options(typed, config_folder())
         self.groups = [Group(self, concepts, names) for concepts in config.concepts]
         self.cells = [cell for group in self.groups for cell in group.cells]
+        for cell in self.cells:
+            check(cell.train_config if cell.kind == METHOD else cell.eval_config)
 
     @property
     def own(self) -> list[Cell]:
@@ -179,7 +185,8 @@ class Board:
         done = self.finished
         if done:
             return sum(cell.seconds for cell in done) / sum(cell.work.passes for cell in done)
-        measured = announce.seconds_per_evaluation(self.groups[0].planned_run("trce", 0))
+        group = self.groups[0]
+        measured = announce.seconds_per_evaluation(group.planned_run(group.scoring_config()))
         if measured is None:
             raise InputError(
                 "leaderboard: expected room for one latent beside the model, got too little memory"
@@ -307,9 +314,14 @@ class Group:
         """The options of each run's Trainer. A run has one device."""
         return dataclasses.replace(self.config.trainer, devices=1)
 
-    def planned_run(self, method: str, seed: int) -> TrainingRun:
-        """Return the run of a method as it would be without any cache. It erases nothing."""
-        cold = dataclasses.replace(self.train_config(method, seed), cache=self._cold.name)
+    def scoring_config(self) -> TrainConfig:
+        """Return the configuration of a run that scores the original. It trains nothing."""
+        own = self.train_config("trce", self.config.seeds[0])
+        return dataclasses.replace(own, stages=["textual"])
+
+    def planned_run(self, config: TrainConfig) -> TrainingRun:
+        """Return a run as it would be without any cache. It erases nothing."""
+        cold = dataclasses.replace(config, cache=self._cold.name)
         run = run_of(cold, concepts_of(cold), self._adapter)
         self._adapter = run.adapter
         return run
@@ -347,7 +359,7 @@ class Group:
         file = self.references_file
         with claimed(file.with_name(".lock"), wait=True):
             start = time.monotonic()
-            own = self.train_config("trce", self.config.seeds[0])
+            own = self.scoring_config()
             run = run_of(own, concepts_of(own))
             run.score_original()
             scorer, scored = run.scorers["final"], run.original["final"].scored
@@ -468,7 +480,7 @@ class Cell:
     @property
     def planned_run(self) -> TrainingRun:
         """The cell's run as it would be without any cache."""
-        return self.group.planned_run(self.method, self.seed)
+        return self.group.planned_run(self.train_config)
 
     def run(self) -> bool:
         """Erase, score and attack. Return False if another process is at it."""
@@ -590,6 +602,15 @@ def _check_overrides(name: str, changes: Any) -> None:
             f"option 'overrides.{name}': expected options in which methods may differ, got "
             f"{', '.join(sorted(own))}, which the leaderboard sets for all"
         )
+
+
+def _paths(changes: Mapping[str, Any], parent: str = "") -> Iterator[str]:
+    """Yield the options of nested maps as they are typed: ``method.lr=1``."""
+    for key, value in changes.items():
+        if isinstance(value, Mapping):
+            yield from _paths(value, f"{parent}{key}.")
+        else:
+            yield f"{parent}{key}={value}"
 
 
 def names_of(kind: str, given: Sequence[str]) -> list[str]:
