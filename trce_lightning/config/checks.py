@@ -14,15 +14,15 @@ from trce_lightning.concepts import Concept
 from trce_lightning.concepts.naming import mentions
 from trce_lightning.config.arguments import did_you_mean
 from trce_lightning.config.schema import (
+    MATRICES,
+    OWN_NEVER_LEARNT,
+    STAGES,
     ConceptConfig,
     DemoConfig,
     EvalConfig,
     LeaderboardConfig,
     LoggerConfig,
-    MATRICES,
     ModelConfig,
-    OWN_NEVER_LEARNT,
-    STAGES,
     TrainConfig,
     TuneConfig,
 )
