@@ -59,8 +59,12 @@ class InverseEdit:
         self.edit = edit
 
     def file_digest(self) -> str:
-        """Return a hash of the edit's tensors. ``InputError`` if its file can't be read."""
-        return digest_of(sorted(self._stored().items()))
+        """Return a hash of the edit's tensors, and how findings are stored.
+
+        ``InputError`` if its file can't be read.
+        """
+        # Findings of earlier versions have a key for each stream.
+        return f"keys by segment, {digest_of(sorted(self._stored().items()))}"
 
     def cost(self, target: Target) -> Cost:
         """Return nothing: the search is a solution of linear equations."""
