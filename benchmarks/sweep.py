@@ -145,22 +145,6 @@ _KEEPING: dict[str, tuple[str, ...]] = {
     "all weights, lr 2e-4, 8 kept, longer, weight 300": _hinge("2e-4", ALL, *MOST_KEPT, LONGER, preserve=300),
 }
 """The trials that hold more of what is to be kept. Most of them train twice as long."""
-KEY = "trajectory.key_hinge_weight=1"
-_KEYED: dict[str, tuple[str, ...]] = {
-    "attention, lr 4e-4, 8 kept, longer, weight 300, key": _hinge(
-        "4e-4", ATTENTION, *MOST_KEPT, LONGER, KEY, preserve=300
-    ),
-    "attention, lr 4e-4, 8 kept, longer, weight 1000, key": _hinge(
-        "4e-4", ATTENTION, *MOST_KEPT, LONGER, KEY, preserve=1000
-    ),
-    "attention, lr 8e-4 to 0, 8 kept, longer, weight 300, key": _hinge(
-        "8e-4", ATTENTION, *MOST_KEPT, LONGER, TO_ZERO, KEY, preserve=300
-    ),
-    "attention, lr 8e-4 to 0, 8 kept, longer, weight 1000, key": _hinge(
-        "8e-4", ATTENTION, *MOST_KEPT, LONGER, TO_ZERO, KEY, preserve=1000
-    ),
-}
-"""The trials whose hinge also reads malicious states that undo stage 1."""
 _STAGE1: dict[str, tuple[str, ...]] = {
     "eta 12": ("textual.eta=12",),
     "eta 20": ("textual.eta=20",),
@@ -222,8 +206,7 @@ SWEEPS: dict[str, Sweep] = {
                 *_STAGE1["projection"],
                 *_hinge("3e-4", batch=6),
             ),
-        }
-        | {f"T+V: {name}": (*T_V, *options) for name, options in _KEYED.items()},
+        },
     ),
     "hardened": Sweep(
         (

@@ -148,17 +148,6 @@ WRONG = [
     (["concept=violence", "optimizer.lr=0"], ["'optimizer.lr'", "more than 0"]),
     (["concept=violence", "optimizer.betas=[0.9,1.0]"], ["'optimizer.betas'", "less than 1"]),
     (["concept=violence", "trajectory.early_steps=51"], ["'trajectory.early_steps'", "20", "51"]),
-    *(
-        (
-            ["concept=violence", "trajectory.key_hinge_weight=1", option],
-            ["'trajectory.key_hinge_weight'", said],
-        )
-        for option, said in (
-            ("stages=[trajectory]", "stage 2 follows stage 1"),
-            ("stages=[trajectory,textual]", "stage 2 follows stage 1"),
-            ("textual.matrices=[value]", "keys and values"),
-        )
-    ),
     (["concept=violence", "trainer.devices=0"], ["'trainer.devices'", "got 0"]),
     (["concept=violence", "output=/dev/null/x"], ["'output'", "/dev/null"]),
     (["concept=violence", "model.path=gone"], ["'model.path'", "'gone'"]),

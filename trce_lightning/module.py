@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import logging
 import math
-from collections.abc import Mapping
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -31,7 +30,7 @@ from trce_lightning.losses import (
     squared_distance,
     steering_hinge,
 )
-from trce_lightning.textual import apply_edit_, keys_of, read_through
+from trce_lightning.textual import apply_edit_
 from trce_lightning.tokens import Text
 
 log = logging.getLogger(__name__)
@@ -72,8 +71,6 @@ class TRCE(pl.LightningModule):
         self.trajectory, self.optimizer = trajectory, optimizer
         self.denoiser = adapter.denoiser
         self.edited_names: list[str] = []
-        self.keys: Mapping[str, Tensor] = {}
-        """By segment, what undoes stage 1. It is solved for ``key_hinge_weight`` alone."""
         self.unit = 1.0
         self.trainable = adapter.trainable(trajectory.trainable)
         self._stored_dtypes = {name: parameter.dtype for name, parameter in self.trainable.items()}
@@ -84,12 +81,9 @@ class TRCE(pl.LightningModule):
         """Edit the denoiser. A second call does nothing."""
         if self.edit is None or self.edited_names:
             return
-        edits = (self.edit, *self.edit.further)
-        if self.trajectory.key_hinge_weight:
-            self.keys = keys_of(self.adapter, {own.stream: own.transform for own in edits})
         self.edited_names = apply_edit_(self.adapter, self.edit)
         log.info("stage 1 edited %d matrices", len(self.edited_names))
-        for own in edits:
+        for own in (self.edit, *self.edit.further):
             log.info(
                 "stage 1, %s: condition number %.2g, erase residual %.3f, keep residual %.2g",
                 own.stream,
@@ -223,14 +217,11 @@ class TRCE(pl.LightningModule):
         """Return the loss of a batch, from one forward pass.
 
         L = L_erase(ε̂(z_t, c_m)) + w_∅ L_erase(ε̂(z_t, ∅)) + λ_p ‖ε̂(z_u, ∅) − ε(z_u, ∅)‖² / u
-            + λ_k ‖ε̂(z_k, c_k) − ε(z_k, c_k)‖² / u + λ_s ‖ε̂(z_t, c_m) − ε(z_t, c_s)‖² / u
-            + w_K L_erase(ε̂(z_t, E(c_m) K)).
+            + λ_k ‖ε̂(z_k, c_k) − ε(z_k, c_k)‖² / u + λ_s ‖ε̂(z_t, c_m) − ε(z_t, c_s)‖² / u.
 
         The paper's loss is the first line with u = 1. The second keeps prompts c_k, and pulls to the safe
-        prediction. In the third, K undoes stage 1 (:func:`trce_lightning.textual.keys_of`). So the network
-        also forgets what its text states no longer reach. With ``relative_distances``, u is the mean
-        ‖ε(c_s) − ε(c_m)‖² of the cached points. With ``relative_hinge`` too, weights mean the same whether a
-        network predicts noise or a velocity.
+        prediction. With ``relative_distances``, u is the mean ‖ε(c_s) − ε(c_m)‖² of the cached points. With
+        ``relative_hinge`` too, weights mean the same whether a network predicts noise or a velocity.
         If the loss isn't finite, raise ``InputError``.
         """
         predictions = self._predict(batch)
@@ -238,7 +229,6 @@ class TRCE(pl.LightningModule):
         weights = {
             "erase": 1.0,
             "erase_uncond": self.trajectory.uncond_hinge_weight,
-            "erase_key": self.trajectory.key_hinge_weight,
             "preserve": self.trajectory.preserve_weight / self.unit,
             "keep": self.trajectory.keep_weight / self.unit,
             "pull": self.trajectory.pull_weight / self.unit,
@@ -262,7 +252,7 @@ class TRCE(pl.LightningModule):
     def _predict(self, batch: Batch) -> dict[str, Tensor]:
         """Return ε̂ of every kind from one forward pass: of (z_t, c_m), (z_t, ∅), (z_u, ∅) and (z_k, c_k).
 
-        (z_t, ∅) is evaluated only for the ∅ hinge, and (z_t, E(c_m) K) only for that of the key.
+        (z_t, ∅) is evaluated only for the ∅ hinge.
         """
         empty = self._empty_text()
         every = slice(None)
@@ -274,8 +264,6 @@ class TRCE(pl.LightningModule):
             # for the opposite there.
             later = (batch["malicious_step_index"] > 0).nonzero().flatten()
             inputs["uncond"] = ("malicious", later, empty.expand(len(later)))
-        if self.trajectory.key_hinge_weight:
-            inputs["key"] = ("malicious", every, read_through(self.keys, batch["malicious_text"]))
         if "unconditional_z_t" in batch and self.trajectory.preserve_weight:
             count = len(batch["unconditional_z_t"])
             inputs["preserve"] = ("unconditional", every, empty.expand(count))
@@ -308,8 +296,6 @@ class TRCE(pl.LightningModule):
             terms["erase_uncond"] = hinge_of(
                 predictions["uncond"], f_safe[later], f_unsafe[later], margin
             ).sum() / len(hinge)
-        if "key" in predictions:
-            terms["erase_key"] = hinge_of(predictions["key"], f_safe, f_unsafe, margin).mean()
         if "preserve" in predictions:
             terms["preserve"] = preserve_loss(predictions["preserve"], batch["unconditional_uncond"]).mean()
         if "keep" in predictions:

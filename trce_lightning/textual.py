@@ -560,15 +560,6 @@ def keys_of(
     return keys
 
 
-def read_through(keys: Mapping[str, Tensor], text: Text) -> Text:
-    """Return E K for the segments that have a key K. Others stay."""
-    states = {
-        name: (own.float() @ keys[name].to(own.device, torch.float32)).to(own) if name in keys else own
-        for name, own in text.states.items()
-    }
-    return Text(states, text.roles)
-
-
 def _name_of(stream: str, name: str) -> str:
     """Return the name of a stored mean."""
     return name if stream == CONTEXT else f"{stream}.{name}"

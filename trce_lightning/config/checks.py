@@ -14,9 +14,7 @@ from trce_lightning.concepts import Concept
 from trce_lightning.concepts.naming import mentions
 from trce_lightning.config.arguments import did_you_mean
 from trce_lightning.config.schema import (
-    MATRICES,
     OWN_NEVER_LEARNT,
-    STAGES,
     ConceptConfig,
     DemoConfig,
     EvalConfig,
@@ -268,27 +266,12 @@ def _check_training(config: TrainConfig) -> None:
             "option 'trajectory.early_steps': expected at most trajectory.num_steps, "
             f"{config.trajectory.num_steps}, got {config.trajectory.early_steps}"
         )
-    if config.trajectory.key_hinge_weight and config.method.get("name") == TRCE:
-        _check_key_hinge(config)
     _check_captions(config.textual.keep_prompts)
     _check_method(config)
     if config.streamed:
         _check_streamed(config)
     if config.previous is not None and not Path(config.previous).exists():
         raise FileNotFoundError(f"option 'previous': no file or folder {config.previous!r}")
-
-
-def _check_key_hinge(config: TrainConfig) -> None:
-    if config.stages != list(STAGES):
-        raise InputError(
-            "option 'trajectory.key_hinge_weight': expected 0 unless stage 2 follows stage 1, whose key it "
-            f"reads, got {config.trajectory.key_hinge_weight:g} with stages={config.stages}"
-        )
-    if set(config.textual.matrices) != set(MATRICES):
-        raise InputError(
-            "option 'trajectory.key_hinge_weight': expected 0 unless stage 1 edits keys and values, since no "
-            f"state undoes an edit of values alone, got textual.matrices={config.textual.matrices}"
-        )
 
 
 def _check_logger(logger: LoggerConfig) -> None:

@@ -183,7 +183,6 @@ class TrajectoryConfig:
     relative_hinge: bool = False  # hinge and margin in units of the squared distance of the two targets
     relative_distances: bool = False  # preserve, keep and pull losses in units of the mean ‖ε_cs − ε_cm‖²
     uncond_hinge_weight: NonNegative = 0.0
-    key_hinge_weight: NonNegative = 0.0  # of malicious states that undo stage 1, if it comes first
     preserve_weight: NonNegative = 100.0
     keep_weight: NonNegative = 100.0  # preserve weight of the prompts to keep
     pull_weight: NonNegative = 0.0

@@ -83,8 +83,7 @@ class TrajectoryPlan:
     def training_evaluations(self, config: TrajectoryConfig, seed: int) -> int:
         """Return the network evaluations of all epochs: of (z_t, c_m), (z_t, ∅), (z_u, ∅) and (z_k, c_k).
 
-        (z_t, ∅) is evaluated only with the ∅ hinge, and only after the first step. (z_t, c_m) is evaluated
-        twice with the hinge of stage 1's key. ``seed`` is the run's.
+        (z_t, ∅) is evaluated only with the ∅ hinge, and only after the first step. ``seed`` is the run's.
         """
         count, draws = len(self.malicious), config.draws_per_epoch
         steps = [
@@ -95,8 +94,7 @@ class TrajectoryPlan:
         served, later = len(steps), sum(step_index > 0 for step_index in steps)
         preserve = config.unconditional_per_malicious if config.preserve_weight else 0
         keep = config.kept_per_malicious if config.keep_weight else 0
-        key = 1 if config.key_hinge_weight else 0
-        return served * (1 + key + preserve + keep) + (later if config.uncond_hinge_weight else 0)
+        return served * (1 + preserve + keep) + (later if config.uncond_hinge_weight else 0)
 
     def stored_bytes(self, latent_numbers: int) -> int:
         """Return the bytes on disk of latents and predictions, float32 of ``latent_numbers`` numbers each."""

@@ -50,14 +50,7 @@ from trce_lightning.errors import InputError
 from trce_lightning.losses import squared_distance
 from trce_lightning.prompts.records import seed_of
 from trce_lightning.sampling import seeded
-from trce_lightning.textual import (
-    apply_edit_,
-    cached_kept,
-    edited_streams,
-    keys_of,
-    read_through,
-    textual_statistics,
-)
+from trce_lightning.textual import apply_edit_, cached_kept, edited_streams, keys_of, textual_statistics
 from trce_lightning.tokens import Text, state_rms, within_ball
 
 KINDS = ("learnt", "moved", "keyed", "other")
@@ -501,7 +494,12 @@ class Hardened(TunedEraser):
 
         Segments that stage 1 leaves alone stay. Without stage 1, return E(c_m).
         """
-        return read_through(module.keys, module.text(points.prompts))
+        text = module.text(points.prompts)
+        states = {
+            name: own @ module.keys[name].to(module.device) if name in module.keys else own
+            for name, own in text.states.items()
+        }
+        return Text(states, text.roles)
 
     def other_text(self, module: Hardening, prompts: list[str], count: int, step: int) -> Text:
         """Return ``count`` texts, each a prompt to keep or, with a chance of :data:`EMPTY_SHARE`, ∅."""
