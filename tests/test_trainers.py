@@ -9,11 +9,15 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from trce_lightning.callbacks import progress, progress_checkpoints
 from trce_lightning.config.schema import TrainerConfig
+from trce_lightning.data.trajectories import TrajectorySampler
+from trce_lightning.erasers.teachers import _Sampler
 from trce_lightning.jobs.trainers import choose_precision, make_trainer
+from trce_lightning.runtime.ranks import on_each_rank
 
 
 @pytest.mark.parametrize("accelerator", ["auto", "cpu"])
@@ -98,3 +102,28 @@ def test_a_log_has_a_few_lines_of_a_fit_not_one_for_each_step(
     assert drawn(capfd.readouterr().err) == [0, 128]
     fit(Fit(), tmp_path, shows=False)
     assert capfd.readouterr().err.count("training") == 0
+
+
+class Sampler(pl.LightningModule):
+    """A module whose predictions are files."""
+
+    title = "files"
+
+    def predict_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+
+def test_a_sampler_has_a_bar_of_its_files_and_other_predictions_have_none(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = TrainerConfig(accelerator="cpu", devices=1, precision="32-true")
+    trainer, files = make_trainer(config, tmp_path), DataLoader(range(5), batch_size=None)
+    trainer.predict(Sampler(), files, return_predictions=False)
+    assert re.search(r"files: 100%.* 5/5 \[", capfd.readouterr().err)
+    on_each_rank(trainer, lambda _: None)
+    assert "it/s" not in (said := capfd.readouterr().err) and "1/1" not in said
+
+
+@pytest.mark.parametrize("sampler", [TrajectorySampler, _Sampler])
+def test_what_is_sampled_for_training_has_a_bar(sampler: type) -> None:
+    assert sampler.title

@@ -16,11 +16,12 @@ log = logging.getLogger(__name__)
 LAST = "last"
 
 
-class TrainingBar(pl.Callback):
-    """A bar over all steps of a fit, on the first rank.
+class ProgressBars(pl.Callback):
+    """A bar over all steps of a fit, and one over the files that a sampler writes, on the first rank.
 
-    In a log file it adds a line every so often, as the project's other bars do. Lightning's bars add one line
-    at an epoch's end, or one for each step.
+    A module that predicts is a sampler with a bar if it has a ``title``. In a log file, bars add a line every
+    so often, as the project's other bars do. Lightning's bars add one line at an epoch's end, or one for each
+    step.
     """
 
     bar: tqdm
@@ -44,6 +45,28 @@ class TrainingBar(pl.Callback):
             self.bar.set_postfix(trainer.progress_bar_metrics, refresh=False)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the bar as it is."""
+        self.bar.close()
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin a sampler's bar."""
+        title: str | None = getattr(pl_module, "title", None)
+        files = int(sum(trainer.num_predict_batches))
+        self.bar = tqdm(desc=title, unit="file", total=files, disable=not (title and trainer.is_global_zero))
+
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count the file."""
+        self.bar.update()
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the bar as it is."""
         self.bar.close()
 

@@ -61,6 +61,8 @@ class TrajectorySampler(pl.LightningModule):
     infinity, ``InputError`` is raised and the shard is not written.
     """
 
+    title = "trajectories"
+
     def __init__(
         self,
         adapter: Adapter,

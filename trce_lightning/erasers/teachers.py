@@ -155,6 +155,8 @@ def refuse_guided(adapter: Adapter, option: str, guidance_scale: float) -> None:
 class _Sampler(pl.LightningModule):
     """A module that samples the shards that ``folder`` lacks, under ``Trainer.predict``."""
 
+    title = "teachers"
+
     def __init__(self, adapter: Adapter, plan: Walks, folder: Path, fingerprint: str, encode: Encode) -> None:
         super().__init__()
         self.adapter, self.plan, self.folder, self.fingerprint = adapter, plan, folder, fingerprint

@@ -14,7 +14,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from trce_lightning.callbacks import TrainingBar
+from trce_lightning.callbacks import ProgressBars
 from trce_lightning.config.schema import DeviceConfig, LoggerConfig, TrainerConfig
 from trce_lightning.errors import InputError
 from trce_lightning.jobs.wandb_runs import wandb_logger
@@ -83,7 +83,7 @@ def make_trainer(
             enable_model_summary=False,
             inference_mode=False,  # a model that moves to another device in inference mode can't train later
             use_distributed_sampler=True,
-            callbacks=[*callbacks, *([TrainingBar()] if config.enable_progress_bar else []), StopTogether()],
+            callbacks=[*callbacks, *([ProgressBars()] if config.enable_progress_bar else []), StopTogether()],
             logger=list(loggers),
             default_root_dir=folder,
             plugins=plugins,
