@@ -23,8 +23,25 @@ from trce_lightning.emoji.training.clip import tokenizer_of
 from trce_lightning.jobs import runs
 from trce_lightning.tokens import Text
 
+LONG_FILES = (
+    "test_whole_run.py",
+    "test_leaderboard.py",
+    "test_signals.py",
+    "test_attacks_job.py",
+    "test_embedded.py",
+    "test_siblings.py",
+    "test_tune.py",
+    "test_benchmarks.py",
+)
+"""The files that take longest. They begin first, so that none runs on alone when the others are done."""
 MAX_LENGTH = 32
 WIDTH = 32
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of :data:`LONG_FILES` first, and leave the others in their order."""
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def build_tiny_tokenizer() -> CLIPTokenizer:

@@ -29,7 +29,7 @@ OUTPUTS = (
     *("checkpoints", "tuning", "images", "scored", "logs", "erased", "*.safetensors", "metrics.csv"),
     *("curves.png", "losses.png", "grid.png", "report.html", FINISHED),
 )
-"""What a run leaves in its folder, and ``fresh`` deletes. The log stays, and so does what isn't a run's."""
+"""The files and folders that a run leaves, and ``fresh`` deletes. The log stays."""
 NOT_COMPARED = ("plan", "fresh", "output", "runs", "checkpoint_minutes")
 
 
