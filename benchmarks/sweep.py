@@ -370,9 +370,8 @@ class Results:
         """Run trials, ``jobs`` at once, with the options of the ``machine``.
 
         A process runs one part of one trial: it erases and scores, or it attacks. If a part fails, the others
-        go on, and its error is raised last.
-        The first attacked model is attacked alone among attacks, because it also attacks the references,
-        whose results the other evaluations read.
+        go on, and its error is raised last. The first attacked model is attacked alone among attacks, because
+        it also attacks the references, whose results the other evaluations read.
         """
         spawned = multiprocessing.get_context("spawn")
         ready = [trial for trial in trials if self.is_erased(trial)]

@@ -184,7 +184,7 @@ def test_what_is_refused_changes_nothing(
 
 
 def test_a_concept_more_is_erased_with_those_of_the_run_before(options: list[str], tmp_path: Path) -> None:
-    """As by ``train.py``. The order of two concepts is of no concern, and the second is not erased alone."""
+    """Erase both concepts as ``train.py`` does, in either order, and not the second alone."""
     drinks, edit = Concept("drinks", {"beer": "milk"}), [*options, "stages=[textual]"]
 
     def erased(concept: Concept, *more: str) -> dict[str, torch.Tensor]:
